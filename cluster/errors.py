@@ -1,0 +1,21 @@
+"""What can go wrong between a run and the machines it runs on."""
+
+
+class ClusterError(Exception):
+    """The machines cannot be had as asked; the message says what is missing and what to do."""
+
+
+class WorkFailedError(Exception):
+    """Work on a worker ended with an exception.
+
+    Attributes:
+        kind: class name of the exception on the worker.
+        message: its text.
+        traceback: its traceback, for the log.
+    """
+
+    def __init__(self, kind: str, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.traceback = traceback

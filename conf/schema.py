@@ -1,0 +1,390 @@
+"""What a run can be told: every option with its type, unit and rules.
+
+The dataclasses own names, types and rules; the YAML files beside this one own the values a job
+starts from (a test holds both to the same defaults). The string under a field is its help text.
+Nothing here reads files of the run, the environment or the clock, and nothing imports Hydra, Ray
+or torch. Nobody changes a config after it was made: use `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from cluster.spec import ClusterSpec
+from conf import rules
+from sparsify.errors import InputError
+
+STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
+"""Every stage, in the only order in which stages run."""
+
+ALIASES = {"from": "from_"}
+"""Name as people write it -> dataclass field, where Python reserves the word."""
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and what it starts from."""
+
+    dir: str | None = None
+    """run folder; null = runs/<model name>-<pattern>-<method>"""
+    from_: str | None = None
+    """what to start from: an earlier run, one of its stage folders, or a model folder"""
+    seed: int = 0
+    """orders calibration and training rows; same seed, same result"""
+    redo: list[str] = field(default_factory=list)
+    """stages to run again though their results could be reused, or [all]"""
+
+    def __post_init__(self) -> None:
+        rules.in_range("run.seed", self.seed, low=0, high=2**63 - 1)
+        rules.not_blank("run.dir", self.dir, optional=True)
+        rules.not_blank("run.from", self.from_, optional=True)
+        rules.no_duplicates("run.redo", self.redo)
+        for name in self.redo:
+            rules.one_of("run.redo", name, (*STAGES, "all"))
+        if "all" in self.redo and len(self.redo) > 1:
+            raise InputError(
+                f"run.redo={rules.as_list(self.redo)}: 'all' stands alone; use run.redo=[all]"
+            )
+
+
+@dataclass
+class ModelConfig:
+    """The model to make sparse."""
+
+    path: str = "embedded"
+    """model folder in Hugging Face layout (safetensors), or 'embedded' for the packaged one"""
+    teacher: str | None = None
+    """dense model to learn from and compare with; null = model.path, or what run.from came from"""
+    dtype: str = "float32"
+    """type the weights are held in: float32, bfloat16 or float16"""
+
+    def __post_init__(self) -> None:
+        rules.not_blank("model.path", self.path)
+        rules.not_blank("model.teacher", self.teacher, optional=True)
+        rules.one_of("model.dtype", self.dtype, rules.DTYPES)
+
+
+@dataclass
+class DataConfig:
+    """Text for calibration, recovery and evaluation."""
+
+    calibration: str = "stdlib"
+    """calibration source: stdlib, packages, code, a text or JSONL file, a folder, or a dataset"""
+    train: str | None = None
+    """source of recovery text; null = the calibration source"""
+    heldout: str | None = None
+    """source of evaluation text; null = the held-out part of the calibration source"""
+    text_field: str = "text"
+    """field of a JSONL line or dataset row that holds the text"""
+    separator: str = "<|endoftext|>"
+    """text between two documents of a plain text file"""
+    heldout_share: float = 0.05
+    """share of the documents held out from calibration and training; over 0, at most 0.5"""
+    sequence_length: int = 256
+    """tokens per row, in every stage; at least 8"""
+
+    def __post_init__(self) -> None:
+        for name in ("calibration", "text_field"):
+            rules.not_blank(f"data.{name}", getattr(self, name))
+        rules.not_blank("data.train", self.train, optional=True)
+        rules.not_blank("data.heldout", self.heldout, optional=True)
+        if not self.separator:
+            raise InputError("data.separator: is empty; give the text between two documents")
+        rules.in_range("data.heldout_share", self.heldout_share, above=0, high=0.5)
+        rules.in_range("data.sequence_length", self.sequence_length, low=8)
+
+
+@dataclass
+class PruneConfig:
+    """One-shot pruning."""
+
+    method: str = "sparsegpt"
+    """method whose result goes on to recovery: one file of sparsify/methods"""
+    baselines: list[str] = field(default_factory=lambda: ["magnitude", "wanda"])
+    """other methods to run and report beside it; [] for none"""
+    pattern: str = "2:4"
+    """N:M keeps N of every M consecutive weights of a row; or unstructured:SHARE OF ZEROS"""
+    num_samples: int = 128
+    """calibration rows (of data.sequence_length tokens)"""
+    damping: float = 0.01
+    """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
+    block_size: int = 128
+    """columns per lazy update, a multiple of M; with N:M it changes speed only"""
+    batch_size: int = 8
+    """calibration rows per forward on one worker; changes memory and speed only"""
+    skip: list[str] = field(default_factory=list)
+    """glob patterns of linear layers left dense, such as [*.down_proj]"""
+
+    def __post_init__(self) -> None:
+        rules.one_of("prune.method", self.method, rules.method_names())
+        for name in self.baselines:
+            rules.one_of("prune.baselines", name, rules.method_names())
+        rules.no_duplicates("prune.baselines", self.baselines)
+        rules.pattern_syntax("prune.pattern", self.pattern)
+        for name in ("num_samples", "block_size", "batch_size"):
+            rules.in_range(f"prune.{name}", getattr(self, name), low=1)
+        rules.in_range("prune.damping", self.damping, above=0, high=1)
+        rules.block_fits_pattern(self.block_size, self.pattern)
+
+
+@dataclass
+class DistillConfig:
+    """Recovery by distillation from the dense model, the zeros held."""
+
+    num_tokens: int = 1_000_000
+    """tokens to train on"""
+    batch_size: int = 16
+    """rows per optimizer step over all workers"""
+    micro_batch_size: int = 8
+    """rows per worker per forward; batch_size is a multiple of this times the workers"""
+    learning_rate: float = 1e-3
+    """peak learning rate, after warm-up"""
+    min_learning_rate_share: float = 0.05
+    """learning rate at the end as a share of the peak; 0 to 1"""
+    num_warmup_steps: int = 10
+    """steps of linear warm-up"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of matrices"""
+    beta1: float = 0.9
+    """AdamW decay of the gradient's mean; 0 up to but not 1"""
+    beta2: float = 0.95
+    """AdamW decay of the gradient's square; 0 up to but not 1"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+    kl_weight: float = 1.0
+    """weight of KL(teacher || student) on the logits"""
+    ce_weight: float = 0.0
+    """weight of cross-entropy with the next token"""
+    square_head_weight: float = 0.0
+    """weight of the normalised error of the hidden states"""
+    temperature: float = 1.0
+    """softmax temperature of the KL term"""
+    precision: str = "fp32"
+    """arithmetic of training: fp32 or bf16 (with fp32 master weights)"""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage, 0 to 3: what is split over the workers"""
+    checkpoint_every_steps: int = 50
+    """steps between two checkpoints; at most this much is lost when a worker dies"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third slower"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "batch_size", "micro_batch_size", "checkpoint_every_steps"):
+            rules.in_range(f"distill.{name}", getattr(self, name), low=1)
+        for name in ("learning_rate", "max_grad_norm", "temperature"):
+            rules.in_range(f"distill.{name}", getattr(self, name), above=0)
+        weights = ("kl_weight", "ce_weight", "square_head_weight")
+        for name in ("num_warmup_steps", "weight_decay", *weights):
+            rules.in_range(f"distill.{name}", getattr(self, name), low=0)
+        if not any(getattr(self, name) for name in weights):
+            raise InputError(
+                "distill: every loss weight is 0, so nothing is learned; set at least one of "
+                + ", ".join(f"distill.{name}" for name in weights)
+            )
+        rules.in_range("distill.min_learning_rate_share", self.min_learning_rate_share, 0, 1)
+        rules.in_range("distill.beta1", self.beta1, low=0, below=1)
+        rules.in_range("distill.beta2", self.beta2, low=0, below=1)
+        rules.one_of("distill.precision", self.precision, ("fp32", "bf16"))
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise InputError(
+                "distill.zero_stage=0 with distill.precision=bf16: DeepSpeed keeps no float32 "
+                "masters there; use distill.zero_stage=1 or more, or distill.precision=fp32"
+            )
+        rules.in_range("distill.zero_stage", self.zero_stage, low=0, high=3)
+
+
+@dataclass
+class EvaluateConfig:
+    """Perplexity and agreement with the dense model on held-out text."""
+
+    num_tokens: int = 65_536
+    """held-out tokens scored, at most"""
+    batch_size: int = 8
+    """rows per forward on one worker; changes memory and speed only"""
+
+    def __post_init__(self) -> None:
+        rules.in_range("evaluate.num_tokens", self.num_tokens, low=1)
+        rules.in_range("evaluate.batch_size", self.batch_size, low=1)
+
+
+@dataclass
+class QuantizeConfig:
+    """Low-bit weights that leave every zero where it is."""
+
+    method: str = "gptq"
+    """gptq (error carried to later columns) or rtn (round to nearest, no calibration)"""
+    bits: int = 4
+    """bits per kept weight: 4 or 8"""
+    group_size: int = 128
+    """consecutive columns of a row that share one scale"""
+    num_samples: int = 128
+    """calibration rows (of data.sequence_length tokens)"""
+    damping: float = 0.01
+    """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
+    batch_size: int = 8
+    """calibration rows per forward on one worker; changes memory and speed only"""
+
+    def __post_init__(self) -> None:
+        rules.one_of("quantize.method", self.method, ("gptq", "rtn"))
+        rules.one_of("quantize.bits", self.bits, (4, 8))
+        for name in ("group_size", "num_samples", "batch_size"):
+            rules.in_range(f"quantize.{name}", getattr(self, name), low=1)
+        rules.in_range("quantize.damping", self.damping, above=0, high=1)
+
+
+@dataclass
+class ExportConfig:
+    """The files to deploy."""
+
+    dtype: str | None = None
+    """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            rules.one_of("export.dtype", self.dtype, rules.DTYPES)
+
+
+@dataclass
+class TrackerConfig:
+    """Metrics: always a JSONL file in the run folder, and Weights & Biases on top."""
+
+    wandb: str = "auto"
+    """auto (online with a key, offline without), online, offline or off"""
+    project: str = "twofour"
+    """Weights & Biases project"""
+    name: str | None = None
+    """name of the run there; null = name of the run folder"""
+
+    def __post_init__(self) -> None:
+        rules.one_of("tracker.wandb", self.wandb, ("auto", "online", "offline", "off"))
+        rules.not_blank("tracker.project", self.project)
+        rules.not_blank("tracker.name", self.name, optional=True)
+        if bad := sorted(set(self.project) & set("/\\#?%:")):
+            raise InputError(
+                f"tracker.project={self.project}: Weights & Biases refuses {' '.join(bad)} in "
+                "project names; use letters, digits, '-' and '_'"
+            )
+
+
+@dataclass
+class PretrainConfig:
+    """Train the small embedded model from scratch (job pretrain, one process)."""
+
+    out: str = "sparsify/embedded"
+    """model folder to write"""
+    vocab_size: int = 1024
+    """tokens of the byte-level vocabulary; at least 257"""
+    hidden_size: int = 128
+    """width of the model"""
+    intermediate_size: int = 256
+    """width of the feed-forward part"""
+    num_layers: int = 4
+    """decoder blocks"""
+    num_heads: int = 4
+    """attention heads; divides hidden_size into heads of even width"""
+    num_kv_heads: int = 2
+    """key and value heads; divides num_heads"""
+    sequence_length: int = 256
+    """tokens per row, and the model's longest context; at least 8"""
+    num_tokens: int = 44_040_192
+    """tokens to train on"""
+    stdlib_repeats: int = 3
+    """times the standard library is used for each use of the installed packages"""
+    batch_size: int = 32
+    """rows per step"""
+    learning_rate: float = 3e-3
+    """peak learning rate, after warm-up"""
+    num_warmup_steps: int = 100
+    """steps of linear warm-up"""
+    weight_decay: float = 0.1
+    """decoupled weight decay of matrices"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+    bf16: bool = True
+    """forward and backward in bfloat16, weights in float32"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    seed: int = 0
+    """initial weights and order of the rows"""
+    num_threads: int = 2
+    """CPU threads"""
+
+    def __post_init__(self) -> None:
+        rules.not_blank("out", self.out)
+        rules.one_of("device", self.device, ("cpu", "cuda"))
+        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "num_tokens", "stdlib_repeats", "batch_size", "num_threads"):
+            rules.in_range(name, getattr(self, name), low=1)
+        rules.in_range("vocab_size", self.vocab_size, low=257)
+        rules.in_range("sequence_length", self.sequence_length, low=8)
+        rules.in_range("seed", self.seed, low=0, high=2**63 - 1)
+        for name in ("learning_rate", "max_grad_norm"):
+            rules.in_range(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "num_warmup_steps"):
+            rules.in_range(name, getattr(self, name), low=0)
+        rules.one_step("num_tokens", self.num_tokens, self.batch_size, self.sequence_length)
+        rules.heads_fit(self.hidden_size, self.num_heads, self.num_kv_heads)
+
+
+@dataclass
+class Config:
+    """A whole run of the pipeline, or of one of its stages."""
+
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """stages to run, in this order: prune, distill, evaluate, quantize, export, report"""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+
+    def __post_init__(self) -> None:
+        rules.stages_in_order(self.stages, STAGES)
+        rules.starts_from_something(self.stages, self.run.from_)
+        rules.redo_within_stages(self.run.redo, self.stages)
+        rules.half_needs_gpu(self.model.dtype, self.cluster)
+        if "distill" in self.stages:
+            rules.batch_fits_workers(self.distill, self.cluster.num_workers)
+            rules.one_step("distill.num_tokens", self.distill.num_tokens,
+                           self.distill.batch_size, self.data.sequence_length)  # fmt: skip
+        if "evaluate" in self.stages:
+            rules.one_row("evaluate.num_tokens", self.evaluate.num_tokens,
+                          self.data.sequence_length)  # fmt: skip
+
+
+def written_name(field_name: str) -> str:
+    """The name people write for a field: `from` for `from_`, and every other name unchanged."""
+    return next((name for name, alias in ALIASES.items() if alias == field_name), field_name)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """`config` as plain nested values under the names people write; fit for JSON and YAML."""
+    plain: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            value = to_dict(value)
+        plain[written_name(item.name)] = list(value) if isinstance(value, list) else value
+    return plain
+
+
+def default_run_dir(config: Config) -> str:
+    """Run folder when run.dir is null: what the run is made from and how, without a colon.
+
+    A run that prunes gives `runs/embedded-2-4-sparsegpt`; one that starts from
+    `runs/embedded-2-4-sparsegpt` or its stage folder and quantizes adds `-quantize`.
+    """
+    if config.run.from_ is None or "prune" in config.stages:
+        name = config.model.path.rstrip("/").rsplit("/", 1)[-1] or "model"
+        pattern = config.prune.pattern.replace(":", "-")
+        return f"runs/{name}-{pattern}-{config.prune.method}"
+    parts = [part for part in config.run.from_.split("/") if part not in ("", ".", "..")]
+    while len(parts) > 1 and parts[-1] in STAGES:
+        parts.pop()
+    return f"runs/{parts[-1] if parts else 'model'}-{'-'.join(config.stages)}"

@@ -1,0 +1,316 @@
+"""A stage's result on disk: whole or absent, with a record that says what made it.
+
+A stage works in `<run>/.<stage>.partial/` and its folder appears under its own name by one rename,
+after every file has reached the disk. `record.json` inside holds the stage's identity (the part of
+the config and the fingerprints of the inputs that decide the result), the files with size and
+SHA-256, metrics, versions, command and time. A later run of the same identity reuses it; another
+identity is refused with the fields that differ, unless the user asked to redo the stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import InputError, TwofourError
+
+RECORD = "record.json"
+SCHEMA = 1
+_VERSIONED = (
+    "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
+)  # fmt: skip
+
+
+@dataclass
+class Artifact:
+    """A finished stage."""
+
+    folder: Path
+    record: dict[str, Any]
+    is_reused: bool
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What the stage measured."""
+        return dict(self.record["metrics"])
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of a model folder that decide what it computes and how it tokenises.
+
+    A file that only describes (README, generation defaults, records) does not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+        if path.suffix in (".safetensors", ".model") or path.name in names:
+            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that a result depends on."""
+    found = {}
+    for name in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is the old one or the whole new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+            raise TwofourError(
+                f"{path}: the disk is full; free some space and run the same command again "
+                "(finished stages are kept)"
+            ) from None
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(
+                f"{path}: cannot be written ({text}); choose another run.dir= or fix the "
+                "permissions"
+            ) from None
+        raise
+
+
+def prepare_run_dir(run_dir: Path) -> None:
+    """Make the run's folder and prove that it can be written.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"run.dir={run_dir}: is a file; choose a folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TwofourError(
+                f"run.dir={run_dir}: the disk is full; free some space or choose another folder"
+            ) from None
+        raise InputError(
+            f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another folder or "
+            "fix the permissions"
+        ) from None
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the kernel lets go of it when the process ends."""
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"run.dir={run_dir}: another run (process {file.read().strip() or 'unknown'}) is "
+                "using it; wait for it, or choose another run.dir="
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished stage.
+
+    Raises:
+        InputError: missing or not readable as one.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise InputError(
+                f"{path}: schema {record['schema']}, this version reads {SCHEMA}; redo the stage"
+            )
+        return dict(record)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: has no {RECORD}, so it is not a finished stage") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a stage record ({error}); redo the stage") from None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`field: old -> new` for every leaf in which two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({*old, *new}):
+            place = f"{prefix}.{key}" if prefix else str(key)
+            lines += differences(old.get(key, "absent"), new.get(key, "absent"), place)
+        return lines
+    return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_hash else text
+
+
+def _refuse(run_dir: Path, stage: str, changes: list[str], what: str) -> InputError:
+    return InputError(
+        f"{run_dir.name}: {what} {stage} was made from something else ({'; '.join(changes)}); use "
+        f"another run.dir=, go back to the old values, or add run.redo=[{stage}]"
+    )
+
+
+def find_finished(
+    run_dir: Path, stage: str, identity: dict[str, Any], may_extend: bool
+) -> Artifact | None:
+    """The finished stage of this identity, or None when there is none yet.
+
+    Args:
+        run_dir: the run's folder.
+        stage: its name.
+        identity: what decides the result; plain JSON values.
+        may_extend: inputs that the old result did not have are no conflict, only a reason to run
+            again (a table that gets another row).
+
+    Raises:
+        InputError: the stage was made from something else, or its files are damaged.
+    """
+    folder = run_dir / stage
+    if not folder.is_dir():
+        return None
+    record = read_record(folder)
+    changes = differences(record["identity"], identity)
+    if changes:
+        if may_extend and all(": absent -> " in change for change in changes):
+            return None
+        raise _refuse(run_dir, stage, changes, "the finished stage")
+    for name, facts in record["outputs"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            state = "is missing" if not path.is_file() else "has another size"
+            raise InputError(f"{path}: {state}; the stage is damaged, add run.redo=[{stage}]")
+        if file_sha256(path) != facts["sha256"]:
+            raise InputError(f"{path}: its SHA-256 changed since it was written; the stage is "
+                             f"damaged, add run.redo=[{stage}]")  # fmt: skip
+    return Artifact(folder, record, is_reused=True)
+
+
+class StageWriter:
+    """The partial folder of a stage that is being made.
+
+    Attributes:
+        folder: where the stage writes; becomes the stage's folder at `commit`.
+        scratch: beside it, for what must survive an interruption but is no result.
+    """
+
+    def __init__(
+        self, run_dir: Path, stage: str, identity: dict[str, Any], command: str, redo: bool
+    ) -> None:
+        self._run_dir = run_dir
+        self._stage = stage
+        self._identity = identity
+        self._command = command
+        self._started_at_s = time.time()
+        partial = run_dir / f".{stage}.partial"
+        if partial.exists() and redo:
+            shutil.rmtree(partial)
+        self._check_same(partial / "identity.json")
+        self.folder = partial / "result"
+        self.scratch = partial / "scratch"
+        with disk_errors(partial):
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+            self.scratch.mkdir(exist_ok=True)
+            write_json(partial / "identity.json", identity)
+
+    def _check_same(self, path: Path) -> None:
+        """An interrupted stage of another identity is not thrown away unasked."""
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        changes = differences(before, self._identity)
+        if changes and (path.parent / "scratch").is_dir() and any(
+            (path.parent / "scratch").iterdir()
+        ):  # fmt: skip
+            raise _refuse(self._run_dir, self._stage, changes, "the interrupted stage")
+
+    def commit(self, metrics: dict[str, Any], seed: int) -> Artifact:
+        """Write the record, flush everything to the disk and give the folder its name."""
+        outputs = {}
+        with disk_errors(self.folder):
+            for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+                _fsync(path)
+                name = path.relative_to(self.folder).as_posix()
+                outputs[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            record = {
+                "schema": SCHEMA,
+                "stage": self._stage,
+                "identity": self._identity,
+                "outputs": outputs,
+                "metrics": metrics,
+                "seed": seed,
+                "versions": versions(),
+                "command": self._command,
+                "started_at_s": round(self._started_at_s, 3),
+                "duration_s": round(time.time() - self._started_at_s, 3),
+            }
+            write_json(self.folder / RECORD, record)
+            for folder in {p.parent for p in self.folder.rglob("*")}:
+                _fsync(folder)
+            final = self._run_dir / self._stage
+            replaced = self._run_dir / f".{self._stage}.replaced"
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            if final.exists():
+                final.rename(replaced)
+            self.folder.rename(final)
+            _fsync(self._run_dir)
+        for left in (replaced, self.folder.parent):
+            if left.exists():
+                shutil.rmtree(left)
+        return Artifact(final, record, is_reused=False)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

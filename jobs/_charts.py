@@ -1,0 +1,335 @@
+"""The curves and the layer maps of the report page, as inline SVG.
+
+Colour comes from CSS variables, so that one drawing serves light and dark. Every mark carries a
+<title>, which browsers show on hover and screen readers read out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from jobs import _format
+from jobs._svg import Scale, element, number, pct, tick_label
+
+_MOST_POINTS = 400  # of one curve: more cannot be told apart and only make the page heavy
+_FEW_POINTS = 20  # of a curve: no running mean is drawn over so few
+_CELL_HEIGHT = 22
+_PALEST = 0.07  # opacity of the smallest value of a map
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve over the training steps: its caption with the unit, and the drawing."""
+
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """One map of blocks by linear layers: its heading, a one-line summary, and the drawing."""
+
+    heading: str
+    summary: str
+    svg: Markup
+
+
+def thin_steps(steps: list[dict[str, Any]], most: int = _MOST_POINTS) -> list[dict[str, Any]]:
+    """At most `most` steps: each the mean of as many consecutive steps as that takes.
+
+    step and num_tokens are those of the last step of each group; a value that is missing or not
+    drawable anywhere in a group is left missing there, so that a gap stays a gap.
+    """
+    size = math.ceil(len(steps) / most)
+    if size <= 1:
+        return steps
+    thinned = []
+    for start in range(0, len(steps), size):
+        group = steps[start : start + size]
+        merged = dict(group[-1])
+        for key in merged.keys() - {"step", "num_tokens"}:
+            values = [v for step in group if _format.is_drawable(v := step.get(key))]
+            merged[key] = statistics.fmean(values) if len(values) == len(group) else None
+        thinned.append(merged)
+    return thinned
+
+
+def _smoothed(values: list[float | None], half_window: int) -> list[float | None]:
+    """Centred running mean over what is there; a gap stays a gap."""
+    result: list[float | None] = []
+    for i, value in enumerate(values):
+        near = values[max(0, i - half_window) : i + half_window + 1]
+        there = [v for v in near if v is not None]
+        result.append(None if value is None else statistics.fmean(there))
+    return result
+
+
+def _polylines(xs: list[float], ys: list[float | None], class_: str) -> list[Markup]:
+    """The curve through the points, broken where a value is missing. Coordinates: 0 to 1."""
+    runs: list[list[str]] = [[]]
+    for x, y in zip(xs, ys, strict=True):
+        if y is None:
+            runs.append([])
+        else:
+            runs[-1].append(f"{number(1000 * x)},{number(1000 * (1 - y))}")
+    lines = []
+    for run in runs:
+        if run:
+            points = " ".join(run if len(run) > 1 else run * 2)
+            lines.append(element("polyline", class_=class_, points=points))
+    return lines
+
+
+def _hover_text(step: dict[str, Any]) -> str:
+    parts = [f"step {_format.count(step.get('step'))}"]
+    if step.get("num_tokens") is not None:
+        parts.append(f"{_format.count(step['num_tokens'])} tokens")
+    names = ("loss", "kl", "ce", "square_head", "learning_rate", "grad_norm")
+    for name in names:
+        if step.get(name) is not None:
+            spelled = name.replace("_", " ").replace("kl", "KL").replace("ce", "CE")
+            parts.append(f"{spelled} {_format.significant(step[name])}")
+    return "\n".join(parts)
+
+
+def _curve(
+    steps: list[dict[str, Any]], key: str, height: int, *, is_log: bool, smooth: bool, last: bool
+) -> Markup | None:
+    """One panel: grid, curve, the final value at its end, and a hover strip per step."""
+    values = [step[key] if _format.is_drawable(step.get(key)) else None for step in steps]
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return None
+    numbers = [float(step["step"]) for step in steps]
+    across = Scale.over(numbers, is_log=False)
+    up = Scale.over(finite if is_log else [0.0, *finite], is_log=is_log, pad=0.06)
+    xs = [across(x) for x in numbers]
+    marks: list[Markup] = []
+    for tick in up.ticks(5 if height > 120 else 3):
+        y = height * (1 - up(tick))
+        marks.append(element("line", class_="grid", x1="0", x2="100%", y1=y, y2=y))
+        marks.append(element("text", tick_label(tick), class_="end", x="-8", y=y + 4))
+    shown = values
+    curves: list[Markup] = []
+    if smooth and len(values) > _FEW_POINTS:
+        shown = _smoothed(values, max(1, len(values) // 40))
+        curves = _polylines(xs, [None if v is None else up(v) for v in values], "curve raw")
+    curves += _polylines(xs, [None if v is None else up(v) for v in shown], "curve")
+    marks.append(
+        element(
+            "svg", *curves, width="100%", height=height, viewBox="0 0 1000 1000",
+            preserveAspectRatio="none",
+        )
+    )  # fmt: skip
+    marks.append(_end_label([v for v in shown if v is not None][-1], up, height))
+    marks.extend(_hover_strips(steps, xs, height))
+    if last:
+        marks.extend(_step_axis(across, height))
+    label = f"{key.replace('_', ' ')} over {len(steps)} points"
+    total = height + (40 if last else 6)
+    return element("svg", *marks, class_="plot", role="img", aria_label=label, height=total)
+
+
+def _end_label(value: float, up: Scale, height: int) -> Markup:
+    y = min(height - 2.0, max(10.0, height * (1 - up(value)) + 4))
+    return element("text", _format.significant(value), class_="value", x="100%", dx="8", y=y)
+
+
+def _hover_strips(steps: list[dict[str, Any]], xs: list[float], height: int) -> list[Markup]:
+    """An invisible strip per step, as wide as the step is far from its neighbours."""
+    strips = []
+    for i, step in enumerate(steps):
+        left = 0.0 if i == 0 else (xs[i - 1] + xs[i]) / 2
+        right = 1.0 if i == len(steps) - 1 else (xs[i] + xs[i + 1]) / 2
+        title = element("title", _hover_text(step))
+        strips.append(
+            element("rect", title, class_="hit", x=pct(left), width=pct(right - left),
+                    height=height)
+        )  # fmt: skip
+    return strips
+
+
+def _step_axis(across: Scale, height: int) -> list[Markup]:
+    marks = []
+    for tick in across.ticks(5):
+        if tick == int(tick):
+            label = f"{int(tick):,}"
+            marks.append(
+                element("text", label, class_="middle", x=pct(across(tick)), y=height + 17)
+            )
+    marks.append(element("text", "optimizer step", class_="end", x="100%", y=height + 35))
+    return marks
+
+
+def recovery_panels(recovery: dict[str, Any]) -> list[Panel]:
+    """Loss, the parts it is made of, learning rate and gradient norm, one above the other."""
+    steps = sorted(recovery.get("steps") or [], key=lambda step: float(step["step"]))
+    if not steps:
+        return []
+    thinned = thin_steps(steps)
+    wanted: list[tuple[str, str, int, bool, bool]] = []
+    parts = [key for key in ("kl", "ce", "square_head") if any(step.get(key) for step in steps)]
+    words = {"kl": "KL to the dense model", "ce": "cross-entropy", "square_head": "SquareHead"}
+    if len(parts) == 1:
+        caption = f"Loss: {words[parts[0]]}, nats per token"
+        if parts[0] == "square_head":
+            caption = "Loss: SquareHead, no unit"
+        wanted.append(("loss", caption, 230, True, True))
+    else:
+        wanted.append(("loss", "Loss, weighted sum of its parts", 230, True, True))
+        for key in parts:
+            unit = "no unit" if key == "square_head" else "nats per token"
+            wanted.append((key, f"{words[key][0].upper()}{words[key][1:]}, {unit}", 84, True, True))
+    wanted.append(("learning_rate", "Learning rate", 56, False, False))
+    wanted.append(("grad_norm", "Gradient norm, before clipping", 56, True, True))
+    wanted = [item for item in wanted if any(_format.is_drawable(s.get(item[0])) for s in thinned)]
+    panels = []
+    for i, (key, caption, height, is_log, smooth) in enumerate(wanted):
+        positive = all(s[key] > 0 for s in thinned if _format.is_drawable(s.get(key)))
+        axis = "log scale" if is_log and positive else "linear scale"
+        svg = _curve(thinned, key, height, is_log=is_log, smooth=smooth, last=i == len(wanted) - 1)
+        if svg is not None:
+            panels.append(Panel(f"{caption} ({axis})", svg))
+    return panels
+
+
+def curve_note(recovery: dict[str, Any]) -> str:
+    """What the lines of `recovery_panels` are."""
+    num_steps = len(recovery.get("steps") or [])
+    size = math.ceil(num_steps / _MOST_POINTS)
+    point = "each step" if size <= 1 else f"mean of {size} steps"
+    if num_steps <= _FEW_POINTS:
+        return f"Line: {point}; the number at its end is the last value."
+    return f"Thin line: {point}. Thick line: running mean; the number at its end is its last value."
+
+
+def linear_kind(name: str, block: int) -> str:
+    """The place of a linear layer in its block: 'self_attn.q_proj'. Numbers (experts) become *.
+
+    The part of the dotted name after the block's number; the last part where there is no number.
+    """
+    parts = name.split(".")
+    has_number = str(block) in parts[:-1]
+    inner = parts[parts.index(str(block)) + 1 :] if has_number else parts[-1:]
+    return ".".join("*" if part.isdigit() else part for part in inner)
+
+
+def _short_names(kinds: list[str]) -> dict[str, str]:
+    """The last part of each kind where that is unambiguous, the whole kind elsewhere."""
+    last = [kind.split(".")[-1] for kind in kinds]
+    return {
+        kind: short if last.count(short) == 1 else kind
+        for kind, short in zip(kinds, last, strict=True)
+    }
+
+
+def layer_map(
+    heading: str,
+    layers: list[dict[str, Any]],
+    key: str,
+    opacity: Callable[[float], float],
+    spell: Callable[[float | None], str],
+) -> LayerMap:
+    """Blocks from left to right, linear layers from top to bottom, darker for larger values.
+
+    Several layers of one kind in one block (experts) share a cell, which shows the largest.
+
+    Args:
+        heading: what is shown, such as the name of a method.
+        layers: dicts with name, block and `key`.
+        key: which value.
+        opacity: from a finite value to 0..1, shared by the maps that are to be compared.
+        spell: the value as text, with its unit.
+    """
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    kinds: list[str] = []
+    for layer in layers:
+        kind = linear_kind(layer["name"], layer["block"])
+        if kind not in kinds:
+            kinds.append(kind)
+        held = cells.get((kind, layer["block"]))
+        if held is None or _rank(layer.get(key)) > _rank(held.get(key)):
+            cells[kind, layer["block"]] = layer
+    blocks = sorted({block for _, block in cells})
+    short = _short_names(kinds)
+    marks = [
+        element("text", short[kind], class_="end", x="-8", y=_CELL_HEIGHT * row + 15)
+        for row, kind in enumerate(kinds)
+    ]
+    for (kind, block), layer in cells.items():
+        column, row = blocks.index(block), kinds.index(kind)
+        marks.extend(_cell(layer, key, column, row, len(blocks), opacity, spell))
+    marks.extend(_block_axis(blocks, _CELL_HEIGHT * len(kinds)))
+    gutter = min(16, max(len(text) for text in short.values()) + 1)
+    label = f"{heading}: {len(layers)} layers by block and kind"
+    svg = element(
+        "svg", *marks, class_="plot map", role="img", aria_label=label,
+        height=_CELL_HEIGHT * len(kinds) + 36, style=f"--gutter:{number(0.56 * gutter)}em",
+    )  # fmt: skip
+    return LayerMap(heading, _summary(layers, key, spell, short), svg)
+
+
+def _rank(value: float | None) -> float:
+    """Order for 'largest': a value that is not finite counts as worse than any number."""
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def _cell(
+    layer: dict[str, Any], key: str, column: int, row: int, num_columns: int,
+    opacity: Callable[[float], float], spell: Callable[[float | None], str],
+) -> list[Markup]:  # fmt: skip
+    value = layer.get(key)
+    title = element("title", f"{layer['name']}: {spell(value)}")
+    place = {
+        "x": pct(column / num_columns),
+        "y": number(_CELL_HEIGHT * row),
+        "width": pct(1 / num_columns),
+        "height": str(_CELL_HEIGHT),
+    }
+    if not _format.is_drawable(value):
+        return [element("rect", title, class_="missing", **place)]
+    shade = _PALEST + (1 - _PALEST) * min(1.0, max(0.0, opacity(value)))
+    marks = [element("rect", title, fill_opacity=shade, **place)]
+    if num_columns <= 6:
+        tone = "cell" + " deep" * (shade > 0.62) + " deepest" * (shade > 0.9)  # text contrast
+        x = pct((column + 0.5) / num_columns)
+        marks.append(element("text", spell(value), class_=tone, x=x, y=_CELL_HEIGHT * row + 15))
+    return marks
+
+
+def _block_axis(blocks: list[int], height: int) -> list[Markup]:
+    stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(blocks) / s <= 9)
+    marks = [
+        element("text", str(block), class_="middle", x=pct((i + 0.5) / len(blocks)), y=height + 15)
+        for i, block in enumerate(blocks)
+        if i % stride == 0
+    ]
+    marks.append(element("text", "block", class_="end", x="100%", y=height + 32))
+    return marks
+
+
+def _summary(
+    layers: list[dict[str, Any]],
+    key: str,
+    spell: Callable[[float | None], str],
+    short: dict[str, str],
+) -> str:
+    """'median 0.041, largest 0.13 in block 3 down_proj', or that all are equal."""
+    finite = [layer for layer in layers if _format.is_drawable(layer.get(key))]
+    broken = len(layers) - len(finite)
+    tail = f"; {broken} of {len(layers)} not finite or missing" if broken else ""
+    if not finite:
+        return "no finite value"
+    values = [layer[key] for layer in finite]
+    if spell(min(values)) == spell(max(values)):
+        return f"{spell(values[0])} in every layer{tail}"
+    worst = max(finite, key=lambda layer: layer[key])
+    where = short.get(linear_kind(worst["name"], worst["block"]), worst["name"])
+    median = spell(statistics.median(values))
+    return f"median {median}, largest {spell(max(values))} in block {worst['block']} {where}{tail}"

@@ -1,0 +1,76 @@
+"""The exact pattern check on files: what was written is what is checked, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from jobs._stage import MASKS, read_sparsity
+from sparsify.errors import InputError, PatternViolationError
+from sparsify.masks import infer_masks, load_masks
+from sparsify.pattern import Pattern, require_pattern
+
+
+def check_files(folder: Path, masks: dict[str, torch.Tensor], pattern: Pattern) -> dict[str, int]:
+    """Check every masked weight in a model folder's safetensors files.
+
+    Args:
+        folder: model folder.
+        masks: layer name -> bool keep mask (O, I).
+        pattern: what every masked layer must satisfy.
+
+    Returns:
+        Counts: layers and weights checked, zeros among them, and violations (always 0 here).
+
+    Raises:
+        PatternViolationError: a pruned weight is not exactly zero, or a group is too full; names
+            the layer.
+        InputError: a masked layer is in no file.
+    """
+    left = dict(masks)
+    counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == MASKS:
+            continue
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for layer in [name for name in left if f"{name}.weight" in names]:
+                weight = file.get_tensor(f"{layer}.weight")
+                check_weight(layer, weight, left.pop(layer), pattern)
+                counts["num_layers"] += 1
+                counts["num_weights"] += weight.numel()
+                counts["num_zeros"] += int((weight == 0).sum())
+    if left:
+        raise InputError(f"{folder}: no weight of layer {next(iter(left))} in its files")
+    return counts
+
+
+def check_weight(
+    layer: str, weight: torch.Tensor, keep_mask: torch.Tensor, pattern: Pattern
+) -> None:
+    """PatternViolationError unless weight and mask fit the pattern, and pruned weights are zero."""
+    alive = (weight != 0) & ~keep_mask
+    if alive.any():
+        row, column = alive.nonzero()[0].tolist()
+        raise PatternViolationError(
+            f"{layer}: {int(alive.sum())} pruned weights are not zero, the first at row {row}, "
+            f"column {column}"
+        )
+    require_pattern([(layer, keep_mask)], pattern)
+    require_pattern([(layer, weight)], pattern)
+
+
+def masks_of(folder: Path, model: Any, fallback_pattern: str) -> tuple[dict[str, Any], Pattern]:
+    """Masks and pattern of a sparse model folder.
+
+    They come from the folder's own files; a model that was pruned elsewhere has neither, and its
+    masks are read from its zeros, which must fit `fallback_pattern` exactly.
+    """
+    sparsity = read_sparsity(folder)
+    pattern = Pattern.parse(sparsity["pattern"] if sparsity else fallback_pattern)
+    if (folder / MASKS).is_file():
+        return load_masks(folder / MASKS), pattern
+    return infer_masks(model, pattern), pattern

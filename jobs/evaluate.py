@@ -1,0 +1,112 @@
+"""Evaluate: perplexity on held-out text, and how far each model is from the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.ray_backend import RayCluster, WorkerContext
+    from conf.schema import Config
+    from jobs._artifact import StageWriter
+    from jobs._stage import StageContext
+
+
+def identity(context: StageContext) -> dict[str, Any]:
+    """What decides the scores."""
+    from jobs._stage import fingerprints
+
+    return {"config": settings(context), "inputs": {**fingerprints(_models(context)),
+            "heldout": heldout_fingerprint(context)}}  # fmt: skip
+
+
+def settings(context: StageContext) -> dict[str, Any]:
+    """The part of the config that decides a score, for identities."""
+    data = context.settings("data")["data"]
+    return {
+        **context.settings("evaluate"),
+        "model.dtype": context.config.model.dtype,
+        "data": {k: v for k, v in data.items() if k != "train"},
+    }
+
+
+def heldout_fingerprint(context: StageContext) -> str:
+    """Fingerprint of the held-out text."""
+    from jobs._sources import source_fingerprint
+
+    return source_fingerprint(context.config.data, "heldout")
+
+
+def _models(context: StageContext) -> dict[str, Path]:
+    models = context.models
+    found = {"dense": models.dense, **models.pruned}
+    if models.recovered is not None:
+        found["recovered"] = models.recovered
+    return found
+
+
+def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
+    """Score every model there is; dense first."""
+    return {"results": score(context.cluster, context.config, context.models.dense,
+                             _models(context), "evaluate")}  # fmt: skip
+
+
+def score(
+    cluster: RayCluster, config: Config, dense: Path, folders: dict[str, Path], stage: str
+) -> dict[str, dict[str, Any]]:
+    """Perplexity, KL to the dense model and top-1 agreement of each model folder.
+
+    Every model's rows are shared by as many Ray tasks as there are workers; the shares' sums are
+    added in a fixed order.
+    """
+    from sparsify.evaluate import EvalSums
+
+    shares = config.cluster.num_workers
+    payloads = [
+        {"config": config, "dense": dense, "folder": folder, "share": share, "shares": shares}
+        for folder in folders.values()
+        for share in range(shares)
+    ]
+    parts = cluster.run_tasks(stage, score_share, payloads, "shares of held-out rows")
+    results = {}
+    for index, name in enumerate(folders):
+        sums = EvalSums()
+        for part in parts[index * shares : (index + 1) * shares]:
+            sums = sums + EvalSums(**part)
+        results[name] = {
+            "perplexity": sums.perplexity,
+            "kl": sums.kl,
+            "top1_agreement": sums.top1_agreement,
+            "num_tokens": sums.num_tokens,
+        }
+    return results
+
+
+def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
+    """One task: score one model on every `shares`-th held-out row."""
+    from dataclasses import asdict
+
+    import torch
+
+    from jobs._packed import load_any
+    from jobs._sources import load_rows
+    from sparsify.evaluate import EvalSums, evaluate_rows
+    from sparsify.models.load import check_sequence_length, load_pair
+
+    torch.set_num_threads(context.num_threads)
+    config = payload["config"]
+    dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
+    check_sequence_length(dense.config, config.data.sequence_length)
+    num_rows = config.evaluate.num_tokens // config.data.sequence_length
+    rows, _ = load_rows(config.data, "heldout", tokenizer, num_rows, config.run.seed)
+    rows = rows[payload["share"] :: payload["shares"]]
+    if len(rows) == 0:
+        return asdict(EvalSums())
+    model = load_any(payload["folder"], config.model.dtype, context.device)
+    return asdict(evaluate_rows(model, rows, config.evaluate.batch_size, dense))
+
+
+if __name__ == "__main__":
+    from jobs._entry import main
+
+    main("evaluate")

@@ -1,0 +1,177 @@
+"""Train the embedded model from scratch, on source code that every installation carries.
+
+`python -m jobs.pretrain` writes a model folder with its model card. One process, no cluster: it is
+how `model.path=embedded` was made, kept as a command so that anybody can make it again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conf.schema import PretrainConfig
+
+_END = "<|endoftext|>"
+
+
+def run(config: PretrainConfig) -> None:
+    """Tokenizer, data, training, held-out score, model card; the folder appears at the end.
+
+    Raises:
+        InputError: the output folder exists, or there is too little text.
+    """
+    import torch
+
+    from jobs._artifact import versions
+    from jobs._progress import Display
+    from sparsify.errors import InputError
+    from sparsify.evaluate import evaluate_rows
+    from sparsify.models.load import save_model
+    from sparsify.pretrain import PretrainParams, pretrain
+    from sparsify.text import shuffled, token_rows
+
+    out = Path(config.out)
+    if out.exists():
+        raise InputError(f"out={out}: exists; move it away or choose another folder with out=")
+    torch.set_num_threads(config.num_threads)
+    begun_s = time.monotonic()
+    with Display() as display:
+        display.start_stage("pretrain")
+        stdlib, packages, heldout = _documents()
+        tokenizer = _train_tokenizer(stdlib, config)
+        texts = stdlib * config.stdlib_repeats + packages
+        texts = [texts[index] for index in shuffled(len(texts), config.seed)]
+        num_rows = config.num_tokens // config.sequence_length
+        rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
+        if len(rows) < num_rows:
+            raise InputError(
+                f"num_tokens={config.num_tokens}: the text has {rows.numel()} tokens; ask for "
+                "fewer, or raise stdlib_repeats"
+            )
+        held_rows = token_rows(heldout, tokenizer, config.sequence_length)
+        torch.manual_seed(config.seed)
+        model = _new_model(config).to(config.device)
+        params = PretrainParams(
+            config.batch_size, config.learning_rate, config.num_warmup_steps,
+            config.weight_decay, config.max_grad_norm, config.bf16,
+        )  # fmt: skip
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            event = {"kind": "progress", "done": step + 1, "total": total}
+            display.on_event({**event, "text": f"steps, loss {loss:.4f}"})
+
+        num_tokens = pretrain(model, rows, params, config.seed, on_step)
+        sums = evaluate_rows(model, held_rows, config.batch_size)
+        facts = {
+            "num_tokens": num_tokens,
+            "perplexity": sums.perplexity,
+            "num_heldout_tokens": sums.num_tokens,
+            "duration_s": time.monotonic() - begun_s,
+            "versions": versions(),
+        }
+        partial = out.with_name(f".{out.name}.partial")
+        save_model(model, tokenizer, partial)
+        (partial / "README.md").write_text(model_card(model, config, facts), encoding="utf-8")
+        partial.rename(out)
+        display.finish_stage("pretrain", f"held-out perplexity {sums.perplexity:.3f}")
+
+
+def _documents() -> tuple[list[str], list[str], list[str]]:
+    """Standard library, packages and held-out files, each without repeats or held-out text."""
+    from jobs._sources import package_documents, stdlib_documents
+
+    heldout = list(stdlib_documents(held_out=True))
+    stdlib = list(dict.fromkeys(stdlib_documents(held_out=False)))
+    packages = [text for text in dict.fromkeys(package_documents()) if text not in set(heldout)]
+    return stdlib, packages, heldout
+
+
+def _train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
+    """A byte-level BPE tokenizer of the training part of the standard library."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=_END, bos_token=_END,
+        model_max_length=config.sequence_length,
+    )  # fmt: skip
+
+
+def _new_model(config: PretrainConfig) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.hidden_size // config.num_heads,
+            max_position_embeddings=config.sequence_length,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
+    """The README.md of a model folder: data, recipe, tokens, held-out perplexity, limits."""
+    from jobs._sources import HELD_OUT_SHARE, PACKAGES
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    packages = ", ".join(PACKAGES)
+    installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"""---
+library_name: transformers
+license: apache-2.0
+language: [code]
+---
+# The embedded model of twofour
+
+A Llama-architecture model of Python source code, {num_parameters:,} parameters, trained from
+scratch by this project so that `python -m jobs.prune` has something real to prune on any machine.
+It predicts Python tokens; it is not meant for anything else.
+
+| | |
+|---|---|
+| parameters | {num_parameters:,} ({config.num_layers} blocks of width {config.hidden_size}, feed-forward {config.intermediate_size}, tied embeddings) |
+| tokenizer | byte-level BPE, {config.vocab_size} tokens, trained on the same standard library |
+| context | {config.sequence_length} tokens |
+| trained on | {facts["num_tokens"]:,} tokens ({facts["num_tokens"] / num_parameters:.0f} per parameter) |
+| held-out perplexity | {facts["perplexity"]:.3f} per token, on {facts["num_heldout_tokens"]:,} tokens of held-out standard-library files |
+| time | {facts["duration_s"] / 60:.0f} minutes on {config.device} |
+
+**Data.** The Python standard library without its tests, {config.stdlib_repeats} times, and once the
+Python sources of these installed packages, at most 16 MB each: {packages}. A file of the standard
+library is held out when the first four bytes of the SHA-256 of its relative path, read as a
+fraction, are below {HELD_OUT_SHARE}; a file equal to a held-out one is not trained on.
+
+**Recipe.** AdamW (0.9, 0.95), peak rate {config.learning_rate:g} after {config.num_warmup_steps}
+steps of warm-up, linear decay to zero, weight decay {config.weight_decay:g} on matrices, gradient
+norm clipped at {config.max_grad_norm:g}, {config.batch_size} rows of {config.sequence_length}
+tokens per step, {"bfloat16 autocast" if config.bf16 else "float32"}, seed {config.seed}.
+Made with `python -m jobs.pretrain` under {installed}.
+
+The sources are under their own permissive licences (PSF, Apache-2.0, BSD, MIT).
+"""
+
+
+if __name__ == "__main__":
+    from jobs._entry import main
+
+    main("pretrain")

@@ -1,0 +1,138 @@
+"""Quantise the sparse model to INT4: zeros stay zeros, the packed file is what gets scored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cluster.ray_backend import WorkerContext
+    from jobs._artifact import StageWriter
+    from jobs._stage import StageContext
+
+
+def identity(context: StageContext) -> dict[str, Any]:
+    """What decides the codes, and the score of the result."""
+    from jobs import evaluate
+    from jobs._sources import source_fingerprint
+    from jobs._stage import fingerprints
+
+    config = context.config
+    folders = {"sparse": context.models.sparse("quantize"), "dense": context.models.dense}
+    return {
+        "config": {
+            **context.settings("quantize"),
+            **evaluate.settings(context),
+            "run.seed": config.run.seed,
+        },
+        "inputs": {
+            **fingerprints(folders),
+            "calibration": source_fingerprint(config.data, "calibration"),
+            "heldout": evaluate.heldout_fingerprint(context),
+        },
+    }
+
+
+def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
+    """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
+    import json
+
+    from jobs import evaluate
+    from jobs._stage import PACKED
+
+    packed = writer.folder / "packed"
+    payload = {
+        "config": context.config, "sparse": context.models.sparse("quantize"),
+        "folder": writer.folder,
+    }  # fmt: skip
+    context.cluster.run_workers("quantize", quantize_on_worker, payload, writer.scratch / "train")
+    layers_file = writer.folder / "layers.json"
+    layers = json.loads(layers_file.read_text(encoding="utf-8"))
+    layers_file.unlink()
+    gate = check_packed(packed)
+    folders = {"recovered_int4": packed}
+    settings = context.config.quantize
+    results = evaluate.score(
+        context.cluster, context.config, context.models.dense, folders, "quantize"
+    )
+    return {
+        "results": results,
+        "gate": gate,
+        "packed_bytes": (packed / PACKED).stat().st_size,
+        "quantization": {
+            "method": settings.method,
+            "bits": settings.bits,
+            "group_size": settings.group_size,
+            "layers": layers,
+        },
+    }
+
+
+def check_packed(folder: Path) -> dict[str, int]:
+    """The exact pattern check on what a packed file unpacks to; raises like `check_files`."""
+    from jobs._gate import check_weight
+    from jobs._stage import MASKS, PACKED, read_sparsity
+    from sparsify.masks import load_masks
+    from sparsify.pack import load_packed
+    from sparsify.pattern import Pattern
+
+    sparsity = read_sparsity(folder)
+    assert sparsity is not None, "the stage wrote sparsity.json a moment ago"
+    pattern = Pattern.parse(sparsity["pattern"])
+    weights = load_packed(folder / PACKED)
+    counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
+    for layer, mask in load_masks(folder / MASKS).items():
+        weight = weights[f"{layer}.weight"]
+        check_weight(layer, weight, mask, pattern)
+        counts["num_layers"] += 1
+        counts["num_weights"] += weight.numel()
+        counts["num_zeros"] += int((weight == 0).sum())
+    return counts
+
+
+def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """On every worker: quantise the model block by block; rank 0 writes the packed folder."""
+    import torch
+
+    from jobs._artifact import disk_errors, write_json
+    from jobs._gate import masks_of
+    from jobs._packed import save_packed_folder
+    from jobs._sources import load_rows
+    from sparsify.comm import Comm
+    from sparsify.models.load import load_pair
+    from sparsify.quantize import QuantParams, quantize_model
+
+    torch.set_num_threads(context.num_threads)
+    config, folder = payload["config"], payload["folder"]
+    settings = config.quantize
+    comm = Comm.distributed() if context.world_size > 1 else Comm.single()
+    model, tokenizer = load_pair(payload["sparse"], config.model.dtype, context.device)
+    masks, pattern = masks_of(payload["sparse"], model, config.prune.pattern)
+    rows, warning = load_rows(
+        config.data, "calibration", tokenizer, settings.num_samples, config.run.seed
+    )
+    if warning:
+        context.warn(warning)
+    params = QuantParams(
+        method=settings.method, bits=settings.bits, group_size=settings.group_size,
+        damping=settings.damping,
+    )  # fmt: skip
+    result = quantize_model(
+        model, rows, masks, params, comm=comm, batch_size=settings.batch_size,
+        on_block=lambda done, total: context.progress(done, total, f"blocks, {settings.method}"),
+    )  # fmt: skip
+    if context.rank != 0:
+        return
+    with disk_errors(folder):
+        save_packed_folder(
+            folder / "packed", model, tokenizer, masks, pattern, result.layers, payload["sparse"]
+        )
+    write_json(folder / "layers.json", [asdict(report) for report in result.reports])
+
+
+if __name__ == "__main__":
+    from jobs._entry import main
+
+    main("quantize")

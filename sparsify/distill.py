@@ -1,0 +1,252 @@
+"""Losses that train a pruned student towards its dense teacher.
+
+Shapes: N tokens, V vocabulary, B rows, T tokens per row, D hidden width. The losses over the
+vocabulary run in float32 whatever the dtype of the logits, `chunk_tokens` tokens at a time, with
+gradients in closed form, so that no float32 copy of the logits ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutput
+
+CHUNK_TOKENS = 1024
+# Floor of SquareHead's denominator: machine epsilon of bfloat16, as in the published recipe.
+_SQUARE_HEAD_EPS = torch.finfo(torch.bfloat16).eps
+_NO_TARGET = -100
+
+
+@dataclass
+class LossWeights:
+    """Weights of the terms of the distillation loss; a term of weight 0 is not computed."""
+
+    kl: float = 1.0
+    """weight of KL(teacher || student) per token, >= 0"""
+    ce: float = 0.0
+    """weight of the next-token cross-entropy, >= 0"""
+    square_head: float = 0.0
+    """weight of the SquareHead loss between hidden states, >= 0"""
+    temperature: float = 1.0
+    """divisor of both models' logits in the KL term, > 0"""
+
+    def __post_init__(self) -> None:
+        for name in ("kl", "ce", "square_head"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"distill.{name}_weight={value}: must be a number >= 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"distill.temperature={self.temperature}: must be a number > 0")
+        if self.kl == self.ce == self.square_head == 0:
+            raise InputError(
+                "distill: kl_weight, ce_weight and square_head_weight are all 0, nothing to train "
+                "on; give one of them a weight"
+            )
+
+
+def forward_kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 1.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> torch.Tensor:
+    """Forward KL divergence from teacher to student, mean over tokens, times temperature squared.
+
+    With p = softmax(z_t / tau) and q = softmax(z_s / tau) it is tau^2 * mean_n sum_v p (log p -
+    log q). The factor tau^2 keeps the size of the gradient independent of tau (Hinton et al. 2015,
+    arXiv 1503.02531, section 2.1). The gradient with respect to z_s is tau * (q - p) / N.
+
+    Args:
+        student_logits: (..., V), any float dtype.
+        teacher_logits: same shape; gets no gradient.
+        temperature: tau > 0.
+        chunk_tokens: tokens whose float32 probabilities exist at one time.
+
+    Returns:
+        float32 scalar.
+
+    Cost: a few float32 buffers of chunk_tokens x V in forward and in backward, and the gradient in
+    the dtype of the student's logits; probabilities are computed again in backward.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise InputError(
+            f"distill: student logits {tuple(student_logits.shape)} and teacher logits "
+            f"{tuple(teacher_logits.shape)} differ; teacher and student must share the vocabulary"
+        )
+    return _ForwardKL.apply(student_logits, teacher_logits.detach(), temperature, chunk_tokens)
+
+
+def cross_entropy(
+    logits: torch.Tensor, input_ids: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> torch.Tensor:
+    """Next-token cross-entropy: token t + 1 from position t, mean over the B (T - 1) predictions.
+
+    Args:
+        logits: (B, T, V), any float dtype.
+        input_ids: (B, T) int64.
+        chunk_tokens: tokens whose float32 probabilities exist at one time.
+
+    Returns:
+        float32 scalar.
+    """
+    # The last position has no target. Marking it, rather than cutting it off, keeps the logits
+    # contiguous, so that flattening them copies nothing.
+    targets = torch.full_like(input_ids, _NO_TARGET)
+    targets[:, :-1] = input_ids[:, 1:]
+    return _CrossEntropy.apply(logits, targets, chunk_tokens)
+
+
+def square_head(
+    student_hidden: Sequence[torch.Tensor], teacher_hidden: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """SquareHead loss: squared distance of hidden states, relative to the teacher's size, summed.
+
+    sum over blocks l of mean((h_s - h_t)^2) / (mean(h_t^2) + eps), eps the machine epsilon of
+    bfloat16, in float32 (Kurtic et al. 2023, arXiv 2310.06927, equation 1, with the authors' eps).
+
+    Args:
+        student_hidden: hidden states of a Hugging Face output: the embedding's first (left out of
+            the sum), then one (B, T, D) tensor per block.
+        teacher_hidden: the same of the teacher; gets no gradient.
+
+    Returns:
+        float32 scalar.
+
+    Cost: about three float32 buffers of B x T x D per block are held for backward.
+    """
+    if [h.shape for h in student_hidden] != [h.shape for h in teacher_hidden]:
+        raise InputError(
+            f"distill.square_head_weight: the student has {len(student_hidden) - 1} blocks of "
+            f"width {student_hidden[-1].shape[-1]}, the teacher {len(teacher_hidden) - 1} of "
+            f"{teacher_hidden[-1].shape[-1]}; they must be equal, or set the weight to 0"
+        )
+    total = torch.zeros((), device=student_hidden[-1].device)
+    for h_s, h_t in zip(student_hidden[1:], teacher_hidden[1:], strict=True):
+        target = h_t.detach().float()
+        error = (h_s.float() - target).square().mean()
+        total = total + error / (target.square().mean() + _SQUARE_HEAD_EPS)
+    return total
+
+
+def distillation_loss(
+    student_out: CausalLMOutput,
+    teacher_out: CausalLMOutput | None,
+    input_ids: torch.Tensor,
+    weights: LossWeights,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Weighted sum of the terms that have a weight.
+
+    The KL term covers all T positions of a row (no target is needed), cross-entropy the first
+    T - 1.
+
+    Args:
+        student_out: model output with `logits`, and `hidden_states` if SquareHead has a weight.
+        teacher_out: the same of the teacher, made without gradient; None if only cross-entropy has
+            a weight.
+        input_ids: (B, T) int64, the tokens both outputs were made from.
+        weights: the terms.
+
+    Returns:
+        The loss (float32 scalar with gradient), and the unweighted value of each term under "kl",
+        "ce" and "square_head"; 0.0 for a term that was not computed.
+    """
+    terms: dict[str, torch.Tensor] = {}
+    if weights.kl:
+        student, teacher = (_required(o, "logits", "kl") for o in (student_out, teacher_out))
+        terms["kl"] = forward_kl(student, teacher, weights.temperature)
+    if weights.ce:
+        terms["ce"] = cross_entropy(_required(student_out, "logits", "ce"), input_ids)
+    if weights.square_head:
+        terms["square_head"] = square_head(
+            _required(student_out, "hidden_states", "square_head"),
+            _required(teacher_out, "hidden_states", "square_head"),
+        )
+    loss = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+    parts = {"kl": 0.0, "ce": 0.0, "square_head": 0.0}
+    return loss, parts | {name: term.item() for name, term in terms.items()}
+
+
+def _required(output: Any, field: str, term: str) -> Any:
+    value = getattr(output, field, None)
+    assert value is not None, f"the {term} term needs {field} in the outputs of both models"
+    return value
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, start + chunk_tokens)
+
+
+class _ForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        z_s, z_t = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        total = torch.zeros((), dtype=torch.float64, device=z_s.device)
+        for chunk in _chunks(len(z_s), chunk_tokens):
+            log_q = (z_s[chunk].float() / temperature).log_softmax(dim=-1)
+            log_p = (z_t[chunk].float() / temperature).log_softmax(dim=-1)
+            total += log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dim=-1).double().sum()
+        ctx.save_for_backward(student_logits, teacher_logits)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        return (total * temperature**2 / len(z_s)).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
+        student_logits, teacher_logits = ctx.saved_tensors
+        grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+        z_s, z_t = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        rows = grad.flatten(0, -2)  # a view: `grad` is contiguous
+        scale = grad_output.float() * ctx.temperature / len(z_s)
+        for chunk in _chunks(len(z_s), ctx.chunk_tokens):
+            q = (z_s[chunk].float() / ctx.temperature).softmax(dim=-1)
+            p = (z_t[chunk].float() / ctx.temperature).softmax(dim=-1)
+            rows[chunk] = q.sub_(p).mul_(scale)
+        return grad, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+    ) -> torch.Tensor:
+        z, flat = logits.flatten(0, -2), targets.flatten()
+        total = torch.zeros((), dtype=torch.float64, device=z.device)
+        for chunk in _chunks(len(z), chunk_tokens):
+            nll = torch.nn.functional.cross_entropy(
+                z[chunk].float(), flat[chunk], ignore_index=_NO_TARGET, reduction="none"
+            )
+            total += nll.double().sum()
+        ctx.save_for_backward(logits, targets)
+        ctx.num_targets = targets.shape[0] * (targets.shape[1] - 1)
+        ctx.chunk_tokens = chunk_tokens
+        return (total / ctx.num_targets).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
+        logits, targets = ctx.saved_tensors
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        z, flat, rows = logits.flatten(0, -2), targets.flatten(), grad.flatten(0, -2)
+        scale = grad_output.float() / ctx.num_targets
+        for chunk in _chunks(len(z), ctx.chunk_tokens):
+            has_target = (flat[chunk] != _NO_TARGET).float()[:, None]
+            q = z[chunk].float().softmax(dim=-1)
+            q.scatter_add_(1, flat[chunk].clamp(min=0)[:, None], -has_target)
+            rows[chunk] = q.mul_(has_target * scale)
+        return grad, None, None

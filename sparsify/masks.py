@@ -1,0 +1,254 @@
+"""Keep-masks as data, and as a hold on weights while they train.
+
+A keep-mask is a boolean tensor of the weight's shape, True where the weight survives. On disk and
+between processes it is bit-packed (1/8 of a byte per weight). The masks of a pruned model are an
+artifact of their own: a kept weight may be exactly 0.0, so zeros in the weights are not the mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from sparsify.errors import InputError, PatternViolationError
+from sparsify.models.structure import find_blocks
+from sparsify.pattern import check_divides, find_violation, keep_mask_from_scores
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from sparsify.pattern import Pattern
+
+_FORMAT = "twofour-masks-1"  # also the one key of the metadata: several have no fixed order
+
+
+def pack_mask(keep_mask: torch.Tensor) -> torch.Tensor:
+    """Eight mask elements per byte.
+
+    Args:
+        keep_mask: bool tensor of any shape.
+
+    Returns:
+        uint8 tensor of ceil(numel / 8) bytes on the same device; element i (row-major) is bit
+        i % 8 (counted from the lowest) of byte i // 8, unused bits of the last byte are 0.
+    """
+    if keep_mask.dtype != torch.bool:
+        raise TypeError(f"keep_mask must be bool, not {keep_mask.dtype}")
+    flat = keep_mask.flatten().to(torch.uint8)
+    bits = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(len(bits), dtype=torch.uint8, device=keep_mask.device)
+    for bit in range(8):
+        packed |= bits[:, bit] << bit
+    return packed
+
+
+def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The bool tensor of `shape` that `pack_mask` made `packed` from, on the device of `packed`.
+
+    Raises:
+        InputError: `packed` has not the number of bytes that `shape` needs.
+    """
+    numel = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
+        raise InputError(
+            f"packed mask: {tuple(packed.shape)} of {packed.dtype}; a mask of shape "
+            f"{tuple(shape)} needs {-(-numel // 8)} bytes"
+        )
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> bits) & 1).flatten()[:numel].view(*shape).bool()
+
+
+def mask_digest(keep_mask: torch.Tensor) -> str:
+    """SHA-256 (hex) of the mask's shape and packed bits."""
+    packed = pack_mask(keep_mask.cpu())
+    digest = hashlib.sha256(repr(tuple(keep_mask.shape)).encode())
+    digest.update(packed.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
+    """Write masks (layer name -> bool tensor) as one safetensors file.
+
+    The tensors are `pack_mask` of each; the metadata maps the format's name to the shapes as JSON.
+
+    The same masks give the same bytes.
+    """
+    names = sorted(masks)
+    shapes = json.dumps({name: list(masks[name].shape) for name in names})
+    packed = {name: pack_mask(masks[name].cpu()) for name in names}
+    save_file(packed, path, metadata={_FORMAT: shapes})
+
+
+def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read what `save_masks` wrote.
+
+    Raises:
+        InputError: no such file, not a mask file, or truncated or corrupt.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"mask file {path}: there is no such file; run the prune stage first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"mask file {path}: truncated or corrupt ({error}); run the prune stage again"
+        ) from None
+    if _FORMAT not in metadata:
+        raise InputError(
+            f"mask file {path}: not a mask file of this version (no {_FORMAT!r} in its metadata); "
+            "run the prune stage again"
+        )
+    shapes = json.loads(metadata[_FORMAT])
+    return {name: unpack_mask(packed[name], shapes[name]) for name in sorted(packed)}
+
+
+def infer_masks(
+    model: nn.Module, pattern: Pattern, skip: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The masks of a model that was pruned elsewhere, from the zeros in its block linears.
+
+    Every non-zero weight is kept. Where a group (or row) has more zeros than the pattern asks
+    for, the surplus zeros are kept too, lowest column first, so that every mask has exactly the
+    pattern's count and a weight that is zero by chance can still train.
+
+    Args:
+        model: a model whose blocks `sparsify.models.structure.find_blocks` finds.
+        pattern: what every linear layer of the blocks must satisfy.
+        skip: glob patterns of full layer names that were left dense.
+
+    Returns:
+        Full layer name (without ".weight") -> bool tensor of the weight's shape.
+
+    Raises:
+        InputError: a layer does not satisfy the pattern; names layer, row and column.
+    """
+    prefix, blocks = find_blocks(model)
+    masks = {}
+    for name, module in blocks.named_modules(prefix=prefix):
+        if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in skip):
+            continue
+        weight = module.weight.detach()
+        check_divides(name, weight.shape[1], pattern)
+        violation = find_violation(weight, pattern)
+        if violation is not None:
+            row, column = violation
+            raise InputError(
+                f"{name}: not pruned to {pattern} (row {row}, from column {column}: too many "
+                "non-zero weights); prune the model first, or skip this layer"
+            )
+        masks[name] = keep_mask_from_scores(weight.abs(), pattern)
+    return masks
+
+
+class _GradientMask:
+    """Tensor hook that clears the gradient where the mask is False; holds the mask packed."""
+
+    def __init__(self, keep_mask: torch.Tensor) -> None:
+        self._shape = tuple(keep_mask.shape)
+        self._packed = pack_mask(keep_mask)
+
+    def __call__(self, grad: torch.Tensor) -> torch.Tensor:
+        if self._packed.device != grad.device:  # the engine moved the model after registration
+            self._packed = self._packed.to(grad.device)
+        # Filled, not multiplied: inf * 0 would put NaN where a zero belongs.
+        return grad.masked_fill(~unpack_mask(self._packed, self._shape), 0)
+
+
+def mask_gradients(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[RemovableHandle]:
+    """Make every backward pass give zero gradient at pruned weights.
+
+    The hook runs before the gradient is accumulated, so pruned positions take no part in gradient
+    norms, reductions or optimizer moments: under AdamW a weight that starts at zero with zero
+    moments then stays exactly zero. Call it before a distributed engine takes the parameters over.
+
+    Args:
+        model: holds a module for every name in `masks`.
+        masks: full layer name -> bool tensor of the weight's shape. Two names of one tied weight
+            must have equal masks.
+
+    Returns:
+        One handle per distinct weight; `remove()` ends the masking.
+
+    Raises:
+        InputError: an unknown name, a mask of another shape, or tied weights with unequal masks.
+
+    Cost: one bit of memory per weight, plus one unpacked mask at a time in backward.
+    """
+    return [
+        weight.register_hook(_GradientMask(keep_mask.to(weight.device)))
+        for weight, keep_mask in _weights(model, masks)
+    ]
+
+
+@torch.no_grad()
+def apply_masks_(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    """Set every pruned weight to zero, in place; arguments and errors as `mask_gradients`."""
+    for weight, keep_mask in _weights(model, masks):
+        weight.masked_fill_(~keep_mask.to(weight.device), 0)
+
+
+def require_masked(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    """Check that every pruned weight is exactly zero.
+
+    Raises:
+        PatternViolationError: one is not; names the layer, row and column.
+        InputError: as `mask_gradients`.
+    """
+    for (name, keep_mask), weight in zip(masks.items(), _targets(model, masks), strict=True):
+        wrong = (weight.detach() != 0) & ~keep_mask.to(weight.device)
+        if wrong.any():
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            raise PatternViolationError(
+                f"{name}: pruned weight at row {row}, column {column} is "
+                f"{weight[row, column].item():.3e} instead of 0"
+            )
+
+
+def _targets(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+    """The weight of every name in `masks`, shapes checked."""
+    modules = dict(model.named_modules())
+    weights = []
+    for name, keep_mask in masks.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise InputError(
+                f"mask of layer {name}: the model has no such layer; masks and model are of "
+                "different runs"
+            )
+        if weight.shape != keep_mask.shape:
+            raise InputError(
+                f"mask of layer {name}: shape {tuple(keep_mask.shape)}, the weight has "
+                f"{tuple(weight.shape)}; masks and model are of different runs"
+            )
+        weights.append(weight)
+    return weights
+
+
+def _weights(
+    model: nn.Module, masks: dict[str, torch.Tensor]
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Every distinct weight once, with its mask."""
+    first: dict[int, str] = {}
+    pairs = []
+    for name, weight in zip(masks, _targets(model, masks), strict=True):
+        other = first.setdefault(id(weight), name)
+        if other == name:
+            pairs.append((weight, masks[name]))
+        elif not torch.equal(masks[other].cpu(), masks[name].cpu()):
+            raise InputError(
+                f"masks of layers {other} and {name}: the layers share one weight but the masks "
+                "differ; give both the same mask"
+            )
+    return pairs

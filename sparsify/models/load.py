@@ -1,0 +1,360 @@
+"""Checkpoint folders in the Hugging Face layout: check them, read them, write them.
+
+Owns what a usable model folder is and says in one line why another one is not. Safetensors only
+(no pickle), no code from a checkpoint, no network: a model is a folder on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "*.tiktoken",
+)  # fmt: skip
+_LFS_START = b"version https://git-lfs"
+
+
+def embedded_path() -> Path:
+    """Folder of the small model that every installation carries (`model.path=embedded`).
+
+    Raises:
+        InputError: the installation has no such folder.
+    """
+    folder = Path(__file__).resolve().parent.parent / EMBEDDED
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"model.path=embedded: {folder} holds no model; reinstall, or make it with "
+            "'python -m jobs.pretrain'"
+        )
+    return folder
+
+
+def resolve_path(path: str | Path) -> Path:
+    """`path` as a folder, with the word "embedded" standing for `embedded_path()`."""
+    return embedded_path() if str(path) == EMBEDDED else Path(path)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Check that `path` is a model folder that can be loaded, without reading the weights.
+
+    Raises:
+        InputError: no such folder; config.json missing, not JSON, of an unknown, non-causal or
+            quantised model, or asking for code from the checkpoint; no safetensors; a shard that
+            is missing, truncated or corrupt.
+
+    Cost: reads config.json, the index and the header of every shard.
+    """
+    folder = resolve_path(path)
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        raise InputError(
+            f"model folder {path}: {found}; give a folder with config.json and safetensors "
+            "(a model of the Hugging Face Hub is downloaded first: hf download NAME --local-dir "
+            "FOLDER)"
+        )
+    _read_config(folder)
+    for shard in _weight_files(folder):
+        _check_shard(shard)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise InputError(
+            f"{path}: not valid JSON ({_first_line(error)}); copy or download the file again"
+        ) from None
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration; InputError unless it is a causal LM of a known type."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"model folder {folder}: config.json is missing; give a folder in the Hugging Face "
+            "layout (config.json, model.safetensors, tokenizer.json)"
+        )
+    raw = _read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(f"{path}: no 'model_type' in it; this is not a model's configuration")
+    model_type = raw["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise InputError(
+                f"{path}: model_type {model_type!r} needs Python code from the checkpoint "
+                "(auto_map), which is refused; use a model whose type transformers has built in"
+            )
+        raise InputError(
+            f"{path}: model_type {model_type!r} is not known to the installed transformers; use a "
+            "model of a known type or a newer transformers"
+        )
+    if raw.get("quantization_config"):
+        raise InputError(
+            f"{path}: the weights are quantised (quantization_config); pruning and recovery need "
+            "the original model in float32, bfloat16 or float16"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path}: not a usable configuration: {_first_line(error)}") from None
+    # Encoders such as BERT are in the mapping too, but attend to both sides unless told otherwise.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
+    if not causal:
+        raise InputError(
+            f"{path}: model_type {model_type!r} is no causal language model; use a decoder-only "
+            "text model"
+        )
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model; InputError if there are none or one is lost."""
+    if (folder / _WEIGHTS).exists():
+        return [folder / _WEIGHTS]
+    index = folder / _INDEX
+    if not index.exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+        if pickles:
+            raise InputError(
+                f"model folder {folder}: weights only as pickle ({pickles[0]}), which can run "
+                "code when read and is refused; convert the model to safetensors"
+            )
+        raise InputError(f"model folder {folder}: no weights; expected {_WEIGHTS} or {_INDEX}")
+    raw = _read_json(index)
+    shards = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{index}: no 'weight_map' in it; copy or download the file again")
+    names = sorted({str(name) for name in shards.values()})
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{index} names the shard {name}, which is missing; copy or download it again"
+            )
+    return [folder / name for name in names]
+
+
+def _check_shard(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_START)) == _LFS_START:
+            raise InputError(
+                f"{path}: a Git LFS pointer, not weights; run 'git lfs pull' in its repository"
+            )
+    try:
+        with safe_open(path, framework="pt") as shard:
+            shard.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated or corrupt ({path.stat().st_size} bytes; {_first_line(error)}); "
+            "copy or download it again"
+        ) from None
+
+
+def load_model(
+    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model from a folder, complete and finite, or not at all.
+
+    Args:
+        path: model folder, or "embedded".
+        dtype: float32, bfloat16 or float16; the weights are cast to it.
+        device: where the weights go.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        InputError: see `check_checkpoint`; also tensors that are missing, unexpected or of the
+            wrong shape.
+            A weight that is NaN or infinite in `dtype` is refused too, by name.
+
+    Cost: one copy of the weights in memory, one pass over them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise InputError(f"model.dtype={dtype}: unknown; use one of {', '.join(DTYPES)}")
+    folder = resolve_path(path)
+    check_checkpoint(folder)
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come back in info and are refused below
+            )  # fmt: skip
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        raise InputError(f"model folder {folder}: cannot be loaded: {_first_line(error)}") from None
+    model, info = loaded  # a pair, because of output_loading_info
+    _check_loading_info(folder, info)
+    _check_finite(folder, model, dtype)
+    return model.to(device).eval()
+
+
+def _check_loading_info(folder: Path, info: dict[str, Any]) -> None:
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise InputError(
+            f"model folder {folder}: tensor {name} has shape {tuple(found)} where config.json "
+            f"asks for {tuple(expected)} ({len(mismatched)} such tensors); config.json and weights "
+            "are of different models"
+        )
+    for kind, what in (
+        ("missing_keys", "missing from the weights"),
+        ("unexpected_keys", "in the weights but not part of the model in config.json"),
+    ):
+        names = sorted(info[kind])
+        if names:
+            raise InputError(
+                f"model folder {folder}: {len(names)} tensors are {what}, the first is {names[0]}; "
+                "config.json and weights are of different models, or a shard is incomplete"
+            )
+
+
+def _check_finite(folder: Path, model: torch.nn.Module, dtype: str) -> None:
+    for name, weight in model.named_parameters():
+        bad = weight.numel() - int(weight.isfinite().sum())
+        if bad:
+            hint = "; float16 ends at 65504, try model.dtype=bfloat16" if dtype == "float16" else ""
+            raise InputError(
+                f"model folder {folder}: {bad} of {weight.numel()} values of {name} are NaN or "
+                f"infinite as {dtype}; use a sound checkpoint{hint}"
+            )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        InputError: the folder has no tokenizer files, or they cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_path(path)
+    if not folder.is_dir():
+        raise InputError(f"model folder {path}: there is no such folder")
+    if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+        raise InputError(
+            f"model folder {folder}: no tokenizer; copy tokenizer.json and tokenizer_config.json "
+            "of the model into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        empty = not tokenizer.get_vocab()
+    except Exception as error:
+        raise InputError(
+            f"model folder {folder}: the tokenizer cannot be read: {_first_line(error)}"
+        ) from None
+    if empty:
+        raise InputError(f"model folder {folder}: the tokenizer has no tokens")
+    return tokenizer
+
+
+def load_pair(
+    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load_model` and `load_tokenizer` of one folder, checked against each other.
+
+    Raises:
+        InputError: also when the tokenizer has ids that the model has no embedding for.
+    """
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, dtype, device)
+    check_vocabulary(model, tokenizer, str(path))
+    return model, tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """InputError when a token id of `tokenizer` lies beyond the embedding rows of `model`."""
+    highest = max(tokenizer.get_vocab().values())
+    embedding: Any = model.get_input_embeddings()
+    num_rows = embedding.weight.shape[0]
+    if highest >= num_rows:
+        raise InputError(
+            f"model folder {name}: the tokenizer has ids up to {highest}, the model has {num_rows} "
+            "embedding rows; use the tokenizer that belongs to this model"
+        )
+
+
+def check_sequence_length(config: PretrainedConfig, sequence_length: int) -> None:
+    """InputError when rows of `sequence_length` tokens are longer than the model's positions."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise InputError(
+            f"data.sequence_length={sequence_length}: the model has {limit} positions "
+            f"(max_position_embeddings); use at most {limit}"
+        )
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+) -> None:
+    """Write a model folder: safetensors, config.json and the tokenizer.
+
+    The same weights give the same bytes. The folder may exist; files of the same names in it are
+    replaced.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet_transformers():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no loading report: what matters in the report is raised instead."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,75 @@
+"""Fixtures that several test modules share: a tiny model folder, and no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any Hugging Face package is imported: a test that reaches for the network must fail.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+END_OF_TEXT = "<|endoftext|>"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Byte-level BPE with about 320 tokens, trained on this repository's sources."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    sources = sorted(str(p) for p in (REPOSITORY / "sparsify").glob("*.py"))
+    trained.train(sources, vocab_size=320, special_tokens=[END_OF_TEXT], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer,
+        eos_token=END_OF_TEXT,
+        model_max_length=10**9,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A Llama of two blocks with random weights and its tokenizer; read-only, copy to change it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=None,
+            eos_token_id=tiny_tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+        )
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_model_dir):
+    """The model of `tiny_model_dir`, loaded anew for every test."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+@pytest.fixture
+def tiny_rows(tiny_tokenizer) -> torch.Tensor:
+    """(12, 32) random token rows."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(len(tiny_tokenizer), (12, 32), generator=generator)

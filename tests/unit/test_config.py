@@ -1,0 +1,303 @@
+"""The schema's rules and the YAML files that give it values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.spec import ClusterSpec
+from conf.schema import (
+    STAGES,
+    Config,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    PretrainConfig,
+    PruneConfig,
+    QuantizeConfig,
+    RunConfig,
+    TrackerConfig,
+    default_run_dir,
+    to_dict,
+)
+from jobs._entry import load_config
+from jobs._options import CONF_DIR, JOBS, cluster_names, job_options
+from sparsify.errors import InputError
+
+FROM = "run.from=runs/earlier"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        found |= nested if nested is not None else {prefix + key: value}
+    return found
+
+
+# --- YAML and schema describe the same options
+
+
+def test_prune_yaml_and_local_cluster_cover_every_field_and_nothing_else() -> None:
+    written = read_yaml(CONF_DIR / "prune.yaml") | read_yaml(CONF_DIR / "cluster" / "local.yaml")
+    assert flat(written) == flat(to_dict(Config()))
+
+
+def test_pretrain_yaml_covers_every_field_and_nothing_else() -> None:
+    assert read_yaml(CONF_DIR / "pretrain.yaml") == to_dict(PretrainConfig())
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_cluster_preset_sets_all_of_its_own_group_and_only_known_options(name: str) -> None:
+    preset = read_yaml(CONF_DIR / "cluster" / f"{name}.yaml")
+    assert set(preset["cluster"]) == {field.name for field in fields(ClusterSpec)}
+    assert preset["cluster"]["name"] == name
+    assert set(flat(preset)) <= set(job_options("prune"))
+
+
+def test_every_job_has_its_yaml() -> None:
+    assert sorted(JOBS) == sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(CONF_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_defaults_list_names_a_cluster(path: Path) -> None:
+    assert not any("cluster" in str(item) for item in read_yaml(path).get("defaults", []))
+
+
+@pytest.mark.parametrize("cluster", cluster_names())
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "pretrain"])
+def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
+    config = load_config(job, [f"+cluster={cluster}", *([] if job == "prune" else [FROM])])
+    assert isinstance(config, Config)
+    assert config.cluster.name == cluster
+    assert config.stages == (list(STAGES) if job == "prune" else [job])
+
+
+def test_composed_config_holds_only_plain_values() -> None:
+    def check(value: Any) -> None:
+        if is_dataclass(value):
+            for field in fields(value):
+                check(getattr(value, field.name))
+        else:
+            assert type(value) in (int, float, bool, str, list, type(None)), value
+
+    check(load_config("prune", []))
+    check(load_config("pretrain", []))
+
+
+def test_no_cluster_means_local() -> None:
+    assert load_config("prune", []) == load_config("prune", ["+cluster=local"]) == Config()
+    assert load_config("pretrain", []) == PretrainConfig()
+
+
+def test_cluster_preset_sets_other_groups_and_the_command_line_wins() -> None:
+    preset = load_config("prune", ["+cluster=h100x32"])
+    assert isinstance(preset, Config)
+    assert (preset.distill.precision, preset.model.dtype) == ("bf16", "bfloat16")
+    assert (preset.data.sequence_length, preset.prune.num_samples) == (2048, 512)
+    assert preset.distill.num_tokens == 13_000_000_000
+    for words in (
+        ["distill.precision=fp32", "cluster.num_workers=16", "+cluster=h100x32"],
+        ["+cluster=h100x32", "distill.precision=fp32", "cluster.num_workers=16"],
+    ):
+        config = load_config("prune", words)
+        assert isinstance(config, Config)
+        assert config == replace(
+            preset,
+            distill=replace(preset.distill, precision="fp32"),
+            cluster=replace(preset.cluster, num_workers=16),
+        )
+
+
+def test_loading_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.global_hydra import GlobalHydra
+
+    monkeypatch.chdir(tmp_path)
+    load_config("prune", [])
+    assert Path.cwd() == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    assert not GlobalHydra.instance().is_initialized()
+
+
+# --- rules
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        # stages
+        (lambda: Config(stages=[]), ["stages=[]", "at least one"]),
+        (lambda: Config(stages=["prune", "distil"]), ["'distil'", "did you mean distill?"]),
+        (lambda: Config(stages=["prune", "prune"]), ["twice", "[prune]"]),
+        (
+            lambda: Config(stages=["evaluate", "prune"]),
+            ["stages=[evaluate,prune]", "out of order", "stages=[prune,evaluate]"],
+        ),
+        (lambda: Config(stages=["distill"]), ["run.from", "required", "run.from=runs/"]),
+        # run
+        (lambda: RunConfig(seed=-1), ["run.seed=-1", "at least 0", "2**63 - 1"]),
+        (lambda: RunConfig(dir=" "), ["run.dir", "empty"]),
+        (lambda: RunConfig(from_=""), ["run.from:", "empty"]),
+        (lambda: RunConfig(redo=["prun"]), ["run.redo=prun", "did you mean prune?", "all"]),
+        (lambda: RunConfig(redo=["all", "prune"]), ["run.redo=[all,prune]", "run.redo=[all]"]),
+        (lambda: RunConfig(redo=["prune", "prune"]), ["run.redo", "twice"]),
+        (
+            lambda: Config(stages=["prune"], run=RunConfig(redo=["export"])),
+            ["run.redo=[export]", "not a stage of this run", "prune, or all"],
+        ),
+        # model, data, export
+        (lambda: ModelConfig(path=""), ["model.path", "empty"]),
+        (lambda: ModelConfig(dtype="fp16"), ["model.dtype=fp16", "float32, bfloat16, float16"]),
+        (lambda: Config(model=ModelConfig(dtype="float16")), ["model.dtype=float16", "GPU"]),
+        (lambda: DataConfig(heldout_share=0), ["data.heldout_share=0", "more than 0"]),
+        (lambda: DataConfig(heldout_share=0.51), ["data.heldout_share=0.51", "at most 0.5"]),
+        (lambda: DataConfig(sequence_length=7), ["data.sequence_length=7", "at least 8"]),
+        (lambda: DataConfig(separator=""), ["data.separator", "empty"]),
+        (lambda: DataConfig(text_field=" "), ["data.text_field", "empty"]),
+        (lambda: ExportConfig(dtype="int8"), ["export.dtype=int8", "bfloat16"]),
+        # prune
+        (lambda: PruneConfig(method="sparsgpt"), ["prune.method", "did you mean sparsegpt?"]),
+        (lambda: PruneConfig(baselines=["x"]), ["prune.baselines=x", "wanda"]),
+        (lambda: PruneConfig(baselines=["wanda", "wanda"]), ["twice", "[wanda]"]),
+        (lambda: PruneConfig(pattern="2-4"), ["prune.pattern=2-4", "N:M", "unstructured:0.5"]),
+        (lambda: PruneConfig(pattern="4:4"), ["prune.pattern=4:4", "1 <= N < M"]),
+        (lambda: PruneConfig(pattern="0:4"), ["prune.pattern=0:4", "1 <= N < M"]),
+        (lambda: PruneConfig(pattern="2:4 "), ["prune.pattern=2:4 ", "not a pattern"]),
+        (lambda: PruneConfig(pattern="unstructured:1"), ["between 0 and 1"]),
+        (lambda: PruneConfig(pattern="unstructured:nan"), ["not a pattern"]),
+        (lambda: PruneConfig(block_size=130), ["prune.block_size=130", "4", "128 or 132"]),
+        (lambda: PruneConfig(block_size=2), ["prune.block_size=2", "use 4"]),
+        (lambda: PruneConfig(num_samples=0), ["prune.num_samples=0", "at least 1"]),
+        (lambda: PruneConfig(batch_size=-1), ["prune.batch_size=-1", "at least 1"]),
+        (lambda: PruneConfig(damping=0), ["prune.damping=0", "more than 0"]),
+        (lambda: PruneConfig(damping=1.5), ["prune.damping=1.5", "at most 1"]),
+        # distill
+        (lambda: DistillConfig(beta1=1.0), ["distill.beta1=1.0", "less than 1"]),
+        (lambda: DistillConfig(beta2=-0.1), ["distill.beta2=-0.1", "at least 0"]),
+        (lambda: DistillConfig(temperature=0), ["distill.temperature=0", "more than 0"]),
+        (lambda: DistillConfig(learning_rate=-1.0), ["distill.learning_rate=-1.0"]),
+        (lambda: DistillConfig(max_grad_norm=0), ["distill.max_grad_norm=0"]),
+        (lambda: DistillConfig(min_learning_rate_share=2), ["min_learning_rate_share=2"]),
+        (lambda: DistillConfig(kl_weight=0), ["every loss weight is 0", "distill.ce_weight"]),
+        (lambda: DistillConfig(ce_weight=-1), ["distill.ce_weight=-1", "at least 0"]),
+        (lambda: DistillConfig(precision="fp16"), ["distill.precision=fp16", "fp32, bf16"]),
+        (lambda: DistillConfig(zero_stage=4), ["distill.zero_stage=4", "at most 3"]),
+        (lambda: DistillConfig(checkpoint_every_steps=0), ["distill.checkpoint_every_steps=0"]),
+        (
+            lambda: Config(distill=DistillConfig(batch_size=20)),
+            ["distill.batch_size=20", "multiple of 16", "use 16 or 32", "cluster.num_workers=2"],
+        ),
+        (
+            lambda: Config(distill=DistillConfig(batch_size=8)),
+            ["distill.batch_size=8", "use 16,", "smaller distill.micro_batch_size"],
+        ),
+        (
+            lambda: Config(distill=DistillConfig(num_tokens=4095)),
+            ["distill.num_tokens=4095", "one step of 4096", "at least 4096"],
+        ),
+        # evaluate, quantize, tracker
+        (lambda: EvaluateConfig(num_tokens=0), ["evaluate.num_tokens=0"]),
+        (lambda: EvaluateConfig(batch_size=0), ["evaluate.batch_size=0"]),
+        (
+            lambda: Config(evaluate=EvaluateConfig(num_tokens=255)),
+            ["evaluate.num_tokens=255", "data.sequence_length=256", "at least 256"],
+        ),
+        (lambda: QuantizeConfig(method="awq"), ["quantize.method=awq", "gptq, rtn"]),
+        (lambda: QuantizeConfig(bits=3), ["quantize.bits=3", "4, 8"]),
+        (lambda: QuantizeConfig(group_size=0), ["quantize.group_size=0", "at least 1"]),
+        (lambda: QuantizeConfig(damping=0), ["quantize.damping=0"]),
+        (lambda: TrackerConfig(wandb="on"), ["tracker.wandb=on", "auto, online, offline, off"]),
+        (lambda: TrackerConfig(project="a/b"), ["tracker.project=a/b", "refuses /"]),
+        # pretrain
+        (lambda: PretrainConfig(device="tpu"), ["device=tpu", "cpu, cuda"]),
+        (lambda: PretrainConfig(vocab_size=256), ["vocab_size=256", "at least 257"]),
+        (lambda: PretrainConfig(num_tokens=8191), ["num_tokens=8191", "8192"]),
+        (lambda: PretrainConfig(hidden_size=100), ["hidden_size=100", "96 or 104"]),
+        (lambda: PretrainConfig(num_kv_heads=3), ["num_kv_heads=3", "1, 2, 4"]),
+        (lambda: PretrainConfig(bf16=True, learning_rate=0), ["learning_rate=0"]),
+    ],
+)
+def test_broken_rule_names_field_value_rule_and_fix(make: Any, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        make()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+FLOAT_FIELDS = [
+    (owner, field.name)
+    for owner in (DataConfig, PruneConfig, DistillConfig, QuantizeConfig, PretrainConfig)
+    for field in fields(owner)
+    if field.type == "float"
+]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("owner", "name"), FLOAT_FIELDS)
+def test_every_float_is_finite(owner: Any, name: str, bad: float) -> None:
+    with pytest.raises(InputError, match=f"{name}=.*finite number"):
+        owner(**{name: bad})
+
+
+@pytest.mark.parametrize(
+    "pattern", ["2:4", "4:8", "1:2", "1:16", "unstructured:0.5", "unstructured:.7"]
+)
+def test_patterns_that_pass(pattern: str) -> None:
+    assert PruneConfig(pattern=pattern).pattern == pattern
+
+
+def test_patterns_that_pass_here_pass_in_sparsify_too() -> None:
+    from sparsify.pattern import Pattern
+
+    for pattern in ("2:4", "4:8", "1:2", "unstructured:0.5"):
+        assert str(Pattern.parse(PruneConfig(pattern=pattern).pattern)) == pattern
+
+
+def test_edges_that_pass() -> None:
+    DataConfig(heldout_share=0.5, sequence_length=8)
+    DistillConfig(zero_stage=0, kl_weight=0, ce_weight=0.1, beta1=0, min_learning_rate_share=1)
+    Config(distill=DistillConfig(num_tokens=4096))
+    Config(stages=["report"], run=RunConfig(from_="runs/a"))
+    Config(stages=["prune"], distill=DistillConfig(batch_size=20))  # rule of a stage not run
+    Config(model=ModelConfig(dtype="float16"), cluster=ClusterSpec(gpus_per_worker=1))
+
+
+def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
+    from conf.rules import method_names
+    from sparsify.methods import available_methods
+
+    assert set(method_names()) == set(available_methods())
+
+
+@pytest.mark.parametrize(
+    ("stages", "path", "from_", "expected"),
+    [
+        (list(STAGES), "embedded", None, "runs/embedded-2-4-sparsegpt"),
+        (list(STAGES), "/models/llama/", None, "runs/llama-2-4-sparsegpt"),
+        (["quantize"], "embedded", "runs/a", "runs/a-quantize"),
+        (["quantize"], "embedded", "./runs/a/distill/", "runs/a-quantize"),
+        (["quantize", "export"], "embedded", "distill", "runs/distill-quantize-export"),
+        (["export"], "embedded", "..", "runs/model-export"),
+    ],
+)
+def test_default_run_dir(stages: list[str], path: str, from_: str | None, expected: str) -> None:
+    config = Config(stages=stages, model=ModelConfig(path=path), run=RunConfig(from_=from_))
+    assert default_run_dir(config) == expected
+
+
+def test_to_dict_uses_the_names_people_write() -> None:
+    run = to_dict(Config(run=RunConfig(from_="x")))["run"]
+    assert run == {"dir": None, "from": "x", "seed": 0, "redo": []}

@@ -1,0 +1,395 @@
+"""The command line: what it accepts, what it says about mistakes, and how it exits."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import jobs
+from conf.schema import Config, PretrainConfig, to_dict
+from jobs._entry import load_config, main
+from jobs._options import JOBS, cluster_names, job_options
+from sparsify.errors import InputError, NonFiniteError
+
+ROOT = Path(__file__).parents[2]
+FROM = "run.from=runs/earlier"
+
+
+class Outcome:
+    def __init__(self, code: Any, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(job: str, *argv: str) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main(job, list(argv))
+        captured = capsys.readouterr()
+        return Outcome(exit_.value.code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A pipeline in place of the real one; `outcome` is what it returns or raises."""
+    fake = types.SimpleNamespace(calls=[], outcome=Path("runs/done"))
+
+    def run_pipeline(config: Config, command: str) -> Path:
+        fake.calls.append((config, command))
+        if isinstance(fake.outcome, BaseException):
+            raise fake.outcome
+        print("a line of the run")
+        return fake.outcome
+
+    fake.run_pipeline = run_pipeline
+    fake.describe_plan = lambda config: [f"stages: {config.stages}", f"seed: {config.run.seed}"]
+    monkeypatch.setitem(sys.modules, "jobs.pipeline", fake)
+    monkeypatch.setattr(jobs, "pipeline", fake, raising=False)
+    monkeypatch.delenv("TWOFOUR_DEBUG", raising=False)
+    return fake
+
+
+# --- mistakes: one line each, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("job", "argv", "parts"),
+    [
+        # clusters
+        ("prune", ["cluster=h100x8"], ["+cluster=h100x8", "h100x32, h100x8, local"]),
+        ("prune", ["+cluster=h100x88"], ["+cluster=h100x88", "did you mean h100x8?", "local"]),
+        ("prune", ["+cluster=[local,h100x8]"], ["no such cluster", "local"]),
+        ("prune", ["+cluster=local", "+cluster=h100x8"], ["given twice"]),
+        ("prune", ["+cluster="], ["value is missing"]),
+        ("prune", ["+cluster"], ["+cluster=NAME", "h100x32, h100x8, local"]),
+        ("prune", ["+cluster.num_workers=4"], ["write cluster.num_workers=4"]),
+        ("pretrain", ["+cluster=local"], ["takes no cluster"]),
+        # keys
+        ("prune", ["prune.num_sample=3"], ["did you mean prune.num_samples", "options of prune"]),
+        ("prune", ["num_samples=3"], ["prune.num_samples or quantize.num_samples", "there are"]),
+        ("prune", ["patern=2:4"], ["did you mean prune.pattern?"]),
+        ("prune", ["prunes.pattern=2:4"], ["did you mean prune.pattern?", "prune.*"]),
+        ("prune", ["zzz=1"], ["zzz: unknown option; there are: stages, run.*, model.*"]),
+        ("prune", ["prune.method.x=1"], ["prune.method is a value"]),
+        ("prune", ["prune=wanda"], ["prune is a group", "prune.method=..."]),
+        ("prune", ["hydra.run.dir=x"], ["hydra.run.dir: unknown option"]),
+        ("prune", ["run.from_=x"], ["did you mean run.from"]),
+        ("pretrain", ["prune.pattern=2:4"], ["prune.pattern: unknown option", "vocab_size"]),
+        ("quantize", [FROM, "distill.num_tokens=9"], ["not used by jobs.quantize", "quantize"]),
+        ("distill", [FROM, "stages=[distill]"], ["its one stage", "jobs.prune 'stages=[...]'"]),
+        # syntax
+        ("prune", ["foo"], ["foo: is not key=value"]),
+        ("prune", ["=3"], ["=3: is not key=value"]),
+        ("prune", ["prune.pattern"], ["give it a value: prune.pattern=..."]),
+        ("prune", ["prune.num_samples", "=", "4"], ["without spaces"]),
+        ("prune", ["prune.pattern="], ["value is missing", "leave prune.pattern out"]),
+        ("prune", ["~prune.pattern"], ["cannot be removed"]),
+        ("prune", ["+prune.num_samples=3"], ["write prune.num_samples=3"]),
+        ("prune", ["++prune.num_samples=3"], ["write prune.num_samples=3"]),
+        ("prune", ["prune..pattern=2:4"], ["not the name of an option"]),
+        ("prune", ["cluster@x=local"], ["not the name of an option"]),
+        # flags
+        ("prune", ["--multirun"], ["sweeps are not supported", "for seed in"]),
+        ("pretrain", ["-m"], ["sweeps are not supported", "seed=$seed"]),
+        ("prune", ["--cfg", "job"], ["--cfg: unknown flag", "--print-config"]),
+        ("prune", ["--run.seed=3"], ["options take no dashes: run.seed=3"]),
+        ("prune", ["--help", "zzz"], ["--help zzz", "no option"]),
+        # types
+        ("prune", ["prune.num_samples=abc"], ["prune.num_samples=abc: must be a whole number"]),
+        ("prune", ["prune.num_samples=1.5"], ["must be a whole number"]),
+        ("prune", ["prune.num_samples=true"], ["must be a whole number"]),
+        ("prune", ["prune.num_samples=null"], ["must be a whole number"]),
+        ("prune", ["prune.num_samples=1,2"], ["prune.num_samples=1,2: must be a whole number"]),
+        ("prune", ["prune.num_samples=(3"], ["cannot be read"]),
+        ("prune", ["prune.damping=big"], ["prune.damping=big: must be a number"]),
+        ("prune", ["prune.damping=true"], ["must be a number"]),
+        ("prune", ["prune.damping={a:1}"], ["must be a number"]),
+        ("prune", ["prune.damping=nan"], ["prune.damping=nan: must be a finite number"]),
+        ("prune", ["distill.gradient_checkpointing=yes"], ["must be true or false"]),
+        ("prune", ["distill.gradient_checkpointing=1"], ["must be true or false"]),
+        ("prune", ["prune.baselines=wanda"], ["write 'prune.baselines=[wanda]'"]),
+        ("prune", ["stages=prune,evaluate"], ["write 'stages=[prune,evaluate]'"]),
+        ("prune", ["prune.skip=[1]"], ["must be a list"]),
+        ("prune", ["prune.skip=[a(b]"], ["cannot be read", "double quotes"]),
+        ("prune", ["model.path=null"], ["model.path=null: must be text"]),
+        ("prune", ["model.path=${nowhere}"], ["nowhere"]),
+        ("prune", ["run.seed=???"], ["must be a whole number"]),
+        # rules, from the schema and from the cluster
+        ("prune", ["prune.pattern=4:2"], ["prune.pattern=4:2", "1 <= N < M"]),
+        ("prune", ["cluster.num_workers=0"], ["cluster.num_workers=0: must be at least 1"]),
+        ("prune", ["cluster.num_workers=3"], ["distill.batch_size=16", "use 24"]),
+        ("prune", ["stages=[]"], ["nothing to do"]),
+        ("prune", ["stages=[evaluate]"], ["run.from: is required"]),
+        ("distill", [], ["run.from: is required", "run.from=runs/"]),
+        ("pretrain", ["device=tpu"], ["device=tpu"]),
+    ],
+)
+def test_mistake_is_one_line_with_the_way_out(
+    run: Any, pipeline: Any, job: str, argv: list[str], parts: list[str]
+) -> None:
+    outcome = run(job, *argv)
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    for part in parts:
+        assert part in outcome.err
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize(
+    "word", ["a=[", "prune.skip=[a", 'run.dir="', "run.dir='a", "\x00=1", "é=1"]
+)
+def test_strange_words_never_show_a_traceback(run: Any, pipeline: Any, word: str) -> None:
+    outcome = run("prune", word)
+    assert "Traceback" not in outcome.err
+    assert outcome.code in (0, 2)
+
+
+# --- values arrive as they were typed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "runs/a b (2)/c", "007", "1e3", "true", "2024-01-01", "a=b", "a,b", "[x]", "{x}", "<|e|>",
+        'say "hi"', "it's", "C:\\dir\\", 'tail\\"', "~/x", "#1", "50%", "überall", "a\\\\b", "off",
+    ],
+)  # fmt: skip
+def test_text_is_kept_as_typed(text: str) -> None:
+    config = load_config("prune", [f"run.dir={text}"])
+    assert isinstance(config, Config)
+    assert config.run.dir == text
+
+
+def test_values_of_every_type() -> None:
+    config = load_config(
+        "prune",
+        [
+            "run.from=runs/a", "run.dir=null", 'model.path="null"', "prune.num_samples=1_000",
+            "distill.num_tokens=1e9", "distill.learning_rate=1e-4", "prune.damping=1",
+            "distill.gradient_checkpointing=true", "prune.skip=[*.down_proj,lm_head]",
+            "prune.baselines=[]", "tracker.wandb=off", "run.seed=1", "run.seed=2",
+        ],
+    )  # fmt: skip
+    assert isinstance(config, Config)
+    assert (config.run.from_, config.run.dir, config.model.path) == ("runs/a", None, "null")
+    assert config.prune.num_samples == 1000
+    assert config.distill.num_tokens == 10**9
+    assert type(config.distill.num_tokens) is int
+    assert config.distill.learning_rate == 1e-4
+    assert config.distill.gradient_checkpointing is True
+    assert config.prune.skip == ["*.down_proj", "lm_head"]
+    assert config.prune.baselines == []
+    assert config.tracker.wandb == "off"
+    assert config.run.seed == 2  # the last one wins, so that scripts can append
+
+
+def test_interpolation_reads_another_option() -> None:
+    config = load_config("prune", ["distill.batch_size=${prune.num_samples}"])
+    assert isinstance(config, Config)
+    assert config.distill.batch_size == config.prune.num_samples
+
+
+# --- outcomes
+
+
+def test_run_prints_the_run_folder_last(run: Any, pipeline: Any) -> None:
+    outcome = run("quantize", FROM, "run.seed=5")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines() == ["a line of the run", "runs/done"]
+    ((config, command),) = pipeline.calls
+    assert (command, config.stages, config.run.seed) == ("quantize", ["quantize"], 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("model.path=x: no such folder"), 2, "error: model.path=x: no such folder\n"),
+        (NonFiniteError("layer a:\n  NaN"), 1, "error: layer a: NaN\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again"),
+    ],
+)
+def test_failure_is_one_line(
+    run: Any, pipeline: Any, error: BaseException, code: int, message: str
+) -> None:
+    pipeline.outcome = error
+    outcome = run("prune")
+    assert outcome.code == code
+    assert outcome.err.startswith(message)
+    assert outcome.err.count("\n") == 1
+
+
+def test_unexpected_failure_shows_the_traceback_below(run: Any, pipeline: Any) -> None:
+    pipeline.outcome = ZeroDivisionError("a bug")
+    outcome = run("prune")
+    assert outcome.code == 1
+    first, second, *_ = outcome.err.splitlines()
+    assert first == "error: unexpected ZeroDivisionError: a bug"
+    assert second.startswith("Traceback")
+
+
+def test_debug_shows_tracebacks_of_mistakes_too(
+    run: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWOFOUR_DEBUG", "1")
+    outcome = run("prune", "foo")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: foo")
+    assert "Traceback" in outcome.err
+
+
+def test_print_config_is_the_config(run: Any, pipeline: Any) -> None:
+    words = ["+cluster=h100x32", "run.from=a", "distill.num_tokens=14_000_000_000"]
+    outcome = run("prune", *words, "--print-config")
+    assert outcome.code == 0
+    assert yaml.safe_load(outcome.out) == to_dict(load_config("prune", words))
+    assert pipeline.calls == []
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(run: Any, pipeline: Any) -> None:
+    outcome = run("distill", FROM, "run.seed=4", "--dry-run")
+    assert (outcome.code, outcome.out) == (0, "stages: ['distill']\nseed: 4\n")
+    assert pipeline.calls == []
+
+
+def test_pretrain_plan_and_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[PretrainConfig] = []
+    fake = types.SimpleNamespace(run=seen.append)
+    monkeypatch.setitem(sys.modules, "jobs.pretrain", fake)
+    monkeypatch.setattr(jobs, "pretrain", fake, raising=False)
+    outcome = run("pretrain", "num_tokens=16_384", "--dry-run")
+    assert "steps: 2 of 8192 tokens" in outcome.out
+    assert seen == []
+    outcome = run("pretrain", "out=models/small")
+    assert (outcome.code, outcome.out) == (0, "models/small\n")
+    assert seen == [PretrainConfig(out="models/small")]
+
+
+def test_version_names_the_packages(run: Any) -> None:
+    outcome = run("prune", "--version")
+    assert outcome.code == 0
+    assert re.fullmatch(r"twofour .+ \(Python 3\.\d+\.\d+, torch .+, ray .+\)\n", outcome.out)
+
+
+# --- help
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_has_every_option_with_its_default_and_fits_80_columns(run: Any, job: str) -> None:
+    outcome = run(job, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert outcome.out == run(job, "-h").out
+    listed = re.findall(r"^  ([a-z_.0-9]+)=.*  \((?:int|float|bool|text|list)(?: or null)?\)$",
+                        outcome.out, flags=re.MULTILINE)  # fmt: skip
+    assert listed == list(job_options(job))
+    followed = re.findall(r"^  [a-z_.0-9]+=.*\)\n      \S", outcome.out, flags=re.MULTILINE)
+    assert len(followed) == len(listed)  # a text under every option
+    if job != "pretrain":
+        assert all(f"\n  {name} " in outcome.out for name in cluster_names())
+
+
+def test_help_shows_the_defaults_of_the_yaml(run: Any) -> None:
+    text = run("prune", "--help").out
+    for line in (
+        "run.dir=null  (text or null)", "prune.pattern=2:4  (text)",
+        "prune.baselines=[magnitude,wanda]  (list)", "distill.num_tokens=1_000_000  (int)",
+        "distill.learning_rate=0.001  (float)", "data.separator='<|endoftext|>'  (text)",
+    ):  # fmt: skip
+        assert f"\n  {line}\n" in text
+    assert "sparsegpt" in text.split("METHODS")[1].split("OPTIONS")[0]
+
+
+def test_help_of_one_stage_shows_only_what_it_uses(run: Any) -> None:
+    text = run("quantize", "--help").out
+    assert "quantize.bits" in text
+    assert "prune.pattern" in text
+    assert "distill." not in text
+    assert "prune.damping" not in text
+
+
+def test_help_can_be_narrowed_and_stands_at_the_end_of_any_command(run: Any) -> None:
+    narrow = run("prune", "--help", "batch_size").out
+    keys = re.findall(r"^  (\S+)=", narrow, flags=re.MULTILINE)
+    assert keys == [key for key in job_options("prune") if "batch_size" in key]
+    assert run("prune", "prune.num_samples=abc", "--help").out == run("prune", "--help").out
+
+
+def test_every_example_in_help_is_accepted(run: Any, pipeline: Any) -> None:
+    for job in JOBS:
+        examples = run(job, "--help").out.split("EXAMPLES\n")[1].strip().splitlines()
+        assert examples
+        for example in examples:
+            python, flag, module, *argv = shlex.split(example)
+            assert (python, flag, module) == ("python", "-m", f"jobs.{job}")
+            if job != "pretrain":
+                assert run(job, *argv).code == 0, example
+            else:
+                load_config(job, argv)
+
+
+# --- as a process
+
+
+def start(*argv: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TWOFOUR_DEBUG"}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from jobs._entry import main\n"
+        "try:\n    main('prune', ['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'ray', 'hydra', 'omegaconf', 'deepspeed', 'wandb', 'transformers'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    result = start("-c", script)
+    assert result.stderr == "[]\n"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_command_answers_help_at_once(job: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = start("-m", f"jobs.{job}", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, as the machine may be busy: 0.15 s measured, importing torch costs over 1.5.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"python -m jobs.{job}" in result.stdout
+
+
+def test_mistake_in_a_process() -> None:
+    result = start("-m", "jobs.prune", "prune.num_samples=abc")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: prune.num_samples=abc: must be a whole number")
+    assert result.stderr.count("\n") == 1
+
+
+def test_reader_that_stops_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = "from jobs._entry import main; main('prune', ['--help'])"
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")

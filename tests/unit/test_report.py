@@ -1,0 +1,574 @@
+"""The report page and the terminal tables: complete, escaped, well-formed, honest about gaps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import random
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
+
+from jobs import _format
+from jobs._bars import perplexity_chart, size_chart, stage_chart
+from jobs._charts import linear_kind, recovery_panels, thin_steps
+from jobs._html import render_report
+from jobs._svg import Scale, element
+from jobs._table import results_table, stages_table
+from jobs._words import headline
+from sparsify.errors import InputError
+
+KINDS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
+OPTIONAL_SECTIONS = (
+    "run", "results", "stages", "layers", "recovery", "quantization", "warnings",
+)  # fmt: skip
+HOSTILE = "</title><script>alert('x')</script><img src=x onerror=\"y\">&amp;{{ 7 * 7 }}[red]"
+
+
+def make_result(name: str, perplexity: float | None, **more: Any) -> dict[str, Any]:
+    values = {
+        "label": name, "kl": 0.25, "top1_agreement": 0.75, "log_gap_recovered": None,
+        "disk_bytes": 3_345_408, "packed_bytes": None, "violations": 0,
+    }  # fmt: skip
+    return {"name": name, "perplexity": perplexity, **values, **more}
+
+
+def make_summary(num_blocks: int = 4, num_steps: int = 250) -> dict[str, Any]:
+    generator = random.Random(0)
+    gap = 1 - math.log(8.6 / 7.1) / math.log(13 / 7.1)
+    names = [f"model.layers.{b}.{kind}" for b in range(num_blocks) for kind in KINDS]
+    return {
+        "schema": 1,
+        "run": {
+            "name": "toy-run", "dir": "runs/toy-run", "command": "twofour model.path=toy",
+            "model": "toy", "num_parameters": 836_352, "pattern": "2:4", "method": "sparsegpt",
+            "seed": 3, "cluster": "local", "num_workers": 2, "device": "cpu",
+            "versions": {"torch": "2.13.0"}, "duration_s": 402.3,
+        },
+        "results": [
+            make_result("dense", 7.1, violations=None, kl=0.0, top1_agreement=1.0),
+            make_result("magnitude", 31.07, kl=1.482),
+            make_result("wanda", 19.26, kl=0.9813),
+            make_result("sparsegpt", 13.0, kl=0.6048),
+            make_result("recovered", 8.6, log_gap_recovered=gap, packed_bytes=2_011_904),
+            make_result("recovered_int4", 8.83, disk_bytes=631_240, packed_bytes=631_240),
+        ],
+        "stages": [
+            {"name": "prune", "status": "reused", "duration_s": 21.4},
+            {"name": "distill", "status": "ran", "duration_s": 301.9},
+            {"name": "evaluate", "status": "ran", "duration_s": 48.2},
+        ],
+        "layers": [
+            {
+                "method": method, "name": name, "block": int(name.split(".")[2]),
+                "shape": [128, 256], "num_tokens": 32_768, "error": 7.0,
+                "relative_error": generator.uniform(0.01, 0.9), "sparsity": 0.5, "damping": 0.01,
+                "num_dead_columns": 0,
+            }
+            for method in ("magnitude", "wanda", "sparsegpt") for name in names
+        ],
+        "recovery": {
+            "num_tokens": num_steps * 4096,
+            "tokens_per_s": 3391.7,
+            "steps": [
+                {
+                    "step": step, "num_tokens": step * 4096, "loss": 0.1 + 1 / step,
+                    "kl": 0.1 + 1 / step, "ce": None, "square_head": None,
+                    "learning_rate": 1e-3 / step, "grad_norm": generator.uniform(0.2, 2),
+                }
+                for step in range(1, num_steps + 1)
+            ],
+        },
+        "quantization": {
+            "method": "gptq", "bits": 4, "group_size": 128,
+            "layers": [
+                {"name": name, "block": int(name.split(".")[2]), "relative_error": 0.006}
+                for name in names
+            ],
+        },
+        "warnings": ["calibration: only 96 rows"],
+    }  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Fails on unbalanced tags and repeated ids; keeps tags, attribute values and text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.ids: list[str] = []
+        self.parts: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+        assert len(self.ids) == len(set(self.ids))
+        self.text = re.sub(r"\s+", " ", " ".join(self.parts))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"<{tag}> repeats an attribute"
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        raise AssertionError(f"self-closed <{tag}>")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open[-1] == tag, f"</{tag}> inside <{self.open[-1]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.parts.append(data)
+
+
+def parse(summary: dict[str, Any]) -> Page:
+    page = Page(render_report(summary))
+    assert "nan" not in {value for _, name, value in page.attributes if name in ("x", "y", "width")}
+    return page
+
+
+def printed(table: Table, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None, legacy_windows=False)
+    console.print(table)
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def test_complete_page_holds_every_section_and_number() -> None:
+    summary = make_summary()
+    page = parse(summary)
+    assert page.ids == ["results", "recovery", "layers", "sparsity", "size", "time", "run"]
+    for row in summary["results"]:
+        for text in (
+            row["label"],
+            _format.perplexity(row["perplexity"]),
+            _format.significant(row["kl"]),
+            _format.percent(row["top1_agreement"]),
+            _format.percent(row["log_gap_recovered"]),
+            _format.size(row["disk_bytes"]),
+            _format.size(row["packed_bytes"]),
+        ):
+            assert text in page.text
+    for text in ("calibration: only 96 rows", "1,024,000 tokens", "3,392 tokens/s", "torch 2.13.0",
+                 "twofour model.path=toy", "5 min 02 s", "836,352", "GPTQ INT4"):  # fmt: skip
+        assert text in page.text
+    for layer in summary["layers"]:
+        assert f"{layer['name']}: {_format.significant(layer['relative_error'], 2)}" in page.text
+
+
+@pytest.mark.parametrize("empty", ["absent", "null", "empty"])
+@pytest.mark.parametrize("section", OPTIONAL_SECTIONS)
+def test_page_without_one_section(section: str, empty: str) -> None:
+    summary = make_summary()
+    if empty == "absent":
+        del summary[section]
+    else:
+        summary[section] = None if empty == "null" else type(summary[section])()
+    page = parse(summary)
+    gone = {
+        "results": {"results", "size"}, "stages": {"time"}, "layers": {"sparsity"},
+        "recovery": {"recovery"},
+    }.get(section, set())  # fmt: skip
+    assert set(page.ids) == {
+        "results", "recovery", "layers", "sparsity", "size", "time", "run",
+    } - gone  # fmt: skip
+    named = {"results": "evaluation", "layers": "pruning", "recovery": "recovery training",
+             "quantization": "quantization"}  # fmt: skip
+    if section in named:
+        assert re.search(rf"Not part of this run: .*{named[section]}", page.text)
+    else:
+        assert "Not part of this run" not in page.text
+
+
+def test_page_of_prune_and_evaluate_only() -> None:
+    summary = make_summary()
+    summary |= {"recovery": None, "quantization": None, "results": summary["results"][:4]}
+    page = parse(summary)
+    assert "sparsegpt at 2:4: perplexity 13.00, 1.83× dense".lower() in page.text.lower()
+    assert "Not part of this run: recovery training, quantization, packed files." in page.text
+    assert "Packed size" not in page.text, "a column without values has no place in the table"
+    assert "won back" not in page.text, "a key explains only colours that are there"
+
+
+def test_bare_summary_gives_a_page() -> None:
+    page = parse({"schema": 1})
+    assert "nothing measured yet" in page.text
+    assert page.ids == ["run"]
+
+
+@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+def test_other_schema_is_refused(schema: object) -> None:
+    with pytest.raises(InputError, match=r"summary\.json: schema .* reads schema 1"):
+        render_report({"schema": schema})
+
+
+def replace_texts(value: Any, text: str) -> Any:
+    """`value` with `text` in place of every string but the pattern."""
+    if isinstance(value, dict):
+        kept = {"pattern"}
+        return {k: v if k in kept else replace_texts(v, text) for k, v in value.items()}
+    if isinstance(value, list):
+        return [replace_texts(item, text) for item in value]
+    return text if isinstance(value, str) else value
+
+
+def test_hostile_names_stay_text() -> None:
+    summary = replace_texts(make_summary(num_blocks=1, num_steps=3), HOSTILE)
+    summary["run"]["versions"] = {HOSTILE: HOSTILE}
+    summary["run"]["pattern"] = HOSTILE
+    page = parse(summary)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count(HOSTILE) > 10
+    assert "49" not in headline(summary)[0][0], "text is never a template"
+
+
+def test_characters_no_file_may_hold_are_replaced() -> None:
+    summary = make_summary(num_blocks=1, num_steps=1)
+    summary["run"]["name"] = "a\x00b\ud800c\x1bd"
+    page = render_report(summary)
+    page.encode("utf-8")
+    assert "a\ufffdb\ufffdc\ufffdd" in page
+
+
+def test_page_needs_nothing_else_and_is_reproducible() -> None:
+    summary = make_summary()
+    before = copy.deepcopy(summary)
+    source = render_report(summary)
+    assert summary == before, "rendering leaves the summary alone"
+    assert source == render_report(before)
+    page = Page(source)
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    addresses = [v for _, name, v in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(address and address.startswith("data:") for address in addresses)
+    assert not re.search(r"url\(|@import|@font-face", source)
+    policy = [v for _, name, v in page.attributes if name == "content" and v and "default-src" in v]
+    assert len(policy) == 1
+    assert "default-src 'none'" in policy[0]
+    assert "prefers-color-scheme: dark" in source
+    assert any(value == "viewport" for _, _, value in page.attributes)
+
+
+@pytest.mark.parametrize(("num_blocks", "num_steps"), [(1, 1), (1, 20), (80, 20_000)])
+def test_small_and_large_runs(num_blocks: int, num_steps: int) -> None:
+    summary = make_summary(num_blocks, num_steps)
+    source = render_report(summary)
+    assert len(source.encode()) < 1_000_000  # the largest of these takes 0.62 MB
+    text = Page(source).text
+    assert f"model.layers.{num_blocks - 1}.mlp.down_proj" in text
+    assert f"{num_steps * 4096:,} tokens" in text
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, 0.0, -1.0])
+def test_unusable_figures_are_shown_not_drawn(value: float | None) -> None:
+    summary = make_summary(num_blocks=1, num_steps=30)
+    summary["results"][4] = make_result("recovered", value, kl=value, log_gap_recovered=value)
+    summary["layers"][0]["relative_error"] = value
+    summary["layers"][1]["sparsity"] = value
+    summary["stages"][0]["duration_s"] = value
+    for key in ("loss", "learning_rate", "grad_norm"):
+        summary["recovery"]["steps"][7][key] = value
+    page = parse(summary)
+    bad = re.compile(r"nan|inf|none", re.IGNORECASE)
+    drawn = {"x", "y", "y1", "y2", "width", "height", "points", "fill-opacity"}
+    assert not [a for a in page.attributes if a[1] in drawn and bad.search(a[2] or "")]
+    styles = [v for _, name, v in page.attributes if name == "style"]
+    assert not [style for style in styles if bad.search(style or "")]
+    assert f"recovered: perplexity is {_format.perplexity(value)}, which is no usable" in page.text
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_nothing_finite_at_all(value: float | None) -> None:
+    def blank(item: Any) -> Any:
+        if isinstance(item, dict):
+            kept = ("schema", "block", "step", "bits")
+            return {k: v if k in kept else blank(v) for k, v in item.items()}
+        if isinstance(item, list):
+            return [blank(part) for part in item]
+        return value if isinstance(item, (int, float)) else item
+
+    page = parse(blank(make_summary(num_blocks=2, num_steps=5)))
+    assert "results" in page.ids
+    assert "the loss is not finite at 5 steps" in page.text
+
+
+def test_violations_and_lost_layers_are_warned_of() -> None:
+    summary = make_summary(num_blocks=1, num_steps=3)
+    summary["warnings"] = [f"warning number {i}" for i in range(9)]
+    summary["results"][4]["violations"] = 1234
+    summary["layers"][0]["relative_error"] = math.nan
+    text = parse(summary).text
+    assert "recovered: 1,234 violations of 2:4" in text
+    assert "No finite reconstruction error in model.layers.0.self_attn.q_proj." in text
+    assert "11 warnings" in text
+    assert "warning number 8" in text, "a long list is folded, not cut"
+    assert "holds 2:4 exactly" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "Recovered 68 % of the perplexity gap at 2:4, INT4 file 5.3× smaller"),
+        ({"pattern": "unstructured:0.5"},
+         ("Recovered 68 % of the perplexity gap at 50 % unstructured sparsity, "
+          "INT4 file 5.3× smaller")),
+        ({"gap": -0.2}, "Recovery widened the perplexity gap at 2:4, INT4 file 5.3× smaller"),
+        ({"gap": None}, "Recovered at 2:4: perplexity 8.60, 1.21× dense, INT4 file 5.3× smaller"),
+        ({"keep": ["dense"]}, "Dense model: perplexity 7.10"),
+        ({"keep": ["sparsegpt"]}, "Sparsegpt at 2:4: perplexity 13.00"),
+        ({"keep": ["dense", "wanda"]}, "Wanda at 2:4: perplexity 19.26, 2.71× dense"),
+        ({"keep": ["recovered"]}, "Recovered 68 % of the perplexity gap at 2:4"),
+        ({"keep": []}, "Pruned 28 layers at 2:4, nothing measured yet"),
+    ],
+)  # fmt: skip
+def test_headline(change: dict[str, Any], expected: str) -> None:
+    summary = make_summary()
+    summary["run"]["pattern"] = change.get("pattern", "2:4")
+    if "gap" in change:
+        summary["results"][4]["log_gap_recovered"] = change["gap"]
+    if "keep" in change:
+        summary["results"] = [r for r in summary["results"] if r["name"] in change["keep"]]
+    assert "".join(text for text, _ in headline(summary)) == expected
+    assert expected in Page(render_report(summary)).text, "the title"
+
+
+def test_perplexity_bars_are_log_gaps() -> None:
+    results = make_summary()["results"]
+    chart = perplexity_chart(results, "sparsegpt")
+    assert chart is not None
+    dense, _, _, one_shot, recovered, _ = chart.rows
+    (lost,) = one_shot.tracks[0]
+    remaining, regained = recovered.tracks[0]
+    assert chart.reference is not None
+    assert dense.dot == pytest.approx(chart.reference[0])
+    assert lost.start == pytest.approx(chart.reference[0])
+    assert remaining.length + regained.length == pytest.approx(lost.length)
+    share = results[4]["log_gap_recovered"]
+    assert regained.length / lost.length == pytest.approx(share), "blue is the share recovered"
+    assert [row.tracks[0][0].tone for row in chart.rows[1:4]] == ["baseline", "baseline", "loss"]
+
+
+def test_perplexity_better_than_dense_and_without_dense() -> None:
+    better = perplexity_chart(
+        [make_result("dense", 7.0), make_result("sparsegpt", 9.0), make_result("recovered", 6.0)],
+        "sparsegpt",
+    )
+    assert better is not None
+    assert better.reference is not None
+    (gain,) = better.rows[2].tracks[0]
+    assert gain.tone == "gain"
+    assert gain.start + gain.length == pytest.approx(better.reference[0])
+    alone = perplexity_chart([make_result("sparsegpt", 9.0), make_result("wanda", 11.0)], None)
+    assert alone is not None
+    assert alone.reference is None
+    assert all(row.tracks == [[]] and row.dot is not None for row in alone.rows)
+    assert perplexity_chart([make_result("dense", math.nan)], None) is None
+
+
+def test_sizes_share_a_row_when_equal_and_stages_are_measured_against_the_longest() -> None:
+    chart = size_chart(make_summary()["results"])
+    assert chart is not None
+    assert [row.label for row in chart.rows] == [
+        "dense, magnitude, wanda, sparsegpt", "recovered", "recovered_int4",
+    ]  # fmt: skip
+    assert [len(row.tracks) for row in chart.rows] == [1, 2, 1]
+    assert chart.rows[2].tracks[0][0].length == pytest.approx(631_240 / 3_345_408)
+    assert chart.rows[2].note == "5.30× smaller"
+    stages = stage_chart(make_summary()["stages"])
+    assert stages is not None
+    assert [row.tracks[0][0].tone for row in stages.rows] == ["reused", "time", "time"]
+    assert stages.rows[2].tracks[0][0].length == pytest.approx(48.2 / 301.9)
+
+
+def test_thinned_steps_are_means_that_keep_gaps() -> None:
+    steps = [{"step": i, "num_tokens": 10 * i, "loss": float(i), "ce": None} for i in range(1, 11)]
+    steps[5]["loss"] = math.nan
+    thinned = thin_steps(steps, most=5)
+    assert [step["step"] for step in thinned] == [2, 4, 6, 8, 10]
+    assert [step["loss"] for step in thinned] == [1.5, 3.5, None, 7.5, 9.5]
+    assert thinned[0]["num_tokens"] == 20
+    assert thin_steps(steps, most=10) == steps
+
+
+def test_recovery_parts_get_their_own_curves_and_gaps_break_a_curve() -> None:
+    recovery = make_summary()["recovery"]
+    captions = [panel.caption for panel in recovery_panels(recovery)]
+    assert [caption.split(",")[0].split(" (")[0] for caption in captions] == [
+        "Loss: KL to the dense model", "Learning rate", "Gradient norm",
+    ]  # fmt: skip
+    for step in recovery["steps"]:
+        step["ce"] = 2.0
+    captions = [panel.caption for panel in recovery_panels(recovery)]
+    assert [caption.split(",")[0] for caption in captions][:3] == [
+        "Loss", "KL to the dense model", "Cross-entropy",
+    ]  # fmt: skip
+    few = {"steps": recovery["steps"][:10]}
+    assert recovery_panels(few)[0].svg.count("<polyline") == 1
+    few["steps"][4]["loss"] = math.nan
+    assert recovery_panels(few)[0].svg.count("<polyline") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj", 3, "self_attn.q_proj"),
+        ("model.layers.1.mlp.experts.7.up_proj", 1, "mlp.experts.*.up_proj"),
+        ("transformer.h.0.fc1", 0, "fc1"),
+        ("odd", 2, "odd"),
+    ],
+)
+def test_linear_kind(name: str, block: int, expected: str) -> None:
+    assert linear_kind(name, block) == expected
+
+
+def test_experts_share_a_cell_that_shows_the_worst() -> None:
+    summary = make_summary(num_blocks=1, num_steps=1)
+    summary["quantization"] = None
+    base = summary["layers"][0] | {"method": "sparsegpt"}
+    summary["layers"] = [
+        base | {"name": f"m.layers.0.experts.{i}.up", "relative_error": 0.1 * (i + 1)}
+        for i in range(4)
+    ]
+    text = parse(summary).text
+    assert "m.layers.0.experts.3.up: 0.40" in text
+    assert "m.layers.0.experts.0.up: 0.10" not in text
+
+
+positive = st.floats(min_value=1e-100, max_value=1e100)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(positive, min_size=1, max_size=5), st.booleans())
+def test_scale_holds_its_values_and_few_ticks(values: list[float], is_log: bool) -> None:
+    scale = Scale.over(values, is_log=is_log)
+    places = [scale(value) for value in values]
+    assert all(-1e-6 <= place <= 1 + 1e-6 for place in places)
+    ticks = scale.ticks(6)
+    assert len(ticks) <= 7
+    assert all(-1e-6 <= scale(tick) <= 1 + 1e-6 for tick in ticks)
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example([None, math.nan, 1.795e308, 5e-324, -0.0, 10**30], "\u202e<")
+@given(
+    st.lists(
+        st.one_of(st.none(), st.floats(), st.integers(min_value=0)), min_size=6, max_size=6
+    ),
+    st.text(max_size=12),
+)  # fmt: skip
+def test_any_figures_and_names_give_a_page(values: list[Any], text: str) -> None:
+    summary = make_summary(num_blocks=1, num_steps=4)
+    for row, value in zip(summary["results"], values, strict=True):
+        row |= {"perplexity": value, "log_gap_recovered": value, "packed_bytes": value}
+        row["label"] = text
+    for step, value in zip(summary["recovery"]["steps"], values[:4], strict=True):
+        step |= {"loss": value, "kl": value, "grad_norm": value}
+    summary["layers"][0]["relative_error"] = values[0]
+    summary["run"]["name"] = text
+    Page(render_report(summary)).text.encode()
+    printed(results_table(summary))
+
+
+def test_element_escapes_text_and_attributes() -> None:
+    assert element("text", '<&"', aria_label='a"<b', x=1.50) == (
+        '<text aria-label="a&#34;&lt;b" x="1.5">&lt;&amp;&#34;</text>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("spell", "value", "expected"),
+    [
+        (_format.perplexity, 7.1, "7.10"), (_format.perplexity, 123.45, "123.5"),
+        (_format.perplexity, 12345.6, "12,346"), (_format.perplexity, 4.8e7, "4.8e7"),
+        (_format.perplexity, math.nan, "NaN"), (_format.perplexity, None, "–"),
+        (_format.percent, 0.683, "68.3 %"), (_format.percent, -0.00001, "0.0 %"),
+        (_format.percent, -0.25, "-25.0 %"),
+        (_format.ratio, 1.831, "1.83×"), (_format.ratio, 1234.0, "1,234×"),
+        (_format.significant, 0.04151, "0.0415"), (_format.significant, 9.999, "10.0"),
+        (_format.significant, 2.1e-5, "2.10e-5"), (_format.significant, math.inf, "∞"),
+        (_format.size, 512, "512 B"), (_format.size, 999_600, "1.00 MB"),
+        (_format.size, 141_000_000_000, "141 GB"), (_format.size, 3_345_408, "3.35 MB"),
+        (_format.large_count, 836_352, "836 k"), (_format.large_count, 7, "7"),
+        (_format.count, 1_234_567, "1,234,567"),
+        (_format.duration, 0.42, "0.42 s"), (_format.duration, 59.96, "1 min 00 s"),
+        (_format.duration, 192.4, "3 min 12 s"), (_format.duration, 7500.0, "2 h 05 min"),
+    ],
+)  # fmt: skip
+def test_spelling(spell: Any, value: float | None, expected: str) -> None:
+    assert spell(value) == expected
+
+
+def test_terminal_results_fit_80_columns() -> None:
+    summary = make_summary()
+    for row, label in zip(summary["results"][1:4], ("magnitude", "wanda", "x" * 60), strict=True):
+        row["label"] = f"one-shot {label}"
+    summary["results"][5]["label"] = "recovered + INT4"
+    text = printed(results_table(summary))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    for whole in ("one-shot magnitude ", "recovered + INT4 ", "2:4", "violations"):
+        assert whole in text, "everyday names stay on one line"
+    for row in summary["results"]:
+        line = next(line for line in text.splitlines() if f" {row['perplexity']:.2f} " in line)
+        for value in (
+            _format.percent(row["log_gap_recovered"]), _format.significant(row["kl"]),
+            _format.size(row["disk_bytes"]), _format.size(row["packed_bytes"]),
+            _format.count(row["violations"]),
+        ):  # fmt: skip
+            assert value in line
+
+
+def test_terminal_numbers_are_whole_however_large() -> None:
+    row = make_result(
+        "sparsegpt", 123456.7, log_gap_recovered=-12.5, kl=13.25, disk_bytes=141_000_000_000,
+        packed_bytes=17_300_000_000, violations=1_234_567,
+    )  # fmt: skip
+    text = printed(results_table({"schema": 1, "results": [row]}))
+    for value in ("123,457", "-1,250.0 %", "13.2", "141 GB", "17.3 GB", "1,234,567"):
+        assert value in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_terminal_names_are_not_markup() -> None:
+    summary = make_summary()
+    summary["run"]["pattern"] = "[b]"
+    summary["results"][0]["label"] = "[red]x[/red]"
+    summary["stages"][0]["name"] = "[/nope]"
+    assert "[red]x[/red]" in printed(results_table(summary))
+    assert "[b]" in printed(results_table(summary))
+    assert "[/nope]" in printed(stages_table(summary))
+
+
+def test_terminal_stages_count_only_what_ran() -> None:
+    lines = printed(stages_table(make_summary())).splitlines()
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.split()}
+    assert rows["prune"] == "reused 21.4 s –"
+    assert rows["distill"] == "ran 5 min 02 s 86 %"
+    assert rows["evaluate"] == "ran 48.2 s 14 %"
+    assert rows["all"] == "5 min 50 s"
+
+
+@pytest.mark.parametrize("table", [results_table, stages_table])
+def test_terminal_tables_without_data(table: Any) -> None:
+    assert table({"schema": 1}).row_count == 0
+    assert table({"schema": 1, "run": None, "results": None, "stages": None}).row_count == 0
