@@ -154,7 +154,7 @@ class RayCluster:
             "job_config": ray.job_config.JobConfig(metadata={"job_name": self.run_name}),
         }
         if address:
-            excludes = [".git", ".venv", "runs", "tests", "docs"]
+            excludes = [".git", ".venv", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache"]
             options["runtime_env"] = {"working_dir": str(self._root), "excludes": excludes}
             options["address"] = address
         else:

@@ -26,6 +26,7 @@ from typing import Any
 from sparsify.errors import InputError, TwofourError
 
 RECORD = "record.json"
+SPARSITY = "sparsity.json"
 SCHEMA = 1
 _VERSIONED = (
     "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
@@ -59,7 +60,7 @@ def model_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json", SPARSITY)
         if path.suffix in (".safetensors", ".model") or path.name in names:
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
@@ -196,7 +197,7 @@ def _refuse(run_dir: Path, stage: str, changes: list[str], what: str) -> InputEr
 
 
 def find_finished(
-    run_dir: Path, stage: str, identity: dict[str, Any], may_extend: bool
+    run_dir: Path, stage: str, identity: dict[str, Any], may_extend: bool, may_follow: bool
 ) -> Artifact | None:
     """The finished stage of this identity, or None when there is none yet.
 
@@ -206,6 +207,8 @@ def find_finished(
         identity: what decides the result; plain JSON values.
         may_extend: inputs that the old result did not have are no conflict, only a reason to run
             again (a table that gets another row).
+        may_follow: an earlier stage was made anew by this command, so that changed inputs are what
+            the user asked for and the stage is made again from them.
 
     Raises:
         InputError: the stage was made from something else, or its files are damaged.
@@ -216,7 +219,10 @@ def find_finished(
     record = read_record(folder)
     changes = differences(record["identity"], identity)
     if changes:
-        if may_extend and all(": absent -> " in change for change in changes):
+        is_of_inputs = all(change.startswith("inputs.") for change in changes)
+        if may_follow and is_of_inputs:
+            return None
+        if may_extend and is_of_inputs and all(": absent -> " in change for change in changes):
             return None
         raise _refuse(run_dir, stage, changes, "the finished stage")
     for name, facts in record["outputs"].items():
@@ -236,6 +242,7 @@ class StageWriter:
     Attributes:
         folder: where the stage writes; becomes the stage's folder at `commit`.
         scratch: beside it, for what must survive an interruption but is no result.
+        train_storage: beside it, for Ray Train's own files.
     """
 
     def __init__(
@@ -252,6 +259,7 @@ class StageWriter:
         self._check_same(partial / "identity.json")
         self.folder = partial / "result"
         self.scratch = partial / "scratch"
+        self.train_storage = partial / "train"
         with disk_errors(partial):
             if self.folder.exists():
                 shutil.rmtree(self.folder)

@@ -226,7 +226,8 @@ def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
             if is_first:
                 state[name] = param.detach().cpu().clone()
     if is_first:
-        state.update(engine.module.named_buffers())
+        kept = engine.module.state_dict().keys()
+        state.update((name, b) for name, b in engine.module.named_buffers() if name in kept)
     return state if is_first else None
 
 

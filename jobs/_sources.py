@@ -199,8 +199,8 @@ def load_rows(
 ) -> tuple[torch.Tensor, str | None]:
     """Token rows for one use of the data.
 
-    Calibration and training take the documents in an order shuffled by `seed`; held-out rows come
-    in the order of the source. Documents are read and tokenised only as far as they are needed.
+    Calibration and training take the documents in an order shuffled by `seed`; held-out documents
+    come in one shuffled order that is always the same, so that a part of them stands for all. Documents are read and tokenised only as far as they are needed.
     A training source that is too short is repeated, in a new order every time, each pass packed by
     itself. A document equal to a held-out one is never used for calibration or training.
 
@@ -224,7 +224,9 @@ def load_rows(
     length = config.sequence_length
     documents = partial(_documents, config, which)
     if which == "heldout":
-        rows = token_rows(open_source(name, held_out, config), tokenizer, length, num_rows)
+        order = _order_seed(which, 0, 0)  # not the run's seed: scores of runs stay comparable
+        texts = open_source(name, held_out, config, order)
+        rows = token_rows(texts, tokenizer, length, num_rows)
     else:
         rows = token_rows(documents(_order_seed(which, seed, 0)), tokenizer, length, num_rows)
     if len(rows) == num_rows:

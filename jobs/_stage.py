@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import STAGES, Config, to_dict
-from jobs._artifact import RECORD, model_fingerprint, write_json
+from jobs._artifact import RECORD, SPARSITY, model_fingerprint, write_json
 from sparsify.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from jobs._progress import Display
     from jobs._tracking import Tracker
 
-MASKS = "masks.safetensors"
-SPARSITY = "sparsity.json"
+# In a folder of its own: loaders take every *.safetensors beside config.json for weights.
+MASKS = "sparsity/masks.safetensors"
 PACKED = "model.packed.safetensors"
+
+
+_ONLY_SPEED = {"micro_batch_size", "checkpoint_every_steps", "gradient_checkpointing"}
+"""options that change memory and speed, and a result by rounding at most"""
 
 
 @dataclass
@@ -66,6 +70,8 @@ class StageContext:
     """One run, as its stages see it."""
 
     config: Config
+    worker_config: Config
+    """the same with absolute paths, for workers, which may stand elsewhere"""
     run_dir: Path
     command: str
     models: Models
@@ -84,7 +90,14 @@ class StageContext:
     def settings(self, *groups: str) -> dict[str, Any]:
         """The named config groups as plain values, for a stage's identity."""
         plain = to_dict(self.config)
-        return {group: plain[group] for group in groups}
+        return {
+            group: {
+                key: value
+                for key, value in plain[group].items()
+                if key not in _ONLY_SPEED and (key != "batch_size" or group == "distill")
+            }
+            for group in groups
+        }
 
 
 def read_sparsity(folder: Path) -> dict[str, Any] | None:
@@ -144,6 +157,12 @@ def find_models(config: Config, run_dir: Path) -> Models:
     own = None if source is None else Path(source).resolve()
     if own != run_dir.resolve():
         _add_stages(models, run_dir)
+    models.dense = models.dense.absolute()  # workers may stand elsewhere
+    models.pruned = {name: folder.absolute() for name, folder in models.pruned.items()}
+    if models.recovered is not None:
+        models.recovered = models.recovered.absolute()
+    if models.packed_int4 is not None:
+        models.packed_int4 = models.packed_int4.absolute()
     return models
 
 

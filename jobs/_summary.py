@@ -15,7 +15,6 @@ SCHEMA = 1
 _LABELS = {
     "dense": "dense",
     "recovered": "recovered",
-    "recovered_int4": "recovered + INT4",
 }
 
 
@@ -103,25 +102,24 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
 
     scores = dict(metrics.get("evaluate", {}).get("results", {}))
     if "quantize" in metrics:
-        scores["recovered_int4"] = metrics["quantize"]["results"]["recovered_int4"]
+        scores.update(metrics["quantize"]["results"])
     dense = scores.get("dense", {}).get("perplexity")
     oneshot = scores.get(context.models.method or "", {}).get("perplexity")
     sizes = _sizes(context, metrics)
     gates = {
         **metrics.get("prune", {}).get("gate", {}),
         "recovered": metrics.get("distill", {}).get("gate"),
-        "recovered_int4": metrics.get("quantize", {}).get("gate"),
     }
     rows = []
     for name, figures in scores.items():
         gap = None
         if name.startswith("recovered") and dense and oneshot:
             gap = log_gap_recovered(dense, oneshot, figures["perplexity"])
-        gate = gates.get(name)
+        gate = metrics["quantize"]["gate"] if "_int" in name else gates.get(name)
         rows.append(
             {
                 "name": name,
-                "label": _LABELS.get(name, f"one-shot {name}"),
+                "label": _label(name, context),
                 "perplexity": figures["perplexity"],
                 "kl": figures["kl"],
                 "top1_agreement": figures["top1_agreement"],
@@ -131,6 +129,15 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
             }
         )
     return rows
+
+
+def _label(name: str, context: StageContext) -> str:
+    base, _, bits = name.partition("_int")
+    if bits:
+        is_recovered = context.models.recovered is not None
+        base = base if is_recovered else f"one-shot {context.models.method}"
+        return f"{base} + INT{bits}"
+    return _LABELS.get(name, f"one-shot {name}")
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:
@@ -149,7 +156,8 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
         }
     if "quantize" in metrics:
         size = metrics["quantize"]["packed_bytes"]
-        sizes["recovered_int4"] = {"disk_bytes": size, "packed_bytes": size}
+        for name in metrics["quantize"]["results"]:
+            sizes[name] = {"disk_bytes": size, "packed_bytes": size}
     return sizes
 
 

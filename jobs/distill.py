@@ -53,12 +53,12 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
     student = context.models.student("distill")
     payload = {
-        "config": context.config, "student": student, "teacher": context.models.dense,
+        "config": context.worker_config, "student": student, "teacher": context.models.dense,
         "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
     if not (writer.scratch / _ROWS).is_file():
         context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
-    context.cluster.run_workers("distill", distill_on_worker, payload, writer.scratch / "train")
+    context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve_file = writer.folder / "curve.json"
     curve = json.loads(curve_file.read_text(encoding="utf-8"))
     curve_file.unlink()

@@ -47,7 +47,7 @@ def _models(context: StageContext) -> dict[str, Path]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Score every model there is; dense first."""
-    return {"results": score(context.cluster, context.config, context.models.dense,
+    return {"results": score(context.cluster, context.worker_config, context.models.dense,
                              _models(context), "evaluate")}  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
     summary = build_summary(context.run_dir, context)
     payload = {
-        "config": context.config, "models": context.models, "folder": writer.folder,
+        "config": context.worker_config, "models": context.models, "folder": writer.folder,
         "results": summary["results"],
     }  # fmt: skip
     return dict(context.cluster.run_tasks("export", export_on_worker, [payload], "exports")[0])

@@ -15,7 +15,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class Stage:
     makes: str
     may_extend: bool = False
     """more inputs than last time are a reason to run again, not a conflict"""
+    is_derived: bool = False
+    """only shows other stages, so that whatever changed in them is a reason to run again"""
 
 
 PIPELINE = (
@@ -48,7 +50,7 @@ PIPELINE = (
     Stage("evaluate", "perplexity of every model so far", may_extend=True),
     Stage("quantize", "the INT4 model, packed and scored"),
     Stage("export", "folders to load, serve and share"),
-    Stage("report", "report.html", may_extend=True),
+    Stage("report", "report.html", is_derived=True),
 )
 
 
@@ -84,7 +86,15 @@ def run_pipeline(config: Config, job: str) -> Path:
         stack.callback(tracker.close)
         clusters = _Clusters(config, run_dir.name, display, tracker, stack)
         context = _stage.StageContext(
-            config, run_dir, command, models, display, tracker, clusters.open, clusters.warnings
+            config,
+            _with_absolute_paths(config),
+            run_dir,
+            command,
+            models,
+            display,
+            tracker,
+            clusters.open,
+            clusters.warnings,
         )
         stages = [stage for stage in PIPELINE if stage.name in config.stages]
         for stage in stages:
@@ -137,15 +147,22 @@ def _run_stage(stage: Stage, context: _stage.StageContext) -> Artifact:
     """Reuse the stage's finished result, or make it."""
     module = importlib.import_module(f"jobs.{stage.name}")
     redo = any(name in ("all", stage.name) for name in context.config.run.redo)
+    may_follow = stage.is_derived or "ran" in context.statuses.values()
     identity = module.identity(context)
     if not redo:
-        finished = _artifact.find_finished(context.run_dir, stage.name, identity, stage.may_extend)
+        finished = _artifact.find_finished(
+            context.run_dir, stage.name, identity, stage.may_extend, may_follow
+        )
         if finished is not None:
             context.display.finish_stage(stage.name, "reused")
             return finished
     context.display.start_stage(stage.name)
     writer = _artifact.StageWriter(
-        context.run_dir, stage.name, identity, context.command, redo or stage.may_extend
+        context.run_dir,
+        stage.name,
+        identity,
+        context.command,
+        redo or may_follow or stage.may_extend,
     )
     with _cluster_errors(), _artifact.disk_errors(writer.folder):
         metrics = module.run(context, writer)
@@ -173,19 +190,52 @@ def _cluster_errors() -> Iterator[None]:
         raise TwofourError(f"{error.kind} on a worker: {error.message}") from None
 
 
-def _check_inputs(config: Config, models: _stage.Models) -> None:
-    """Find what is wrong with the user's model and options before anything is started."""
-    from transformers import AutoConfig
+def _with_absolute_paths(config: Config) -> Config:
+    """`config` with files and folders named from the root: workers may stand elsewhere."""
+    from jobs._sources import BUILT_IN
 
-    from sparsify.models.load import check_checkpoint, check_sequence_length, load_tokenizer
+    def absolute(name: str | None) -> str | None:
+        if name is None or name in BUILT_IN or not Path(name).exists():
+            return name
+        return str(Path(name).absolute())
 
-    for folder in {models.dense, *models.pruned.values()}:
-        check_checkpoint(folder)
-    load_tokenizer(models.dense)
-    check_sequence_length(
-        AutoConfig.from_pretrained(models.dense, local_files_only=True),
-        config.data.sequence_length,
+    data = replace(
+        config.data,
+        calibration=absolute(config.data.calibration) or "",
+        train=absolute(config.data.train),
+        heldout=absolute(config.data.heldout),
     )
+    return replace(config, data=data)
+
+
+def _check_inputs(config: Config, models: _stage.Models) -> None:
+    """Find what is wrong with the user's model, text and options before anything is started."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from jobs._sources import source_fingerprint
+    from sparsify.calibrate import prunable_linears
+    from sparsify.models.load import (
+        check_checkpoint,
+        check_sequence_length,
+        check_vocabulary,
+        load_tokenizer,
+    )
+    from sparsify.pattern import Pattern, check_divides
+
+    for folder in [models.dense, *models.pruned.values()]:
+        check_checkpoint(folder)
+    tokenizer = load_tokenizer(models.dense)
+    model_config = AutoConfig.from_pretrained(models.dense, local_files_only=True)
+    check_sequence_length(model_config, config.data.sequence_length)
+    with torch.device("meta"):  # shapes without weights
+        model = AutoModelForCausalLM.from_config(model_config)
+    check_vocabulary(model, tokenizer, str(models.dense))
+    source_fingerprint(config.data, "calibration")
+    if "prune" in config.stages:
+        pattern = Pattern.parse(config.prune.pattern)
+        for _, name, module in prunable_linears(model, config.prune.skip):
+            check_divides(name, module.in_features, pattern)
 
 
 def describe_plan(config: Config) -> list[str]:

@@ -44,10 +44,10 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     main_method = config.prune.method
     methods = [name for name in config.prune.baselines if name != main_method] + [main_method]
     payload = {
-        "config": config, "dense": context.models.dense, "methods": methods,
+        "config": context.worker_config, "dense": context.models.dense, "methods": methods,
         "folder": writer.folder,
     }  # fmt: skip
-    context.cluster.run_workers("prune", prune_on_worker, payload, writer.scratch / "train")
+    context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
     layers_file = writer.folder / "layers.json"
     layers = json.loads(layers_file.read_text(encoding="utf-8"))
     layers_file.unlink()

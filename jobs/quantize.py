@@ -44,18 +44,18 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
     packed = writer.folder / "packed"
     payload = {
-        "config": context.config, "sparse": context.models.sparse("quantize"),
+        "config": context.worker_config, "sparse": context.models.sparse("quantize"),
         "folder": writer.folder,
     }  # fmt: skip
-    context.cluster.run_workers("quantize", quantize_on_worker, payload, writer.scratch / "train")
+    context.cluster.run_workers("quantize", quantize_on_worker, payload, writer.train_storage)
     layers_file = writer.folder / "layers.json"
     layers = json.loads(layers_file.read_text(encoding="utf-8"))
     layers_file.unlink()
     gate = check_packed(packed)
-    folders = {"recovered_int4": packed}
     settings = context.config.quantize
+    folders = {f"recovered_int{settings.bits}": packed}
     results = evaluate.score(
-        context.cluster, context.config, context.models.dense, folders, "quantize"
+        context.cluster, context.worker_config, context.models.dense, folders, "quantize"
     )
     return {
         "results": results,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,3 +40,7 @@ def render_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     temporary = payload["run_dir"] / ".report.html.tmp"
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(payload["run_dir"] / "report.html")
+
+
+if __name__ == "__main__":
+    sys.exit("error: report is a stage; run `python -m jobs.prune stages=[report] run.dir=RUN`")

@@ -83,6 +83,7 @@ def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
 
     The same masks give the same bytes.
     """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     names = sorted(masks)
     shapes = json.dumps({name: list(masks[name].shape) for name in names})
     packed = {name: pack_mask(masks[name].cpu()) for name in names}

@@ -1,0 +1,192 @@
+"""The pipeline on a tiny model: real Ray, two DeepSpeed processes, and kill -9 in every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sparsify.masks import load_masks
+from sparsify.pattern import Pattern, count_violations
+
+STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_job, small, tmp_path_factory) -> Path:
+    """A run from start to end."""
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = run_job("prune", *small, f"run.dir={run_dir}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(run_dir)
+    return run_dir
+
+
+def summary_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+
+
+def figures_of(run_dir: Path) -> dict:
+    """Everything in the summary that must not depend on when or how often the command ran."""
+    summary = summary_of(run_dir)
+    steps = (summary["recovery"] or {}).get("steps")
+    return {
+        "results": summary["results"],
+        "layers": summary["layers"],
+        "steps": steps,
+        "quantization": summary["quantization"],
+    }
+
+
+def test_every_stage_leaves_its_record_and_the_summary_has_every_row(undisturbed: Path) -> None:
+    for stage in STAGES:
+        record = json.loads((undisturbed / stage / "record.json").read_text(encoding="utf-8"))
+        assert record["stage"] == stage
+        assert record["versions"]["torch"].startswith("2.")
+        for name, facts in record["outputs"].items():
+            assert (undisturbed / stage / name).stat().st_size == facts["bytes"]
+    assert not list(undisturbed.glob(".*.partial")), "nothing half made is left behind"
+    summary = summary_of(undisturbed)
+    names = [row["name"] for row in summary["results"]]
+    assert names == ["dense", "magnitude", "wanda", "sparsegpt", "recovered", "recovered_int4"]
+    for row in summary["results"][1:]:
+        assert row["violations"] == 0
+        assert row["kl"] > 0
+    by_name = {row["name"]: row for row in summary["results"]}
+    assert by_name["recovered"]["kl"] < by_name["sparsegpt"]["kl"], "recovery recovers"
+    assert by_name["recovered_int4"]["packed_bytes"] < by_name["recovered"]["packed_bytes"]
+    assert by_name["recovered"]["packed_bytes"] < by_name["recovered"]["disk_bytes"]
+    assert len(summary["recovery"]["steps"]) == 8192 // (8 * 64)
+    page = (undisturbed / "report.html").read_text(encoding="utf-8")
+    assert "recovered + INT4" in page
+
+
+def test_every_written_model_has_the_pattern_exactly(undisturbed: Path) -> None:
+    pattern = Pattern.parse("2:4")
+    for folder in ("prune/magnitude", "prune/wanda", "prune/sparsegpt", "distill/model",
+                   "export/sparse"):  # fmt: skip
+        weights = load_file(undisturbed / folder / "model.safetensors")
+        masks = load_masks(undisturbed / folder / "sparsity" / "masks.safetensors")
+        assert len(masks) == 14
+        for layer, mask in masks.items():
+            weight = weights[f"{layer}.weight"]
+            assert count_violations(weight, pattern) == 0
+            assert not weight[~mask].any()
+            assert (mask.view(len(mask), -1, 4).sum(-1) == 2).all()
+
+
+def test_the_export_loads_as_it_is_and_says_nothing_of_quantisation(undisturbed: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = undisturbed / "export" / "sparse"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+    ids = AutoTokenizer.from_pretrained(folder)("def main", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    recovered = load_file(undisturbed / "distill" / "model" / "model.safetensors")
+    exported = load_file(folder / "model.safetensors")
+    assert all(torch.equal(exported[name], recovered[name]) for name in recovered)
+    sparsity = json.loads((folder / "sparsity.json").read_text(encoding="utf-8"))
+    assert sparsity["pattern"] == "2:4"
+    assert str(undisturbed) not in json.dumps(sparsity), "an export names no path of its maker"
+    assert "| recovered |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_same_command_again_reuses_everything(undisturbed: Path, run_job, small) -> None:
+    before = figures_of(undisturbed)
+    written = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
+    done = run_job("prune", *small, f"run.dir={undisturbed}")
+    assert done.returncode == 0, done.stderr
+    assert figures_of(undisturbed) == before
+    assert written == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*.safetensors")}
+    assert {stage["status"] for stage in summary_of(undisturbed)["stages"]} == {"reused"}
+
+
+def test_a_changed_option_is_refused_with_the_field(undisturbed: Path, run_job, small) -> None:
+    done = run_job("prune", *small, f"run.dir={undisturbed}", "prune.damping=0.05")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "config.prune.damping: 0.01 -> 0.05" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_result_is_noticed(undisturbed: Path, run_job, small, tmp_path: Path) -> None:
+    copy = tmp_path / "damaged"
+    shutil.copytree(undisturbed, copy)
+    path = copy / "prune" / "sparsegpt" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = run_job("prune", *small, f"run.dir={copy}")
+    assert done.returncode == 2
+    assert "SHA-256 changed" in done.stderr
+
+
+def test_single_stages_start_from_a_run(undisturbed: Path, run_job, small, tmp_path: Path) -> None:
+    shared = [word for word in small if word.split("=")[0] not in ("model.path",)]
+    out = tmp_path / "again"
+    options = [w for w in shared if w.startswith(("data.", "quantize.", "evaluate.", "tracker."))]
+    done = run_job("quantize", *options, f"run.from={undisturbed}", f"run.dir={out}")
+    assert done.returncode == 0, done.stderr
+    mine, first = summary_of(out)["results"], summary_of(undisturbed)["results"]
+    assert mine[-1]["perplexity"] == first[-1]["perplexity"]
+
+
+def _wait_for(ready, process: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.02)
+
+
+def test_kill_9_in_each_stage_ends_in_the_same_figures(
+    undisturbed: Path, environment, small, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"]
+    moments = {
+        "prune": lambda: (run_dir / ".prune.partial/result/magnitude").exists(),
+        "distill": lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")),
+        "evaluate": lambda: (run_dir / ".evaluate.partial").exists(),
+        "quantize": lambda: (run_dir / ".quantize.partial").exists(),
+        "export": lambda: (run_dir / ".export.partial").exists(),
+    }
+    for stage, ready in moments.items():
+        process = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        _wait_for(ready, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run_dir / stage / "record.json").exists(), f"{stage} was not interrupted"
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert figures_of(run_dir) == figures_of(undisturbed)
+    for name in ("prune/sparsegpt", "distill/model", "export/sparse"):
+        one = run_dir / name / "model.safetensors"
+        other = undisturbed / name / "model.safetensors"
+        assert one.read_bytes() == other.read_bytes(), f"{name} is not the same to the bit"
+
+
+def test_metrics_are_on_record(undisturbed: Path) -> None:
+    lines = (undisturbed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line) for line in lines if "distill/loss" in line]
+    assert len(losses) == 16
+    with safe_open(undisturbed / "export/int4-packed/model.packed.safetensors", "pt") as file:
+        assert file.metadata()
