@@ -23,7 +23,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "prune": tuple(field.name for field in fields(Config)),
     "distill": (*_SHARED, "distill", "tracker", "cluster"),
     "evaluate": (*_SHARED, "evaluate", "tracker", "cluster"),
-    "quantize": (*_SHARED, "quantize", "tracker", "cluster"),
+    "quantize": (*_SHARED, "quantize", "evaluate", "tracker", "cluster"),
     "export": ("run", "model", "prune.pattern", "export", "tracker", "cluster"),
     "pretrain": tuple(field.name for field in fields(PretrainConfig)),
 }

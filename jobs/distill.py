@@ -74,6 +74,7 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     from jobs._artifact import disk_errors
     from jobs._sources import load_rows
     from sparsify.models.load import load_tokenizer
+    from sparsify.text import shuffled
 
     torch.set_num_threads(context.num_threads)
     config, path = payload["config"], payload["scratch"] / _ROWS
@@ -82,6 +83,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
     if warning:
         context.warn(warning)
+    # Neighbouring rows come from one document; a batch of them would be one document's gradient.
+    rows = rows[torch.tensor(shuffled(len(rows), config.run.seed))]
     temporary = path.with_suffix(".tmp")
     with disk_errors(path):
         save_file({"rows": rows.to(torch.int32)}, temporary)

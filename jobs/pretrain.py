@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from conf.schema import PretrainConfig
 
 _END = "<|endoftext|>"
+_USUAL_ROWS = 256  # what the pipeline scores by default: 65,536 tokens
 
 
 def run(config: PretrainConfig) -> None:
@@ -24,8 +25,10 @@ def run(config: PretrainConfig) -> None:
     """
     import torch
 
+    from conf.schema import DataConfig
     from jobs._artifact import versions
     from jobs._progress import Display
+    from jobs._sources import load_rows
     from sparsify.errors import InputError
     from sparsify.evaluate import evaluate_rows
     from sparsify.models.load import save_model
@@ -64,9 +67,11 @@ def run(config: PretrainConfig) -> None:
 
         num_tokens = pretrain(model, rows, params, config.seed, on_step)
         sums = evaluate_rows(model, held_rows, config.batch_size)
+        usual_rows, _ = load_rows(DataConfig(), "heldout", tokenizer, _USUAL_ROWS, config.seed)
         facts = {
             "num_tokens": num_tokens,
             "perplexity": sums.perplexity,
+            "usual_perplexity": evaluate_rows(model, usual_rows, config.batch_size).perplexity,
             "num_heldout_tokens": sums.num_tokens,
             "duration_s": time.monotonic() - begun_s,
             "versions": versions(),
@@ -153,7 +158,8 @@ It predicts Python tokens; it is not meant for anything else.
 | tokenizer | byte-level BPE, {config.vocab_size} tokens, trained on the same standard library |
 | context | {config.sequence_length} tokens |
 | trained on | {facts["num_tokens"]:,} tokens ({facts["num_tokens"] / num_parameters:.0f} per parameter) |
-| held-out perplexity | {facts["perplexity"]:.3f} per token, on {facts["num_heldout_tokens"]:,} tokens of held-out standard-library files |
+| held-out perplexity | {facts["usual_perplexity"]:.3f} per token on the 65,536 tokens that `python -m jobs.evaluate` scores by default |
+| | {facts["perplexity"]:.3f} on all {facts["num_heldout_tokens"]:,} held-out tokens, most of them the prose of pydoc_data/topics.py |
 | time | {facts["duration_s"] / 60:.0f} minutes on {config.device} |
 
 **Data.** The Python standard library without its tests, {config.stdlib_repeats} times, and once the

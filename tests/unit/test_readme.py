@@ -192,7 +192,9 @@ def test_table_of_summary_keys_is_what_the_builder_writes(
         (tmp_path / stage / RECORD).write_text(json.dumps(record), encoding="utf-8")
     nothing: Any = None
     models = Models(tiny_model_dir, {"wanda": tiny_model_dir}, "wanda", tiny_model_dir)
-    context = StageContext(Config(), tmp_path, "command", models, nothing, nothing, nothing)
+    context = StageContext(
+        Config(), Config(), tmp_path, "command", models, nothing, nothing, nothing
+    )
     summary = build_summary(tmp_path, context)
     assert f"schema is {summary['schema']}" in README
     written: dict[str, list[str]] = {}
