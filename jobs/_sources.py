@@ -200,7 +200,8 @@ def load_rows(
     """Token rows for one use of the data.
 
     Calibration and training take the documents in an order shuffled by `seed`; held-out documents
-    come in one shuffled order that is always the same, so that a part of them stands for all. Documents are read and tokenised only as far as they are needed.
+    come in one shuffled order that is always the same, so that a part of them stands for all.
+    Documents are read and tokenised only as far as they are needed.
     A training source that is too short is repeated, in a new order every time, each pass packed by
     itself. A document equal to a held-out one is never used for calibration or training.
 

@@ -114,7 +114,7 @@ def test_tree_shows_every_stage_in_order_and_names_the_files() -> None:
 def test_places_for_the_demo_are_marked() -> None:
     start, end = README.index("<!-- demo-table -->"), README.index("<!-- /demo-table -->")
     assert start < end
-    for mark in ("<!-- demo-table -->", "<!-- /demo-table -->", "<!-- demo-time -->"):
+    for mark in ("<!-- demo-table -->", "<!-- /demo-table -->"):
         assert README.count(mark) == 1
 
 

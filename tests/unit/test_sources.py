@@ -304,8 +304,11 @@ def test_rows_are_reproducible_and_disjoint_from_held_out(stories, tiny_tokenize
     train, _ = load_rows(data, "train", tiny_tokenizer, 40, seed=0)
     assert not torch.equal(first, train)
     held, _ = load_rows(data, "heldout", tiny_tokenizer, 1, seed=0)
-    expected = next(text for text in STORIES if is_held_out(text, 0.2))
-    assert tiny_tokenizer.decode(held[0]) == expected[: len(tiny_tokenizer.decode(held[0]))]
+    assert torch.equal(held, load_rows(data, "heldout", tiny_tokenizer, 1, seed=1)[0]), (
+        "scores of runs with different seeds are of the same text"
+    )
+    text = tiny_tokenizer.decode(held[0])
+    assert any(story.startswith(text) for story in STORIES if is_held_out(story, 0.2))
 
 
 def test_only_what_is_needed_is_read(tiny_tokenizer, monkeypatch):
