@@ -218,7 +218,7 @@ class QuantizeConfig:
     """bits per kept weight: 4 or 8"""
     group_size: int = 128
     """consecutive columns of a row that share one scale"""
-    num_samples: int = 128
+    num_samples: int = 256
     """calibration rows (of data.sequence_length tokens)"""
     damping: float = 0.01
     """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""

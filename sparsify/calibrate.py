@@ -8,6 +8,7 @@ T tokens of a row, B rows of a batch, D hidden size, I input features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,6 +44,9 @@ class Layer:
     """float32 mean of x x^T over all processes' tokens; layers that share an input share it"""
     num_tokens: int
     """calibration tokens behind the Hessian, over all processes; 0 without one"""
+    cross_II: Tensor | None = None
+    """float32 mean of y x^T over the same tokens, y being what the layer received in the model as
+    it was before the walk changed anything; None unless the walk was asked for it"""
 
 
 def prunable_linears(
@@ -87,6 +91,7 @@ def walk_blocks(
     needs_hessian: bool,
     skip: Sequence[str] = (),
     on_block: Callable[[int, int], None] | None = None,
+    needs_cross: bool = False,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with its statistics.
 
@@ -101,6 +106,8 @@ def walk_blocks(
         needs_hessian: False hands out layers without statistics and runs no forward at all.
         skip: see `prunable_linears`.
         on_block: called as on_block(blocks done, blocks in all) after each block.
+        needs_cross: also run the model as it is now beside the changing one, and give layers
+            their `cross_II`; needs Hessians.
 
     Raises:
         InputError: see `models.structure`.
@@ -109,7 +116,7 @@ def walk_blocks(
         SingularHessianError: as raised by `solve`, with the number of tokens added.
 
     Cost: two forwards of every block over the rows; hidden states of this process's rows and the
-    Hessians of one block in memory.
+    Hessians of one block in memory. `needs_cross` doubles all of it and copies one block.
     """
     linears = prunable_linears(model, skip)
     list_name, blocks = find_blocks(model)
@@ -120,19 +127,20 @@ def walk_blocks(
         with torch.no_grad():
             inputs = capture_block_inputs(model, blocks, batches)
             calls = {len(b): capture_block_calls(model, blocks, b) for b in _one_per_size(batches)}
+            before = list(inputs) if needs_cross else []
             for index, block in enumerate(blocks):
                 names = {name: module for at, name, module in linears if at == index}
                 inputs = [_call_of(index, call, calls) for call in inputs]
-                prefix = f"{list_name}.{index}."
-                for layer in _layers_of(block, index, prefix, names, inputs, comm):
+                before = [_call_of(index, call, calls) for call in before]
+                unchanged = copy.deepcopy(block) if before else block
+                streams = _Streams(block, inputs, unchanged, before)
+                for layer in _layers_of(streams, index, f"{list_name}.{index}.", names, comm):
                     _solve_layer(layer, solve)
                 if on_block is not None:
                     on_block(index + 1, len(blocks))
                 if index + 1 < len(blocks):
-                    inputs = [
-                        BlockInputs(run_block(block, call), call.args, call.kwargs)
-                        for call in inputs
-                    ]
+                    inputs = _through(block, inputs)
+                    before = _through(unchanged, before)
     finally:
         model.train(was_training)
 
@@ -169,15 +177,27 @@ def _call_of(index: int, call: BlockInputs, calls: dict[int, list[BlockInputs]])
     return BlockInputs(call.hidden_BTD, example.args, example.kwargs)
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """A block with its calls, and the block as it was with the calls of the unchanged model."""
+
+    block: nn.Module
+    inputs: list[BlockInputs]
+    unchanged: nn.Module
+    before: list[BlockInputs]
+    """empty when no cross moments are wanted"""
+
+
+def _through(block: nn.Module, inputs: list[BlockInputs]) -> list[BlockInputs]:
+    """The same calls with the hidden states that the block makes of them."""
+    return [BlockInputs(run_block(block, call), call.args, call.kwargs) for call in inputs]
+
+
 def _layers_of(
-    block: nn.Module,
-    index: int,
-    prefix: str,
-    names: dict[str, nn.Linear],
-    inputs: list[BlockInputs],
-    comm: Comm,
+    streams: _Streams, index: int, prefix: str, names: dict[str, nn.Linear], comm: Comm
 ) -> list[Layer]:
     """The block's layers with their Hessians, one per distinct input, summed over processes."""
+    block, inputs = streams.block, streams.inputs
     if not names:
         return []
     if not inputs:
@@ -190,9 +210,7 @@ def _layers_of(
         name: HessianSum(module.in_features, module.weight.device)
         for name, module in watched.items()
     }
-    with watch_linears(watched, lambda name, value: sums[name].add(value)):
-        for call in inputs:
-            run_block(block, call)
+    crosses = _accumulate_(sums, streams, watched)
     layers = []
     for group in groups:
         total = sums.pop(group[0])
@@ -201,11 +219,48 @@ def _layers_of(
             hessian_II = total.mean()
         except (NonFiniteError, CalibrationError) as error:
             raise type(error)(f"block {index}, layer {prefix}{group[0]}: {error}") from error
+        cross_II = crosses.pop(group[0], None)
+        if cross_II is not None:
+            comm.all_reduce_(cross_II)
+            cross_II /= total.num_tokens
         layers += [
-            Layer(prefix + name, names[prefix + name], index, hessian_II, total.num_tokens)
+            Layer(
+                prefix + name, names[prefix + name], index, hessian_II, total.num_tokens, cross_II
+            )
             for name in group
         ]
     return layers
+
+
+def _accumulate_(
+    sums: dict[str, HessianSum], streams: _Streams, watched: dict[str, nn.Linear]
+) -> dict[str, Tensor]:
+    """Add all tokens of this process to `sums`; returns the sums of y x^T, if there are any y."""
+    if not streams.before:
+        with watch_linears(watched, lambda name, value: sums[name].add(value)):
+            _through(streams.block, streams.inputs)
+        return {}
+    crosses: dict[str, Tensor] = {}
+    then: dict[str, Tensor] = {}
+
+    def note(name: str, value: Tensor) -> None:
+        sums[name].add(value)
+        x_TI, y_TI = (v.detach().flatten(0, -2).float() for v in (value, then.pop(name)))
+        if name not in crosses:
+            crosses[name] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
+        crosses[name].addmm_(y_TI.T, x_TI)
+
+    counterparts = {name: _linear_at(streams.unchanged, name) for name in watched}
+    for call, call_before in zip(streams.inputs, streams.before, strict=True):
+        with watch_linears(counterparts, then.__setitem__):
+            run_block(streams.unchanged, call_before)
+        with watch_linears(watched, note):
+            run_block(streams.block, call)
+    return crosses
+
+
+def _linear_at(block: nn.Module, name: str) -> nn.Linear:
+    return linears_of(block)[name]
 
 
 def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:

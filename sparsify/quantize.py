@@ -95,7 +95,7 @@ def quantize_model(
 
     walk_blocks(
         model, rows, solve, comm=comm, batch_size=batch_size, needs_hessian=True, skip=skip,
-        on_block=on_block,
+        on_block=on_block, needs_cross=params.method == "gptq" and params.teacher_share > 0,
     )  # fmt: skip
     return result
 
@@ -128,7 +128,9 @@ def _quantize_layer(
     share = comm.row_slice(num_rows)
     before_RI = weight_OI[share].to(hessian_II.dtype)
     keep_RI = keep_mask_OI[share].to(weight_OI.device)
-    mine = quantize_weight(weight_OI[share], keep_RI, hessian_II, params, layer.name)
+    mine = quantize_weight(
+        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.cross_II
+    )
     change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
     energies = torch.stack(
         [_row_energy(change_RI, hessian_II).sum(), _row_energy(before_RI, hessian_II).sum()]

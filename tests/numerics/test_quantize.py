@@ -216,6 +216,32 @@ def test_no_single_change_of_a_refined_code_helps():
             assert (error(codes) >= best - 1e-12).all(), (column, code)
 
 
+def test_half_way_to_the_teacher_brings_the_outputs_closer():
+    """What arrives now is a noisy copy of what the unquantised layer received."""
+    generator = torch.Generator().manual_seed(3)
+    weight, _ = layer(num_rows=16)
+    mix = torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    before = torch.randn(4000, 40, generator=generator, dtype=torch.float64) @ mix
+    noise = torch.randn(4000, 40, generator=generator, dtype=torch.float64)
+    now = before + noise @ torch.diag(torch.linspace(0, 3, 40, dtype=torch.float64))
+    keep = mask_of(weight, "2:4")
+    weight = weight.masked_fill(~keep, 0)
+    hessian, cross = now.T @ now / 4000, before.T @ now / 4000
+
+    def run(share: float, cross: Tensor | None) -> Tensor:
+        params = QuantParams(group_size=16, teacher_share=share)
+        got = quantize_weight(weight, keep, hessian, params, "layer", cross)
+        return dequantize(got.codes_OI, got.scales_OG, 16, torch.float64)
+
+    def error(quantized: Tensor) -> float:
+        return (before @ weight.T - now @ quantized.T).square().mean().item()
+
+    assert torch.equal(run(0.5, hessian), run(0.5, None))
+    assert torch.equal(run(0.0, cross), run(0.5, None))
+    own, half, whole = (error(run(share, cross)) for share in (0.0, 0.5, 1.0))
+    assert whole < half < own
+
+
 def test_single_precision_takes_the_same_decisions():
     weight, hessian = layer(num_rows=64, num_columns=64)
     keep = mask_of(weight, "2:4")
@@ -263,6 +289,7 @@ def test_nothing_breaks_on_zero_weights_dead_columns_and_tiny_weights(method):
         ({"group_size": 0}, "quantize.group_size=0"),
         ({"damping": math.nan}, "quantize.damping"),
         ({"num_refine_sweeps": -1}, "quantize.num_refine_sweeps"),
+        ({"teacher_share": 1.5}, "at least 0 and at most 1"),
     ],
 )
 def test_wrong_numbers_are_named(changes, message):
@@ -339,6 +366,42 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     weight = original.get_submodule(name).weight.detach()
     expected = energies(weight, torch.zeros_like(weight), hessians[name]).sum().item()
     assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
+    from sparsify.calibrate import Layer, walk_blocks
+
+    name = "model.layers.1.mlp.down_proj"
+    inputs: list[Tensor] = []
+
+    def record(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0].detach().flatten(0, 1))
+
+    handle = tiny_model.get_submodule(name).register_forward_pre_hook(record)
+    with torch.no_grad():
+        tiny_model(input_ids=tiny_rows)
+    layers: dict[str, Layer] = {}
+
+    def solve(layer: Layer) -> None:
+        layers[layer.name] = layer
+        if layer.block == 0:
+            layer.module.weight.data *= 0.5
+
+    inputs_before = inputs.pop()
+    handle.remove()
+    walk_blocks(
+        tiny_model, tiny_rows, solve, comm=Comm.single(), batch_size=5, needs_hessian=True,
+        needs_cross=True,
+    )  # fmt: skip
+    tiny_model.get_submodule(name).register_forward_pre_hook(record)
+    with torch.no_grad():
+        tiny_model(input_ids=tiny_rows)
+    expected = inputs_before.T @ inputs.pop() / tiny_rows.numel()
+    cross = layers[name].cross_II
+    assert torch.allclose(cross, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+    assert not torch.allclose(cross, layers[name].hessian_II, rtol=0.05)
+    first = layers["model.layers.0.mlp.down_proj"]
+    assert torch.allclose(first.cross_II, first.hessian_II, rtol=1e-4, atol=1e-7)
 
 
 def test_masks_that_do_not_fit_are_named(tiny_model, tiny_rows):
