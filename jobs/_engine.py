@@ -107,13 +107,17 @@ class MaskGuard:
         named = dict(engine.module.named_parameters())
         self._layers = {name: (named[f"{name}.weight"], mask) for name, mask in masks.items()}
 
-    def check(self) -> None:
+    def check(self, with_moments: bool = True) -> None:
         """Look at every copy.
+
+        Args:
+            with_moments: False where no step has been made yet in this process: DeepSpeed attaches
+                the moments, also those of a checkpoint, at the first one.
 
         Raises:
             PatternViolationError: a pruned element is not zero; names layer and copy.
         """
-        for layer, copy, values, pruned in self._copies(with_moments=True):
+        for layer, copy, values, pruned in self._copies(with_moments):
             # Multiplying by 0 would hide NaN; counting does not.
             num_alive = int(torch.count_nonzero(values[pruned]))
             if num_alive:
