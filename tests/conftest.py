@@ -73,3 +73,8 @@ def tiny_rows(tiny_tokenizer) -> torch.Tensor:
     """(12, 32) random token rows."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(len(tiny_tokenizer), (12, 32), generator=generator)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` writes the golden figures instead of only comparing them."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")

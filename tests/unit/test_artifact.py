@@ -1,0 +1,126 @@
+"""Stage folders: whole or absent, reused, refused, followed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import _artifact
+from sparsify.errors import InputError, TwofourError
+
+IDENTITY = {"config": {"prune": {"damping": 0.01}}, "inputs": {"model": "a"}}
+
+
+def make(run_dir: Path, identity: dict = IDENTITY, redo: bool = False) -> _artifact.Artifact:
+    writer = _artifact.StageWriter(run_dir, "prune", identity, "command", redo)
+    (writer.folder / "result.txt").write_text("made", encoding="utf-8")
+    return writer.commit({"loss": 1.0}, seed=0)
+
+
+def find(run_dir: Path, identity: dict, may_extend: bool = False, may_follow: bool = False):
+    return _artifact.find_finished(run_dir, "prune", identity, may_extend, may_follow)
+
+
+def changed(**inputs: str) -> dict:
+    return {**IDENTITY, "inputs": {**IDENTITY["inputs"], **inputs}}
+
+
+def test_a_finished_stage_is_found_again(tmp_path: Path) -> None:
+    assert find(tmp_path, IDENTITY) is None
+    made = make(tmp_path)
+    found = find(tmp_path, IDENTITY)
+    assert found.is_reused
+    assert found.metrics == {"loss": 1.0}
+    assert found.record == made.record
+    assert not (tmp_path / ".prune.partial").exists()
+
+
+def test_another_identity_is_refused_field_by_field(tmp_path: Path) -> None:
+    make(tmp_path)
+    other = {"config": {"prune": {"damping": 0.1}}, "inputs": {"model": "b"}}
+    with pytest.raises(InputError) as error:
+        find(tmp_path, other)
+    assert "config.prune.damping: 0.01 -> 0.1" in str(error.value)
+    assert "inputs.model: a -> b" in str(error.value)
+    assert "run.redo=[prune]" in str(error.value)
+
+
+def test_inputs_may_be_added_or_followed_but_options_not_changed(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert find(tmp_path, changed(more="x"), may_extend=True) is None
+    with pytest.raises(InputError):
+        find(tmp_path, changed(model="b"), may_extend=True)
+    assert find(tmp_path, changed(model="b"), may_follow=True) is None
+    with pytest.raises(InputError):
+        find(tmp_path, {**changed(model="b"), "config": {}}, may_follow=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "changed"])
+def test_a_damaged_stage_is_refused(tmp_path: Path, damage: str) -> None:
+    path = make(tmp_path).folder / "result.txt"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text("mad" if damage == "shorter" else "fade", encoding="utf-8")
+    with pytest.raises(InputError, match="damaged"):
+        find(tmp_path, IDENTITY)
+
+
+def test_a_truncated_record_is_refused(tmp_path: Path) -> None:
+    record = make(tmp_path).folder / "record.json"
+    record.write_bytes(record.read_bytes()[:20])
+    with pytest.raises(InputError, match="not a stage record"):
+        find(tmp_path, IDENTITY)
+
+
+def test_a_redone_stage_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:
+    old = make(tmp_path)
+    writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", True)
+    assert (old.folder / "result.txt").read_text(encoding="utf-8") == "made"
+    (writer.folder / "result.txt").write_text("again", encoding="utf-8")
+    writer.commit({}, seed=0)
+    assert (old.folder / "result.txt").read_text(encoding="utf-8") == "again"
+    assert not list(tmp_path.glob(".prune.*"))
+
+
+def test_an_interrupted_stage_of_another_identity_keeps_its_checkpoints(tmp_path: Path) -> None:
+    writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", False)
+    (writer.scratch / "step-1").write_text("state", encoding="utf-8")
+    with pytest.raises(InputError, match="interrupted stage prune"):
+        _artifact.StageWriter(tmp_path, "prune", changed(model="b"), "command", False)
+    again = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", False)
+    assert (again.scratch / "step-1").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        _artifact.run_lock(tmp_path),
+        pytest.raises(InputError, match="another run"),
+        _artifact.run_lock(tmp_path),
+    ):
+        pytest.fail("the second run got the folder")
+
+
+def test_a_real_full_disk_is_one_line() -> None:
+    with pytest.raises(TwofourError, match="disk is full"), _artifact.disk_errors(Path("x")):
+        Path("/dev/full").write_text("text", encoding="utf-8")
+
+
+def test_json_is_the_old_or_the_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    _artifact.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        _artifact.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+
+
+def test_model_fingerprint_follows_weights_and_tokenizer_only(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    before = _artifact.model_fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("other", encoding="utf-8")
+    assert _artifact.model_fingerprint(tmp_path) == before
+    (tmp_path / "tokenizer.json").write_text("other", encoding="utf-8")
+    assert _artifact.model_fingerprint(tmp_path) != before
