@@ -59,7 +59,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one line above the bars."""
-        self.console.print(f"  {text}", markup=False)
+        self.console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def start_stage(self, name: str) -> None:
         """A stage begins; its total is not known yet."""

@@ -146,7 +146,11 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
     folders = {"dense": models.dense, **models.pruned}
     if models.recovered is not None:
         folders["recovered"] = models.recovered
-    packed = metrics.get("export", {}).get("packed_bytes", {})
+    # One-shot models are not packed into files: theirs is the size of the packed tensors.
+    packed = {
+        **metrics.get("prune", {}).get("packed_bytes", {}),
+        **metrics.get("export", {}).get("packed_bytes", {}),
+    }
     sizes: dict[str, dict[str, int | None]] = {}
     for name, folder in folders.items():
         files = folder.glob("model*.safetensors")

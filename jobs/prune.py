@@ -48,14 +48,14 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "folder": writer.folder,
     }  # fmt: skip
     context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
-    layers_file = writer.folder / "layers.json"
-    layers = json.loads(layers_file.read_text(encoding="utf-8"))
-    layers_file.unlink()
+    figures_file = writer.folder / "figures.json"
+    figures = json.loads(figures_file.read_text(encoding="utf-8"))
+    figures_file.unlink()
     return {
         "method": config.prune.method,
         "methods": methods,
         "pattern": config.prune.pattern,
-        "layers": layers,
+        **figures,
         "gate": {method: _gate(writer.folder / method) for method in methods},
     }
 
@@ -78,6 +78,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     from sparsify.masks import save_masks
     from sparsify.methods import PruneParams, get_method
     from sparsify.models.load import check_sequence_length, load_pair, save_model
+    from sparsify.pack import packed_num_bytes
     from sparsify.pattern import Pattern
     from sparsify.prune import prune_model
 
@@ -85,6 +86,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     config, folder = payload["config"], payload["folder"]
     settings = config.prune
     comm = Comm.distributed() if context.world_size > 1 else Comm.single()
+    pattern = Pattern.parse(settings.pattern)
     params = PruneParams(damping=settings.damping, block_size=settings.block_size)
     model, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
     check_sequence_length(model.config, config.data.sequence_length)
@@ -99,7 +101,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
         "num_calibration_tokens": rows.numel(),
         "seed": config.run.seed,
     }
-    layers = []
+    layers, packed_bytes = [], {}
     for index, name in enumerate(payload["methods"]):
         if index > 0:
             model, _ = load_pair(payload["dense"], config.model.dtype, context.device)
@@ -109,7 +111,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
             context.progress(index * total + done, blocks, f"blocks, {name}")
 
         result = prune_model(
-            model, rows, get_method(name), Pattern.parse(settings.pattern), params,
+            model, rows, get_method(name), pattern, params,
             comm=comm, batch_size=settings.batch_size, skip=settings.skip, on_block=on_block,
         )  # fmt: skip
         for report in result.layers:
@@ -119,9 +121,12 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
             with disk_errors(folder):
                 save_model(model, tokenizer, folder / name)
                 save_masks(folder / name / MASKS, result.keep_masks)
+                packed_bytes[name] = packed_num_bytes(
+                    model.state_dict(), result.keep_masks.keys(), pattern
+                )
                 write_sparsity(folder / name, result.keep_masks, settings.pattern, name, provenance)
     if context.rank == 0:
-        write_json(folder / "layers.json", layers)
+        write_json(folder / "figures.json", {"layers": layers, "packed_bytes": packed_bytes})
 
 
 if __name__ == "__main__":
