@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, WorkFailedError
 from cluster.spec import ClusterSpec
@@ -34,8 +35,19 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Usage reports would go to the network.
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A worker that was given no GPU sees none, so that no library picks one by itself.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
+
+
+_PEER_LOST = ("connection closed", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
+
+
+def _is_peer_loss(failure: dict[str, str]) -> bool:
+    """Whether an exception only says that another worker of the group is gone."""
+    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    text = failure["message"].lower()
+    return failure["kind"] in kinds and any(word in text for word in _PEER_LOST)
 
 
 @ray.remote(num_cpus=0)
@@ -51,9 +63,10 @@ class Board:
         self._events.append(event)
 
     def fail(self, kind: str, message: str, traceback: str) -> None:
-        """Record a failure; the first one counts, the others follow from it."""
-        if self._failure is None:
-            self._failure = {"kind": kind, "message": message, "traceback": traceback}
+        """Record a failure: the first one, or the first that is not the loss of a peer."""
+        failure = {"kind": kind, "message": message, "traceback": traceback}
+        if self._failure is None or (_is_peer_loss(self._failure) and not _is_peer_loss(failure)):
+            self._failure = failure
 
     def drain(self) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
         """Events since the last call, and the failure if there is one."""
@@ -179,7 +192,10 @@ class RayCluster:
         url = info.address_info.get("webui_url")
         self.dashboard_url = f"http://{url}" if url and self.spec.dashboard else None
         board: Any = Board
-        self._board = board.options(name=f"progress of {self.run_name}").remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = board.options(
+            name=f"progress of {self.run_name}", scheduling_strategy=here
+        ).remote()
         self._wait_for_resources()
         return self
 
@@ -259,7 +275,7 @@ class RayCluster:
                 return
             except Exception as error:
                 failure = ray.get(self._board.drain.remote())[1]
-                if failure is not None:
+                if failure is not None and not _is_peer_loss(failure):
                     raise WorkFailedError(**failure) from None
                 lost = f"{name}: a worker was lost ({_last_line(error)})"
                 if not isinstance(error, WorkerGroupError):
@@ -286,7 +302,8 @@ class RayCluster:
             WorkFailedError: a task raised, or its worker kept dying.
         """
         ray.get(self._board.clear.remote())
-        remote = ray.remote(_task)
+        # A GPU's memory is free again only when the process that used it has ended.
+        remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
         results: list[Any] = [None] * len(payloads)
         with _Watch(self._board, self._on_event):
             pending = {}
@@ -345,13 +362,16 @@ class _Watch:
         self._on_event = on_event
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._error: Exception | None = None
 
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
 
     def _run(self) -> None:
         while True:
@@ -360,7 +380,10 @@ class _Watch:
                 events, _ = ray.get(self._board.drain.remote())
             except ray.exceptions.RayError:
                 return  # the board went with its cluster; the work itself reports why
-            for event in events:
-                self._on_event(event)
+            try:
+                for event in events:
+                    self._on_event(event)
+            except Exception as error:  # the caller's, a full disk for one: raised at the end
+                self._error = self._error or error
             if stopping:
                 return

@@ -349,11 +349,16 @@ class Config:
         rules.starts_from_something(self.stages, self.run.from_)
         rules.redo_within_stages(self.run.redo, self.stages)
         rules.half_needs_gpu(self.model.dtype, self.cluster)
+        if "prune" in self.stages and self.model.teacher not in (None, self.model.path):
+            raise InputError(
+                f"model.teacher={self.model.teacher}: a run that prunes learns from model.path "
+                "itself; leave model.teacher out"
+            )
         if "distill" in self.stages:
             rules.batch_fits_workers(self.distill, self.cluster.num_workers)
             rules.one_step("distill.num_tokens", self.distill.num_tokens,
                            self.distill.batch_size, self.data.sequence_length)  # fmt: skip
-        if "evaluate" in self.stages:
+        if {"evaluate", "quantize"}.intersection(self.stages):
             rules.one_row("evaluate.num_tokens", self.evaluate.num_tokens,
                           self.data.sequence_length)  # fmt: skip
 

@@ -246,7 +246,13 @@ class StageWriter:
     """
 
     def __init__(
-        self, run_dir: Path, stage: str, identity: dict[str, Any], command: str, redo: bool
+        self,
+        run_dir: Path,
+        stage: str,
+        identity: dict[str, Any],
+        command: str,
+        redo: bool = False,
+        may_replace: bool = False,
     ) -> None:
         self._run_dir = run_dir
         self._stage = stage
@@ -254,9 +260,7 @@ class StageWriter:
         self._command = command
         self._started_at_s = time.time()
         partial = run_dir / f".{stage}.partial"
-        if partial.exists() and redo:
-            shutil.rmtree(partial)
-        self._check_same(partial / "identity.json")
+        self._settle_interrupted(partial, redo, may_replace)
         self.folder = partial / "result"
         self.scratch = partial / "scratch"
         self.train_storage = partial / "train"
@@ -265,18 +269,25 @@ class StageWriter:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
             self.scratch.mkdir(exist_ok=True)
-            write_json(partial / "identity.json", identity)
+            write_json(partial / "begun.json", {"identity": identity, "redo": redo})
 
-    def _check_same(self, path: Path) -> None:
-        """An interrupted stage of another identity is not thrown away unasked."""
+    def _settle_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
+        """Keep an interrupted stage of the same identity, throw another away only when asked to.
+
+        A redo that was interrupted is carried on by the next one of the same identity.
+        """
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            begun = json.loads((partial / "begun.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
+            begun = {"identity": None, "redo": False}
+        changes = differences(begun["identity"], self._identity)
+        if not changes and (begun["redo"] or not redo):
             return
-        changes = differences(before, self._identity)
-        if changes and (path.parent / "scratch").is_dir() and any(
-            (path.parent / "scratch").iterdir()
-        ):  # fmt: skip
+        if partial.exists() and (redo or may_replace or begun["identity"] is None):
+            shutil.rmtree(partial)
+            return
+        scratch = partial / "scratch"
+        if scratch.is_dir() and any(scratch.iterdir()):
             raise _refuse(self._run_dir, self._stage, changes, "the interrupted stage")
 
     def commit(self, metrics: dict[str, Any], seed: int) -> Artifact:

@@ -69,6 +69,8 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     Over gloo DeepSpeed would compile a shared-memory kernel at first use. It is switched off: it
     needs a compiler on every node, and a killed run leaves its segments behind in /dev/shm.
     """
+    if not uses_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it finds
     import deepspeed
 
     if not uses_gpu:
@@ -195,6 +197,17 @@ def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str
 def finished_checkpoints(folder: Path) -> list[int]:
     """Steps of the whole checkpoints under `folder`, in order."""
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def latest_checkpoint(folder: Path) -> int | None:
+    """Step of the last whole checkpoint as rank 0 sees it, on all ranks; all ranks call it.
+
+    A network file system may show the folder's newest entries to one node later than to another.
+    """
+    steps = finished_checkpoints(folder)
+    latest: list[int | None] = [steps[-1] if steps else None]
+    dist.broadcast_object_list(latest, src=0)
+    return latest[0]
 
 
 def load_checkpoint(engine: Any, folder: Path, step: int, world_size: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from conf.schema import PruneConfig
 from jobs._stage import MASKS, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks import infer_masks, load_masks
@@ -63,14 +64,20 @@ def check_weight(
     require_pattern([(layer, weight)], pattern)
 
 
-def masks_of(folder: Path, model: Any, fallback_pattern: str) -> tuple[dict[str, Any], Pattern]:
+def masks_of(
+    folder: Path, model: Any = None, fallback: PruneConfig | None = None
+) -> tuple[dict[str, Any], Pattern]:
     """Masks and pattern of a sparse model folder.
 
     They come from the folder's own files; a model that was pruned elsewhere has neither, and its
-    masks are read from its zeros, which must fit `fallback_pattern` exactly.
+    masks are read from the zeros of `model`, which must fit the pattern of `fallback` exactly
+    except in the layers that it skips.
     """
     sparsity = read_sparsity(folder)
-    pattern = Pattern.parse(sparsity["pattern"] if sparsity else fallback_pattern)
+    if sparsity is None:
+        assert fallback is not None, "a stage's own folder describes itself"
+        sparsity = {"pattern": fallback.pattern}
+    pattern = Pattern.parse(sparsity["pattern"])
     if (folder / MASKS).is_file():
         return load_masks(folder / MASKS), pattern
-    return infer_masks(model, pattern), pattern
+    return infer_masks(model, pattern, fallback.skip if fallback else ()), pattern

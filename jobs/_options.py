@@ -18,13 +18,13 @@ from conf.schema import Config, PretrainConfig, written_name
 from sparsify.errors import InputError
 
 CONF_DIR = Path(schema.__file__).parent
-_SHARED = ("run", "model", "data", "prune.pattern")
+_SHARED = ("run", "model", "data", "prune.pattern", "prune.skip")
 JOBS: dict[str, tuple[str, ...]] = {
     "prune": tuple(field.name for field in fields(Config)),
     "distill": (*_SHARED, "distill", "tracker", "cluster"),
     "evaluate": (*_SHARED, "evaluate", "tracker", "cluster"),
     "quantize": (*_SHARED, "quantize", "evaluate", "tracker", "cluster"),
-    "export": ("run", "model", "prune.pattern", "export", "tracker", "cluster"),
+    "export": ("run", "model", "prune.pattern", "prune.skip", "export", "tracker", "cluster"),
     "pretrain": tuple(field.name for field in fields(PretrainConfig)),
 }
 """Job -> the groups and single options it uses; all others are refused on its command line."""

@@ -149,9 +149,7 @@ def find_models(config: Config, run_dir: Path) -> Models:
 
     source = config.run.from_
     if source is None:
-        models = Models(dense=resolve_path(config.model.teacher or config.model.path))
-        if "prune" in config.stages and config.model.teacher is None:
-            models.dense = resolve_path(config.model.path)
+        models = Models(dense=resolve_path(config.model.path))
     else:
         models = _models_from(resolve_path(source), config)
     own = None if source is None else Path(source).resolve()
@@ -231,6 +229,14 @@ def _add_stages(models: Models, run: Path, upto: tuple[str, ...] = STAGES) -> No
         add_finished(models, "quantize", run / "quantize")
 
 
+def forget_descendants(models: Models, stage: str) -> None:
+    """Leave out what was made from the earlier result of a stage that was just made anew."""
+    if stage == "prune":
+        models.recovered = None
+    if stage in ("prune", "distill"):
+        models.packed_int4 = None
+
+
 def add_finished(models: Models, stage: str, folder: Path) -> None:
     """Enter what a finished stage made."""
     if stage == "prune":
@@ -241,6 +247,22 @@ def add_finished(models: Models, stage: str, folder: Path) -> None:
         models.recovered = folder / "model"
     elif stage == "quantize":
         models.packed_int4 = folder / "packed"
+
+
+def heldout_inputs(context: StageContext) -> dict[str, str]:
+    """For identities: held-out text of its own decides which documents are not trained on."""
+    from jobs._sources import source_fingerprint
+
+    if context.config.data.heldout is None:
+        return {}
+    return {"heldout": source_fingerprint(context.config.data, "heldout")}
+
+
+def given_masks(config: Config, folder: Path) -> dict[str, Any]:
+    """For identities: the options that say where the masks of a foreign model are."""
+    if read_sparsity(folder) is not None:
+        return {}
+    return {"prune.pattern": config.prune.pattern, "prune.skip": config.prune.skip}
 
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:

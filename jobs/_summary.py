@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs._artifact import RECORD, versions, write_json
+from jobs._stage import read_sparsity
 
 if TYPE_CHECKING:
     from jobs._stage import StageContext
@@ -37,6 +38,10 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         path = run_dir / stage / RECORD
         if path.is_file() and stage != "report":
             records[stage] = json.loads(path.read_text(encoding="utf-8"))
+    if context.models.recovered is None:
+        records.pop("distill", None)  # made from an earlier pruning than the one there is now
+    if context.models.packed_int4 is None:
+        records.pop("quantize", None)
     metrics = {stage: record["metrics"] for stage, record in records.items()}
     durations = {stage: record["duration_s"] for stage, record in records.items()}
     distill = metrics.get("distill")
@@ -72,7 +77,7 @@ def _run_facts(
         "command": context.command,
         "model": context.models.dense.name,
         "num_parameters": _num_parameters(context.models.dense),
-        "pattern": prune.get("pattern", config.prune.pattern),
+        "pattern": prune.get("pattern") or _pattern_of(context),
         "method": prune.get("method", context.models.method),
         "seed": config.run.seed,
         "cluster": spec.name,
@@ -81,6 +86,16 @@ def _run_facts(
         "versions": versions(),
         "duration_s": round(duration_s, 3),
     }
+
+
+def _pattern_of(context: StageContext) -> str:
+    """Pattern of the sparse model that a run without a prune stage started from."""
+    models = context.models
+    for folder in [models.recovered, *models.pruned.values()]:
+        sparsity = read_sparsity(folder) if folder is not None else None
+        if sparsity is not None:
+            return str(sparsity["pattern"])
+    return context.config.prune.pattern
 
 
 def _num_parameters(folder: Path) -> int:

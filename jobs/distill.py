@@ -24,16 +24,18 @@ _ROWS = "rows.safetensors"
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the recovered weights."""
     from jobs._sources import source_fingerprint
-    from jobs._stage import fingerprints
+    from jobs._stage import fingerprints, given_masks, heldout_inputs
 
     config = context.config
     student = context.models.student("distill")
     return {
         "config": {
             **context.settings("distill", "data"),
+            **given_masks(config, student),
             "run.seed": config.run.seed,
         },
         "inputs": {
+            **heldout_inputs(context),
             **fingerprints({"student": student, "teacher": context.models.dense}),
             "train": source_fingerprint(config.data, "train"),
         },
@@ -62,7 +64,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     curve_file = writer.folder / "curve.json"
     curve = json.loads(curve_file.read_text(encoding="utf-8"))
     curve_file.unlink()
-    masks, pattern = masks_of(writer.folder / "model", None, "")
+    masks, pattern = masks_of(writer.folder / "model")
     return {**curve, "gate": check_files(writer.folder / "model", masks, pattern)}
 
 
@@ -117,7 +119,7 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     student, tokenizer = load_pair(payload["student"], "float32", context.device)
     dtype = "bfloat16" if config.distill.precision == "bf16" else "float32"
     teacher = load_model(payload["teacher"], dtype, context.device).requires_grad_(False)
-    masks, pattern = masks_of(payload["student"], student, config.prune.pattern)
+    masks, pattern = masks_of(payload["student"], student, config.prune)
     masks = {name: mask.to(context.device) for name, mask in masks.items()}
     apply_masks_(student, masks)
     _prepare_student(student, config.distill)
@@ -136,7 +138,6 @@ def _prepare_student(student: Any, settings: DistillConfig) -> None:
     import torch
 
     student.train()
-    student.config.use_cache = False
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -177,14 +178,14 @@ class _Loop:
         """Load the last whole checkpoint, if there is one."""
         from jobs import _engine
 
-        steps = _engine.finished_checkpoints(self._scratch)
-        if not steps:
+        latest = _engine.latest_checkpoint(self._scratch)
+        if latest is None:
             return
         world_size = self._context.world_size
-        state = _engine.load_checkpoint(self.engine, self._scratch, steps[-1], world_size)
+        state = _engine.load_checkpoint(self.engine, self._scratch, latest, world_size)
         self.curve, self.trained_s = state["curve"], state["trained_s"]
         self._guard.check(with_moments=False)
-        self._context.warn(f"distill: carrying on after step {steps[-1]} of {self._total}")
+        self._context.warn(f"distill: carrying on after step {latest} of {self._total}")
 
     def train(self) -> None:
         """Run the remaining steps, with a checkpoint every so many."""

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the exported files."""
-    from jobs._stage import fingerprints
+    from jobs._stage import fingerprints, given_masks
 
     models = context.models
     folders = {"sparse": models.sparse("export"), "dense": models.dense}
     if models.packed_int4 is not None:
         folders["int4"] = models.packed_int4
-    return {"config": context.settings("export"), "inputs": fingerprints(folders)}
+    masks = given_masks(context.config, folders["sparse"])
+    return {"config": {**context.settings("export"), **masks}, "inputs": fingerprints(folders)}
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
     source = models.sparse("export")
     dtype = config.export.dtype or _stored_dtype(source)
     model, tokenizer = load_pair(source, dtype)
-    masks, pattern = masks_of(source, model, config.prune.pattern)
+    masks, pattern = masks_of(source, model, config.prune)
     before = read_sparsity(source) or {}
     name = "recovered" if models.recovered is not None else str(models.method)
     with disk_errors(folder):

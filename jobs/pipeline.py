@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -99,9 +100,14 @@ def run_pipeline(config: Config, job: str) -> Path:
         stages = [stage for stage in PIPELINE if stage.name in config.stages]
         for stage in stages:
             artifact = _run_stage(stage, context)
-            context.statuses[stage.name] = "reused" if artifact.is_reused else "ran"
+            was_redone = stage.name in _RedoJournal(run_dir, command).done
+            is_new = was_redone or not artifact.is_reused
+            context.statuses[stage.name] = "ran" if is_new else "reused"
+            if not artifact.is_reused:
+                _stage.forget_descendants(context.models, stage.name)
             _stage.add_finished(context.models, stage.name, artifact.folder)
             tracker.log({f"{stage.name}/duration_s": artifact.record["duration_s"]})
+        _RedoJournal(run_dir, command).close()
     from jobs._summary import show, write_summary
 
     show(write_summary(run_dir, context))
@@ -146,7 +152,9 @@ class _Clusters:
 def _run_stage(stage: Stage, context: _stage.StageContext) -> Artifact:
     """Reuse the stage's finished result, or make it."""
     module = importlib.import_module(f"jobs.{stage.name}")
-    redo = any(name in ("all", stage.name) for name in context.config.run.redo)
+    journal = _RedoJournal(context.run_dir, context.command)
+    is_asked = any(name in ("all", stage.name) for name in context.config.run.redo)
+    redo = is_asked and stage.name not in journal.done
     may_follow = stage.is_derived or "ran" in context.statuses.values()
     identity = module.identity(context)
     if not redo:
@@ -162,15 +170,42 @@ def _run_stage(stage: Stage, context: _stage.StageContext) -> Artifact:
         stage.name,
         identity,
         context.command,
-        redo or may_follow or stage.may_extend,
+        redo,
+        may_follow or stage.may_extend,
     )
     with _cluster_errors(), _artifact.disk_errors(writer.folder):
         metrics = module.run(context, writer)
     metrics["warnings"] = list(context.warnings)
     context.warnings.clear()
     artifact = writer.commit(metrics, context.config.run.seed)
+    if is_asked:
+        journal.add(stage.name)
     context.display.finish_stage(stage.name, stage.makes)
     return artifact
+
+
+class _RedoJournal:
+    """Stages that an interrupted command with run.redo has already made again.
+
+    The same command then goes on with the next one instead of starting over.
+    """
+
+    def __init__(self, run_dir: Path, command: str) -> None:
+        self._path = run_dir / ".redo.json"
+        self._command = command
+        self.done: list[str] = []
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            before = json.loads(self._path.read_text(encoding="utf-8"))
+            self.done = before["done"] if before["command"] == command else []
+
+    def add(self, stage: str) -> None:
+        """Note that a stage has been made again."""
+        self.done.append(stage)
+        _artifact.write_json(self._path, {"command": self._command, "done": self.done})
+
+    def close(self) -> None:
+        """The command is done: the next redo starts afresh."""
+        self._path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def run(config: PretrainConfig) -> None:
     import torch
 
     from conf.schema import DataConfig
-    from jobs._artifact import versions
+    from jobs._artifact import disk_errors, versions
     from jobs._progress import Display
     from jobs._sources import load_rows
     from sparsify.errors import InputError
@@ -38,6 +38,11 @@ def run(config: PretrainConfig) -> None:
     out = Path(config.out)
     if out.exists():
         raise InputError(f"out={out}: exists; move it away or choose another folder with out=")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: there is no GPU here; use device=cpu")
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(out):
+        partial.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.num_threads)
     begun_s = time.monotonic()
     with Display() as display:
@@ -76,7 +81,6 @@ def run(config: PretrainConfig) -> None:
             "duration_s": time.monotonic() - begun_s,
             "versions": versions(),
         }
-        partial = out.with_name(f".{out.name}.partial")
         save_model(model, tokenizer, partial)
         (partial / "README.md").write_text(model_card(model, config, facts), encoding="utf-8")
         partial.rename(out)

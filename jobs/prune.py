@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the pruned weights."""
     from jobs._sources import source_fingerprint
-    from jobs._stage import fingerprints
+    from jobs._stage import fingerprints, heldout_inputs
 
     config = context.config
     data = context.settings("data")["data"]
@@ -30,6 +30,7 @@ def identity(context: StageContext) -> dict[str, Any]:
             "run.seed": config.run.seed,
         },
         "inputs": {
+            **heldout_inputs(context),
             **fingerprints({"model": context.models.dense}),
             "calibration": source_fingerprint(config.data, "calibration"),
         },
@@ -63,7 +64,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 def _gate(folder: Path) -> dict[str, int]:
     from jobs._gate import check_files, masks_of
 
-    masks, pattern = masks_of(folder, None, "")
+    masks, pattern = masks_of(folder)
     return check_files(folder, masks, pattern)
 
 

@@ -17,7 +17,7 @@ def identity(context: StageContext) -> dict[str, Any]:
     """What decides the codes, and the score of the result."""
     from jobs import evaluate
     from jobs._sources import source_fingerprint
-    from jobs._stage import fingerprints
+    from jobs._stage import fingerprints, given_masks
 
     config = context.config
     folders = {"sparse": context.models.sparse("quantize"), "dense": context.models.dense}
@@ -25,6 +25,7 @@ def identity(context: StageContext) -> dict[str, Any]:
         "config": {
             **context.settings("quantize"),
             **evaluate.settings(context),
+            **given_masks(config, folders["sparse"]),
             "run.seed": config.run.seed,
         },
         "inputs": {
@@ -109,7 +110,7 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     settings = config.quantize
     comm = Comm.distributed() if context.world_size > 1 else Comm.single()
     model, tokenizer = load_pair(payload["sparse"], config.model.dtype, context.device)
-    masks, pattern = masks_of(payload["sparse"], model, config.prune.pattern)
+    masks, pattern = masks_of(payload["sparse"], model, config.prune)
     rows, warning = load_rows(
         config.data, "calibration", tokenizer, settings.num_samples, config.run.seed
     )

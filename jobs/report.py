@@ -43,4 +43,6 @@ def render_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit("error: report is a stage; run `python -m jobs.prune stages=[report] run.dir=RUN`")
+    hint = "python -m jobs.prune 'stages=[report]' run.from=RUN run.dir=RUN"
+    print(f"error: report is a stage of the pipeline; run {hint}", file=sys.stderr)
+    sys.exit(2)

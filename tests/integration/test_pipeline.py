@@ -184,6 +184,29 @@ def test_kill_9_in_each_stage_ends_in_the_same_figures(
         assert one.read_bytes() == other.read_bytes(), f"{name} is not the same to the bit"
 
 
+def test_a_killed_worker_is_replaced_and_changes_nothing(
+    undisturbed: Path, environment, small, tmp_path: Path
+) -> None:
+    import psutil
+
+    run_dir = tmp_path / "lost"
+    command = [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"]
+    process = subprocess.Popen(
+        [*command, "stages=[prune,distill]"], env=environment, cwd=tmp_path,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _wait_for(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
+    workers = [p for p in psutil.process_iter(["cmdline"])
+               if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]  # fmt: skip
+    assert len(workers) >= 2
+    workers[-1].kill()
+    _, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert "a worker was lost" in stderr
+    one = run_dir / "distill/model/model.safetensors"
+    assert one.read_bytes() == (undisturbed / "distill/model/model.safetensors").read_bytes()
+
+
 def test_metrics_are_on_record(undisturbed: Path) -> None:
     lines = (undisturbed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line) for line in lines if "distill/loss" in line]

@@ -94,6 +94,28 @@ def test_an_interrupted_stage_of_another_identity_keeps_its_checkpoints(tmp_path
     assert (again.scratch / "step-1").exists()
 
 
+def test_a_redo_that_was_interrupted_is_carried_on(tmp_path: Path) -> None:
+    writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command")
+    (writer.scratch / "step-1").write_text("of the first try", encoding="utf-8")
+    redo = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", redo=True)
+    assert not (redo.scratch / "step-1").exists(), "a redo starts over"
+    (redo.scratch / "step-2").write_text("of the redo", encoding="utf-8")
+    for again in (True, False):
+        later = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", redo=again)
+        assert (later.scratch / "step-2").exists()
+
+
+def test_what_an_earlier_stage_replaced_is_thrown_away(tmp_path: Path) -> None:
+    writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command")
+    (writer.scratch / "step-1").write_text("state", encoding="utf-8")
+    kept = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", may_replace=True)
+    assert (kept.scratch / "step-1").exists(), "the same identity goes on"
+    other = _artifact.StageWriter(
+        tmp_path, "prune", changed(model="b"), "command", may_replace=True
+    )
+    assert not (other.scratch / "step-1").exists()
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         _artifact.run_lock(tmp_path),

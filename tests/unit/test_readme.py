@@ -191,7 +191,8 @@ def test_table_of_summary_keys_is_what_the_builder_writes(
         record = {"metrics": {**metrics, "warnings": ["one"]}, "duration_s": 1.0}
         (tmp_path / stage / RECORD).write_text(json.dumps(record), encoding="utf-8")
     nothing: Any = None
-    models = Models(tiny_model_dir, {"wanda": tiny_model_dir}, "wanda", tiny_model_dir)
+    one = tiny_model_dir
+    models = Models(one, {"wanda": one}, "wanda", recovered=one, packed_int4=one)
     context = StageContext(
         Config(), Config(), tmp_path, "command", models, nothing, nothing, nothing
     )
