@@ -16,8 +16,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 _LOG_EVERY_S = 10.0
+
+
+def _number() -> Column:
+    return Column(no_wrap=True, min_width=7)
 
 
 class Display:
@@ -30,14 +35,17 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._is_live = self.console.is_terminal
+        # At 80 columns the numbers keep their width and the text is what gives way.
         self._progress = Progress(
-            TextColumn("  [bold]{task.description:<9}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TextColumn("  [bold]{task.description}", table_column=Column(min_width=10)),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=_number()),
+            TimeElapsedColumn(table_column=_number()),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[text]}"),
+            TimeRemainingColumn(table_column=_number()),
+            TextColumn(
+                "[dim]{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             console=self.console,
         )
         self._tasks: dict[str, TaskID] = {}
