@@ -35,6 +35,8 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Usage reports would go to the network.
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The dashboard's Train page.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # A worker that was given no GPU sees none, so that no library picks one by itself.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }

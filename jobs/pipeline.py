@@ -137,7 +137,8 @@ class _Clusters:
             with _cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if self._cluster.dashboard_url:
-                self._display.say(f"Ray dashboard: {self._cluster.dashboard_url}")
+                url = self._cluster.dashboard_url
+                self._display.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
         return self._cluster
 
     def _on_event(self, event: dict[str, Any]) -> None:
