@@ -191,6 +191,9 @@ def _models_from(source: Path, config: Config) -> Models:
             )
         return Models(dense=source)
     method = str((sparsity or {}).get("method", "given"))
+    provenance = (sparsity or {}).get("provenance", {})
+    if "num_recovery_tokens" in provenance and "distill" not in config.stages:
+        return Models(dense=resolve_dense(dense), method=method, recovered=source)
     return Models(dense=resolve_dense(dense), pruned={method: source}, method=method)
 
 
