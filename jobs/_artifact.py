@@ -87,6 +87,13 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
 
 
+def take_json(path: Path) -> Any:
+    """Read what a worker left for the driver, and remove it: it is no result of the stage."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return value
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or unwritable disk into one line; other errors pass."""
@@ -295,7 +302,7 @@ class StageWriter:
         outputs = {}
         with disk_errors(self.folder):
             for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
-                _fsync(path)
+                fsync(path)
                 name = path.relative_to(self.folder).as_posix()
                 outputs[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
             record = {
@@ -312,7 +319,7 @@ class StageWriter:
             }
             write_json(self.folder / RECORD, record)
             for folder in {p.parent for p in self.folder.rglob("*")}:
-                _fsync(folder)
+                fsync(folder)
             final = self._run_dir / self._stage
             replaced = self._run_dir / f".{self._stage}.replaced"
             if replaced.exists():
@@ -320,14 +327,15 @@ class StageWriter:
             if final.exists():
                 final.rename(replaced)
             self.folder.rename(final)
-            _fsync(self._run_dir)
+            fsync(self._run_dir)
         for left in (replaced, self.folder.parent):
             if left.exists():
                 shutil.rmtree(left)
         return Artifact(final, record, is_reused=False)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's or folder's content has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

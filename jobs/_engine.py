@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.schema import DistillConfig
+from jobs._artifact import fsync
 from sparsify.errors import InputError, PatternViolationError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -186,9 +187,9 @@ def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str
     dist.barrier()
     if dist.get_rank() == 0:
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
+            fsync(path)
         partial.rename(folder / f"step-{step:08d}")
-        _fsync(folder)
+        fsync(folder)
         for old in finished_checkpoints(folder)[:-1]:
             shutil.rmtree(folder / f"step-{old:08d}")
     dist.barrier()
@@ -246,11 +247,3 @@ def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
         kept = engine.module.state_dict().keys()
         state.update((name, b) for name, b in engine.module.named_buffers() if name in kept)
     return state if is_first else None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

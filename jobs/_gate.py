@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from safetensors import safe_open
 
 from conf.schema import PruneConfig
-from jobs._stage import MASKS, read_sparsity
+from jobs._stage import MASKS, PACKED, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks import infer_masks, load_masks
+from sparsify.pack import load_packed
 from sparsify.pattern import Pattern, require_pattern
 
 
@@ -31,19 +33,39 @@ def check_files(folder: Path, masks: dict[str, torch.Tensor], pattern: Pattern) 
             the layer.
         InputError: a masked layer is in no file.
     """
+    return _check((w for path in folder.glob("*.safetensors") for w in _tensors(path)),
+                  folder, masks, pattern)  # fmt: skip
+
+
+def check_packed(folder: Path) -> dict[str, int]:
+    """`check_files` for a packed folder: what its file unpacks to, against its own masks."""
+    masks, pattern = masks_of(folder)
+    return _check(load_packed(folder / PACKED).items(), folder, masks, pattern)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a safetensors file, one in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+def _check(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    masks: dict[str, torch.Tensor],
+    pattern: Pattern,
+) -> dict[str, int]:
     left = dict(masks)
     counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name == MASKS:
+    for name, weight in weights:
+        layer = name.removesuffix(".weight")
+        if layer not in left:
             continue
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for layer in [name for name in left if f"{name}.weight" in names]:
-                weight = file.get_tensor(f"{layer}.weight")
-                check_weight(layer, weight, left.pop(layer), pattern)
-                counts["num_layers"] += 1
-                counts["num_weights"] += weight.numel()
-                counts["num_zeros"] += int((weight == 0).sum())
+        check_weight(layer, weight, left.pop(layer), pattern)
+        counts["num_layers"] += 1
+        counts["num_weights"] += weight.numel()
+        counts["num_zeros"] += int((weight == 0).sum())
     if left:
         raise InputError(f"{folder}: no weight of layer {next(iter(left))} in its files")
     return counts

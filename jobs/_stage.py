@@ -141,6 +141,8 @@ def write_sparsity(
 def find_models(config: Config, run_dir: Path) -> Models:
     """The models a run can start from: of run.from, and of the run's own finished stages.
 
+    All folders are absolute: workers may stand elsewhere.
+
     Raises:
         InputError: run.from is neither a run, nor a stage, nor a model folder; or a model that
             was pruned elsewhere comes without the dense model it is compared with.
@@ -149,18 +151,12 @@ def find_models(config: Config, run_dir: Path) -> Models:
 
     source = config.run.from_
     if source is None:
-        models = Models(dense=resolve_path(config.model.path))
+        models = Models(dense=resolve_path(config.model.path).absolute())
     else:
-        models = _models_from(resolve_path(source), config)
+        models = _models_from(resolve_path(source).absolute(), config)
     own = None if source is None else Path(source).resolve()
     if own != run_dir.resolve():
         _add_stages(models, run_dir)
-    models.dense = models.dense.absolute()  # workers may stand elsewhere
-    models.pruned = {name: folder.absolute() for name, folder in models.pruned.items()}
-    if models.recovered is not None:
-        models.recovered = models.recovered.absolute()
-    if models.packed_int4 is not None:
-        models.packed_int4 = models.packed_int4.absolute()
     return models
 
 
@@ -205,7 +201,7 @@ def resolve_dense(path: str) -> Path:
     """
     from sparsify.models.load import resolve_path
 
-    folder = resolve_path(path)
+    folder = resolve_path(path).absolute()
     if not (folder / "config.json").is_file():
         raise InputError(
             f"model.teacher: the dense model {folder} is not there (any more); say where it is "
@@ -224,12 +220,9 @@ def _dense_of(models: Models, run: Path) -> str:
 
 def _add_stages(models: Models, run: Path, upto: tuple[str, ...] = STAGES) -> None:
     """Enter the finished stages of a run folder."""
-    if "prune" in upto and (run / "prune" / RECORD).is_file():
-        add_finished(models, "prune", run / "prune")
-    if "distill" in upto and (run / "distill" / RECORD).is_file():
-        add_finished(models, "distill", run / "distill")
-    if "quantize" in upto and (run / "quantize" / RECORD).is_file():
-        add_finished(models, "quantize", run / "quantize")
+    for stage in upto:
+        if (run / stage / RECORD).is_file():
+            add_finished(models, stage, run / stage)
 
 
 def forget_descendants(models: Models, stage: str) -> None:

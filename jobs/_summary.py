@@ -116,21 +116,23 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
     from sparsify.evaluate import log_gap_recovered
 
     scores = dict(metrics.get("evaluate", {}).get("results", {}))
-    if "quantize" in metrics:
-        scores.update(metrics["quantize"]["results"])
-    dense = scores.get("dense", {}).get("perplexity")
-    oneshot = scores.get(context.models.method or "", {}).get("perplexity")
-    sizes = _sizes(context, metrics)
     gates = {
         **metrics.get("prune", {}).get("gate", {}),
         "recovered": metrics.get("distill", {}).get("gate"),
     }
+    if "quantize" in metrics:
+        quantized = metrics["quantize"]["results"]
+        scores.update(quantized)
+        gates.update(dict.fromkeys(quantized, metrics["quantize"]["gate"]))
+    dense = scores.get("dense", {}).get("perplexity")
+    oneshot = scores.get(context.models.method or "", {}).get("perplexity")
+    sizes = _sizes(context, metrics)
     rows = []
     for name, figures in scores.items():
         gap = None
         if name.startswith("recovered") and dense and oneshot:
             gap = log_gap_recovered(dense, oneshot, figures["perplexity"])
-        gate = metrics["quantize"]["gate"] if "_int" in name else gates.get(name)
+        gate = gates.get(name)
         rows.append(
             {
                 "name": name,

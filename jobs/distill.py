@@ -49,8 +49,7 @@ def num_steps(config: Config) -> int:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Tokenise once, train on all workers, check the zeros of what was written."""
-    import json
-
+    from jobs._artifact import take_json
     from jobs._gate import check_files, masks_of
 
     student = context.models.student("distill")
@@ -61,9 +60,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     if not (writer.scratch / _ROWS).is_file():
         context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
     context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
-    curve_file = writer.folder / "curve.json"
-    curve = json.loads(curve_file.read_text(encoding="utf-8"))
-    curve_file.unlink()
+    curve = take_json(writer.folder / "curve.json")
     masks, pattern = masks_of(writer.folder / "model")
     return {**curve, "gate": check_files(writer.folder / "model", masks, pattern)}
 

@@ -97,17 +97,18 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.open,
             clusters.warnings,
         )
+        journal = _RedoJournal(run_dir, command)
         stages = [stage for stage in PIPELINE if stage.name in config.stages]
         for stage in stages:
-            artifact = _run_stage(stage, context)
-            was_redone = stage.name in _RedoJournal(run_dir, command).done
+            artifact = _run_stage(stage, context, journal)
+            was_redone = stage.name in journal.done
             is_new = was_redone or not artifact.is_reused
             context.statuses[stage.name] = "ran" if is_new else "reused"
             if not artifact.is_reused:
                 _stage.forget_descendants(context.models, stage.name)
             _stage.add_finished(context.models, stage.name, artifact.folder)
             tracker.log({f"{stage.name}/duration_s": artifact.record["duration_s"]})
-        _RedoJournal(run_dir, command).close()
+        journal.close()
     from jobs._summary import show, write_summary
 
     show(write_summary(run_dir, context))
@@ -150,10 +151,9 @@ class _Clusters:
         self._display.on_event(event)
 
 
-def _run_stage(stage: Stage, context: _stage.StageContext) -> Artifact:
+def _run_stage(stage: Stage, context: _stage.StageContext, journal: _RedoJournal) -> Artifact:
     """Reuse the stage's finished result, or make it."""
     module = importlib.import_module(f"jobs.{stage.name}")
-    journal = _RedoJournal(context.run_dir, context.command)
     is_asked = any(name in ("all", stage.name) for name in context.config.run.redo)
     redo = is_asked and stage.name not in journal.done
     may_follow = stage.is_derived or "ran" in context.statuses.values()

@@ -39,7 +39,7 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Prune with the baselines and the main method; one model folder each."""
-    import json
+    from jobs._artifact import take_json
 
     config = context.config
     main_method = config.prune.method
@@ -49,14 +49,11 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "folder": writer.folder,
     }  # fmt: skip
     context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
-    figures_file = writer.folder / "figures.json"
-    figures = json.loads(figures_file.read_text(encoding="utf-8"))
-    figures_file.unlink()
     return {
         "method": config.prune.method,
         "methods": methods,
         "pattern": config.prune.pattern,
-        **figures,
+        **take_json(writer.folder / "figures.json"),
         "gate": {method: _gate(writer.folder / method) for method in methods},
     }
 

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cluster.ray_backend import WorkerContext
     from jobs._artifact import StageWriter
     from jobs._stage import StageContext
@@ -38,9 +36,9 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
-    import json
-
     from jobs import evaluate
+    from jobs._artifact import take_json
+    from jobs._gate import check_packed
     from jobs._stage import PACKED
 
     packed = writer.folder / "packed"
@@ -49,9 +47,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "folder": writer.folder,
     }  # fmt: skip
     context.cluster.run_workers("quantize", quantize_on_worker, payload, writer.train_storage)
-    layers_file = writer.folder / "layers.json"
-    layers = json.loads(layers_file.read_text(encoding="utf-8"))
-    layers_file.unlink()
+    layers = take_json(writer.folder / "layers.json")
     gate = check_packed(packed)
     settings = context.config.quantize
     folders = {f"recovered_int{settings.bits}": packed}
@@ -69,28 +65,6 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
             "layers": layers,
         },
     }
-
-
-def check_packed(folder: Path) -> dict[str, int]:
-    """The exact pattern check on what a packed file unpacks to; raises like `check_files`."""
-    from jobs._gate import check_weight
-    from jobs._stage import MASKS, PACKED, read_sparsity
-    from sparsify.masks import load_masks
-    from sparsify.pack import load_packed
-    from sparsify.pattern import Pattern
-
-    sparsity = read_sparsity(folder)
-    assert sparsity is not None, "the stage wrote sparsity.json a moment ago"
-    pattern = Pattern.parse(sparsity["pattern"])
-    weights = load_packed(folder / PACKED)
-    counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
-    for layer, mask in load_masks(folder / MASKS).items():
-        weight = weights[f"{layer}.weight"]
-        check_weight(layer, weight, mask, pattern)
-        counts["num_layers"] += 1
-        counts["num_weights"] += weight.numel()
-        counts["num_zeros"] += int((weight == 0).sum())
-    return counts
 
 
 def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:

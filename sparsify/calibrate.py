@@ -250,17 +250,14 @@ def _accumulate_(
             crosses[name] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
         crosses[name].addmm_(y_TI.T, x_TI)
 
-    counterparts = {name: _linear_at(streams.unchanged, name) for name in watched}
+    linears = linears_of(streams.unchanged)
+    counterparts = {name: linears[name] for name in watched}
     for call, call_before in zip(streams.inputs, streams.before, strict=True):
         with watch_linears(counterparts, then.__setitem__):
             run_block(streams.unchanged, call_before)
         with watch_linears(watched, note):
             run_block(streams.block, call)
     return crosses
-
-
-def _linear_at(block: nn.Module, name: str) -> nn.Linear:
-    return linears_of(block)[name]
 
 
 def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:

@@ -21,7 +21,7 @@ from sparsify.prune import prune_model
 from sparsify.text import token_rows
 
 RECORD = Path(__file__).with_name("embedded.json")
-TEXT = Path(__file__).resolve().parent.parent / "golden" / "text.py.txt"
+TEXT = Path(__file__).with_name("text.py.txt")
 
 
 def figures(method: str) -> dict:
