@@ -273,6 +273,8 @@ class PretrainConfig:
 
     out: str = "sparsify/embedded"
     """model folder to write"""
+    data: str = "code"
+    """code (standard library and packages), or a source as in data.calibration of jobs.prune"""
     vocab_size: int = 1024
     """tokens of the byte-level vocabulary; at least 257"""
     hidden_size: int = 128
@@ -290,7 +292,7 @@ class PretrainConfig:
     num_tokens: int = 44_040_192
     """tokens to train on"""
     stdlib_repeats: int = 3
-    """times the standard library is used for each use of the installed packages"""
+    """times the standard library is used for each use of the installed packages (data=code)"""
     batch_size: int = 32
     """rows per step"""
     learning_rate: float = 3e-3
@@ -312,6 +314,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         rules.not_blank("out", self.out)
+        rules.not_blank("data", self.data)
         rules.one_of("device", self.device, ("cpu", "cuda"))
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "num_tokens", "stdlib_repeats", "batch_size", "num_threads"):

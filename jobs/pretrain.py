@@ -1,7 +1,8 @@
-"""Train the embedded model from scratch, on source code that every installation carries.
+"""Train a small model from scratch, by default on source code that every installation carries.
 
 `python -m jobs.pretrain` writes a model folder with its model card. One process, no cluster: it is
-how `model.path=embedded` was made, kept as a command so that anybody can make it again.
+how `model.path=embedded` was made, kept as a command so that anybody can make it again, or another
+one of other text (`data=books.txt`) to try a method on.
 """
 
 from __future__ import annotations
@@ -47,16 +48,15 @@ def run(config: PretrainConfig) -> None:
     begun_s = time.monotonic()
     with Display() as display:
         display.start_stage("pretrain")
-        stdlib, packages, heldout = _documents()
-        tokenizer = _train_tokenizer(stdlib, config)
-        texts = stdlib * config.stdlib_repeats + packages
+        vocabulary_texts, texts, heldout = _documents(config)
+        tokenizer = _train_tokenizer(vocabulary_texts, config)
         texts = [texts[index] for index in shuffled(len(texts), config.seed)]
         num_rows = config.num_tokens // config.sequence_length
         rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
         if len(rows) < num_rows:
             raise InputError(
                 f"num_tokens={config.num_tokens}: the text has {rows.numel()} tokens; ask for "
-                "fewer, or raise stdlib_repeats"
+                "fewer, give more text, or raise stdlib_repeats"
             )
         held_rows = token_rows(heldout, tokenizer, config.sequence_length)
         torch.manual_seed(config.seed)
@@ -72,7 +72,8 @@ def run(config: PretrainConfig) -> None:
 
         num_tokens = pretrain(model, rows, params, config.seed, on_step)
         sums = evaluate_rows(model, held_rows, config.batch_size)
-        usual_rows, _ = load_rows(DataConfig(), "heldout", tokenizer, _USUAL_ROWS, config.seed)
+        usual = DataConfig() if config.data == "code" else DataConfig(calibration=config.data)
+        usual_rows, _ = load_rows(usual, "heldout", tokenizer, _USUAL_ROWS, config.seed)
         facts = {
             "num_tokens": num_tokens,
             "perplexity": sums.perplexity,
@@ -87,18 +88,27 @@ def run(config: PretrainConfig) -> None:
         display.finish_stage("pretrain", f"held-out perplexity {sums.perplexity:.3f}")
 
 
-def _documents() -> tuple[list[str], list[str], list[str]]:
-    """Standard library, packages and held-out files, each without repeats or held-out text."""
-    from jobs._sources import package_documents, stdlib_documents
+def _documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
+    """Texts for the vocabulary, for training and held-out ones, without held-out text in the first.
 
+    From code: the standard library for the vocabulary, repeated beside the packages for training.
+    """
+    from conf.schema import DataConfig
+    from jobs._sources import open_source, package_documents, stdlib_documents
+
+    if config.data != "code":
+        source = DataConfig(calibration=config.data)
+        heldout = list(open_source(config.data, True, source))
+        texts = [t for t in open_source(config.data, False, source) if t not in set(heldout)]
+        return texts, texts, heldout
     heldout = list(stdlib_documents(held_out=True))
     stdlib = list(dict.fromkeys(stdlib_documents(held_out=False)))
     packages = [text for text in dict.fromkeys(package_documents()) if text not in set(heldout)]
-    return stdlib, packages, heldout
+    return stdlib, stdlib * config.stdlib_repeats + packages, heldout
 
 
 def _train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
-    """A byte-level BPE tokenizer of the training part of the standard library."""
+    """A byte-level BPE tokenizer of the training text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,45 +150,59 @@ def _new_model(config: PretrainConfig) -> Any:
 
 def model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
     """The README.md of a model folder: data, recipe, tokens, held-out perplexity, limits."""
-    from jobs._sources import HELD_OUT_SHARE, PACKAGES
-
     num_parameters = sum(p.numel() for p in model.parameters())
-    packages = ", ".join(PACKAGES)
     installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    is_code = config.data == "code"
+    front = "license: apache-2.0\nlanguage: [code]\n" if is_code else ""
+    title, what, data = _code_words(config) if is_code else _other_words(config)
+    prose = ", most of them the prose of pydoc_data/topics.py" if is_code else ""
+    command = "python -m jobs.pretrain" + ("" if is_code else f" data={Path(config.data).name} ...")
     return f"""---
 library_name: transformers
-license: apache-2.0
-language: [code]
----
-# The embedded model of twofour
+{front}---
+# {title}
 
-A Llama-architecture model of Python source code, {num_parameters:,} parameters, trained from
-scratch by this project so that `python -m jobs.prune` has something real to prune on any machine.
-It predicts Python tokens; it is not meant for anything else.
+A Llama-architecture model of {what}, {num_parameters:,} parameters, trained from
+scratch by this project. It predicts such text; it is not meant for anything else.
 
 | | |
 |---|---|
 | parameters | {num_parameters:,} ({config.num_layers} blocks of width {config.hidden_size}, feed-forward {config.intermediate_size}, tied embeddings) |
-| tokenizer | byte-level BPE, {config.vocab_size} tokens, trained on the same standard library |
+| tokenizer | byte-level BPE, {config.vocab_size} tokens, trained on the training text |
 | context | {config.sequence_length} tokens |
 | trained on | {facts["num_tokens"]:,} tokens ({facts["num_tokens"] / num_parameters:.0f} per parameter) |
 | held-out perplexity | {facts["usual_perplexity"]:.3f} per token on the 65,536 tokens that `python -m jobs.evaluate` scores by default |
-| | {facts["perplexity"]:.3f} on all {facts["num_heldout_tokens"]:,} held-out tokens, most of them the prose of pydoc_data/topics.py |
+| | {facts["perplexity"]:.3f} on all {facts["num_heldout_tokens"]:,} held-out tokens{prose} |
 | time | {facts["duration_s"] / 60:.0f} minutes on {config.device} |
 
-**Data.** The Python standard library without its tests, {config.stdlib_repeats} times, and once the
-Python sources of these installed packages, at most 16 MB each: {packages}. A file of the standard
-library is held out when the first four bytes of the SHA-256 of its relative path, read as a
-fraction, are below {HELD_OUT_SHARE}; a file equal to a held-out one is not trained on.
+**Data.** {data}
 
 **Recipe.** AdamW (0.9, 0.95), peak rate {config.learning_rate:g} after {config.num_warmup_steps}
 steps of warm-up, linear decay to zero, weight decay {config.weight_decay:g} on matrices, gradient
 norm clipped at {config.max_grad_norm:g}, {config.batch_size} rows of {config.sequence_length}
 tokens per step, {"bfloat16 autocast" if config.bf16 else "float32"}, seed {config.seed}.
-Made with `python -m jobs.pretrain` under {installed}.
-
-The sources are under their own permissive licences (PSF, Apache-2.0, BSD, MIT).
+Made with `{command}` under {installed}.
 """
+
+
+def _code_words(config: PretrainConfig) -> tuple[str, str, str]:
+    """Title, kind of text and data of a model of the built-in code."""
+    from jobs._sources import HELD_OUT_SHARE, PACKAGES
+
+    data = f"""The Python standard library without its tests, {config.stdlib_repeats} times, and once the
+Python sources of these installed packages, at most 16 MB each: {", ".join(PACKAGES)}. A file of the
+standard library is held out when the first four bytes of the SHA-256 of its relative path, read as
+a fraction, are below {HELD_OUT_SHARE}; a file equal to a held-out one is not trained on. The sources
+are under their own permissive licences (PSF, Apache-2.0, BSD, MIT)."""
+    return "The embedded model of twofour", "Python source code", data
+
+
+def _other_words(config: PretrainConfig) -> tuple[str, str, str]:
+    """The same of a model of the user's text."""
+    name = Path(config.data).name
+    data = f"""The documents of {name}, once; one in twenty is held out, by the SHA-256 of its text
+(sparsify/text.py), or the end of every document where there are fewer than twenty."""
+    return f"A small language model of {name}", f"the text of {name}", data
 
 
 if __name__ == "__main__":
