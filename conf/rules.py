@@ -14,7 +14,7 @@ from sparsify.errors import InputError
 
 if TYPE_CHECKING:
     from cluster.spec import ClusterSpec
-    from conf.schema import DistillConfig
+    from conf.stages import DistillConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -86,6 +86,45 @@ def no_duplicates(field: str, values: Sequence[str]) -> None:
         raise InputError(f"{field}={as_list(values)}: names a value twice; use {once}")
 
 
+def parse_mix(field: str, entries: Sequence[str]) -> list[tuple[float, str]]:
+    """(share, source) of every entry `WEIGHT SOURCE`; the shares are weights over their sum."""
+    mix: list[tuple[float, str]] = []
+    for entry in entries:
+        weight, _, source = entry.strip().partition(" ")
+        source = source.strip()
+        where = f"{field}={as_list(entries)}: entry '{entry}'"
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not source or not math.isfinite(value) or value <= 0:
+            raise InputError(
+                f"{where}: must be a weight over 0, a space and a source; write it like "
+                f"'{field}=[0.7 stdlib,0.3 books.txt]'"
+            )
+        if source in (known for _, known in mix):
+            raise InputError(f"{where}: names {source} a second time; add up its weights")
+        mix.append((value, source))
+    total = sum(weight for weight, _ in mix)
+    return [(weight / total, source) for weight, source in mix]
+
+
+def budget_syntax(field: str, text: str | None) -> None:
+    """Require size:S or latency:S with 0 < S < 1, or nothing."""
+    if text is None:
+        return
+    kind, _, share = text.partition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if kind not in ("size", "latency") or not 0 < value < 1:
+        raise InputError(
+            f"{field}={text}: use size:S or latency:S with a share S between 0 and 1, such as "
+            "size:0.7, or null"
+        )
+
+
 def pattern_syntax(field: str, text: str) -> None:
     """Require N:M with 1 <= N < M, or unstructured:S with 0 < S < 1."""
     form = "use N:M such as 2:4, 4:8 or 1:2, or unstructured:0.5 (share of zeros)"
@@ -144,7 +183,7 @@ def starts_from_something(stages: Sequence[str], from_: str | None) -> None:
         raise InputError(
             f"run.from: is required because stages={as_list(stages)} does not start with prune; "
             "give an earlier run or a model folder, for example "
-            "run.from=runs/embedded-2-4-sparsegpt"
+            "run.from=runs/embedded-2-4-twofour"
         )
 
 

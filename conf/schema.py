@@ -13,6 +13,13 @@ from typing import Any
 
 from cluster.spec import ClusterSpec
 from conf import rules
+from conf.stages import (
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PruneConfig,
+    QuantizeConfig,
+)
 from sparsify.errors import InputError
 
 STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
@@ -71,10 +78,12 @@ class DataConfig:
 
     calibration: str = "stdlib"
     """calibration source: stdlib, packages, code, a text or JSONL file, a folder, or a dataset"""
+    mix: list[str] = field(default_factory=list)
+    """sources with their weights, such as [0.7 stdlib,0.3 a.txt], instead of data.calibration"""
     train: str | None = None
-    """source of recovery text; null = the calibration source"""
+    """source of recovery text; null = the calibration source or mix"""
     heldout: str | None = None
-    """source of evaluation text; null = the held-out part of the calibration source"""
+    """source of evaluation text; null = the held-out part of data.calibration"""
     text_field: str = "text"
     """field of a JSONL line or dataset row that holds the text"""
     separator: str = "<|endoftext|>"
@@ -83,8 +92,11 @@ class DataConfig:
     """share of the documents held out from calibration and training; over 0, at most 0.5"""
     sequence_length: int = 256
     """tokens per row, in every stage; at least 8"""
+    isolate_documents: bool = True
+    """documents packed into one row do not attend to each other; positions restart"""
 
     def __post_init__(self) -> None:
+        rules.parse_mix("data.mix", self.mix)
         for name in ("calibration", "text_field"):
             rules.not_blank(f"data.{name}", getattr(self, name))
         rules.not_blank("data.train", self.train, optional=True)
@@ -93,156 +105,6 @@ class DataConfig:
             raise InputError("data.separator: is empty; give the text between two documents")
         rules.in_range("data.heldout_share", self.heldout_share, above=0, high=0.5)
         rules.in_range("data.sequence_length", self.sequence_length, low=8)
-
-
-@dataclass
-class PruneConfig:
-    """One-shot pruning."""
-
-    method: str = "sparsegpt"
-    """method whose result goes on to recovery: one file of sparsify/methods"""
-    baselines: list[str] = field(default_factory=lambda: ["magnitude", "wanda"])
-    """other methods to run and report beside it; [] for none"""
-    pattern: str = "2:4"
-    """N:M keeps N of every M consecutive weights of a row; or unstructured:SHARE OF ZEROS"""
-    num_samples: int = 128
-    """calibration rows (of data.sequence_length tokens)"""
-    damping: float = 0.01
-    """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
-    block_size: int = 128
-    """columns per lazy update, a multiple of M; with N:M it changes speed only"""
-    batch_size: int = 8
-    """calibration rows per forward on one worker; changes memory and speed only"""
-    skip: list[str] = field(default_factory=list)
-    """glob patterns of linear layers left dense, such as [*.down_proj]"""
-
-    def __post_init__(self) -> None:
-        rules.one_of("prune.method", self.method, rules.method_names())
-        for name in self.baselines:
-            rules.one_of("prune.baselines", name, rules.method_names())
-        rules.no_duplicates("prune.baselines", self.baselines)
-        rules.pattern_syntax("prune.pattern", self.pattern)
-        for name in ("num_samples", "block_size", "batch_size"):
-            rules.in_range(f"prune.{name}", getattr(self, name), low=1)
-        rules.in_range("prune.damping", self.damping, above=0, high=1)
-        rules.block_fits_pattern(self.block_size, self.pattern)
-
-
-@dataclass
-class DistillConfig:
-    """Recovery by distillation from the dense model, the zeros held."""
-
-    num_tokens: int = 1_000_000
-    """tokens to train on"""
-    batch_size: int = 16
-    """rows per optimizer step over all workers"""
-    micro_batch_size: int = 8
-    """rows per worker per forward; batch_size is a multiple of this times the workers"""
-    learning_rate: float = 1e-3
-    """peak learning rate, after warm-up"""
-    min_learning_rate_share: float = 0.05
-    """learning rate at the end as a share of the peak; 0 to 1"""
-    num_warmup_steps: int = 10
-    """steps of linear warm-up"""
-    weight_decay: float = 0.0
-    """decoupled weight decay of matrices"""
-    beta1: float = 0.9
-    """AdamW decay of the gradient's mean; 0 up to but not 1"""
-    beta2: float = 0.95
-    """AdamW decay of the gradient's square; 0 up to but not 1"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-    kl_weight: float = 1.0
-    """weight of KL(teacher || student) on the logits"""
-    ce_weight: float = 0.0
-    """weight of cross-entropy with the next token"""
-    square_head_weight: float = 0.0
-    """weight of the normalised error of the hidden states"""
-    temperature: float = 1.0
-    """softmax temperature of the KL term"""
-    precision: str = "fp32"
-    """arithmetic of training: fp32 or bf16 (with fp32 master weights)"""
-    zero_stage: int = 2
-    """DeepSpeed ZeRO stage, 0 to 3: what is split over the workers"""
-    checkpoint_every_steps: int = 50
-    """steps between two checkpoints; at most this much is lost when a worker dies"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third slower"""
-
-    def __post_init__(self) -> None:
-        for name in ("num_tokens", "batch_size", "micro_batch_size", "checkpoint_every_steps"):
-            rules.in_range(f"distill.{name}", getattr(self, name), low=1)
-        for name in ("learning_rate", "max_grad_norm", "temperature"):
-            rules.in_range(f"distill.{name}", getattr(self, name), above=0)
-        weights = ("kl_weight", "ce_weight", "square_head_weight")
-        for name in ("num_warmup_steps", "weight_decay", *weights):
-            rules.in_range(f"distill.{name}", getattr(self, name), low=0)
-        if not any(getattr(self, name) for name in weights):
-            raise InputError(
-                "distill: every loss weight is 0, so nothing is learned; set at least one of "
-                + ", ".join(f"distill.{name}" for name in weights)
-            )
-        rules.in_range("distill.min_learning_rate_share", self.min_learning_rate_share, 0, 1)
-        rules.in_range("distill.beta1", self.beta1, low=0, below=1)
-        rules.in_range("distill.beta2", self.beta2, low=0, below=1)
-        rules.one_of("distill.precision", self.precision, ("fp32", "bf16"))
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise InputError(
-                "distill.zero_stage=0 with distill.precision=bf16: DeepSpeed keeps no float32 "
-                "masters there; use distill.zero_stage=1 or more, or distill.precision=fp32"
-            )
-        rules.in_range("distill.zero_stage", self.zero_stage, low=0, high=3)
-
-
-@dataclass
-class EvaluateConfig:
-    """Perplexity and agreement with the dense model on held-out text."""
-
-    num_tokens: int = 65_536
-    """held-out tokens scored, at most"""
-    batch_size: int = 8
-    """rows per forward on one worker; changes memory and speed only"""
-
-    def __post_init__(self) -> None:
-        rules.in_range("evaluate.num_tokens", self.num_tokens, low=1)
-        rules.in_range("evaluate.batch_size", self.batch_size, low=1)
-
-
-@dataclass
-class QuantizeConfig:
-    """Low-bit weights that leave every zero where it is."""
-
-    method: str = "gptq"
-    """gptq (error carried to later columns) or rtn (round to nearest, no calibration)"""
-    bits: int = 4
-    """bits per kept weight: 4 or 8"""
-    group_size: int = 128
-    """consecutive columns of a row that share one scale"""
-    num_samples: int = 256
-    """calibration rows (of data.sequence_length tokens)"""
-    damping: float = 0.01
-    """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
-    batch_size: int = 8
-    """calibration rows per forward on one worker; changes memory and speed only"""
-
-    def __post_init__(self) -> None:
-        rules.one_of("quantize.method", self.method, ("gptq", "rtn"))
-        rules.one_of("quantize.bits", self.bits, (4, 8))
-        for name in ("group_size", "num_samples", "batch_size"):
-            rules.in_range(f"quantize.{name}", getattr(self, name), low=1)
-        rules.in_range("quantize.damping", self.damping, above=0, high=1)
-
-
-@dataclass
-class ExportConfig:
-    """The files to deploy."""
-
-    dtype: str | None = None
-    """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None:
-            rules.one_of("export.dtype", self.dtype, rules.DTYPES)
 
 
 @dataclass
@@ -385,8 +247,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def default_run_dir(config: Config) -> str:
     """Run folder when run.dir is null: what the run is made from and how, without a colon.
 
-    A run that prunes gives `runs/embedded-2-4-sparsegpt`; one that starts from
-    `runs/embedded-2-4-sparsegpt` or its stage folder and quantizes adds `-quantize`.
+    A run that prunes gives `runs/embedded-2-4-twofour`; one that starts from
+    `runs/embedded-2-4-twofour` or its stage folder and quantizes adds `-quantize`.
     """
     if config.run.from_ is None or "prune" in config.stages:
         name = config.model.path.rstrip("/").rsplit("/", 1)[-1] or "model"

@@ -23,7 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sparsify import files
 from sparsify.errors import InputError, TwofourError
+from sparsify.files import fsync
 
 RECORD = "record.json"
 SPARSITY = "sparsity.json"
@@ -76,15 +78,9 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is the old one or the whole new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """`files.write_json`, with a full or unwritable disk as one line."""
     with disk_errors(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write_json(path, value)
 
 
 def take_json(path: Path) -> Any:
@@ -332,12 +328,3 @@ class StageWriter:
             if left.exists():
                 shutil.rmtree(left)
         return Artifact(final, record, is_reused=False)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file's or folder's content has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import _format
+from jobs._layers import FEW_TOKENS, PHASES, Record, drawable, shared_inputs
 from jobs._svg import Scale, tick_label
 
 
 @dataclass(frozen=True)
 class Span:
-    """One coloured stretch of a track. tone: loss, baseline, gain, disk, packed, time, reused."""
+    """One coloured stretch of a track.
+
+    tone: loss, baseline, gain, regained, disk, packed, time, reused, few, or phase-<name>.
+    """
 
     tone: str
     start: float
@@ -170,3 +174,72 @@ def stage_chart(stages: list[dict[str, Any]]) -> BarChart | None:
         span = Span("reused" if reused else "time", 0.0, share)
         rows.append(Bar(stage["name"], text, note, title, [[span]], None, not reused))
     return BarChart(rows)
+
+
+def phase_chart(
+    phases: dict[str, dict[str, float]], results: list[dict[str, Any]], method: str | None
+) -> BarChart | None:
+    """Where each method's time went: its phases end to end, against the slowest method."""
+    if not phases:
+        return None
+    longest = max(sum(seconds.values()) for seconds in phases.values())
+    rows = []
+    for name, seconds in phases.items():
+        spans: list[Span] = []
+        start = 0.0
+        for phase in sorted(seconds, key=_phase_order):
+            length = seconds[phase] / longest
+            if length > 0:
+                tone = phase if phase in PHASES else "other"
+                spans.append(Span(f"phase-{tone}", start, length))
+            start += length
+        total = sum(seconds.values())
+        result = find_result(results, name)
+        note = f"perplexity {_format.perplexity(result.get('perplexity'))}" if result else ""
+        parts = [
+            f"{phase} {_format.duration(seconds[phase])} ({seconds[phase] / total:.0%})"
+            for phase in sorted(seconds, key=_phase_order)
+        ]
+        title = f"{name}: {_format.duration(total)}\n" + "\n".join(parts)
+        rows.append(Bar(name, _format.duration(total), note, title, [spans], None, name == method))
+    return BarChart(rows)
+
+
+def _phase_order(phase: str) -> int:
+    return PHASES.index(phase) if phase in PHASES else len(PHASES)
+
+
+def token_chart(layers: list[Record]) -> BarChart | None:
+    """Calibration tokens per input column of each input, on a logarithmic axis.
+
+    The stretch from too few tokens for their figures to be trusted is marked on every row. An input
+    that differs from block to block (experts) has a stretch from its least to its most, and its
+    value is the least.
+
+    Args:
+        layers: those of one method.
+    """
+    groups = {
+        name: (members, [value for value in drawable(members, "tokens_per_column") if value > 0])
+        for name, members in shared_inputs(layers, "tokens_per_column").items()
+    }
+    groups = {name: group for name, group in groups.items() if group[1]}
+    if not groups:
+        return None
+    every = [value for _, values in groups.values() for value in values]
+    scale = Scale.over([*every, FEW_TOKENS, FEW_TOKENS / 4], is_log=True, pad=0.04)
+    limit = scale(FEW_TOKENS)
+    rows = []
+    for name, (members, values) in groups.items():
+        least, most = min(values), max(values)
+        value = _format.significant(least)
+        shape = members[0].get("shape") or []
+        note = f"{_format.count(shape[1])} columns" if len(shape) == 2 else ""
+        title = f"{name}: {value} tokens per column" + (note and f", {note}")
+        spans = [Span("few", 0.0, limit)]
+        if most > least:
+            spans.append(Span("time", scale(least), scale(most) - scale(least)))
+            title += f", up to {_format.significant(most)}"
+        rows.append(Bar(name, value, note, title, [spans], scale(least), least < FEW_TOKENS))
+    ticks = [(scale(tick), tick_label(tick)) for tick in scale.ticks(6)]
+    return BarChart(rows, ticks)

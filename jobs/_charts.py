@@ -1,4 +1,4 @@
-"""The curves and the layer maps of the report page, as inline SVG.
+"""The curves of recovery training on the report page, as inline SVG.
 
 Colour comes from CSS variables, so that one drawing serves light and dark. Every mark carries a
 <title>, which browsers show on hover and screen readers read out.
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from jobs import _format
-from jobs._svg import Scale, element, number, pct, tick_label
+from jobs._svg import Scale, element, pct, polylines, tick_label
 
 _MOST_POINTS = 400  # of one curve: more cannot be told apart and only make the page heavy
 _FEW_POINTS = 20  # of a curve: no running mean is drawn over so few
-_CELL_HEIGHT = 22
-_PALEST = 0.07  # opacity of the smallest value of a map
 
 
 @dataclass(frozen=True)
@@ -28,15 +25,6 @@ class Panel:
     """One curve over the training steps: its caption with the unit, and the drawing."""
 
     caption: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class LayerMap:
-    """One map of blocks by linear layers: its heading, a one-line summary, and the drawing."""
-
-    heading: str
-    summary: str
     svg: Markup
 
 
@@ -68,22 +56,6 @@ def _smoothed(values: list[float | None], half_window: int) -> list[float | None
         there = [v for v in near if v is not None]
         result.append(None if value is None else statistics.fmean(there))
     return result
-
-
-def _polylines(xs: list[float], ys: list[float | None], class_: str) -> list[Markup]:
-    """The curve through the points, broken where a value is missing. Coordinates: 0 to 1."""
-    runs: list[list[str]] = [[]]
-    for x, y in zip(xs, ys, strict=True):
-        if y is None:
-            runs.append([])
-        else:
-            runs[-1].append(f"{number(1000 * x)},{number(1000 * (1 - y))}")
-    lines = []
-    for run in runs:
-        if run:
-            points = " ".join(run if len(run) > 1 else run * 2)
-            lines.append(element("polyline", class_=class_, points=points))
-    return lines
 
 
 def _hover_text(step: dict[str, Any]) -> str:
@@ -119,8 +91,8 @@ def _curve(
     curves: list[Markup] = []
     if smooth and len(values) > _FEW_POINTS:
         shown = _smoothed(values, max(1, len(values) // 40))
-        curves = _polylines(xs, [None if v is None else up(v) for v in values], "curve raw")
-    curves += _polylines(xs, [None if v is None else up(v) for v in shown], "curve")
+        curves = polylines(xs, [None if v is None else up(v) for v in values], "curve raw")
+    curves += polylines(xs, [None if v is None else up(v) for v in shown], "curve")
     marks.append(
         element(
             "svg", *curves, width="100%", height=height, viewBox="0 0 1000 1000",
@@ -207,129 +179,3 @@ def curve_note(recovery: dict[str, Any]) -> str:
     if num_steps <= _FEW_POINTS:
         return f"Line: {point}; the number at its end is the last value."
     return f"Thin line: {point}. Thick line: running mean; the number at its end is its last value."
-
-
-def linear_kind(name: str, block: int) -> str:
-    """The place of a linear layer in its block: 'self_attn.q_proj'. Numbers (experts) become *.
-
-    The part of the dotted name after the block's number; the last part where there is no number.
-    """
-    parts = name.split(".")
-    has_number = str(block) in parts[:-1]
-    inner = parts[parts.index(str(block)) + 1 :] if has_number else parts[-1:]
-    return ".".join("*" if part.isdigit() else part for part in inner)
-
-
-def _short_names(kinds: list[str]) -> dict[str, str]:
-    """The last part of each kind where that is unambiguous, the whole kind elsewhere."""
-    last = [kind.split(".")[-1] for kind in kinds]
-    return {
-        kind: short if last.count(short) == 1 else kind
-        for kind, short in zip(kinds, last, strict=True)
-    }
-
-
-def layer_map(
-    heading: str,
-    layers: list[dict[str, Any]],
-    key: str,
-    opacity: Callable[[float], float],
-    spell: Callable[[float | None], str],
-) -> LayerMap:
-    """Blocks from left to right, linear layers from top to bottom, darker for larger values.
-
-    Several layers of one kind in one block (experts) share a cell, which shows the largest.
-
-    Args:
-        heading: what is shown, such as the name of a method.
-        layers: dicts with name, block and `key`.
-        key: which value.
-        opacity: from a finite value to 0..1, shared by the maps that are to be compared.
-        spell: the value as text, with its unit.
-    """
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
-    kinds: list[str] = []
-    for layer in layers:
-        kind = linear_kind(layer["name"], layer["block"])
-        if kind not in kinds:
-            kinds.append(kind)
-        held = cells.get((kind, layer["block"]))
-        if held is None or _rank(layer.get(key)) > _rank(held.get(key)):
-            cells[kind, layer["block"]] = layer
-    blocks = sorted({block for _, block in cells})
-    short = _short_names(kinds)
-    marks = [
-        element("text", short[kind], class_="end", x="-8", y=_CELL_HEIGHT * row + 15)
-        for row, kind in enumerate(kinds)
-    ]
-    for (kind, block), layer in cells.items():
-        column, row = blocks.index(block), kinds.index(kind)
-        marks.extend(_cell(layer, key, column, row, len(blocks), opacity, spell))
-    marks.extend(_block_axis(blocks, _CELL_HEIGHT * len(kinds)))
-    gutter = min(16, max(len(text) for text in short.values()) + 1)
-    label = f"{heading}: {len(layers)} layers by block and kind"
-    svg = element(
-        "svg", *marks, class_="plot map", role="img", aria_label=label,
-        height=_CELL_HEIGHT * len(kinds) + 36, style=f"--gutter:{number(0.56 * gutter)}em",
-    )  # fmt: skip
-    return LayerMap(heading, _summary(layers, key, spell, short), svg)
-
-
-def _rank(value: float | None) -> float:
-    """Order for 'largest': a value that is not finite counts as worse than any number."""
-    return value if value is not None and math.isfinite(value) else math.inf
-
-
-def _cell(
-    layer: dict[str, Any], key: str, column: int, row: int, num_columns: int,
-    opacity: Callable[[float], float], spell: Callable[[float | None], str],
-) -> list[Markup]:  # fmt: skip
-    value = layer.get(key)
-    title = element("title", f"{layer['name']}: {spell(value)}")
-    place = {
-        "x": pct(column / num_columns),
-        "y": number(_CELL_HEIGHT * row),
-        "width": pct(1 / num_columns),
-        "height": str(_CELL_HEIGHT),
-    }
-    if not _format.is_drawable(value):
-        return [element("rect", title, class_="missing", **place)]
-    shade = _PALEST + (1 - _PALEST) * min(1.0, max(0.0, opacity(value)))
-    marks = [element("rect", title, fill_opacity=shade, **place)]
-    if num_columns <= 6:
-        tone = "cell" + " deep" * (shade > 0.62) + " deepest" * (shade > 0.9)  # text contrast
-        x = pct((column + 0.5) / num_columns)
-        marks.append(element("text", spell(value), class_=tone, x=x, y=_CELL_HEIGHT * row + 15))
-    return marks
-
-
-def _block_axis(blocks: list[int], height: int) -> list[Markup]:
-    stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(blocks) / s <= 9)
-    marks = [
-        element("text", str(block), class_="middle", x=pct((i + 0.5) / len(blocks)), y=height + 15)
-        for i, block in enumerate(blocks)
-        if i % stride == 0
-    ]
-    marks.append(element("text", "block", class_="end", x="100%", y=height + 32))
-    return marks
-
-
-def _summary(
-    layers: list[dict[str, Any]],
-    key: str,
-    spell: Callable[[float | None], str],
-    short: dict[str, str],
-) -> str:
-    """'median 0.041, largest 0.13 in block 3 down_proj', or that all are equal."""
-    finite = [layer for layer in layers if _format.is_drawable(layer.get(key))]
-    broken = len(layers) - len(finite)
-    tail = f"; {broken} of {len(layers)} not finite or missing" if broken else ""
-    if not finite:
-        return "no finite value"
-    values = [layer[key] for layer in finite]
-    if spell(min(values)) == spell(max(values)):
-        return f"{spell(values[0])} in every layer{tail}"
-    worst = max(finite, key=lambda layer: layer[key])
-    where = short.get(linear_kind(worst["name"], worst["block"]), worst["name"])
-    median = spell(statistics.median(values))
-    return f"median {median}, largest {spell(max(values))} in block {worst['block']} {where}{tail}"

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conf.schema import DistillConfig
-from jobs._artifact import fsync
+from conf.stages import DistillConfig
 from sparsify.errors import InputError, PatternViolationError
+from sparsify.files import fsync
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _TAG = "state"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from conf.schema import PruneConfig
+from conf.stages import PruneConfig
 from jobs._stage import MASKS, PACKED, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks import infer_masks, load_masks
@@ -17,7 +17,9 @@ from sparsify.pack import load_packed
 from sparsify.pattern import Pattern, require_pattern
 
 
-def check_files(folder: Path, masks: dict[str, torch.Tensor], pattern: Pattern) -> dict[str, int]:
+def check_files(
+    folder: Path, masks: Mapping[str, torch.Tensor], pattern: Pattern
+) -> dict[str, int]:
     """Check every masked weight in a model folder's safetensors files.
 
     Args:
@@ -53,21 +55,22 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _check(
     weights: Iterable[tuple[str, torch.Tensor]],
     folder: Path,
-    masks: dict[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
     pattern: Pattern,
 ) -> dict[str, int]:
-    left = dict(masks)
+    left = set(masks)
     counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
     for name, weight in weights:
         layer = name.removesuffix(".weight")
         if layer not in left:
             continue
-        check_weight(layer, weight, left.pop(layer), pattern)
+        left.remove(layer)
+        check_weight(layer, weight, masks[layer], pattern)
         counts["num_layers"] += 1
         counts["num_weights"] += weight.numel()
         counts["num_zeros"] += int((weight == 0).sum())
     if left:
-        raise InputError(f"{folder}: no weight of layer {next(iter(left))} in its files")
+        raise InputError(f"{folder}: no weight of layer {min(left)} in its files")
     return counts
 
 

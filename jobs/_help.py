@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import spec
-from conf import rules, schema
+from conf import rules, schema, stages
 from jobs._options import CONF_DIR, JOBS, Option, cluster_names, job_options
 from sparsify.errors import InputError
 
@@ -162,7 +162,7 @@ def _option_lines(options: list[Option], defaults: dict[str, Any]) -> list[str]:
 def _documentation() -> dict[tuple[str, str], str]:
     """(class, field) -> the string under the field; (class, '') -> first line of the class."""
     found: dict[tuple[str, str], str] = {}
-    for module in (schema, spec):
+    for module in (schema, stages, spec):
         tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):

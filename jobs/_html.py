@@ -24,13 +24,13 @@ from jobs._bars import (
     size_chart,
     stage_chart,
 )
-from jobs._charts import LayerMap, curve_note, layer_map, recovery_panels
-from jobs._svg import Scale, pct
+from jobs._charts import curve_note, recovery_panels
+from jobs._pruning import pruning_sections
+from jobs._svg import pct
 from jobs._words import label_of
 from sparsify.errors import InputError
 
 SCHEMA = 1
-_NUM_WORST_LAYERS = 10
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -82,7 +82,7 @@ def render_report(summary: dict[str, Any]) -> str:
         recovery_note=_recovery_note(recovery),
         panels=recovery_panels(recovery),
         curve_note=curve_note(recovery),
-        layers=_layer_section(run, layers, quantization),
+        pruning=pruning_sections(summary),
         sizes=size_chart(results),
         stages=stage_chart(summary.get("stages") or []),
         facts=_facts(run, quantization),
@@ -150,85 +150,6 @@ def _recovery_note(recovery: dict[str, Any]) -> str:
     if recovery.get("tokens_per_s") is not None:
         parts.append(f"{_format.count(recovery['tokens_per_s'])} tokens/s")
     return ", ".join(parts)
-
-
-def _error_opacity(layers: list[dict[str, Any]]) -> tuple[Any, list[str]]:
-    """Shade of an error on one logarithmic scale for all maps, and the labels of its two ends."""
-    values = [e for r in layers if (e := r.get("relative_error")) is not None]
-    positive = [value for value in values if _format.is_drawable(value) and value > 0]
-    if not positive:
-        return (lambda value: 0.0), []
-    scale = Scale.over(positive, is_log=True)
-    ends = [_format.significant(min(positive), 2), _format.significant(max(positive), 2)]
-    return (lambda value: scale(value) if value > 0 else 0.0), ends
-
-
-def _layer_section(
-    run: dict[str, Any], layers: list[dict[str, Any]], quantization: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Maps of the error per method and of the sparsity, and the layers with the largest error."""
-    quantized = quantization.get("layers") or []
-    if not layers and not quantized:
-        return None
-    opacity, ends = _error_opacity([*layers, *quantized])
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for layer in layers:
-        by_method.setdefault(layer["method"], []).append(layer)
-
-    def error_map(heading: str, rows: list[dict[str, Any]]) -> LayerMap:
-        return layer_map(
-            heading, rows, "relative_error", opacity, lambda v: _format.significant(v, 2)
-        )
-
-    maps = [error_map(name, rows) for name, rows in by_method.items()]
-    if quantized:
-        method = str(quantization.get("method") or "quantized").upper()
-        bits = f" INT{quantization['bits']}" if quantization.get("bits") else ""
-        maps.append(error_map(f"{method}{bits}", quantized))
-    main = run.get("method") if run.get("method") in by_method else next(iter(by_method), None)
-    sparsity = None
-    if main is not None:
-        sparsity = layer_map(
-            main, by_method[main], "sparsity", lambda value: value,
-            lambda v: _format.percent(v),
-        )  # fmt: skip
-    num_blocks = len({layer["block"] for layer in [*layers, *quantized]})
-    return {
-        "maps": maps,
-        "ends": ends,
-        "sparsity": sparsity,
-        "is_wide": num_blocks > 12,
-        "methods": list(by_method),
-        "main": main,
-        "worst": _worst_layers(by_method, main) if main is not None else [],
-    }
-
-
-def _worst_layers(
-    by_method: dict[str, list[dict[str, Any]]], main: str
-) -> list[tuple[str, list[str]]]:
-    """(name, cells) of the layers with the largest relative error under `main`, largest first."""
-
-    def rank(layer: dict[str, Any]) -> float:
-        error = layer.get("relative_error")
-        return -error if error is not None and _format.is_finite(error) else -float("inf")
-
-    errors = {
-        method: {layer["name"]: layer.get("relative_error") for layer in rows}
-        for method, rows in by_method.items()
-    }
-    table = []
-    for layer in sorted(by_method[main], key=rank)[:_NUM_WORST_LAYERS]:
-        name = layer["name"]
-        cells = [" × ".join(str(n) for n in layer.get("shape") or [])]
-        cells += [_format.significant(errors[method].get(name)) for method in by_method]
-        cells += [
-            _format.significant(layer.get("damping")),
-            _format.count(layer.get("num_dead_columns")),
-            _format.count(layer.get("num_tokens")),
-        ]
-        table.append((str(name), cells))
-    return table
 
 
 def _facts(run: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[str, str]]:

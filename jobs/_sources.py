@@ -1,33 +1,24 @@
-"""Where text comes from: files, folders, datasets, and the sources every installation carries.
+"""Which text a run uses: the documents of a source, its split, mixes, and rows made of them.
 
-Built-in sources (no network, nothing shipped): `stdlib` is the Python standard library without its
-tests, `packages` are the sources of pinned packages this project installs, `code` is both. A
-standard-library file is held out when SHA-256 of its relative path says so, on every machine alike.
+Sources are the built-in ones (`jobs._builtin`), files, folders and datasets (`jobs._textfiles`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sysconfig
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from importlib import metadata
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from jobs._textfiles import (
-    Documents,
-    existing_path,
-    joined,
-    load_hub_dataset,
-    read_source,
-    source_files,
-)
+from conf.rules import parse_mix
+from jobs._builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
+from jobs._textfiles import existing_path, load_hub_dataset, read_source, source_files
 from sparsify.errors import CalibrationError, InputError
-from sparsify.text import is_held_out, shuffled, split_documents, token_rows
+from sparsify.text import TokenRows, is_held_out, shuffled, split_documents, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +27,6 @@ if TYPE_CHECKING:
 
 Which = Literal["calibration", "train", "heldout"]
 
-BUILT_IN = ("stdlib", "packages", "code")
-HELD_OUT_SHARE = 0.05
-_SPLIT_BY_NAME = ("stdlib", "code")  # held out by file name, whatever else is asked for
 _MIN_DOCUMENTS = 20  # fewer are split by `split_documents` at the end of every document
 _LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics not worth using
 _ASKED_BY = {
@@ -46,80 +34,6 @@ _ASKED_BY = {
     "train": "tokens (distill.num_tokens)",
     "heldout": "tokens (evaluate.num_tokens)",
 }
-PACKAGES = (
-    "torch", "transformers", "ray", "deepspeed", "numpy", "pandas", "matplotlib", "sympy",
-    "networkx", "wandb",
-)  # fmt: skip
-_PACKAGE_CAP_BYTES = 16_000_000  # so that no single package dominates the mix
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "__pycache__",
-    "site-packages",
-    "dist-packages",
-}
-
-
-def _is_source(path: PurePosixPath) -> bool:
-    return path.suffix == ".py" and not _SKIPPED_FOLDERS.intersection(path.parts)
-
-
-def _read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
-
-
-def _stdlib_files(held_out: bool) -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
-        # Not descended into, only to save time: site-packages may hold more files than the rest.
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        found.extend(Path(folder, name) for name in names)
-    files = []
-    for path in sorted(found):
-        relative = PurePosixPath(path.relative_to(root).as_posix())
-        if _is_source(relative) and is_held_out(str(relative), HELD_OUT_SHARE) == held_out:
-            files.append(path)
-    return files
-
-
-def stdlib_documents(held_out: bool) -> Iterator[str]:
-    """Sources of the standard library, tests excluded, in the order of their relative paths."""
-    return map(_read, _stdlib_files(held_out))
-
-
-def package_documents() -> Iterator[str]:
-    """Sources of the packages in `PACKAGES`, tests excluded, at most 16 MB of each."""
-    for name in PACKAGES:
-        try:
-            files = metadata.files(name) or []
-        except metadata.PackageNotFoundError:
-            raise InputError(
-                f"data: source 'packages' needs the package {name!r}, which is not installed; "
-                "run 'make setup' or use another source"
-            ) from None
-        paths = sorted((str(f), Path(str(f.locate()))) for f in files if _is_source(f))
-        num_bytes = 0
-        for index in shuffled(len(paths), seed=0):
-            if num_bytes > _PACKAGE_CAP_BYTES:
-                break
-            text = _read(paths[index][1])
-            num_bytes += len(text)
-            yield text
-
-
-def _text_digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _code_documents(held_out: bool) -> Sequence[str]:
-    """Standard library and packages; held out are files of the standard library alone."""
-    if held_out:
-        return Documents(_stdlib_files(True), _read)
-    held = {_text_digest(text) for text in stdlib_documents(True)}
-    packages = [text for text in package_documents() if _text_digest(text) not in held]
-    return joined([Documents(_stdlib_files(False), _read), packages])
 
 
 def open_source(
@@ -141,14 +55,9 @@ def open_source(
     """
     documents: Sequence[str]
     text_rule = held_out
-    if name in _SPLIT_BY_NAME:
-        text_rule = None
-        side = bool(held_out)
-        documents = (
-            Documents(_stdlib_files(side), _read) if name == "stdlib" else _code_documents(side)
-        )
-    elif name == "packages":
-        documents = list(package_documents())
+    if name in BUILT_IN:
+        documents = builtin_documents(name, held_out)
+        text_rule = None if name in SPLIT_BY_NAME else held_out
     else:
         documents = read_source(name, config.text_field, config.separator, BUILT_IN)
     if text_rule is not None and len(documents) < _MIN_DOCUMENTS:
@@ -162,16 +71,22 @@ def open_source(
     return (text for text in texts if text and is_held_out(text, share) == text_rule)
 
 
+def _uses_mix(config: DataConfig, which: Which) -> bool:
+    """Whether the rows of this use come from several sources."""
+    return bool(config.mix) and (
+        which == "calibration" or (which == "train" and config.train is None)
+    )
+
+
 def _source(config: DataConfig, which: Which) -> tuple[str, bool | None]:
-    """(name, held_out) for `open_source` of what the configuration means by `which`."""
+    """(name, held_out) for `open_source` of what the configuration means by `which`; no mixes."""
     if which == "heldout":
         if config.heldout is None:
             return config.calibration, True
-        if config.heldout in _SPLIT_BY_NAME:
+        if config.heldout in SPLIT_BY_NAME:
             return config.heldout, True
-        for field in ("calibration", "train"):
-            other = getattr(config, field)
-            if other is not None and _same_source(other, config.heldout):
+        for field, other in _read_sources(config):
+            if _same_source(other, config.heldout):
                 raise InputError(
                     f"data.heldout={config.heldout}: the same source as data.{field}, so the "
                     "score would be on text the model has seen; leave data.heldout empty (null) "
@@ -179,8 +94,22 @@ def _source(config: DataConfig, which: Which) -> tuple[str, bool | None]:
                 )
         return config.heldout, None
     name = config.calibration if which == "calibration" or config.train is None else config.train
-    # With held-out text given, nothing of this source needs to be kept back.
-    return name, None if config.heldout is not None else False
+    return name, _rest_of(config)
+
+
+def _read_sources(config: DataConfig) -> list[tuple[str, str]]:
+    """(field, source) of everything that calibration and training read."""
+    if config.mix:
+        found = [("mix", name) for _, name in parse_mix("data.mix", config.mix)]
+    else:
+        found = [("calibration", config.calibration)]
+    return found + ([("train", config.train)] if config.train is not None else [])
+
+
+def _rest_of(config: DataConfig) -> bool | None:
+    """`held_out` of sources for calibration and training."""
+    # With held-out text given, nothing of these sources needs to be kept back.
+    return None if config.heldout is not None else False
 
 
 def _same_source(first: str, second: str) -> bool:
@@ -196,7 +125,7 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     num_rows: int,
     seed: int,
-) -> tuple[torch.Tensor, str | None]:
+) -> tuple[TokenRows, str | None]:
     """Token rows for one use of the data.
 
     Calibration and training take the documents in an order shuffled by `seed`; held-out documents
@@ -204,71 +133,145 @@ def load_rows(
     Documents are read and tokenised only as far as they are needed.
     A training source that is too short is repeated, in a new order every time, each pass packed by
     itself. A document equal to a held-out one is never used for calibration or training.
+    A mix gives rows of each of its sources in proportion to the weights, in an order that depends
+    on `seed` and has the same proportions all along. No row holds text of two sources.
 
     Args:
-        config: the sources and `sequence_length`.
+        config: the sources, `sequence_length` and `isolate_documents`.
         which: calibration, train or heldout.
         tokenizer: of the model that will read the rows.
         num_rows: rows wanted.
         seed: orders the documents.
 
     Returns:
-        int64 tensor of shape (rows, sequence_length), and a warning for the user when the source
-        was too short for what was asked, else None. Training has always `num_rows` rows; the
-        others may have fewer.
+        The rows, and a warning for the user when a source was too short for what was asked, else
+        None. Training and mixes have always `num_rows` rows; the others may have fewer.
 
     Raises:
-        CalibrationError: calibration text for less than a quarter of the rows.
-        InputError: not one row of text for the other uses, or the source cannot be read.
+        CalibrationError: calibration text for less than a quarter of the rows; of a mix, for less
+            than all rows of a source.
+        InputError: not one row of text for the other uses, a source of a mix that gets no row, or
+            a source that cannot be read.
     """
-    name, held_out = _source(config, which)
-    length = config.sequence_length
-    documents = partial(_documents, config, which)
-    if which == "heldout":
-        order = _order_seed(which, 0, 0)  # not the run's seed: scores of runs stay comparable
-        texts = open_source(name, held_out, config, order)
-        rows = token_rows(texts, tokenizer, length, num_rows)
+    reader = _Reader(config, which, tokenizer, seed)
+    if _uses_mix(config, which):
+        rows, warning = _mixed_rows(reader, num_rows)
     else:
-        rows = token_rows(documents(_order_seed(which, seed, 0)), tokenizer, length, num_rows)
-    if len(rows) == num_rows:
-        return rows, None
-    what = f"data.{which}={name}" if getattr(config, which) else f"data.calibration={name}"
-    part = {
-        True: "the held-out part has",
-        False: "the part not held out has",
-        None: "it has",
-    }
-    least = num_rows * _LEAST_CALIBRATION_SHARE if which == "calibration" else 1
-    if len(rows) < max(1, least):
-        texts = documents(None) if which != "heldout" else open_source(name, held_out, config)
-        num_tokens = token_rows(texts, tokenizer, 2).numel()  # exact up to an odd last token
-        kind = CalibrationError if which == "calibration" else InputError
-        raise kind(
-            f"{what}: {part[held_out]} {num_tokens} tokens; {num_rows} rows of {length} need "
-            f"{num_rows * length}, and at least {max(1, round(least)) * length} are required; give "
-            f"more text, a shorter data.sequence_length, or ask for fewer {_ASKED_BY[which]}"
+        name, held_out = _source(config, which)
+        field = "calibration" if getattr(config, which) is None else which
+        rows, warning = reader.rows(field, name, held_out, num_rows)
+    return (rows if config.isolate_documents else TokenRows.whole(rows.ids_NT)), warning
+
+
+def _mixed_rows(reader: _Reader, num_rows: int) -> tuple[TokenRows, str | None]:
+    """Rows of every source of the mix, interleaved."""
+    config = reader.config
+    mix = parse_mix("data.mix", config.mix)
+    counts = _largest_remainder([share for share, _ in mix], num_rows)
+    parts, warnings = [], []
+    for (share, name), count in zip(mix, counts, strict=True):
+        if count == 0:
+            raise InputError(
+                f"data.mix={name}: its share of {num_rows} rows is {share * num_rows:.2g} rows; "
+                f"ask for more {_ASKED_BY[reader.which]}, raise its weight or leave it out"
+            )
+        rows, warning = reader.rows("mix", name, _rest_of(config), count)
+        parts.append(rows)
+        warnings += [warning] if warning else []
+    order = _interleaved(counts, _order_seed(reader.which, reader.seed, 0))
+    return TokenRows.joined(parts)[order], "; ".join(warnings) or None
+
+
+def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to `shares` (which sum to 1) that sum to `total`."""
+    counts = [math.floor(share * total) for share in shares]
+    rests = [count - share * total for count, share in zip(counts, shares, strict=True)]
+    for index in sorted(range(len(shares)), key=rests.__getitem__)[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def _interleaved(counts: Sequence[int], seed: int) -> torch.Tensor:
+    """An order of sum(counts) rows in which every stretch holds about its share of each part.
+
+    Row j of a part of n stands at a random place of the j-th of n equal stretches, not in its
+    middle: with regular places and two workers, one might get all the rows of one source.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = [
+        (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+        for count in counts
+    ]
+    return torch.cat(places).argsort(stable=True)
+
+
+class _Reader:
+    """Rows out of one source after another, for one use of the data."""
+
+    def __init__(
+        self, config: DataConfig, which: Which, tokenizer: PreTrainedTokenizerBase, seed: int
+    ) -> None:
+        self.config = config
+        self.which = which
+        self.seed = seed
+        self._tokenizer = tokenizer
+
+    def rows(
+        self, field: str, name: str, held_out: bool | None, num_rows: int
+    ) -> tuple[TokenRows, str | None]:
+        """`num_rows` rows of the source `name`, which stands in data.`field`; see `load_rows`."""
+        rows = self._pass(name, held_out, num_rows, 0)
+        if len(rows) == num_rows:
+            return rows, None
+        length = self.config.sequence_length
+        part = {
+            True: "the held-out part has",
+            False: "the part not held out has",
+            None: "it has",
+        }[held_out]
+        least = 1
+        if self.which == "calibration":
+            share = 1 if field == "mix" else _LEAST_CALIBRATION_SHARE
+            least = max(1, math.ceil(num_rows * share))
+        if len(rows) < least:
+            texts = self._documents(name, held_out, None)
+            num_tokens = token_rows(texts, self._tokenizer, 2).num_tokens  # up to an odd last one
+            kind = CalibrationError if self.which == "calibration" else InputError
+            raise kind(
+                f"data.{field}={name}: {part} {num_tokens} tokens; {num_rows} rows of {length} "
+                f"need {num_rows * length}, and at least {least * length} are required; give more "
+                "text, a shorter data.sequence_length, or ask for fewer "
+                f"{_ASKED_BY[self.which]}"
+            )
+        has = (
+            f"data.{field}={name}: {part} {len(rows)} rows of {length} tokens, {num_rows} were "
+            "asked for"
         )
-    has = f"{what}: {part[held_out]} {len(rows)} rows of {length} tokens, {num_rows} were asked for"
-    if which != "train":
-        return rows, f"{has}; all of them are used"
-    passes = [rows]
-    while sum(map(len, passes)) < num_rows:
-        missing = num_rows - sum(map(len, passes))
-        order = _order_seed(which, seed, len(passes))
-        again = token_rows(documents(order), tokenizer, length, missing)
-        passes.append(again)
-    return torch.cat(passes), f"{has}; the text is used {num_rows / len(rows):.1f} times"
+        if self.which != "train":
+            return rows, f"{has}; all of them are used"
+        passes = [rows]
+        while (missing := num_rows - sum(map(len, passes))) > 0:
+            passes.append(self._pass(name, held_out, missing, len(passes)))
+        times = num_rows / len(rows)
+        return TokenRows.joined(passes), f"{has}; the text is used {times:.1f} times"
 
+    def _pass(self, name: str, held_out: bool | None, num_rows: int, epoch: int) -> TokenRows:
+        # Not the run's seed for held-out text: scores of runs with different seeds are comparable.
+        seed = 0 if self.which == "heldout" else self.seed
+        texts = self._documents(name, held_out, _order_seed(self.which, seed, epoch))
+        return token_rows(texts, self._tokenizer, self.config.sequence_length, num_rows)
 
-def _documents(config: DataConfig, which: Which, order_seed: int | None) -> Iterator[str]:
-    """Documents for calibration or training, without those equal to a held-out one."""
-    name, held_out = _source(config, which)
-    held_name, held_side = _source(config, "heldout")
-    texts = open_source(name, held_out, config, order_seed)
-    if name == held_name:
-        return texts  # one source, split in two
-    held = {_text_digest(text) for text in open_source(held_name, held_side, config)}
-    return (text for text in texts if _text_digest(text) not in held)
+    def _documents(self, name: str, held_out: bool | None, order_seed: int | None) -> Iterator[str]:
+        """The documents; for calibration and training without those equal to a held-out one."""
+        texts = open_source(name, held_out, self.config, order_seed)
+        if self.which == "heldout" or name == _source(self.config, "heldout")[0]:
+            return texts  # the second: one source, split in two
+        return (text for text in texts if text_digest(text) not in self._held)
+
+    @cached_property
+    def _held(self) -> set[bytes]:
+        texts = open_source(*_source(self.config, "heldout"), self.config)
+        return {text_digest(text) for text in texts}
 
 
 def _order_seed(which: Which, seed: int, epoch: int) -> int:
@@ -283,11 +286,23 @@ def source_fingerprint(config: DataConfig, which: Which) -> str:
     A file counts by its bytes; a folder by path, size and hash of each file it is read from; the
     built-in sources by the same of their sources' text; a Hub dataset by its name and the
     fingerprint that `datasets` gives it. Settings that choose a part of the text are not in it.
+    A mix counts by its sources and, where they are not given, by the held-out documents that it
+    must not use.
     """
-    name, held_out = _source(config, which)
+    if not _uses_mix(config, which):
+        return _fingerprint(config, *_source(config, which))
+    names = [name for _, name in parse_mix("data.mix", config.mix)]
+    parts = [_fingerprint(config, name, _rest_of(config)) for name in names]
+    if config.heldout is None:
+        parts.append(source_fingerprint(config, "heldout"))
+    return _digest_of(part.encode() for part in parts)
+
+
+def _fingerprint(config: DataConfig, name: str, held_out: bool | None) -> str:
+    """The same of one source."""
     if name in BUILT_IN:
-        texts = open_source(name, held_out if name in _SPLIT_BY_NAME else None, config)
-        return _digest_of(_text_digest(text) for text in texts)
+        texts = open_source(name, held_out if name in SPLIT_BY_NAME else None, config)
+        return _digest_of(text_digest(text) for text in texts)
     if name.startswith("hf:"):
         fingerprint = load_hub_dataset(name)._fingerprint
         return _digest_of([name.encode(), fingerprint.encode()])

@@ -7,7 +7,7 @@ decide its result, and `run(context, writer)`, which fills the writer's folder a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,10 @@ MASKS = "sparsity/masks.safetensors"
 PACKED = "model.packed.safetensors"
 
 
-_ONLY_SPEED = {"micro_batch_size", "checkpoint_every_steps", "gradient_checkpointing"}
+_ONLY_SPEED = {
+    "micro_batch_size", "checkpoint_every_steps", "checkpoint_every_blocks", "activations",
+    "gradient_checkpointing",
+}  # fmt: skip
 """options that change memory and speed, and a result by rounding at most"""
 
 
@@ -118,19 +121,23 @@ def read_sparsity(folder: Path) -> dict[str, Any] | None:
 
 
 def write_sparsity(
-    folder: Path, masks: dict[str, Any], pattern: str, method: str, provenance: dict[str, Any]
+    folder: Path,
+    masks: Mapping[str, Any],
+    pattern: str,
+    method: str,
+    provenance: dict[str, Any],
 ) -> None:
     """Describe the zeros of a model folder: pattern, mask hash per layer, where it came from."""
     from sparsify.masks import mask_digest
 
-    layers = {
-        name: {
+    layers = {}
+    for name in sorted(masks):
+        mask = masks[name]  # one at a time: they may come from a file
+        layers[name] = {
             "shape": list(mask.shape),
             "num_kept": int(mask.sum()),
             "keep_mask_sha256": mask_digest(mask),
         }
-        for name, mask in sorted(masks.items())
-    }
     value = {
         "format": "twofour-sparsity", "version": 1, "pattern": pattern, "method": method,
         "provenance": provenance, "layers": layers,

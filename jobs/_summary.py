@@ -59,6 +59,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
             for stage, duration_s in durations.items()
         ],
         "layers": metrics.get("prune", {}).get("layers", []),
+        "pruning": _pruning(metrics.get("prune", {})),
         "recovery": distill
         and {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")},
         "quantization": metrics.get("quantize", {}).get("quantization"),
@@ -86,6 +87,15 @@ def _run_facts(
         "versions": versions(),
         "duration_s": round(duration_s, 3),
     }
+
+
+def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time of each method's walk over the model, and of its phases; records before had no times."""
+    phases = prune.get("phases", {})
+    return [
+        {"method": method, "duration_s": duration_s, "seconds": phases.get(method, {})}
+        for method, duration_s in prune.get("seconds", {}).items()
+    ]
 
 
 def _pattern_of(context: StageContext) -> str:
@@ -186,9 +196,11 @@ def show(summary: dict[str, Any]) -> None:
     """Print the tables of a run to stdout."""
     from rich.console import Console
 
-    from jobs._table import results_table, stages_table
+    from jobs._table import pruning_table, results_table, stages_table
 
     console = Console()
     if summary["results"]:
         console.print(results_table(summary))
+    if summary["layers"]:
+        console.print(pruning_table(summary))
     console.print(stages_table(summary))

@@ -36,6 +36,30 @@ def element(tag: str, *children: str | Markup, **attributes: str | float) -> Mar
     return Markup("<{0}{1}>{2}</{0}>").format(tag, Markup("").join(parts), inner)
 
 
+def polylines(
+    xs: list[float], ys: list[float | None], class_: str, lone: float = 0.0
+) -> list[Markup]:
+    """The curve through the points, broken where a value is missing. Coordinates: 0 to 1.
+
+    A point without a neighbour becomes a stroke from `lone` before it to `lone` behind it.
+    """
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(xs, ys, strict=True):
+        if y is None:
+            runs.append([])
+        else:
+            runs[-1].append((x, y))
+    lines = []
+    for run in runs:
+        if len(run) == 1:
+            x, y = run[0]
+            run = [(x - lone, y), (x + lone, y)]
+        points = " ".join(f"{number(1000 * x)},{number(1000 * (1 - y))}" for x, y in run)
+        if points:
+            lines.append(element("polyline", class_=class_, points=points))
+    return lines
+
+
 @dataclass(frozen=True)
 class Scale:
     """Maps values from `low` to `high` onto 0 to 1, by logarithm if `is_log`."""

@@ -5,6 +5,7 @@ Text of the run goes in as `rich.text.Text`, so that square brackets in a name s
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from jobs import _format
 from jobs._bars import is_recovered
+from jobs._layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
 
 _RESULT_COLUMNS = (
     "Perplexity", "Gap\nrecovered", "KL\n(nats)", "Size\non disk", "Packed\nsize",
@@ -51,6 +53,54 @@ def results_table(summary: dict[str, Any]) -> Table:
             style="bold" if is_recovered(row["name"]) else "",
         )
     return table
+
+
+def pruning_table(summary: dict[str, Any]) -> Table:
+    """One row per method: its time, its layers' relative error, and the large weights it kept.
+
+    Args:
+        summary: schema 1; a missing or empty `layers` gives a table without rows. A column that
+            no method has a value for, such as the times in old summaries, is left out.
+    """
+    run = summary.get("run") or {}
+    groups = by_method(summary.get("layers") or [])
+    times = {str(row["method"]): row.get("duration_s") for row in summary.get("pruning") or []}
+    rows = []
+    for method, layers in groups.items():
+        errors, kept = drawable(layers, "relative_error"), drawable(layers, "large_kept")
+        rows.append(
+            (
+                method,
+                _format.duration(times.get(method)),
+                _format.significant(statistics.median(errors) if errors else None),
+                _format.significant(max(errors, default=None)),
+                _worst_place(layers),
+                _format.percent(statistics.fmean(kept) if kept else None),
+            )
+        )
+    headings = (
+        "One-shot", "Time", "Median\nerror", "Largest\nerror", "in\nblock", "Large weights\nkept",
+    )  # fmt: skip
+    used = [
+        i for i in range(len(headings)) if i == 0 or any(row[i] != _format.MISSING for row in rows)
+    ]
+    table = _table(*(headings[i] for i in used))
+    main = main_method(run, groups)
+    for row in rows:
+        cells = [Text(row[i]) for i in used]
+        table.add_row(*cells, style="bold" if row[0] == main and len(rows) > 1 else "")
+    return table
+
+
+def _worst_place(layers: list[Record]) -> str:
+    """Block and kind of the layer with the largest error: '3 v_proj'."""
+    short = short_kinds(layers)
+    known = [layer for layer in layers if _format.is_drawable(layer.get("relative_error"))]
+    if not known:
+        return _format.MISSING
+    worst = max(known, key=lambda layer: layer["relative_error"])
+    kind = linear_kind(worst["name"], worst["block"])
+    return f"{worst['block']} {short[kind]}"
 
 
 def stages_table(summary: dict[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jobs import _format
+from jobs import _format, _layers
 from jobs._bars import find_result, is_plottable, is_recovered
 
 Words = list[tuple[str, str]]  # (text, tone); tone: "", "gain" or "loss"
@@ -127,12 +127,7 @@ def alerts(
         if not is_plottable(row):
             value = _format.perplexity(row.get("perplexity"))
             found.append(f"{label_of(row)}: perplexity is {value}, which is no usable result.")
-    broken = sorted(
-        {str(r["name"]) for r in layers if not _format.is_finite(r.get("relative_error"))}
-    )
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        found.append(f"No finite reconstruction error in {', '.join(broken[:3])}{more}.")
+    found += _layers.warnings(run, layers)
     lost = [s for s in recovery.get("steps") or [] if not _format.is_finite(s.get("loss"))]
     if lost:
         found.append(

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-
     from cluster.ray_backend import WorkerContext
-    from conf.schema import Config, DistillConfig
+    from conf.schema import Config
+    from conf.stages import DistillConfig
     from jobs._artifact import StageWriter
     from jobs._stage import StageContext
+    from sparsify.distill import TokenCounts
+    from sparsify.text import TokenRows
 
 _ROWS = "rows.safetensors"
 
@@ -86,7 +87,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     rows = rows[torch.tensor(shuffled(len(rows), config.run.seed))]
     temporary = path.with_suffix(".tmp")
     with disk_errors(path):
-        save_file({"rows": rows.to(torch.int32)}, temporary)
+        tensors = {"rows": rows.ids_NT, "positions": rows.positions_NT}
+        save_file({name: tensor.to(torch.int32) for name, tensor in tensors.items()}, temporary)
         temporary.rename(path)
 
 
@@ -108,6 +110,7 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     from jobs._gate import masks_of
     from sparsify.masks import apply_masks_, mask_gradients
     from sparsify.models.load import load_model, load_pair
+    from sparsify.models.packed import check_isolation
 
     torch.set_num_threads(context.num_threads)
     torch.manual_seed(payload["config"].run.seed)
@@ -116,6 +119,9 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     student, tokenizer = load_pair(payload["student"], "float32", context.device)
     dtype = "bfloat16" if config.distill.precision == "bf16" else "float32"
     teacher = load_model(payload["teacher"], dtype, context.device).requires_grad_(False)
+    if config.data.isolate_documents:
+        check_isolation(student)
+        check_isolation(teacher)
     masks, pattern = masks_of(payload["student"], student, config.prune)
     masks = {name: mask.to(context.device) for name, mask in masks.items()}
     apply_masks_(student, masks)
@@ -206,20 +212,29 @@ class _Loop:
         metrics = {f"distill/{k}": v for k, v in figures.items() if k != "step"}
         self._context.metrics(metrics, step + 1)
 
-    def _batches(self, step: int) -> list[torch.Tensor]:
-        """This rank's micro-batches of a step.
+    def _batches(self, step: int) -> tuple[list[TokenRows], TokenCounts]:
+        """This rank's micro-batches of a step, and what each divides its sums by.
 
         The file's rows are in their training order already (shuffled by the seed), so step t takes
         the t-th run of `batch_size` rows, whatever the number of workers.
         """
         from safetensors import safe_open
 
+        from sparsify.distill import TokenCounts
+        from sparsify.text import TokenRows
+
         settings, context = self._settings, self._context
+        start = step * settings.batch_size
         with safe_open(self._scratch / _ROWS, framework="pt") as file:
-            start = step * settings.batch_size
-            rows = file.get_slice("rows")[start : start + settings.batch_size].long()
+            ids_NT, positions_NT = (
+                file.get_slice(name)[start : start + settings.batch_size].long()
+                for name in ("rows", "positions")
+            )
+        rows = TokenRows(ids_NT, positions_NT)
+        # Every rank sees the whole step here, so the tokens of all of them need not be added up.
+        counts = TokenCounts.of(rows).shared_by(settings.batch_size // settings.micro_batch_size)
         own = rows[context.rank :: context.world_size].to(context.device)
-        return list(own.split(settings.micro_batch_size))
+        return own.split(settings.micro_batch_size), counts
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step over all workers; figures are means over the whole batch."""
@@ -233,17 +248,19 @@ class _Loop:
         rate = learning_rate(self._settings, step, self._total)
         _engine.set_learning_rate(self.engine, rate)
         hidden = self._weights.square_head > 0
-        batches = self._batches(step)
+        batches, counts = self._batches(step)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             teacher_out = None
+            inputs = {
+                "input_ids": batch.ids_NT, "position_ids": batch.positions_NT, "use_cache": False,
+                "output_hidden_states": hidden,
+            }  # fmt: skip
             if self._weights.kl or hidden:
                 with torch.no_grad():
-                    teacher_out = self._teacher(
-                        input_ids=batch, use_cache=False, output_hidden_states=hidden
-                    )
-            student_out = self.engine(input_ids=batch, use_cache=False, output_hidden_states=hidden)
-            loss, parts = distillation_loss(student_out, teacher_out, batch, self._weights)
+                    teacher_out = self._teacher(**inputs)
+            student_out = self.engine(**inputs)
+            loss, parts = distillation_loss(student_out, teacher_out, batch, self._weights, counts)
             self.engine.backward(loss)
             self.engine.step()
             values = [loss.item(), parts["kl"], parts["ce"], parts["square_head"]]

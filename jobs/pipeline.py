@@ -15,7 +15,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,10 +238,17 @@ def _with_absolute_paths(config: Config) -> Config:
     data = replace(
         config.data,
         calibration=absolute(config.data.calibration) or "",
+        mix=[_with_source(entry, absolute) for entry in config.data.mix],
         train=absolute(config.data.train),
         heldout=absolute(config.data.heldout),
     )
     return replace(config, data=data)
+
+
+def _with_source(entry: str, absolute: Callable[[str | None], str | None]) -> str:
+    """An entry of data.mix with its source, after the weight, made absolute."""
+    weight, _, source = entry.strip().partition(" ")
+    return f"{weight} {absolute(source.strip())}"
 
 
 def _check_inputs(config: Config, models: _stage.Models) -> None:

@@ -55,7 +55,7 @@ def run(config: PretrainConfig) -> None:
         rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
         if len(rows) < num_rows:
             raise InputError(
-                f"num_tokens={config.num_tokens}: the text has {rows.numel()} tokens; ask for "
+                f"num_tokens={config.num_tokens}: the text has {rows.num_tokens} tokens; ask for "
                 "fewer, give more text, or raise stdlib_repeats"
             )
         held_rows = token_rows(heldout, tokenizer, config.sequence_length)
@@ -70,7 +70,7 @@ def run(config: PretrainConfig) -> None:
             event = {"kind": "progress", "done": step + 1, "total": total}
             display.on_event({**event, "text": f"steps, loss {loss:.4f}"})
 
-        num_tokens = pretrain(model, rows, params, config.seed, on_step)
+        num_tokens = pretrain(model, rows.ids_NT, params, config.seed, on_step)
         sums = evaluate_rows(model, held_rows, config.batch_size)
         usual = DataConfig() if config.data == "code" else DataConfig(calibration=config.data)
         usual_rows, _ = load_rows(usual, "heldout", tokenizer, _USUAL_ROWS, config.seed)
@@ -94,7 +94,8 @@ def _documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]
     From code: the standard library for the vocabulary, repeated beside the packages for training.
     """
     from conf.schema import DataConfig
-    from jobs._sources import open_source, package_documents, stdlib_documents
+    from jobs._builtin import package_documents, stdlib_documents
+    from jobs._sources import open_source
 
     if config.data != "code":
         source = DataConfig(calibration=config.data)
@@ -187,7 +188,7 @@ Made with `{command}` under {installed}.
 
 def _code_words(config: PretrainConfig) -> tuple[str, str, str]:
     """Title, kind of text and data of a model of the built-in code."""
-    from jobs._sources import HELD_OUT_SHARE, PACKAGES
+    from jobs._builtin import HELD_OUT_SHARE, PACKAGES
 
     data = f"""The Python standard library without its tests, {config.stdlib_repeats} times, and once the
 Python sources of these installed packages, at most 16 MB each: {", ".join(PACKAGES)}. A file of the

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,90 +40,67 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Prune with the baselines and the main method; one model folder each."""
     from jobs._artifact import take_json
 
-    config = context.config
-    main_method = config.prune.method
-    methods = [name for name in config.prune.baselines if name != main_method] + [main_method]
+    settings = context.config.prune
+    methods = [name for name in settings.baselines if name != settings.method] + [settings.method]
     payload = {
         "config": context.worker_config, "dense": context.models.dense, "methods": methods,
-        "folder": writer.folder,
+        "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
     context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
     return {
-        "method": config.prune.method,
+        "method": settings.method,
         "methods": methods,
-        "pattern": config.prune.pattern,
+        "pattern": settings.pattern,
         **take_json(writer.folder / "figures.json"),
         "gate": {method: _gate(writer.folder / method) for method in methods},
     }
 
 
 def _gate(folder: Path) -> dict[str, int]:
-    from jobs._gate import check_files, masks_of
+    from jobs._gate import check_files
+    from jobs._stage import MASKS, read_sparsity
+    from sparsify.masks import MaskFile
+    from sparsify.pattern import Pattern
 
-    masks, pattern = masks_of(folder)
-    return check_files(folder, masks, pattern)
+    sparsity = read_sparsity(folder)
+    assert sparsity is not None, "the stage has just written it"
+    return check_files(folder, MaskFile(folder / MASKS), Pattern.parse(sparsity["pattern"]))
 
 
 def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """On every worker: prune a fresh copy of the dense model per method; rank 0 writes."""
-    import torch
+    """On every worker: prune the dense model with each method, each from where it was left.
 
-    from jobs._artifact import disk_errors, model_fingerprint, write_json
-    from jobs._sources import load_rows
-    from jobs._stage import MASKS, write_sparsity
-    from sparsify.comm import Comm
-    from sparsify.masks import save_masks
-    from sparsify.methods import PruneParams, get_method
-    from sparsify.models.load import check_sequence_length, load_pair, save_model
-    from sparsify.pack import packed_num_bytes
-    from sparsify.pattern import Pattern
-    from sparsify.prune import prune_model
+    A method's folder in the scratch space holds its finished blocks. All of them become part of
+    the stage's result at the end, so that a run that is killed loses no more than a block.
+    """
+    from jobs._artifact import disk_errors, write_json
+    from jobs._prune_worker import Pruning
 
-    torch.set_num_threads(context.num_threads)
-    config, folder = payload["config"], payload["folder"]
-    settings = config.prune
-    comm = Comm.distributed() if context.world_size > 1 else Comm.single()
-    pattern = Pattern.parse(settings.pattern)
-    params = PruneParams(damping=settings.damping, block_size=settings.block_size)
-    model, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
-    check_sequence_length(model.config, config.data.sequence_length)
-    rows, warning = load_rows(
-        config.data, "calibration", tokenizer, settings.num_samples, config.run.seed
-    )
-    if warning:
-        context.warn(warning)
-    provenance = {
-        "dense_path": str(payload["dense"].resolve()),
-        "dense_sha256": model_fingerprint(payload["dense"]),
-        "num_calibration_tokens": rows.numel(),
-        "seed": config.run.seed,
+    pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
+    with disk_errors(payload["scratch"]):
+        found = {
+            name: pruning.run(name, index, len(payload["methods"]))
+            for index, name in enumerate(payload["methods"])
+        }
+        if context.rank != 0:
+            return
+        for name in payload["methods"]:
+            pruning.publish(name, payload["folder"] / name)
+    layers = [{"method": name, **layer} for name, reports in found.items() for layer in reports]
+    figures = {
+        "layers": layers,
+        "packed_bytes": {name: pruning.packed_bytes(payload["folder"] / name) for name in found},
+        "phases": {name: _seconds(reports) for name, reports in found.items()},
+        "seconds": {name: sum(_seconds(reports).values()) for name, reports in found.items()},
+        "dense_layers": pruning.dense_layers,
     }
-    layers, packed_bytes = [], {}
-    for index, name in enumerate(payload["methods"]):
-        if index > 0:
-            model, _ = load_pair(payload["dense"], config.model.dtype, context.device)
+    write_json(payload["folder"] / "figures.json", figures)
 
-        def on_block(done: int, total: int, index: int = index, name: str = name) -> None:
-            blocks = total * len(payload["methods"])
-            context.progress(index * total + done, blocks, f"blocks, {name}")
 
-        result = prune_model(
-            model, rows, get_method(name), pattern, params,
-            comm=comm, batch_size=settings.batch_size, skip=settings.skip, on_block=on_block,
-        )  # fmt: skip
-        for report in result.layers:
-            layers.append({"method": name, **asdict(report)})
-            context.metrics({f"prune/{name}/relative_error": report.relative_error}, len(layers))
-        if context.rank == 0:
-            with disk_errors(folder):
-                save_model(model, tokenizer, folder / name)
-                save_masks(folder / name / MASKS, result.keep_masks)
-                packed_bytes[name] = packed_num_bytes(
-                    model.state_dict(), result.keep_masks.keys(), pattern
-                )
-                write_sparsity(folder / name, result.keep_masks, settings.pattern, name, provenance)
-    if context.rank == 0:
-        write_json(folder / "figures.json", {"layers": layers, "packed_bytes": packed_bytes})
+def _seconds(reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by phase over all layers."""
+    phases = {phase: 0.0 for report in reports for phase in report["seconds"]}
+    return {phase: sum(r["seconds"].get(phase, 0.0) for r in reports) for phase in phases}
 
 
 if __name__ == "__main__":

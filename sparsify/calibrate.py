@@ -1,14 +1,15 @@
 """The walk over a model's decoder blocks: statistics of each linear's input, then a solver.
 
-Blocks are visited in order. A block's Hessians come from one pass over the calibration rows; the
-caller's solver then changes the block's weights, and the block runs again, so that the next block
-is calibrated on what it will really receive. Processes share the rows. Shape suffixes: N rows,
-T tokens of a row, B rows of a batch, D hidden size, I input features.
+Blocks are visited in order, and only one is needed at a time. One pass of the calibration rows
+through a block gives the statistics of all its linears; the caller's solver then changes the
+block's weights, and a second pass hands on what the next block will really receive. A method with
+a teacher also follows the dense model, in one pass beside the first. Processes share the rows.
+Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O output features.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,17 +19,21 @@ from torch import Tensor, nn
 
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
-from sparsify.hessian import HessianSum
+from sparsify.models.blocks import Blocks
+from sparsify.models.packed import require_isolation
 from sparsify.models.structure import (
+    BlockCalls,
     BlockInputs,
-    capture_block_calls,
-    capture_block_inputs,
     find_blocks,
     linears_of,
     run_block,
     shared_input_groups,
-    watch_linears,
 )
+from sparsify.moments import Moments, share_factors
+from sparsify.phases import Phases
+from sparsify.statistics import Statistics
+from sparsify.streams import StreamStore
+from sparsify.text import TokenRows
 
 
 @dataclass
@@ -40,13 +45,21 @@ class Layer:
     module: nn.Linear
     block: int
     """index of the decoder block"""
-    hessian_II: Tensor | None
-    """float32 mean of x x^T over all processes' tokens; layers that share an input share it"""
-    num_tokens: int
-    """calibration tokens behind the Hessian, over all processes; 0 without one"""
-    cross_II: Tensor | None = None
-    """float32 mean of y x^T over the same tokens, y being what the layer received in the model as
-    it was before the walk changed anything; None unless the walk was asked for it"""
+    statistics: Statistics
+    """moments of its input; layers that share an input share them"""
+    residual_OI: Tensor | None = None
+    """float32 mean of (r_dense - r) x^T, r being the residual stream that the layer adds to; None
+    unless the teacher was asked for and the layer adds to one"""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a solver needs of the walk."""
+
+    teacher: bool = False
+    """follow the dense model too, for `cross_II` and `residual_OI`"""
+    factor_damping: float | None = None
+    """compute the factors with this damping, each on one process, before handing out the layers"""
 
 
 def prunable_linears(
@@ -81,189 +94,250 @@ def prunable_linears(
     return found
 
 
+@torch.no_grad()
 def walk_blocks(
-    model: nn.Module,
-    rows: Tensor,
+    source: Blocks,
+    rows: TokenRows,
     solve: Callable[[Layer], None],
     *,
     comm: Comm,
     batch_size: int,
-    needs_hessian: bool,
+    wants: Wants,
     skip: Sequence[str] = (),
-    on_block: Callable[[int, int], None] | None = None,
-    needs_cross: bool = False,
+    store: StreamStore | None = None,
+    first_block: int = 0,
+    on_block: Callable[[int, nn.Module], None] | None = None,
+    phases: Phases | None = None,
+    token_weights: Tensor | None = None,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with its statistics.
 
     Args:
-        model: a transformers decoder; its weights change as `solve` changes them.
-        rows: int64 token ids (N, T) without padding, the same on all processes; process r takes
-            rows r, r + world_size, ...
+        source: the model's blocks; their weights change as `solve` changes them.
+        rows: calibration rows, the same on all processes; each process takes its lanes of them.
         solve: called once per layer, in the same order on all processes; sets
             `layer.module.weight.data` in place, to the same values on all processes.
-        comm: the processes that take part.
+        comm: the processes that take part, and whether they add up in a fixed order.
         batch_size: rows per forward of a block.
-        needs_hessian: False hands out layers without statistics and runs no forward at all.
+        wants: what `solve` needs.
         skip: see `prunable_linears`.
-        on_block: called as on_block(blocks done, blocks in all) after each block.
-        needs_cross: also run the model as it is now beside the changing one, and give layers
-            their `cross_II`; needs Hessians.
+        store: keeps the hidden states between blocks; None keeps them beside the weights.
+        first_block: go on here; `store` then holds the streams before it, and earlier blocks are
+            not looked at.
+        on_block: called as on_block(index, block) after a block's layers are solved and the
+            streams stand before the next block; the block's weights are still there.
+        phases: collects the time of each kind of work.
+        token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
 
     Raises:
         InputError: see `models.structure`.
-        CalibrationError: rows of the wrong shape, or fewer rows than processes.
-        NonFiniteError: activations hold NaN or infinity; names the layer.
+        CalibrationError: rows of the wrong shape, or fewer rows than lanes.
+        NonFiniteError: activations hold NaN or infinity; names the layer and the rows.
         SingularHessianError: as raised by `solve`, with the number of tokens added.
 
-    Cost: two forwards of every block over the rows; hidden states of this process's rows and the
-    Hessians of one block in memory. `needs_cross` doubles all of it and copies one block.
+    Cost: two forwards of every block over the rows (three with a teacher); hidden states of this
+    process's rows and the moments of one block in memory.
     """
-    linears = prunable_linears(model, skip)
-    list_name, blocks = find_blocks(model)
-    batches = _share_of(rows, comm, batch_size) if needs_hessian else []
-    was_training = model.training
-    model.eval()
+    linears = prunable_linears(source.model, skip)
+    walk = _Walk(source, rows, comm, batch_size, wants, store, phases or Phases(), token_weights)
+    was_training = source.model.training
+    source.model.eval()
     try:
-        with torch.no_grad():
-            inputs = capture_block_inputs(model, blocks, batches)
-            calls = {len(b): capture_block_calls(model, blocks, b) for b in _one_per_size(batches)}
-            before = list(inputs) if needs_cross else []
-            for index, block in enumerate(blocks):
-                names = {name: module for at, name, module in linears if at == index}
-                inputs = [_call_of(index, call, calls) for call in inputs]
-                before = [_call_of(index, call, calls) for call in before]
-                unchanged = copy.deepcopy(block) if before else block
-                streams = _Streams(block, inputs, unchanged, before)
-                for layer in _layers_of(streams, index, f"{list_name}.{index}.", names, comm):
-                    _solve_layer(layer, solve)
-                if on_block is not None:
-                    on_block(index + 1, len(blocks))
-                if index + 1 < len(blocks):
-                    inputs = _through(block, inputs)
-                    before = _through(unchanged, before)
+        walk.enter(first_block)
+        for index in range(first_block, len(source.blocks)):
+            with walk.phases.measure("load"):
+                block = source.open(index)
+            names = {name: module for at, name, module in linears if at == index}
+            for layer in walk.layers(index, block, names):
+                _solve_layer(layer, solve)
+            walk.advance(index, block)
+            if on_block is not None:
+                on_block(index, block)
+            source.close(index)
     finally:
-        model.train(was_training)
-
-
-def _share_of(rows: Tensor, comm: Comm, batch_size: int) -> list[Tensor]:
-    """This process's rows, in batches."""
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise CalibrationError(
-            f"calibration rows have shape {tuple(rows.shape)}; expected (rows, tokens)"
-        )
-    if len(rows) < comm.world_size:
-        raise CalibrationError(
-            f"{len(rows)} calibration rows for {comm.world_size} workers: each needs at least one; "
-            "raise prune.num_samples, or use fewer workers"
-        )
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: must be at least 1")
-    return list(rows[comm.rank :: comm.world_size].split(batch_size))
-
-
-def _one_per_size(batches: list[Tensor]) -> list[Tensor]:
-    """One batch of each number of rows (the last batch may be smaller than the others)."""
-    return list({len(batch): batch for batch in batches}.values())
-
-
-def _call_of(index: int, call: BlockInputs, calls: dict[int, list[BlockInputs]]) -> BlockInputs:
-    """`call` with the arguments that block `index` takes beside the hidden states.
-
-    The first block's arguments were captured batch by batch and stay.
-    """
-    if index == 0:
-        return call
-    example = calls[len(call.hidden_BTD)][index]
-    return BlockInputs(call.hidden_BTD, example.args, example.kwargs)
-
-
-@dataclass(frozen=True)
-class _Streams:
-    """A block with its calls, and the block as it was with the calls of the unchanged model."""
-
-    block: nn.Module
-    inputs: list[BlockInputs]
-    unchanged: nn.Module
-    before: list[BlockInputs]
-    """empty when no cross moments are wanted"""
-
-
-def _through(block: nn.Module, inputs: list[BlockInputs]) -> list[BlockInputs]:
-    """The same calls with the hidden states that the block makes of them."""
-    return [BlockInputs(run_block(block, call), call.args, call.kwargs) for call in inputs]
-
-
-def _layers_of(
-    streams: _Streams, index: int, prefix: str, names: dict[str, nn.Linear], comm: Comm
-) -> list[Layer]:
-    """The block's layers with their Hessians, one per distinct input, summed over processes."""
-    block, inputs = streams.block, streams.inputs
-    if not names:
-        return []
-    if not inputs:
-        return [Layer(name, module, index, None, 0) for name, module in names.items()]
-    leave_out = [name for name in linears_of(block) if prefix + name not in names]
-    groups = shared_input_groups(block, inputs[0], leave_out)
-    # The first member of a group is watched; the others see the same tensor.
-    watched = {group[0]: names[prefix + group[0]] for group in groups}
-    sums = {
-        name: HessianSum(module.in_features, module.weight.device)
-        for name, module in watched.items()
-    }
-    crosses = _accumulate_(sums, streams, watched)
-    layers = []
-    for group in groups:
-        total = sums.pop(group[0])
-        total.reduce(comm)
-        try:
-            hessian_II = total.mean()
-        except (NonFiniteError, CalibrationError) as error:
-            raise type(error)(f"block {index}, layer {prefix}{group[0]}: {error}") from error
-        cross_II = crosses.pop(group[0], None)
-        if cross_II is not None:
-            comm.all_reduce_(cross_II)
-            cross_II /= total.num_tokens
-        layers += [
-            Layer(
-                prefix + name, names[prefix + name], index, hessian_II, total.num_tokens, cross_II
-            )
-            for name in group
-        ]
-    return layers
-
-
-def _accumulate_(
-    sums: dict[str, HessianSum], streams: _Streams, watched: dict[str, nn.Linear]
-) -> dict[str, Tensor]:
-    """Add all tokens of this process to `sums`; returns the sums of y x^T, if there are any y."""
-    if not streams.before:
-        with watch_linears(watched, lambda name, value: sums[name].add(value)):
-            _through(streams.block, streams.inputs)
-        return {}
-    crosses: dict[str, Tensor] = {}
-    then: dict[str, Tensor] = {}
-
-    def note(name: str, value: Tensor) -> None:
-        sums[name].add(value)
-        x_TI, y_TI = (v.detach().flatten(0, -2).float() for v in (value, then.pop(name)))
-        if name not in crosses:
-            crosses[name] = x_TI.new_zeros(x_TI.shape[1], x_TI.shape[1])
-        crosses[name].addmm_(y_TI.T, x_TI)
-
-    linears = linears_of(streams.unchanged)
-    counterparts = {name: linears[name] for name in watched}
-    for call, call_before in zip(streams.inputs, streams.before, strict=True):
-        with watch_linears(counterparts, then.__setitem__):
-            run_block(streams.unchanged, call_before)
-        with watch_linears(watched, note):
-            run_block(streams.block, call)
-    return crosses
+        source.model.train(was_training)
 
 
 def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
     try:
         solve(layer)
     except SingularHessianError as error:
-        raise SingularHessianError(
-            f"{error} ({layer.num_tokens} calibration tokens were used)"
-        ) from error
+        tokens = layer.statistics.num_tokens
+        raise SingularHessianError(f"{error} ({tokens} calibration tokens were used)") from error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some consecutive calibration rows."""
+
+    number: int
+    """the same for every number of processes"""
+    where: slice
+    """in all rows"""
+    rows: TokenRows
+
+
+def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
+    """This process's lanes of batches.
+
+    The batches and their numbers are the same for every number of processes, as long as there are
+    as many of them as lanes.
+    """
+    if rows.ids_NT.ndim != 2 or rows.ids_NT.shape[1] == 0:
+        raise CalibrationError(
+            f"calibration rows have shape {tuple(rows.ids_NT.shape)}; expected (rows, tokens)"
+        )
+    num_lanes = comm.NUM_LANES if comm.is_fixed else comm.world_size
+    if len(rows) < num_lanes:
+        what = "lanes of a fixed order" if comm.is_fixed else "workers"
+        raise CalibrationError(
+            f"{len(rows)} calibration rows for {num_lanes} {what}: each needs at least one; "
+            "raise prune.num_samples, or use fewer workers"
+        )
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: must be at least 1")
+    num_batches = max(-(-len(rows) // batch_size), num_lanes)
+    edges = [index * len(rows) // num_batches for index in range(num_batches + 1)]
+    batches = [
+        Batch(number, slice(start, stop), rows[start:stop])
+        for number, (start, stop) in enumerate(itertools.pairwise(edges))
+    ]
+    return [batches[lane] for lane in comm.lanes(num_batches)]
+
+
+class _Walk:
+    """The streams before the current block, and what one block does with them."""
+
+    def __init__(
+        self, source: Blocks, rows: TokenRows, comm: Comm, batch_size: int, wants: Wants,
+        store: StreamStore | None, phases: Phases, token_weights: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.phases = phases
+        self._source = source
+        self._rows = rows
+        self._comm = comm
+        self._wants = wants
+        self._lanes = share_of(rows, comm, batch_size)
+        self._batches = [batch for lane in self._lanes for batch in lane]
+        self._store = store or StreamStore("device", _device_of(source.model), None)
+        self._calls = BlockCalls(source.model, source.blocks)
+        self._streams = ("pruned", "dense") if wants.teacher else ("pruned",)
+        self._token_weights = token_weights
+        self._is_known = False
+
+    def enter(self, first_block: int) -> None:
+        """Bring the streams before the first block to be visited."""
+        with self.phases.measure("load"):
+            if first_block > 0:
+                numbers = [batch.number for batch in self._batches]
+                self._store.restore(first_block, self._streams, numbers)
+                return
+            for batch in self._batches:
+                hidden_BTD = self._calls.first(batch.rows).hidden_BTD
+                for stream in self._streams:
+                    self._store.put(stream, batch.number, hidden_BTD, 0)
+
+    def layers(self, index: int, block: nn.Module, names: dict[str, nn.Linear]) -> list[Layer]:
+        """The block's layers with the statistics of their inputs, over all processes' rows."""
+        if not self._is_known:
+            self._calls.learn(block, self._rows[:1])
+            self._is_known = True
+            if self._rows.is_packed:
+                require_isolation(
+                    lambda rows: run_block(block, self._calls.first(rows)),
+                    self._source.model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
+                    type(self._source.model).__name__,
+                )
+        if not names:
+            if self._wants.teacher:
+                self._follow_teacher(index, block)
+            return []
+        prefix = f"{self._source.list_name}.{index}."
+        with self.phases.measure("statistics"):
+            left_out = [name for name in linears_of(block) if prefix + name not in names]
+            batch = self._batches[0]
+            groups = shared_input_groups(block, self._call(index, "pruned", batch), left_out)
+            total = self._moments(index, block, groups)
+        with self.phases.measure("reduce"):
+            try:
+                found = total.reduce(self._comm)
+            except (NonFiniteError, CalibrationError) as error:
+                where = self._where_not_finite(index, block, groups)
+                raise type(error)(f"block {index}, layer {prefix}{error}{where}") from error
+        if self._wants.factor_damping is not None:
+            with self.phases.measure("factor"):
+                named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
+                share_factors(named, self._wants.factor_damping, self._comm)
+        return [
+            Layer(
+                prefix + name,
+                names[prefix + name],
+                index,
+                found.statistics[group[0]],
+                found.residuals.get(name),
+            )
+            for group in groups
+            for name in group
+        ]
+
+    def _moments(self, index: int, block: nn.Module, groups: list[list[str]]) -> Moments:
+        """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
+        tree: list[tuple[int, Moments]] = []
+        for lane in self._lanes:
+            moments = Moments(block, groups, with_teacher=self._wants.teacher)
+            for batch in lane:
+                call = self._call(index, "pruned", batch)
+                weights_BT = None
+                if self._token_weights is not None:
+                    weights_BT = self._token_weights[index, batch.where]
+                if self._wants.teacher:
+                    hidden_BTD = self._store.get("dense", batch.number)
+                    teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
+                    output_BTD = moments.add_pair(call, teacher, weights_BT)
+                    self._put("dense", batch, output_BTD, index + 1)
+                else:
+                    moments.add(call, weights_BT)
+            tree.append((0, moments))
+            while len(tree) > 1 and tree[-1][0] == tree[-2][0]:
+                (level, right), (_, left) = tree.pop(), tree.pop()
+                left.merge(right)
+                tree.append((level + 1, left))
+        return tree[0][1]
+
+    def _call(self, index: int, stream: str, batch: Batch) -> BlockInputs:
+        hidden_BTD = self._store.get(stream, batch.number)
+        return self._calls.call(index, batch.rows, hidden_BTD)
+
+    def _put(self, stream: str, batch: Batch, hidden_BTD: Tensor, block: int) -> None:
+        if block < len(self._source.blocks):  # nobody reads what the last block puts out
+            self._store.put(stream, batch.number, hidden_BTD, block)
+
+    def _follow_teacher(self, index: int, block: nn.Module) -> None:
+        for batch in self._batches:
+            output_BTD = run_block(block, self._call(index, "dense", batch))
+            self._put("dense", batch, output_BTD, index + 1)
+
+    def _where_not_finite(self, index: int, block: nn.Module, groups: list[list[str]]) -> str:
+        """The first rows that make a layer's input NaN or infinite, for the message."""
+        mine = None
+        for batch in self._batches:
+            moments = Moments(block, groups, with_teacher=False)
+            moments.add(self._call(index, "pruned", batch), None)
+            if not moments.is_finite():
+                mine = batch.where.start, batch.where.stop - 1
+                break
+        found = [where for where in self._comm.share(mine) if where is not None]
+        return "; first in calibration rows {} to {}".format(*min(found)) if found else ""
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Run the solved block, so that the pruned stream stands before the next one."""
+        if index + 1 == len(self._source.blocks):
+            return
+        with self.phases.measure("forward"):
+            for batch in self._batches:
+                output_BTD = run_block(block, self._call(index, "pruned", batch))
+                self._put("pruned", batch, output_BTD, index + 1)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(p.device for p in model.parameters() if p.device.type != "meta")

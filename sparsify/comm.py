@@ -7,6 +7,7 @@ nothing of who started the processes or where they run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,34 +22,91 @@ class Comm:
 
     rank: int
     world_size: int
+    is_fixed: bool = False
+    """True: shares are cut and sums are added in one order for every number of processes, so that
+    results do not depend on it by a single bit; False: in the order that is fastest"""
+
+    NUM_LANES = 8
+    """pieces that work is cut into when the order is fixed"""
+
+    def __post_init__(self) -> None:
+        if self.is_fixed and self.NUM_LANES % self.world_size:
+            raise InputError(
+                f"a fixed order of reduction works with 1, 2, 4 or 8 workers, not "
+                f"{self.world_size}; use another number, or the fast order"
+            )
 
     @classmethod
-    def single(cls) -> Comm:
+    def single(cls, is_fixed: bool = False) -> Comm:
         """One process: every operation is the identity."""
-        return cls(0, 1)
+        return cls(0, 1, is_fixed)
 
     @classmethod
-    def distributed(cls) -> Comm:
+    def distributed(cls, is_fixed: bool = False) -> Comm:
         """The default group of torch.distributed.
 
         Raises:
-            InputError: torch.distributed has not been initialised in this process.
+            InputError: torch.distributed has not been initialised in this process, or has a number
+                of processes that a fixed order cannot be shared by.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise InputError(
                 "torch.distributed is not initialised in this process; call init_process_group "
                 "first, or use Comm.single()"
             )
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), is_fixed)
 
     def all_reduce_(self, tensor: Tensor) -> None:
         """Replace `tensor` (float32 or float64) in place by its sum over all processes."""
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return
+        if not self.is_fixed:
             dist.all_reduce(tensor)
+            return
+        # A binary tree over the processes continues the tree over each one's lanes.
+        step = 1
+        while step < self.world_size:
+            if self.rank % (2 * step) == step:
+                dist.send(tensor, self.rank - step)
+            elif self.rank % (2 * step) == 0:
+                other = torch.empty_like(tensor)
+                dist.recv(other, self.rank + step)
+                tensor += other
+            step *= 2
+        dist.broadcast(tensor, src=0)
+
+    def lanes(self, num_items: int) -> list[slice]:
+        """This process's shares of `num_items` items, each to be worked on by itself.
+
+        They are contiguous, and sizes differ by at most one. There is one, or with a fixed order
+        NUM_LANES over all processes, whatever their number.
+        """
+        num_lanes = self.NUM_LANES if self.is_fixed else self.world_size
+        per_process = num_lanes // self.world_size
+        first = self.rank * per_process
+        return [_slice_of(lane, num_lanes, num_items) for lane in range(first, first + per_process)]
 
     def row_slice(self, num_rows: int) -> slice:
         """This process's share of `num_rows` rows: contiguous, sizes differ by at most one."""
-        return self._slice_of(self.rank, num_rows)
+        return _slice_of(self.rank, self.world_size, num_rows)
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Replace `tensor` in place by that of the process `source`."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=source)
+
+    def share(self, value: Any) -> list[Any]:
+        """Small plain values of all processes, by rank, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def gather_rows(self, local_rows: Tensor, num_rows: int) -> Tensor:
         """Put the shares of all processes together again, on all of them.
@@ -62,8 +120,10 @@ class Comm:
         """
         if self.world_size == 1:
             return local_rows
-        sizes = [len(range(*self._slice_of(rank, num_rows).indices(num_rows)))
-                 for rank in range(self.world_size)]  # fmt: skip
+        sizes = [
+            len(range(*_slice_of(rank, self.world_size, num_rows).indices(num_rows)))
+            for rank in range(self.world_size)
+        ]
         padded = local_rows.new_zeros((max(sizes), *local_rows.shape[1:]))
         padded[: len(local_rows)] = local_rows
         # Raw bytes travel, so that bool and bfloat16 need nothing of the backend.
@@ -74,5 +134,6 @@ class Comm:
                  for part, size in zip(received, sizes, strict=True)]  # fmt: skip
         return torch.cat(parts)
 
-    def _slice_of(self, rank: int, num_rows: int) -> slice:
-        return slice(rank * num_rows // self.world_size, (rank + 1) * num_rows // self.world_size)
+
+def _slice_of(index: int, num_shares: int, num_items: int) -> slice:
+    return slice(index * num_items // num_shares, (index + 1) * num_items // num_shares)

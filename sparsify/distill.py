@@ -3,6 +3,10 @@
 Shapes: N tokens, V vocabulary, B rows, T tokens per row, D hidden width. The losses over the
 vocabulary run in float32 whatever the dtype of the logits, `chunk_tokens` tokens at a time, with
 gradients in closed form, so that no float32 copy of the logits ever exists.
+
+Where a document ends inside a row, the next token belongs to another one: that position teaches
+nothing and is left out. Rows differ in how many positions that leaves, so a step that is made of
+several micro-batches must divide their sums by one common number of tokens (`TokenCounts`).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import InputError
+from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import CausalLMOutput
@@ -53,23 +58,55 @@ class LossWeights:
             )
 
 
+@dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of positions that the terms of the loss are divided by."""
+
+    kl: float
+    """positions of the KL term: all but the last of a document that ends inside its row"""
+    ce: float
+    """positions of the cross-entropy: those whose next token is of the same document"""
+
+    @classmethod
+    def of(cls, rows: TokenRows) -> TokenCounts:
+        """The counts of some rows."""
+        return cls(int(_is_taught(rows).sum()), int(rows.has_next_NT.sum()))
+
+    def shared_by(self, num_parts: int) -> TokenCounts:
+        """What each of `num_parts` micro-batches divides by, so that the mean of their losses is
+        the loss of all their rows together."""
+        return TokenCounts(self.kl / num_parts, self.ce / num_parts)
+
+
+def _is_taught(rows: TokenRows) -> torch.Tensor:
+    """bool (B, T): positions of the KL term. It needs no target, so a row's last one counts."""
+    is_taught = rows.has_next_NT
+    is_taught[:, -1] = True
+    return is_taught
+
+
 def forward_kl(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    is_counted: torch.Tensor | None = None,
+    num_tokens: float | None = None,
 ) -> torch.Tensor:
     """Forward KL divergence from teacher to student, mean over tokens, times temperature squared.
 
     With p = softmax(z_t / tau) and q = softmax(z_s / tau) it is tau^2 * mean_n sum_v p (log p -
     log q). The factor tau^2 keeps the size of the gradient independent of tau (Hinton et al. 2015,
-    arXiv 1503.02531, section 2.1). The gradient with respect to z_s is tau * (q - p) / N.
+    arXiv 1503.02531, section 2.1). The gradient with respect to z_s is tau * (q - p) / N, and zero
+    at tokens that are not counted.
 
     Args:
         student_logits: (..., V), any float dtype.
         teacher_logits: same shape; gets no gradient.
         temperature: tau > 0.
         chunk_tokens: tokens whose float32 probabilities exist at one time.
+        is_counted: bool (...), the tokens of the sum; None: all.
+        num_tokens: N, what the sum is divided by; None: the number of counted tokens.
 
     Returns:
         float32 scalar.
@@ -82,27 +119,40 @@ def forward_kl(
             f"distill: student logits {tuple(student_logits.shape)} and teacher logits "
             f"{tuple(teacher_logits.shape)} differ; teacher and student must share the vocabulary"
         )
-    return _ForwardKL.apply(student_logits, teacher_logits.detach(), temperature, chunk_tokens)
+    if is_counted is None:
+        is_counted = student_logits.new_ones(student_logits.shape[:-1], dtype=torch.bool)
+    if num_tokens is None:
+        num_tokens = int(is_counted.sum())
+    return _ForwardKL.apply(
+        student_logits, teacher_logits.detach(), temperature, chunk_tokens, is_counted, num_tokens
+    )
 
 
 def cross_entropy(
-    logits: torch.Tensor, input_ids: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
+    logits: torch.Tensor,
+    rows: TokenRows,
+    chunk_tokens: int = CHUNK_TOKENS,
+    num_tokens: float | None = None,
 ) -> torch.Tensor:
-    """Next-token cross-entropy: token t + 1 from position t, mean over the B (T - 1) predictions.
+    """Next-token cross-entropy: token t + 1 from position t, mean over the predictions.
+
+    Positions whose next token is another document's, or in another row, predict nothing.
 
     Args:
         logits: (B, T, V), any float dtype.
-        input_ids: (B, T) int64.
+        rows: B rows of T tokens.
         chunk_tokens: tokens whose float32 probabilities exist at one time.
+        num_tokens: what the sum is divided by; None: the number of predictions.
 
     Returns:
         float32 scalar.
     """
-    # The last position has no target. Marking it, rather than cutting it off, keeps the logits
+    # Marking positions without a target, rather than cutting them out, keeps the logits
     # contiguous, so that flattening them copies nothing.
-    targets = torch.full_like(input_ids, _NO_TARGET)
-    targets[:, :-1] = input_ids[:, 1:]
-    return _CrossEntropy.apply(logits, targets, chunk_tokens)
+    targets = rows.ids_NT.roll(-1, dims=1).masked_fill(~rows.has_next_NT, _NO_TARGET)
+    if num_tokens is None:
+        num_tokens = int((targets != _NO_TARGET).sum())
+    return _CrossEntropy.apply(logits, targets, chunk_tokens, num_tokens)
 
 
 def square_head(
@@ -140,31 +190,39 @@ def square_head(
 def distillation_loss(
     student_out: CausalLMOutput,
     teacher_out: CausalLMOutput | None,
-    input_ids: torch.Tensor,
+    rows: TokenRows,
     weights: LossWeights,
+    counts: TokenCounts | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Weighted sum of the terms that have a weight.
 
     The KL term covers all T positions of a row (no target is needed), cross-entropy the first
-    T - 1.
+    T - 1, both without the last position of a document that ends inside the row. SquareHead covers
+    all tokens; it is a ratio of means, so over several micro-batches it is the mean of theirs.
 
     Args:
         student_out: model output with `logits`, and `hidden_states` if SquareHead has a weight.
         teacher_out: the same of the teacher, made without gradient; None if only cross-entropy has
             a weight.
-        input_ids: (B, T) int64, the tokens both outputs were made from.
+        rows: B rows of T tokens, what both outputs were made from.
         weights: the terms.
+        counts: what the first two terms' sums are divided by; None: the counts of `rows`.
 
     Returns:
         The loss (float32 scalar with gradient), and the unweighted value of each term under "kl",
         "ce" and "square_head"; 0.0 for a term that was not computed.
     """
     terms: dict[str, torch.Tensor] = {}
+    counts = counts or TokenCounts.of(rows)
     if weights.kl:
         student, teacher = (_required(o, "logits", "kl") for o in (student_out, teacher_out))
-        terms["kl"] = forward_kl(student, teacher, weights.temperature)
+        terms["kl"] = forward_kl(
+            student, teacher, weights.temperature,
+            is_counted=_is_taught(rows), num_tokens=counts.kl,
+        )  # fmt: skip
     if weights.ce:
-        terms["ce"] = cross_entropy(_required(student_out, "logits", "ce"), input_ids)
+        logits = _required(student_out, "logits", "ce")
+        terms["ce"] = cross_entropy(logits, rows, num_tokens=counts.ce)
     if weights.square_head:
         terms["square_head"] = square_head(
             _required(student_out, "hidden_states", "square_head"),
@@ -194,36 +252,44 @@ class _ForwardKL(torch.autograd.Function):
         teacher_logits: torch.Tensor,
         temperature: float,
         chunk_tokens: int,
+        is_counted: torch.Tensor,
+        num_tokens: float,
     ) -> torch.Tensor:
         z_s, z_t = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+        counted = is_counted.flatten()
         total = torch.zeros((), dtype=torch.float64, device=z_s.device)
         for chunk in _chunks(len(z_s), chunk_tokens):
             log_q = (z_s[chunk].float() / temperature).log_softmax(dim=-1)
             log_p = (z_t[chunk].float() / temperature).log_softmax(dim=-1)
-            total += log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dim=-1).double().sum()
-        ctx.save_for_backward(student_logits, teacher_logits)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        return (total * temperature**2 / len(z_s)).float()
+            divergence = log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dim=-1)
+            total += divergence[counted[chunk]].double().sum()
+        ctx.save_for_backward(student_logits, teacher_logits, counted)
+        ctx.temperature, ctx.chunk_tokens, ctx.num_tokens = temperature, chunk_tokens, num_tokens
+        return (total * temperature**2 / num_tokens).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        student_logits, teacher_logits = ctx.saved_tensors
+        student_logits, teacher_logits, counted = ctx.saved_tensors
         grad = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
         z_s, z_t = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
         rows = grad.flatten(0, -2)  # a view: `grad` is contiguous
-        scale = grad_output.float() * ctx.temperature / len(z_s)
+        scale = grad_output.float() * ctx.temperature / ctx.num_tokens
         for chunk in _chunks(len(z_s), ctx.chunk_tokens):
             q = (z_s[chunk].float() / ctx.temperature).softmax(dim=-1)
             p = (z_t[chunk].float() / ctx.temperature).softmax(dim=-1)
-            rows[chunk] = q.sub_(p).mul_(scale)
-        return grad, None, None, None
+            rows[chunk] = q.sub_(p).mul_(scale).masked_fill_(~counted[chunk, None], 0.0)
+        return grad, None, None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        chunk_tokens: int,
+        num_tokens: float,
     ) -> torch.Tensor:
         z, flat = logits.flatten(0, -2), targets.flatten()
         total = torch.zeros((), dtype=torch.float64, device=z.device)
@@ -233,9 +299,8 @@ class _CrossEntropy(torch.autograd.Function):
             )
             total += nll.double().sum()
         ctx.save_for_backward(logits, targets)
-        ctx.num_targets = targets.shape[0] * (targets.shape[1] - 1)
-        ctx.chunk_tokens = chunk_tokens
-        return (total / ctx.num_targets).float()
+        ctx.num_tokens, ctx.chunk_tokens = num_tokens, chunk_tokens
+        return (total / num_tokens).float()
 
     @staticmethod
     @once_differentiable
@@ -243,10 +308,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         z, flat, rows = logits.flatten(0, -2), targets.flatten(), grad.flatten(0, -2)
-        scale = grad_output.float() / ctx.num_targets
+        scale = grad_output.float() / ctx.num_tokens
         for chunk in _chunks(len(z), ctx.chunk_tokens):
             has_target = (flat[chunk] != _NO_TARGET).float()[:, None]
             q = z[chunk].float().softmax(dim=-1)
             q.scatter_add_(1, flat[chunk].clamp(min=0)[:, None], -has_target)
             rows[chunk] = q.mul_(has_target * scale)
-        return grad, None, None
+        return grad, None, None, None

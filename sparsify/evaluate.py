@@ -1,8 +1,10 @@
 """How good a model is on held-out rows: perplexity, and agreement with the dense model.
 
-Token t + 1 is predicted from the tokens up to t of the same row, so a row of T tokens scores
-T - 1 predictions. Log-probabilities are taken in float32, sums over tokens in float64; sums of
-separate shares of the rows add up to the sums of all rows.
+Token t + 1 is predicted from the tokens up to t of the same document in the same row. The first
+token of a document is not scored: nothing before it says what it will be. So a row of T tokens
+scores T - 1 predictions, less one for each further document in it. Log-probabilities are taken in
+float32, sums over tokens in float64; sums of separate shares of the rows add up to the sums of all
+rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.models.packed import check_isolation
+from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +78,7 @@ class EvalSums:
 @torch.inference_mode()
 def evaluate_rows(
     model: PreTrainedModel,
-    rows: torch.Tensor,
+    rows: TokenRows,
     batch_size: int,
     dense: PreTrainedModel | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -83,7 +87,7 @@ def evaluate_rows(
 
     Args:
         model: a causal LM; put into evaluation mode and left in the mode it had.
-        rows: (rows, T) int64 token ids, T >= 2.
+        rows: N rows of T >= 2 tokens; documents in one row do not see each other.
         batch_size: rows per forward pass.
         dense: model to compare with, on the same device and of the same vocabulary; or None.
         on_batch: called with (rows done, rows in all) after every batch.
@@ -92,18 +96,22 @@ def evaluate_rows(
         The sums; see `EvalSums`.
 
     Raises:
-        InputError: no rows, or the two models have different vocabularies.
+        InputError: no prediction to score, the two models have different vocabularies, or a model
+            cannot keep the documents of a row apart.
         NonFiniteError: NaN or infinity in the logits; names the first row.
 
     Cost: one forward pass per model; beyond the logits of one batch, at most 1024 x vocabulary
     float32 values a few times over.
     """
-    if rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < 2:
+    if not rows.has_next_NT.any():
         raise InputError(
-            f"evaluation rows of shape {tuple(rows.shape)}: need at least one row of two tokens; "
-            "give more held-out text or a shorter data.sequence_length"
+            f"evaluation rows of shape {tuple(rows.ids_NT.shape)}: need at least one document of "
+            "two tokens in a row; give more held-out text or a shorter data.sequence_length"
         )
     models = [model] if dense is None else [model, dense]
+    if rows.is_packed:
+        for m in models:
+            check_isolation(m)
     was_training = [m.training for m in models]
     sums = EvalSums()
     try:
@@ -111,7 +119,8 @@ def evaluate_rows(
             m.eval()
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size].to(model.device)
-            logits = [m(input_ids=batch, use_cache=False).logits for m in models]
+            inputs = {"input_ids": batch.ids_NT, "position_ids": batch.positions_NT}
+            logits = [m(**inputs, use_cache=False).logits for m in models]
             sums = sums + _score_batch(logits, batch, start)
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(rows)), len(rows))
@@ -121,7 +130,7 @@ def evaluate_rows(
     return sums
 
 
-def _score_batch(logits: list[torch.Tensor], batch: torch.Tensor, first_row: int) -> EvalSums:
+def _score_batch(logits: list[torch.Tensor], batch: TokenRows, first_row: int) -> EvalSums:
     """Sums of one batch; `logits` is [model] or [model, dense], each (B, T, V)."""
     widths = [x.shape[-1] for x in logits]
     if len(set(widths)) > 1:
@@ -130,9 +139,11 @@ def _score_batch(logits: list[torch.Tensor], batch: torch.Tensor, first_row: int
             f"{widths[1]}; compare with the model that it was pruned from"
         )
     sums = EvalSums()
+    length = batch.ids_NT.shape[1]
+    has_next_NT = batch.has_next_NT
     for row in range(len(batch)):
-        for start in range(0, batch.shape[1] - 1, _CHUNK_TOKENS):
-            end = min(start + _CHUNK_TOKENS, batch.shape[1] - 1)
+        for start in range(0, length - 1, _CHUNK_TOKENS):
+            end = min(start + _CHUNK_TOKENS, length - 1)
             parts = [x[row, start:end].float() for x in logits]
             for part, who in zip(parts, ("model", "dense model"), strict=False):
                 if not part.isfinite().all():
@@ -140,7 +151,9 @@ def _score_batch(logits: list[torch.Tensor], batch: torch.Tensor, first_row: int
                         f"evaluate: logits of the {who} are not finite in row {first_row + row}; "
                         "its weights or activations overflow in this dtype"
                     )
-            sums = sums + _score_tokens(parts, batch[row, start + 1 : end + 1])
+            is_scored = has_next_NT[row, start:end]
+            targets = batch.ids_NT[row, start + 1 : end + 1][is_scored]
+            sums = sums + _score_tokens([part[is_scored] for part in parts], targets)
     return sums
 
 

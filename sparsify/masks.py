@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from sparsify.errors import InputError, PatternViolationError
+from sparsify.files import write_tensors
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import check_divides, find_violation, keep_mask_from_scores
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from sparsify.pattern import Pattern
 
+_GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
 _FORMAT = "twofour-masks-1"  # also the one key of the metadata: several have no fixed order
 
 
@@ -45,11 +47,12 @@ def pack_mask(keep_mask: torch.Tensor) -> torch.Tensor:
     if keep_mask.dtype != torch.bool:
         raise TypeError(f"keep_mask must be bool, not {keep_mask.dtype}")
     flat = keep_mask.flatten().to(torch.uint8)
-    bits = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    packed = torch.zeros(len(bits), dtype=torch.uint8, device=keep_mask.device)
-    for bit in range(8):
-        packed |= bits[:, bit] << bit
-    return packed
+    if flat.numel() % 8:
+        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
+    # Byte i of a word holds element i; times 2^(56 - 7 i) its bit is bit 56 + i of the product,
+    # whose other terms stay below bit 56, without carries, or fall off the top.
+    words = flat.view(torch.int64) * _GATHER_BITS
+    return (words >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -70,9 +73,13 @@ def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def mask_digest(keep_mask: torch.Tensor) -> str:
     """SHA-256 (hex) of the mask's shape and packed bits."""
-    packed = pack_mask(keep_mask.cpu())
-    digest = hashlib.sha256(repr(tuple(keep_mask.shape)).encode())
-    digest.update(packed.numpy().tobytes())
+    return packed_digest(pack_mask(keep_mask), tuple(keep_mask.shape))
+
+
+def packed_digest(packed: torch.Tensor, shape: tuple[int, ...]) -> str:
+    """`mask_digest` of the mask of `shape` that was packed."""
+    digest = hashlib.sha256(repr(shape).encode())
+    digest.update(packed.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -83,36 +90,82 @@ def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
 
     The same masks give the same bytes.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    names = sorted(masks)
-    shapes = json.dumps({name: list(masks[name].shape) for name in names})
-    packed = {name: pack_mask(masks[name].cpu()) for name in names}
-    save_file(packed, path, metadata={_FORMAT: shapes})
+    packed = {name: pack_mask(mask) for name, mask in masks.items()}
+    save_packed_masks(path, packed, {name: tuple(mask.shape) for name, mask in masks.items()})
 
 
-def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read what `save_masks` wrote.
+def save_packed_masks(
+    path: str | Path, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """`save_masks` of masks that are packed already, in any order."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted(packed)
+    metadata = {_FORMAT: json.dumps({name: list(shapes[name]) for name in names})}
+    write_tensors(path, {name: packed[name].cpu() for name in names}, metadata)
+
+
+def merge_masks(paths: Sequence[Path], out: Path) -> None:
+    """Put the mask files `paths`, of different layers, together in one; they are not unpacked."""
+    shapes: dict[str, list[int]] = {}
+    packed: dict[str, torch.Tensor] = {}
+    for path in paths:
+        masks = MaskFile(path)
+        shapes.update(masks.shapes)
+        packed.update(masks.packed())
+    save_packed_masks(out, packed, shapes)
+
+
+class MaskFile(Mapping[str, torch.Tensor]):
+    """The masks in a file that `save_masks` or `merge_masks` wrote, unpacked one at a time.
 
     Raises:
         InputError: no such file, not a mask file, or truncated or corrupt.
     """
-    if not Path(path).is_file():
-        raise InputError(f"mask file {path}: there is no such file; run the prune stage first")
-    try:
-        with safe_open(path, framework="pt") as file:
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise InputError(f"mask file {path}: there is no such file; run the prune stage first")
+        with self._open() as file:
             metadata = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"mask file {path}: truncated or corrupt ({error}); run the prune stage again"
-        ) from None
-    if _FORMAT not in metadata:
-        raise InputError(
-            f"mask file {path}: not a mask file of this version (no {_FORMAT!r} in its metadata); "
-            "run the prune stage again"
-        )
-    shapes = json.loads(metadata[_FORMAT])
-    return {name: unpack_mask(packed[name], shapes[name]) for name in sorted(packed)}
+        if _FORMAT not in metadata:
+            raise InputError(
+                f"mask file {path}: not a mask file of this version (no {_FORMAT!r} in its "
+                "metadata); run the prune stage again"
+            )
+        self.shapes: dict[str, list[int]] = json.loads(metadata[_FORMAT])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        with self._open() as file:
+            return unpack_mask(file.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.shapes))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """Layer name -> uint8 bits, as `pack_mask` gives them."""
+        with self._open() as file:
+            return {name: file.get_tensor(name) for name in self}
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"mask file {self._path}: truncated or corrupt ({error}); run the prune stage again"
+            ) from None
+
+
+def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
+    """All masks of a file in memory, one byte per weight; errors as `MaskFile`."""
+    return dict(MaskFile(path))
 
 
 def infer_masks(

@@ -1,20 +1,40 @@
-"""Prune a whole model in one shot: any method, any pattern, rows of each layer shared by processes.
+"""Prune a whole model in one shot: any method, any pattern, in memory or block by block from disk.
 
-Shape suffixes: O output features (rows of a weight), I input features, R this process's rows.
+`prune_model` changes a model that is in memory. `prune_checkpoint` reads a checkpoint one block at
+a time, writes each block when it is done, and after a kill goes on at the block it was at. Both
+walk the blocks the same way (`sparsify.calibrate`) and share rows of calibration data and rows of
+every layer among processes.
+Shape suffixes: O output features (rows of a weight), I input features, R rows of one share.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, prunable_linears, walk_blocks
+from sparsify.calibrate import Layer, Wants, prunable_linears, share_of, walk_blocks
 from sparsify.comm import Comm
-from sparsify.methods import Method, PruneParams
+from sparsify.errors import InputError
+from sparsify.files import write_json
+from sparsify.masks import pack_mask, packed_digest, save_packed_masks, unpack_mask
+from sparsify.methods import Method, Problem, PruneParams, Solution
+from sparsify.models.blocks import Blocks, BlocksInMemory, ShardWriter, StreamedBlocks
 from sparsify.pattern import Pattern, check_divides, require_pattern
+from sparsify.phases import Phases
+from sparsify.streams import Placement, StreamStore
+from sparsify.text import TokenRows
+
+Existing = Literal["ignore", "keep", "extend"]
+EXISTING: tuple[Existing, ...] = ("ignore", "keep", "extend")
+_LARGE_SHARE = 0.01
+_PROGRESS = "progress.json"
 
 
 @dataclass
@@ -29,6 +49,8 @@ class LayerReport:
     """(output features, input features)"""
     num_tokens: int
     """calibration tokens behind the Hessian"""
+    tokens_per_column: float
+    """the same for each input column; below about ten, the Hessian is mostly noise"""
     error: float
     """tr((W - Z) H (W - Z)^T): mean square output error per calibration token, summed over rows"""
     relative_error: float
@@ -39,6 +61,14 @@ class LayerReport:
     """damping that was used; larger than asked for when the Hessian needed it; None: no damping"""
     num_dead_columns: int
     """input columns that were zero on every calibration token"""
+    condition: float | None
+    """estimate of the damped Hessian's condition number; None where no factor was computed"""
+    large_kept: float
+    """share of the largest hundredth of each row, by absolute value, that survived"""
+    keep_mask_sha256: str
+    """of the layer's mask, see `masks.mask_digest`"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """time by phase; what was done for the block as a whole is divided over its layers"""
 
 
 @dataclass
@@ -46,14 +76,14 @@ class PruneResult:
     """Masks and figures of a pruned model; its weights were changed in place."""
 
     keep_masks: dict[str, Tensor] = field(default_factory=dict)
-    """layer name -> bool (O, I) on the CPU, True = survives"""
+    """layer name -> bool (O, I) on the CPU, True = survives; empty when they went to files"""
     layers: list[LayerReport] = field(default_factory=list)
     """in the order in which they were pruned"""
 
 
 def prune_model(
     model: nn.Module,
-    rows: Tensor,
+    rows: TokenRows,
     method: Method,
     pattern: Pattern,
     params: PruneParams,
@@ -61,7 +91,10 @@ def prune_model(
     comm: Comm,
     batch_size: int,
     skip: Sequence[str] = (),
+    existing: Existing = "ignore",
+    token_weights: Tensor | None = None,
     on_block: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> PruneResult:
     """Prune every linear layer of the decoder blocks in place, block by block.
 
@@ -71,14 +104,18 @@ def prune_model(
 
     Args:
         model: a transformers decoder.
-        rows: int64 calibration token ids (N, T) without padding, the same on all processes.
+        rows: calibration rows without padding, the same on all processes.
         method: from `methods.get_method`.
         pattern: must divide every layer's input columns.
         params: numbers for the method.
-        comm: the processes that take part.
+        comm: the processes that take part; with `is_fixed`, their number does not matter.
         batch_size: rows per forward.
         skip: glob patterns of layer names to leave dense.
+        existing: what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero
+            and others join them, "keep" they are the mask.
+        token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
         on_block: called as on_block(blocks done, blocks in all).
+        clock: returns seconds, for the times in the reports; None: no times.
 
     Raises:
         InputError: a layer's columns cannot be cut into groups (before anything is changed), or
@@ -88,61 +125,280 @@ def prune_model(
 
     Cost: that of `walk_blocks`, of the method, and O I^2 twice per layer for the errors.
     """
-    for _, name, module in prunable_linears(model, skip):
-        check_divides(name, module.in_features, pattern)
+    source = BlocksInMemory(model)
+    run = _Run(source, method, pattern, params, comm, existing, Phases(clock), skip)
     result = PruneResult()
 
-    def solve(layer: Layer) -> None:
-        keep_mask_OI, report = _prune_layer(layer, method, pattern, params, comm)
-        result.keep_masks[layer.name] = keep_mask_OI
-        result.layers.append(report)
+    def finish(index: int, block: nn.Module) -> None:
+        packed, reports = run.take_block()
+        for report in reports:
+            result.keep_masks[report.name] = unpack_mask(packed[report.name], report.shape)
+        result.layers += reports
+        if on_block is not None:
+            on_block(index + 1, len(source.blocks))
 
-    walk_blocks(
-        model,
-        rows,
-        solve,
-        comm=comm,
-        batch_size=batch_size,
-        needs_hessian=True,
-        skip=skip,
-        on_block=on_block,
-    )
+    run.walk(rows, batch_size, finish, token_weights=token_weights)
     return result
 
 
-def _prune_layer(
-    layer: Layer, method: Method, pattern: Pattern, params: PruneParams, comm: Comm
-) -> tuple[Tensor, LayerReport]:
-    """Solve this process's rows, gather all of them into the module, and measure the damage."""
-    hessian_II = layer.hessian_II
-    assert hessian_II is not None
-    weight_OI = layer.module.weight.data
-    num_rows, num_columns = weight_OI.shape
-    dense_RI = weight_OI[comm.row_slice(num_rows)]
-    solution = method.solve(dense_RI, hessian_II, pattern, params, layer.name)
-    energies = torch.stack(
-        [_energy(dense_RI - solution.weight_OI, hessian_II), _energy(dense_RI, hessian_II)]
-    )
-    comm.all_reduce_(energies)
-    error, total = energies.tolist()
-    weight_OI.copy_(comm.gather_rows(solution.weight_OI, num_rows))
-    require_pattern([(layer.name, weight_OI)], pattern)
-    keep_mask_OI = comm.gather_rows(solution.keep_mask_OI, num_rows).cpu()
-    report = LayerReport(
-        name=layer.name,
-        block=layer.block,
-        shape=(num_rows, num_columns),
-        num_tokens=layer.num_tokens,
-        error=error,
-        relative_error=error / total if total > 0 else 0.0,
-        sparsity=1 - int(keep_mask_OI.sum()) / keep_mask_OI.numel(),
-        damping=solution.damping,
-        num_dead_columns=solution.num_dead_columns,
-    )
-    return keep_mask_OI, report
+def prune_checkpoint(
+    path: str | Path,
+    out: Path,
+    rows: TokenRows,
+    method: Method,
+    pattern: Pattern,
+    params: PruneParams,
+    *,
+    comm: Comm,
+    batch_size: int,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    skip: Sequence[str] = (),
+    existing: Existing = "ignore",
+    activations: Placement = "device",
+    token_weights: Tensor | None = None,
+    checkpoint_every_blocks: int = 1,
+    on_block: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] | None = None,
+) -> PruneResult:
+    """Prune a checkpoint of any size, one block in memory at a time, resumably.
+
+    `out` receives a model folder (`model-*.safetensors`, index, config.json), `masks-*.safetensors`
+    with each block's masks, and the reports; while it is being made, also the streams before the
+    block that is next. Called again with the same arguments after a kill, it goes on there, and
+    the files that come out are byte for byte those of an undisturbed run.
+
+    Args:
+        path: model folder, or "embedded"; see `models.blocks.StreamedBlocks`.
+        out: folder for the result, on a disk that all processes see.
+        rows, method, pattern, params, comm, batch_size, skip, existing, token_weights, on_block,
+            clock: see `prune_model`.
+        dtype: float32, bfloat16 or float16.
+        device: where blocks are worked on.
+        activations: where hidden states are kept between blocks; see `streams.StreamStore`.
+        checkpoint_every_blocks: blocks between two states that a killed run can go on from.
+
+    Returns:
+        Reports of all layers, those of an earlier call's blocks among them; no masks (see `out`).
+
+    Raises:
+        InputError: also when the checkpoint cannot be read block by block, or `out` holds
+            something else.
+        The rest as `prune_model`.
+
+    Cost: that of `prune_model`, plus reading the checkpoint once, writing it once and writing the
+    streams at every checkpoint. Memory: two blocks, their moments, and the streams unless they are
+    on disk.
+    """
+    source = StreamedBlocks(path, dtype, device)
+    run = _Run(source, method, pattern, params, comm, existing, Phases(clock), skip)
+    num_batches = sum(comm.share(sum(map(len, share_of(rows, comm, batch_size)))))
+    state = _State(out, comm, len(source.blocks), num_batches)
+    store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
+    writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
+
+    def finish(index: int, block: nn.Module) -> None:
+        packed, reports = run.take_block()
+        with run.phases.measure("write"):
+            if writer is not None:
+                writer.write_block(index, f"{source.list_name}.{index}.", block)
+                shapes = {report.name: report.shape for report in reports}
+                save_packed_masks(out / f"masks-{index + 1:05d}.safetensors", packed, shapes)
+            if (index + 1) % checkpoint_every_blocks == 0 or index + 1 == len(source.blocks):
+                if index + 1 < len(source.blocks):
+                    store.commit(index + 1)
+                state.commit(index + 1, reports, store)
+            else:
+                state.keep(reports)
+        if on_block is not None:
+            on_block(index + 1, len(source.blocks))
+
+    if on_block is not None and state.num_done:
+        on_block(state.num_done, len(source.blocks))
+    if state.num_done < len(source.blocks):
+        run.walk(rows, batch_size, finish, store, state.num_done, token_weights)
+    if writer is not None:
+        writer.finish(source)
+    comm.barrier()
+    return PruneResult(layers=state.reports())
+
+
+class _State:
+    """How far a checkpoint's pruning is: blocks done, and their reports."""
+
+    def __init__(self, out: Path, comm: Comm, num_blocks: int, num_batches: int) -> None:
+        self._path = out / _PROGRESS
+        self._comm = comm
+        self._sizes = {"num_blocks": num_blocks, "num_batches": num_batches}
+        out.mkdir(parents=True, exist_ok=True)
+        self._layers: list[dict[str, Any]] = []
+        self.num_done = 0
+        if comm.rank == 0 and self._path.is_file():
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            if found["num_blocks"] != num_blocks:
+                raise InputError(
+                    f"{out}: holds {found['num_blocks']} blocks, the model has {num_blocks}; use "
+                    "another folder"
+                )
+            if found["num_batches"] != num_batches:
+                raise InputError(
+                    f"{out}: begun with the rows cut into {found['num_batches']} batches, now into "
+                    f"{num_batches}; go on with the prune.batch_size (and, with few rows, the "
+                    "number of workers) that it was begun with"
+                )
+            self.num_done, self._layers = found["num_done"], found["layers"]
+        self.num_done, self._layers = comm.share((self.num_done, self._layers))[0]
+
+    def keep(self, reports: list[LayerReport]) -> None:
+        """Add a block's reports to the next commit."""
+        self._layers += [asdict(report) for report in reports]
+
+    def commit(self, num_done: int, reports: list[LayerReport], store: StreamStore) -> None:
+        """Everything up to here is on the disk on every process: say so, then clean up."""
+        self.keep(reports)
+        self._comm.barrier()
+        if self._comm.rank == 0:
+            value = {"num_done": num_done, **self._sizes, "layers": self._layers}
+            write_json(self._path, value)
+            store.drop(keep_block=num_done)
+        self._comm.barrier()
+
+    def reports(self) -> list[LayerReport]:
+        """Of all blocks, in order."""
+        return [LayerReport(**{**v, "shape": tuple(v["shape"])}) for v in self._layers]
+
+
+class _Run:
+    """One method on one model: solves layers as the walk hands them out, and takes notes."""
+
+    def __init__(
+        self, source: Blocks, method: Method, pattern: Pattern, params: PruneParams, comm: Comm,
+        existing: Existing, phases: Phases, skip: Sequence[str],
+    ) -> None:  # fmt: skip
+        if existing not in EXISTING:
+            raise InputError(f"prune.existing={existing}: use one of {', '.join(EXISTING)}")
+        for _, name, module in prunable_linears(source.model, skip):
+            check_divides(name, module.in_features, pattern)
+        self.phases = phases
+        self._source = source
+        self._method = method
+        self._pattern = pattern
+        self._params = params
+        self._comm = comm
+        self._existing = existing
+        self._skip = skip
+        self._masks: dict[str, Tensor] = {}
+        self._reports: list[LayerReport] = []
+
+    def walk(
+        self, rows: TokenRows, batch_size: int, on_block: Callable[[int, nn.Module], None],
+        store: StreamStore | None = None, first_block: int = 0,
+        token_weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Visit the blocks from `first_block` on."""
+        method = self._method
+        wants = Wants(
+            teacher=method.needs_teacher,
+            factor_damping=self._params.damping if method.needs_factor else None,
+        )
+        walk_blocks(
+            self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,
+            skip=self._skip, store=store, first_block=first_block, on_block=on_block,
+            phases=self.phases, token_weights=token_weights,
+        )  # fmt: skip
+
+    def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
+        """Packed masks and reports since the last call; the block's times go to its layers."""
+        masks, reports = self._masks, self._reports
+        self._masks, self._reports = {}, []
+        for phase, seconds in self.phases.take().items():
+            for report in reports:
+                report.seconds[phase] = seconds / len(reports)
+        return masks, reports
+
+    def _solve(self, layer: Layer) -> None:
+        """Solve this process's rows, gather all of them into the module, measure the damage."""
+        hessian_II = layer.statistics.hessian_II
+        weight_OI = layer.module.weight.data
+        num_rows, num_columns = weight_OI.shape
+        mine = self._comm.row_slice(num_rows)
+        dense_RI = weight_OI[mine]
+        with self.phases.measure("solve"):
+            solution = self._solve_rows(layer, weight_OI)
+            sums = torch.stack(
+                [
+                    _energy(dense_RI - solution.weight_OI, hessian_II),
+                    _energy(dense_RI, hessian_II),
+                    *_large_kept(dense_RI, solution.keep_mask_OI),
+                ]
+            )
+        with self.phases.measure("gather"):
+            self._comm.all_reduce_(sums)
+            weight_OI.copy_(self._comm.gather_rows(solution.weight_OI, num_rows))
+            keep_mask_OI = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
+            packed = pack_mask(keep_mask_OI).cpu()
+        require_pattern([(layer.name, weight_OI)], self._pattern)
+        error, total, num_large_kept, num_large = sums.tolist()
+        factor = layer.statistics.known_factor(self._params.damping)
+        self._masks[layer.name] = packed
+        self._reports.append(
+            LayerReport(
+                name=layer.name,
+                block=layer.block,
+                shape=(num_rows, num_columns),
+                num_tokens=layer.statistics.num_tokens,
+                tokens_per_column=layer.statistics.tokens_per_column,
+                error=error,
+                relative_error=error / total if total > 0 else 0.0,
+                sparsity=1 - int(keep_mask_OI.sum()) / keep_mask_OI.numel(),
+                damping=solution.damping,
+                num_dead_columns=solution.num_dead_columns,
+                condition=factor.condition if factor is not None else None,
+                large_kept=num_large_kept / num_large,
+                keep_mask_sha256=packed_digest(packed, (num_rows, num_columns)),
+            )
+        )
+
+    def _solve_rows(self, layer: Layer, weight_OI: Tensor) -> Solution:
+        """The solutions of this process's lanes of rows, one below the other."""
+        solutions = []
+        for share in self._comm.lanes(len(weight_OI)):
+            rows_RI = weight_OI[share]
+            if len(rows_RI) == 0:
+                continue
+            allowed_RI = None if self._existing == "ignore" else rows_RI != 0
+            residual_OI = layer.residual_OI
+            problem = Problem(
+                layer.name,
+                rows_RI,
+                layer.statistics,
+                None if residual_OI is None else residual_OI[share],
+                allowed_RI,
+                is_mask_fixed=self._existing == "keep",
+            )
+            solutions.append(self._method.solve(problem, self._pattern, self._params))
+        if not solutions:
+            empty_RI = weight_OI[:0]
+            return Solution(empty_RI, empty_RI.bool(), None, 0)
+        if len(solutions) == 1:
+            return solutions[0]
+        return Solution(
+            torch.cat([s.weight_OI for s in solutions]),
+            torch.cat([s.keep_mask_OI for s in solutions]),
+            solutions[0].damping,
+            solutions[0].num_dead_columns,
+        )
 
 
 def _energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
     """tr(D H D^T) for rows D, as a float64 scalar: mean square output per token of D."""
     change_RI = change_RI.to(hessian_II.dtype)
     return ((change_RI @ hessian_II) * change_RI).sum(dtype=torch.float64)
+
+
+def _large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row's largest weights survived, and how many there are; float64 scalars."""
+    count = max(1, math.ceil(_LARGE_SHARE * dense_RI.shape[1]))
+    largest = dense_RI.abs().float().topk(count, dim=1).indices
+    kept = keep_mask_RI.gather(1, largest).sum(dtype=torch.float64)
+    return kept, kept.new_tensor(largest.numel())

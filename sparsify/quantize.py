@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, prunable_linears, walk_blocks
+from sparsify.calibrate import Layer, Wants, prunable_linears, walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.gptq import METHODS, Quantized, QuantParams, dequantize, quantize_weight
+from sparsify.models.blocks import BlocksInMemory
+from sparsify.models.packed import check_isolation
+from sparsify.text import TokenRows
 
 __all__ = [
     "METHODS", "QuantLayerReport", "QuantParams", "QuantResult", "Quantized", "dequantize",
@@ -55,7 +58,7 @@ class QuantResult:
 
 def quantize_model(
     model: nn.Module,
-    rows: Tensor,
+    rows: TokenRows,
     keep_masks: dict[str, Tensor],
     params: QuantParams,
     *,
@@ -71,7 +74,7 @@ def quantize_model(
 
     Args:
         model: a transformers decoder.
-        rows: int64 calibration token ids (N, T) without padding, the same on all processes.
+        rows: calibration rows without padding, the same on all processes.
         keep_masks: layer name -> bool (O, I), True = survives.
         params: method and numbers. Hessians are collected for rtn too: the report needs them.
         comm: the processes that take part.
@@ -79,23 +82,31 @@ def quantize_model(
         on_block: called as on_block(blocks done, blocks in all).
 
     Raises:
-        InputError: no masks, or a mask without a layer or of another shape; see also
-            `calibrate.walk_blocks` and `quantize_weight`.
+        InputError: no masks, or a mask without a layer or of another shape; the model cannot keep
+            the documents of a row apart; see also `calibrate.walk_blocks` and `quantize_weight`.
         NonFiniteError, SingularHessianError, CalibrationError: see `calibrate.walk_blocks`.
 
     Cost: that of `walk_blocks` and of `quantize_weight` per layer.
     """
     result = QuantResult()
     skip = _unmasked(model, keep_masks)
+    if rows.is_packed:
+        check_isolation(model)
 
     def solve(layer: Layer) -> None:
         quantized, report = _quantize_layer(layer, keep_masks[layer.name], params, comm)
         result.layers[layer.name] = quantized
         result.reports.append(report)
 
+    source = BlocksInMemory(model)
+
+    def report(index: int, _: nn.Module) -> None:
+        if on_block is not None:
+            on_block(index + 1, len(source.blocks))
+
     walk_blocks(
-        model, rows, solve, comm=comm, batch_size=batch_size, needs_hessian=True, skip=skip,
-        on_block=on_block, needs_cross=params.method == "gptq" and params.teacher_share > 0,
+        source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
+        wants=Wants(teacher=params.method == "gptq" and params.teacher_share > 0),
     )  # fmt: skip
     return result
 
@@ -121,15 +132,14 @@ def _quantize_layer(
     layer: Layer, keep_mask_OI: Tensor, params: QuantParams, comm: Comm
 ) -> tuple[Quantized, QuantLayerReport]:
     """Solve this process's rows, gather all of them into the module, and measure the damage."""
-    hessian_II = layer.hessian_II
-    assert hessian_II is not None
+    hessian_II = layer.statistics.hessian_II
     weight_OI = layer.module.weight.data
     num_rows, num_columns = weight_OI.shape
     share = comm.row_slice(num_rows)
     before_RI = weight_OI[share].to(hessian_II.dtype)
     keep_RI = keep_mask_OI[share].to(weight_OI.device)
     mine = quantize_weight(
-        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.cross_II
+        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.statistics.cross_II
     )
     change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
     energies = torch.stack(
@@ -144,7 +154,7 @@ def _quantize_layer(
         name=layer.name,
         block=layer.block,
         shape=(num_rows, num_columns),
-        num_tokens=layer.num_tokens,
+        num_tokens=layer.statistics.num_tokens,
         error=error,
         relative_error=error / total if total > 0 else 0.0,
         damping=mine.damping,

@@ -1,16 +1,19 @@
 """From documents to fixed-length token rows, and the rule that says which documents are held out.
 
 Owns tokenisation and packing. Knows nothing of where documents come from: an iterable of strings
-goes in, an integer tensor comes out, and the same strings give the same tensor on any machine.
+goes in, rows of token ids come out, and the same strings give the same rows on any machine.
+Shape suffixes: N rows, T tokens of a row.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparsify.errors import InputError
 
@@ -20,6 +23,67 @@ if TYPE_CHECKING:
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARS = 256_000  # so that one long book does not make a reader of one row wait
 _TAIL_SHARE = 0.1  # held-out share of a text that has too few documents to hold some out
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of tokens without padding, and where inside its document each token stands.
+
+    A model that is given both as `input_ids` and `position_ids`, with `use_cache=False` and without
+    an attention mask, lets no document of a row attend to another (see `models.packed`).
+    """
+
+    ids_NT: Tensor
+    """int64 token ids"""
+    positions_NT: Tensor
+    """int64 positions; 0 at the first token of every document and of every row"""
+
+    @classmethod
+    def whole(cls, ids_NT: Tensor) -> TokenRows:
+        """Rows that are one document each: positions 0 to T - 1."""
+        if ids_NT.ndim != 2:
+            raise InputError(f"token rows of shape {tuple(ids_NT.shape)}; expected (rows, tokens)")
+        positions_T = torch.arange(ids_NT.shape[1], device=ids_NT.device)
+        return cls(ids_NT, positions_T.expand(ids_NT.shape).contiguous())
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """The rows of all parts, one part after another; they must be of one length."""
+        return cls(
+            torch.cat([part.ids_NT for part in parts]),
+            torch.cat([part.positions_NT for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, index: slice | Tensor) -> TokenRows:
+        return TokenRows(self.ids_NT[index], self.positions_NT[index])
+
+    def split(self, num_rows: int) -> list[TokenRows]:
+        """Pieces of `num_rows` rows, the last one of what is left."""
+        return [self[start : start + num_rows] for start in range(0, len(self), num_rows)]
+
+    @property
+    def has_next_NT(self) -> Tensor:
+        """bool (N, T): the next token of the row goes on with the same document."""
+        has_next_NT = torch.zeros_like(self.positions_NT, dtype=torch.bool)
+        has_next_NT[:, :-1] = self.positions_NT[:, 1:] != 0
+        return has_next_NT
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return bool((self.positions_NT[:, 1:] == 0).any())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together."""
+        return self.ids_NT.numel()
+
+    def to(self, device: torch.device | str) -> TokenRows:
+        """The same rows on `device`."""
+        return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device))
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -77,33 +141,55 @@ def token_rows(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     num_rows: int | None = None,
-) -> torch.Tensor:
+) -> TokenRows:
     """Pack documents one after another into rows of `sequence_length` tokens, without padding.
+
+    A document that does not end with its row goes on in the next one, where its positions start
+    again at 0: what a model cannot see does not count.
 
     Args:
         documents: texts in the order in which they are to be used; consumed only as far as needed.
         tokenizer: its end-of-text token is put after every document, unless it has none or starts
-            documents with a beginning token itself.
+            documents with a beginning token itself. The mark belongs to the document it ends, or
+            begins.
         sequence_length: tokens per row.
         num_rows: stop after this many rows; None takes every whole row there is.
 
     Returns:
-        int64 tensor of shape (rows, sequence_length); the unfinished last row is dropped, so the
-        tensor is empty when the documents hold fewer tokens than one row.
+        Rows of `sequence_length` tokens; the unfinished last row is dropped, so there are none when
+        the documents hold fewer tokens than one row.
     """
     if sequence_length < 2:
         raise InputError(f"sequence_length: {sequence_length} is too short; use at least 2 tokens")
     wanted = None if num_rows is None else num_rows * sequence_length
     stream: list[int] = []
+    starts: list[int] = []
     for ids in _encoded(documents, tokenizer):
+        if ids:
+            starts.append(len(stream))
         stream.extend(ids)
         if wanted is not None and len(stream) >= wanted:
             break
     rows = len(stream) // sequence_length
     if num_rows is not None:
         rows = min(rows, num_rows)
-    flat = torch.tensor(stream[: rows * sequence_length], dtype=torch.int64)
-    return flat.reshape(rows, sequence_length)
+    shape = (rows, sequence_length)
+    ids_NT = torch.tensor(stream[: rows * sequence_length], dtype=torch.int64).reshape(shape)
+    return TokenRows(ids_NT, _positions(starts, rows, sequence_length))
+
+
+def _positions(starts: list[int], num_rows: int, sequence_length: int) -> Tensor:
+    """Distance of each token from the last document start or row start at or before it (N, T)."""
+    num_tokens = num_rows * sequence_length
+    last_start = torch.zeros(num_tokens, dtype=torch.int64)
+    for begins in (
+        torch.tensor(starts, dtype=torch.int64),
+        torch.arange(num_rows) * sequence_length,
+    ):
+        inside = begins[begins < num_tokens]
+        last_start[inside] = inside
+    last_start = last_start.cummax(0).values if num_tokens else last_start
+    return (torch.arange(num_tokens) - last_start).reshape(num_rows, sequence_length)
 
 
 def shuffled(num_items: int, seed: int) -> list[int]:

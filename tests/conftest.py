@@ -12,6 +12,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from sparsify.text import TokenRows
+
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -69,10 +71,21 @@ def tiny_model(tiny_model_dir):
 
 
 @pytest.fixture
-def tiny_rows(tiny_tokenizer) -> torch.Tensor:
-    """(12, 32) random token rows."""
+def tiny_rows(tiny_tokenizer) -> TokenRows:
+    """12 rows of 32 random tokens, one document each."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(len(tiny_tokenizer), (12, 32), generator=generator)
+    return TokenRows.whole(torch.randint(len(tiny_tokenizer), (12, 32), generator=generator))
+
+
+@pytest.fixture
+def packed_rows(tiny_rows) -> TokenRows:
+    """The tokens of `tiny_rows` as documents of 1 to 24 tokens, packed."""
+    generator = torch.Generator().manual_seed(2)
+    positions_NT = tiny_rows.positions_NT.clone()
+    for row in positions_NT:
+        for start in torch.randint(1, 32, (2,), generator=generator).sort().values:
+            row[start:] = torch.arange(32 - start)
+    return TokenRows(tiny_rows.ids_NT, positions_NT)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

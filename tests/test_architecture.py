@@ -35,8 +35,10 @@ from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_pair
 from sparsify.pattern import Pattern
 from sparsify.prune import prune_model
+from sparsify.text import TokenRows
 model, tokenizer = load_pair("embedded")
-rows = torch.randint(0, 1024, (8, 64), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(0, 1024, (8, 64), generator=torch.Generator().manual_seed(0))
+rows = TokenRows.whole(ids)
 result = prune_model(model, rows, get_method("magnitude"), Pattern.parse("2:4"), PruneParams(),
                      comm=Comm.single(), batch_size=8)
 print(len(result.keep_masks))

@@ -10,9 +10,9 @@ import importlib
 import pkgutil
 
 from sparsify.errors import InputError
-from sparsify.methods._base import Method, PruneParams, Solution
+from sparsify.methods._base import Method, Problem, PruneParams, Solution
 
-__all__ = ["Method", "PruneParams", "Solution", "available_methods", "get_method"]
+__all__ = ["Method", "Problem", "PruneParams", "Solution", "available_methods", "get_method"]
 
 
 @functools.cache

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.pattern import Pattern
+from sparsify.pattern import Pattern, check_divides, find_violation, keep_mask_from_scores
+from sparsify.statistics import Statistics
 
 
 @dataclass
@@ -24,12 +25,53 @@ class PruneParams:
     """share of the mean Hessian diagonal added to the diagonal; 0 or more"""
     block_size: int = 128
     """columns whose updates are gathered before they reach the columns to the right"""
+    teacher_share: float = 0.5
+    """how far a layer is fitted to what the dense model computes from its own inputs; 0 to 1"""
+    residual_share: float = 0.5
+    """how far it also makes up for the error of the residual stream that it adds to; 0 to 1"""
+    refit_iterations: int = 20
+    """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
+    descent_sweeps: int = 3
+    """sweeps of the descent over groups; 0 for none"""
+    admm_iterations: int = 30
+    """iterations of ADMM"""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise InputError(f"damping={self.damping}: must be a finite number, 0 or more")
         if self.block_size < 1:
             raise InputError(f"block_size={self.block_size}: must be at least 1")
+        for name in ("teacher_share", "residual_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be from 0 to 1")
+        for name in ("refit_iterations", "descent_sweeps", "admm_iterations"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer (or some rows of it) to prune, and all that a method may look at."""
+
+    name: str
+    """layer, for messages"""
+    weight_OI: Tensor
+    """dense weight, any float dtype"""
+    statistics: Statistics | None = None
+    """moments of the layer's input; None for methods that look at the weight alone"""
+    residual_OI: Tensor | None = None
+    """float32 mean of (r_dense - r) x^T, r being the residual stream that the layer's output is
+    added to; None where it is not added to one, or when it was not asked for"""
+    allowed_OI: Tensor | None = None
+    """bool, False = must stay zero; None = no such restriction"""
+    is_mask_fixed: bool = False
+    """True: the mask is `allowed_OI` itself, and only the kept weights are to be found"""
+
+    @property
+    def hessian_II(self) -> Tensor:
+        """The Hessian, for methods that need one."""
+        assert self.statistics is not None, f"{self.name}: this method needs calibration"
+        return self.statistics.hessian_II
 
 
 @dataclass
@@ -46,8 +88,8 @@ class Solution:
     """input columns that were zero on every calibration token, as far as the method looks"""
 
 
-Solve = Callable[[Tensor, Tensor | None, Pattern, PruneParams, str], Solution]
-"""(weight_OI, hessian_II or None, pattern, params, layer name) -> Solution; rows independent."""
+Solve = Callable[[Problem, Pattern, PruneParams], Solution]
+"""Rows are independent of each other, so that processes can share them."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +100,56 @@ class Method:
     summary: str
     """one line for help and reports"""
     needs_hessian: bool
-    """False: `solve` accepts None for the Hessian"""
+    """False: `solve` works without statistics"""
     solve: Solve
+    needs_factor: bool = False
+    """True: `solve` reads `statistics.factor(params.damping)`, which is then computed once"""
+    needs_teacher: bool = False
+    """True: `solve` reads `cross_II` and `residual_OI`, for which the dense model runs beside"""
+
+
+def check_problem(problem: Problem, pattern: Pattern) -> None:
+    """Refuse a problem whose parts do not fit together.
+
+    Raises:
+        InputError: m does not divide the columns; the given mask has another shape, or is fixed
+            and keeps more weights than the pattern allows. The message names the layer.
+    """
+    shape = tuple(problem.weight_OI.shape)
+    check_divides(problem.name, shape[1], pattern)
+    if problem.statistics is not None:
+        expected = (shape[1], shape[1])
+        assert problem.statistics.hessian_II.shape == expected, problem.name
+    if problem.residual_OI is not None:
+        assert problem.residual_OI.shape == shape, problem.name
+    if problem.allowed_OI is None:
+        assert not problem.is_mask_fixed, f"{problem.name}: a fixed mask that is not given"
+        return
+    if problem.allowed_OI.shape != shape or problem.allowed_OI.dtype != torch.bool:
+        raise InputError(
+            f"{problem.name}: the given mask is {problem.allowed_OI.dtype} of shape "
+            f"{tuple(problem.allowed_OI.shape)}; expected bool of the weight's shape {shape}"
+        )
+    place = find_violation(problem.allowed_OI, pattern) if problem.is_mask_fixed else None
+    if place is not None:
+        raise InputError(
+            f"{problem.name}: the given mask breaks pattern {pattern} in row {place[0]}, at "
+            f"column {place[1]}; give a mask that was made for this pattern"
+        )
+
+
+def chosen_mask(scores_OI: Tensor, problem: Problem, pattern: Pattern) -> Tensor:
+    """The highest scores of every group or row among the allowed; the given mask if it is fixed.
+
+    A group with fewer allowed weights than the pattern keeps keeps those alone.
+    """
+    allowed_OI = problem.allowed_OI
+    if allowed_OI is None:
+        return keep_mask_from_scores(scores_OI, pattern)
+    if problem.is_mask_fixed:
+        return allowed_OI.clone()
+    scores_OI = scores_OI.masked_fill(~allowed_OI, -math.inf)
+    return keep_mask_from_scores(scores_OI, pattern) & allowed_OI
 
 
 def working_weight(weight_OI: Tensor, name: str) -> Tensor:

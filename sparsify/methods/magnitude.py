@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from sparsify.methods._base import (
+    Method,
+    Problem,
+    PruneParams,
+    Solution,
+    check_problem,
+    chosen_mask,
+    selected,
+    working_weight,
+)
+from sparsify.pattern import Pattern
 
-from sparsify.methods._base import Method, PruneParams, Solution, selected, working_weight
-from sparsify.pattern import Pattern, keep_mask_from_scores
 
-
-def solve(
-    weight_OI: Tensor,
-    hessian_II: Tensor | None,
-    pattern: Pattern,
-    params: PruneParams,
-    name: str,
-) -> Solution:
+def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Keep the weights of largest absolute value; nothing is adjusted.
 
     Args:
-        weight_OI: (O, I), any float dtype.
-        hessian_II: not looked at.
+        problem: the weight, and the allowed mask if there is one; statistics are not looked at.
         pattern: groups in which weights compete (for unstructured, the row).
         params: not looked at.
-        name: layer, for messages.
 
     Raises:
+        InputError: see `check_problem`.
         NonFiniteError: the weight holds NaN or infinity.
 
     Reference: Han et al., arXiv:1506.02626, one step, within each group instead of the layer.
 
     Cost: O(O I m).
     """
-    scores_OI = working_weight(weight_OI, name).abs_()
-    return selected(weight_OI, keep_mask_from_scores(scores_OI, pattern))
+    check_problem(problem, pattern)
+    scores_OI = working_weight(problem.weight_OI, problem.name).abs_()
+    return selected(problem.weight_OI, chosen_mask(scores_OI, problem, pattern))
 
 
 METHOD = Method(

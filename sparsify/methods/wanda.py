@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from sparsify.methods._base import (
+    Method,
+    Problem,
+    PruneParams,
+    Solution,
+    check_problem,
+    chosen_mask,
+    selected,
+    working_weight,
+)
+from sparsify.pattern import Pattern
 
-from sparsify.methods._base import Method, PruneParams, Solution, selected, working_weight
-from sparsify.pattern import Pattern, keep_mask_from_scores
 
-
-def solve(
-    weight_OI: Tensor,
-    hessian_II: Tensor | None,
-    pattern: Pattern,
-    params: PruneParams,
-    name: str,
-) -> Solution:
+def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Keep the weights of largest |W_ij| * rms(x_j); nothing is adjusted.
 
     Args:
-        weight_OI: (O, I), any float dtype.
-        hessian_II: (I, I); only its diagonal, the mean square of each input, is read.
+        problem: the weight, the Hessian, of which only the diagonal (the mean square of each
+            input) is read, and the allowed mask if there is one.
         pattern: groups in which weights compete (for unstructured, the row).
         params: not looked at.
-        name: layer, for messages.
 
     Raises:
+        InputError: see `check_problem`.
         NonFiniteError: the weight holds NaN or infinity.
 
     Reference: Wanda (arXiv:2306.11695), equation 1. Deviation: the root mean square of an input
@@ -32,11 +33,12 @@ def solve(
 
     Cost: O(O I m).
     """
-    assert hessian_II is not None, "Wanda needs the Hessian's diagonal"
-    scores_OI = working_weight(weight_OI, name).abs_()
-    scores_OI *= hessian_II.diagonal().to(scores_OI.dtype).sqrt()
-    solution = selected(weight_OI, keep_mask_from_scores(scores_OI, pattern))
-    solution.num_dead_columns = int((hessian_II.diagonal() == 0).sum())
+    check_problem(problem, pattern)
+    mean_square_I = problem.hessian_II.diagonal()
+    scores_OI = working_weight(problem.weight_OI, problem.name).abs_()
+    scores_OI *= mean_square_I.to(scores_OI.dtype).sqrt()
+    solution = selected(problem.weight_OI, chosen_mask(scores_OI, problem, pattern))
+    solution.num_dead_columns = int((mean_square_I == 0).sum())
     return solution
 
 

@@ -74,8 +74,8 @@ def check_checkpoint(path: str | Path) -> None:
             "(a model of the Hugging Face Hub is downloaded first: hf download NAME --local-dir "
             "FOLDER)"
         )
-    _read_config(folder)
-    for shard in _weight_files(folder):
+    read_config(folder)
+    for shard in weight_files(folder):
         _check_shard(shard)
 
 
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> Any:
         ) from None
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
     """The model's configuration; InputError unless it is a causal LM of a known type."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -133,7 +133,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model; InputError if there are none or one is lost."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
@@ -219,7 +219,7 @@ def load_model(
         raise InputError(f"model folder {folder}: cannot be loaded: {_first_line(error)}") from None
     model, info = loaded  # a pair, because of output_loading_info
     _check_loading_info(folder, info)
-    _check_finite(folder, model, dtype)
+    check_finite(folder, model, dtype)
     return model.to(device).eval()
 
 
@@ -244,8 +244,9 @@ def _check_loading_info(folder: Path, info: dict[str, Any]) -> None:
             )
 
 
-def _check_finite(folder: Path, model: torch.nn.Module, dtype: str) -> None:
-    for name, weight in model.named_parameters():
+def check_finite(folder: Path, model: torch.nn.Module, dtype: str, prefix: str = "") -> None:
+    """InputError when a parameter of `model`, read from `folder`, is NaN or infinite as `dtype`."""
+    for name, weight in model.named_parameters(prefix):
         bad = weight.numel() - int(weight.isfinite().sum())
         if bad:
             hint = "; float16 ends at 65504, try model.dtype=bfloat16" if dtype == "float16" else ""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
 from sparsify.errors import InputError
+from sparsify.text import TokenRows
 
 
 @dataclass(frozen=True)
@@ -76,88 +77,98 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+class BlockCalls:
+    """The calls that a model makes of its blocks, without the blocks being computed.
+
+    What a block is given beside the hidden states (positions, masks) may differ from block to
+    block (sliding and full attention, for example) and from batch to batch (where documents
+    begin), but never depends on the hidden states themselves. So the model's forward is run with
+    blocks that hand through what they get, up to the block asked for: its weights need not be
+    there, and nothing has to be kept.
+
+    Args:
+        model: a transformers decoder; what comes before the blocks must hold its weights.
+        blocks: its list of blocks, from `find_blocks`.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._rest: tuple[None, ...] | None = None
+        """what stands after the hidden states in a block's answer; None: it answers a tensor"""
+        self._is_known = False
+
+    def first(self, rows: TokenRows) -> BlockInputs:
+        """The call of the first block for a batch (B rows of T tokens).
+
+        Raises:
+            InputError: the forward never reaches the first block, or calls it without hidden
+                states.
+        """
+        return self._run(0, rows)
+
+    def call(self, index: int, rows: TokenRows, hidden_BTD: Tensor) -> BlockInputs:
+        """The call of block `index` for a batch whose hidden states there are `hidden_BTD`.
+
+        Raises:
+            InputError: a block is not called exactly once, in order, on the output of the one
+                before; then blocks cannot be pruned one after another.
+        """
+        found = self._run(index, rows)
+        return BlockInputs(hidden_BTD, found.args, found.kwargs)
+
+    def learn(self, block: nn.Module, rows: TokenRows) -> None:
+        """See on a few rows what a block returns (a tensor, or a tuple that begins with one)."""
+        call = self.first(rows)
+        output = block(call.hidden_BTD, *call.args, **call.kwargs)
+        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+        self._is_known = True
+
+    def _run(self, index: int, rows: TokenRows) -> BlockInputs:
+        """One forward that ends at block `index`, the blocks before it answering at once."""
+        name = type(self._model).__name__
+        expected: list[Tensor] = []
+        found: list[BlockInputs] = []
+
+        def answer(at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = _split_hidden(args, kwargs, name)
+            if at != len(expected) or (at and call.hidden_BTD is not expected[-1]):
+                raise InputError(
+                    f"{name}: block {at} is not called once, on the output of the block before "
+                    "it; models that compute something between blocks cannot be pruned"
+                )
+            if at == index:
+                found.append(call)
+                raise _Enough
+            assert self._is_known, "learn() comes before call()"
+            # A new tensor each time, so that the check above knows whose output came in.
+            passed = call.hidden_BTD.view_as(call.hidden_BTD)
+            expected.append(passed)
+            return passed if self._rest is None else (passed, *self._rest)
+
+        def stand_in(at: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: answer(at, args, kwargs)
+
+        try:
+            for at, block in enumerate(self._blocks):
+                object.__setattr__(block, "forward", stand_in(at))
+            device = next(p for p in self._model.parameters() if p.device.type != "meta").device
+            rows = rows.to(device)
+            self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+        except _Enough:
+            return found[0]
+        finally:
+            for block in self._blocks:
+                block.__dict__.pop("forward", None)
+        raise InputError(
+            f"{name}: its forward called only {len(expected)} of {index + 1} blocks; models that "
+            "skip blocks cannot be pruned block by block"
+        )
+
+
 def run_block(block: nn.Module, inputs: BlockInputs) -> Tensor:
     """The hidden states that `block` makes of `inputs`, (B, T, D)."""
     return hidden_of(block(inputs.hidden_BTD, *inputs.args, **inputs.kwargs))
-
-
-def capture_block_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor]
-) -> list[BlockInputs]:
-    """What the first block is called with for each batch; nothing after that call is computed.
-
-    Args:
-        model: a transformers decoder.
-        blocks: its list of blocks, from `find_blocks`.
-        batches: int64 token ids (B, T) without padding.
-
-    Returns:
-        One `BlockInputs` per batch, on the model's device.
-
-    Raises:
-        InputError: the forward never reaches the first block, or calls it without hidden states.
-    """
-    return [_record_calls(model, blocks, batch, last=0)[0] for batch in batches]
-
-
-def capture_block_calls(
-    model: nn.Module, blocks: nn.ModuleList, batch: Tensor
-) -> list[BlockInputs]:
-    """What every block is called with for one batch, from one forward that ends after the blocks.
-
-    The arguments beside the hidden states may differ from block to block (sliding and full
-    attention take different masks, for example) but depend on the batch only through its shape.
-
-    Raises:
-        InputError: a block is not called exactly once, in order, on the output of the one before;
-            then blocks cannot be pruned one after another.
-    """
-    return _record_calls(model, blocks, batch, last=len(blocks) - 1)
-
-
-def _record_calls(
-    model: nn.Module, blocks: nn.ModuleList, batch: Tensor, last: int
-) -> list[BlockInputs]:
-    calls: list[BlockInputs] = []
-    outputs: list[Tensor] = []
-    handles: list[RemovableHandle] = []
-    model_name = type(model).__name__
-
-    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = _split_hidden(args, kwargs, model_name)
-        if index != len(calls) or (index and call.hidden_BTD is not outputs[-1]):
-            raise InputError(
-                f"{model_name}: block {index} is not called once, on the output of the block "
-                "before it; models that compute something between blocks cannot be pruned"
-            )
-        calls.append(call)
-        if index == last:
-            raise _Enough
-
-    def watch(index: int, block: nn.Module) -> None:
-        handles.append(
-            block.register_forward_pre_hook(
-                lambda _, args, kwargs: before(index, args, kwargs), with_kwargs=True
-            )
-        )
-        handles.append(
-            block.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output)))
-        )
-
-    for index, block in enumerate(blocks):
-        watch(index, block)
-    try:
-        device = next(model.parameters()).device
-        model(input_ids=batch.to(device), use_cache=False)
-    except _Enough:
-        return calls
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise InputError(
-        f"{model_name}: its forward called only {len(calls)} of {last + 1} blocks; models that "
-        "skip blocks cannot be pruned block by block"
-    )
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], model_name: str) -> BlockInputs:
@@ -230,3 +241,51 @@ def watch_linears(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class ResidualAdds(TorchFunctionMode):
+    """Sees which linears' outputs are added to the residual stream, and to what.
+
+    While the mode is active, `note(name, r)` is called whenever the output of one of `linears` is
+    added, as it is, to another tensor `r` of its shape: the residual stream before the layer's
+    contribution. Sums of two layers' outputs (parallel attention and MLP) are no such case, nor is
+    an output that is normalised or scaled first.
+
+    Args:
+        linears: name -> module.
+        note: called with the layer's name and the residual stream (..., D) before the add.
+    """
+
+    _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+
+    def __init__(self, linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._note = note
+        self._outputs: dict[int, tuple[str, Tensor]] = {}
+        self._handles = [
+            linear.register_forward_hook(lambda _, __, out, name=name: self._saw(name, out))
+            for name, linear in linears.items()
+        ]
+
+    def _saw(self, name: str, output: Tensor) -> None:
+        # Held, so that no other tensor can get its identity.
+        self._outputs[id(output)] = (name, output)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self._ADDS and len(args) == 2 and not kwargs:
+            hits = [self._outputs.get(id(arg)) for arg in args]
+            if (hits[0] is None) != (hits[1] is None):
+                at = 0 if hits[1] is None else 1
+                name, output = hits[at]  # type: ignore[misc]
+                other = args[1 - at]
+                if isinstance(other, Tensor) and other.shape == output.shape:
+                    self._note(name, other)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+        super().__exit__(*error)

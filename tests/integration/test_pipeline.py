@@ -42,7 +42,7 @@ def figures_of(run_dir: Path) -> dict:
     steps = (summary["recovery"] or {}).get("steps")
     return {
         "results": summary["results"],
-        "layers": summary["layers"],
+        "layers": [{**layer, "seconds": None} for layer in summary["layers"]],
         "steps": steps,
         "quantization": summary["quantization"],
     }

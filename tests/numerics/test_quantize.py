@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.gptq import search_scales
+from sparsify.models.blocks import BlocksInMemory
 from sparsify.pattern import Pattern, count_violations, keep_mask_from_scores
 from sparsify.quantize import QuantParams, dequantize, quantize_model, quantize_weight
 
@@ -339,22 +340,23 @@ def test_model_keeps_its_pattern_and_what_is_not_pruned(tiny_model, tiny_rows):
         assert torch.equal(tensor, got.weight_OI)
         assert torch.equal(tensor, dequantize(got.codes_OI, got.scales_OG, 48, torch.float32))
     for report in result.reports:
-        assert report.num_tokens == tiny_rows.numel()
+        assert report.num_tokens == tiny_rows.num_tokens
         assert 0 < report.relative_error < 0.02  # measured 0.0025 to 0.006
         assert report.damping == 0.01
 
 
 def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     """The second block's statistics must be those behind the quantised first block."""
-    from sparsify.calibrate import walk_blocks
+    from sparsify.calibrate import Wants, walk_blocks
 
     masks = masked_(tiny_model)
     params = QuantParams(bits=2, num_refine_sweeps=0)
     result = quantize_model(tiny_model, tiny_rows, masks, params, comm=Comm.single(), batch_size=12)
     hessians = {}
     walk_blocks(
-        tiny_model, tiny_rows, lambda layer: hessians.update({layer.name: layer.hessian_II}),
-        comm=Comm.single(), batch_size=12, needs_hessian=True,
+        BlocksInMemory(tiny_model), tiny_rows,
+        lambda layer: hessians.update({layer.name: layer.statistics.hessian_II}),
+        comm=Comm.single(), batch_size=12, wants=Wants(),
     )  # fmt: skip
     name = "model.layers.1.self_attn.q_proj"
     total = next(r.error / r.relative_error for r in result.reports if r.name == name)
@@ -369,7 +371,7 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
 
 
 def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
-    from sparsify.calibrate import Layer, walk_blocks
+    from sparsify.calibrate import Layer, Wants, walk_blocks
 
     name = "model.layers.1.mlp.down_proj"
     inputs: list[Tensor] = []
@@ -379,7 +381,7 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
 
     handle = tiny_model.get_submodule(name).register_forward_pre_hook(record)
     with torch.no_grad():
-        tiny_model(input_ids=tiny_rows)
+        tiny_model(input_ids=tiny_rows.ids_NT)
     layers: dict[str, Layer] = {}
 
     def solve(layer: Layer) -> None:
@@ -390,17 +392,17 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
     inputs_before = inputs.pop()
     handle.remove()
     walk_blocks(
-        tiny_model, tiny_rows, solve, comm=Comm.single(), batch_size=5, needs_hessian=True,
-        needs_cross=True,
+        BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), batch_size=5,
+        wants=Wants(teacher=True),
     )  # fmt: skip
     tiny_model.get_submodule(name).register_forward_pre_hook(record)
     with torch.no_grad():
-        tiny_model(input_ids=tiny_rows)
-    expected = inputs_before.T @ inputs.pop() / tiny_rows.numel()
-    cross = layers[name].cross_II
+        tiny_model(input_ids=tiny_rows.ids_NT)
+    expected = inputs_before.T @ inputs.pop() / tiny_rows.num_tokens
+    cross = layers[name].statistics.cross_II
     assert torch.allclose(cross, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
-    assert not torch.allclose(cross, layers[name].hessian_II, rtol=0.05)
-    first = layers["model.layers.0.mlp.down_proj"]
+    assert not torch.allclose(cross, layers[name].statistics.hessian_II, rtol=0.05)
+    first = layers["model.layers.0.mlp.down_proj"].statistics
     assert torch.allclose(first.cross_II, first.hessian_II, rtol=1e-4, atol=1e-7)
 
 

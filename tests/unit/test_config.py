@@ -130,6 +130,30 @@ def test_loading_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("[0.7 stdlib, 0.3 books.txt]", ["0.7 stdlib", "0.3 books.txt"]),
+        ("[7 stdlib,3 /data/b-c_d.jsonl.gz]", ["7 stdlib", "3 /data/b-c_d.jsonl.gz"]),
+        ("[1 hf:allenai/c4:en@train]", ["1 hf:allenai/c4:en@train"]),
+        ('["0.5 my (old) books.txt",.5 code]', ["0.5 my (old) books.txt", ".5 code"]),
+        ("[]", []),
+    ],
+)
+def test_mix_on_the_command_line(text: str, entries: list[str]) -> None:
+    config = load_config("prune", [f"data.mix={text}"])
+    assert isinstance(config, Config)
+    assert config.data.mix == entries
+
+
+def test_mix_weights_are_shares_of_their_sum() -> None:
+    from conf.rules import parse_mix
+
+    assert parse_mix("data.mix", ["3 a b.txt", " 1  hf:x@y "]) == [
+        (0.75, "a b.txt"), (0.25, "hf:x@y"),
+    ]  # fmt: skip
+
+
 # --- rules
 
 
@@ -164,6 +188,12 @@ def test_loading_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (lambda: DataConfig(heldout_share=0.51), ["data.heldout_share=0.51", "at most 0.5"]),
         (lambda: DataConfig(sequence_length=7), ["data.sequence_length=7", "at least 8"]),
         (lambda: DataConfig(separator=""), ["data.separator", "empty"]),
+        (lambda: DataConfig(mix=["stdlib"]), ["data.mix=[stdlib]", "'stdlib'", "weight over 0"]),
+        (lambda: DataConfig(mix=["0.5 "]), ["entry '0.5 '", "[0.7 stdlib,0.3 books.txt]"]),
+        (lambda: DataConfig(mix=["1 code", "0 a.txt"]), ["entry '0 a.txt'", "weight over 0"]),
+        (lambda: DataConfig(mix=["nan a.txt"]), ["entry 'nan a.txt'", "weight over 0"]),
+        (lambda: DataConfig(mix=["x a.txt"]), ["entry 'x a.txt'", "weight over 0"]),
+        (lambda: DataConfig(mix=["1 a", "2  a"]), ["entry '2  a'", "a second time"]),
         (lambda: DataConfig(text_field=" "), ["data.text_field", "empty"]),
         (lambda: ExportConfig(dtype="int8"), ["export.dtype=int8", "bfloat16"]),
         # prune
@@ -285,8 +315,8 @@ def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
 @pytest.mark.parametrize(
     ("stages", "path", "from_", "expected"),
     [
-        (list(STAGES), "embedded", None, "runs/embedded-2-4-sparsegpt"),
-        (list(STAGES), "/models/llama/", None, "runs/llama-2-4-sparsegpt"),
+        (list(STAGES), "embedded", None, "runs/embedded-2-4-twofour"),
+        (list(STAGES), "/models/llama/", None, "runs/llama-2-4-twofour"),
         (["quantize"], "embedded", "runs/a", "runs/a-quantize"),
         (["quantize"], "embedded", "./runs/a/distill/", "runs/a-quantize"),
         (["quantize", "export"], "embedded", "distill", "runs/distill-quantize-export"),

@@ -307,7 +307,8 @@ def test_help_shows_the_defaults_of_the_yaml(run: Any) -> None:
     text = run("prune", "--help").out
     for line in (
         "run.dir=null  (text or null)", "prune.pattern=2:4  (text)",
-        "prune.baselines=[magnitude,wanda]  (list)", "distill.num_tokens=1_000_000  (int)",
+        "prune.baselines=[magnitude,wanda,sparsegpt]  (list)",
+        "distill.num_tokens=1_000_000  (int)",
         "distill.learning_rate=0.001  (float)", "data.separator='<|endoftext|>'  (text)",
     ):  # fmt: skip
         assert f"\n  {line}\n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.evaluate import EvalSums, evaluate_rows, log_gap_recovered
+from sparsify.text import TokenRows
 
 
 @pytest.fixture
@@ -23,27 +25,32 @@ def other_model(tiny_model):
 
 
 def slow_sums(model, dense, rows):
-    """Prediction by prediction, softmax in float64, written from the definitions."""
+    """Prediction by prediction, softmax in float64, every document of a row run by itself."""
     nll = kl = 0.0
     agree = count = 0
-    for row in rows:
-        with torch.no_grad():
-            z = model(input_ids=row[None]).logits[0].double()
-            z_dense = dense(input_ids=row[None]).logits[0].double()
-        for t in range(len(row) - 1):
-            q = torch.exp(z[t]) / torch.exp(z[t]).sum()
-            p = torch.exp(z_dense[t]) / torch.exp(z_dense[t]).sum()
-            nll -= math.log(q[row[t + 1]])
-            kl += (p * torch.log(p / q)).sum().item()
-            agree += int(q.argmax() == p.argmax())
-            count += 1
+    for row, positions in zip(rows.ids_NT, rows.positions_NT, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
+        for start, end in itertools.pairwise(starts):
+            document = row[start:end]
+            with torch.no_grad():
+                z = model(input_ids=document[None]).logits[0].double()
+                z_dense = dense(input_ids=document[None]).logits[0].double()
+            for t in range(len(document) - 1):
+                q = torch.exp(z[t]) / torch.exp(z[t]).sum()
+                p = torch.exp(z_dense[t]) / torch.exp(z_dense[t]).sum()
+                nll -= math.log(q[document[t + 1]])
+                kl += (p * torch.log(p / q)).sum().item()
+                agree += int(q.argmax() == p.argmax())
+                count += 1
     return nll, kl, agree, count
 
 
-def test_matches_a_slow_float64_loop(tiny_model, other_model, tiny_rows):
-    nll, kl, agree, count = slow_sums(tiny_model, other_model, tiny_rows)
-    sums = evaluate_rows(tiny_model, tiny_rows, batch_size=5, dense=other_model)
-    assert count == sums.num_tokens == 12 * 31
+@pytest.mark.parametrize("kind", ["tiny_rows", "packed_rows"])
+def test_matches_a_slow_float64_loop(tiny_model, other_model, kind, request):
+    rows = request.getfixturevalue(kind)
+    nll, kl, agree, count = slow_sums(tiny_model, other_model, rows)
+    sums = evaluate_rows(tiny_model, rows, batch_size=5, dense=other_model)
+    assert count == sums.num_tokens == int((rows.positions_NT != 0).sum())
     assert 0 < sums.num_agree < count
     assert sums.num_agree == agree
     # float32 log-probabilities: measured 3e-9 (likelihood) and 1e-7 (divergence).
@@ -53,10 +60,10 @@ def test_matches_a_slow_float64_loop(tiny_model, other_model, tiny_rows):
     assert sums.top1_agreement == agree / count
 
 
-def test_chunks_of_a_long_row_add_up(tiny_model, other_model, tiny_rows, monkeypatch):
-    whole = evaluate_rows(tiny_model, tiny_rows, batch_size=3, dense=other_model)
+def test_chunks_of_a_long_row_add_up(tiny_model, other_model, packed_rows, monkeypatch):
+    whole = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
     monkeypatch.setattr("sparsify.evaluate._CHUNK_TOKENS", 7)
-    parts = evaluate_rows(tiny_model, tiny_rows, batch_size=3, dense=other_model)
+    parts = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
     assert parts.num_tokens == whole.num_tokens
     assert parts.nll_sum == pytest.approx(whole.nll_sum, rel=1e-7)
     assert parts.num_agree == whole.num_agree
@@ -108,8 +115,9 @@ def test_mode_is_restored_and_progress_reported(tiny_model, tiny_rows):
 
 def test_non_finite_logits_name_the_first_row(tiny_model, other_model, tiny_rows):
     # Only a token that no other row has makes trouble.
-    rows = tiny_rows.clamp(max=300)
-    rows[7, 9] = 305
+    ids_NT = tiny_rows.ids_NT.clamp(max=300)
+    ids_NT[7, 9] = 305
+    rows = TokenRows.whole(ids_NT)
     tiny_model.model.embed_tokens.weight.data[305] = float("nan")
     with pytest.raises(NonFiniteError, match=r"logits of the model .* row 7;"):
         evaluate_rows(tiny_model, rows, 4)
@@ -119,8 +127,18 @@ def test_non_finite_logits_name_the_first_row(tiny_model, other_model, tiny_rows
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 1)])
 def test_nothing_to_score_is_refused(tiny_model, shape):
-    with pytest.raises(InputError, match="at least one row of two tokens"):
-        evaluate_rows(tiny_model, torch.zeros(shape, dtype=torch.int64), 4)
+    rows = TokenRows.whole(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(InputError, match="at least one document of two tokens"):
+        evaluate_rows(tiny_model, rows, 4)
+
+
+def test_documents_of_one_token_score_nothing(tiny_model, tiny_rows):
+    rows = TokenRows(tiny_rows.ids_NT, torch.zeros_like(tiny_rows.positions_NT))
+    with pytest.raises(InputError, match="at least one document of two tokens"):
+        evaluate_rows(tiny_model, rows, 4)
+    positions_NT = torch.zeros_like(tiny_rows.positions_NT)
+    positions_NT[3, 5:7] = torch.arange(2)
+    assert evaluate_rows(tiny_model, TokenRows(tiny_rows.ids_NT, positions_NT), 4).num_tokens == 1
 
 
 def test_vocabularies_must_agree(tiny_model, other_model, tiny_rows):

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from conf.schema import STAGES, Config
+from jobs import bench
 from jobs._artifact import RECORD
 from jobs._entry import _FLAGS, load_config
+from jobs._layers import PHASES
 from jobs._options import JOBS, job_options
 from jobs._stage import MASKS, PACKED, SPARSITY, Models, StageContext
 from jobs._summary import _num_parameters, build_summary
@@ -41,11 +43,21 @@ def no_duplicates(texts: list[str]) -> list[str]:
 # --- commands and options
 
 
+BENCHMARKS = "python -m jobs.bench"
+
+
 def test_every_job_is_shown() -> None:
-    assert {re.split(r"[. ]", command)[3] for command in COMMANDS} == set(JOBS)
+    assert {re.split(r"[. ]", command)[3] for command in COMMANDS} == {*JOBS, "bench"}
 
 
-@pytest.mark.parametrize("command", no_duplicates(COMMANDS))
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(f"{BENCHMARKS} ")])
+def test_benchmark_parses(command: str) -> None:
+    bench.parser().parse_args(shlex.split(command)[3:])
+
+
+@pytest.mark.parametrize(
+    "command", no_duplicates([c for c in COMMANDS if not c.startswith(BENCHMARKS)])
+)
 def test_command_names_a_job_and_its_words_parse(command: str) -> None:
     module, *words = shlex.split(command)[2:]
     package, _, job = module.partition(".")
@@ -160,7 +172,10 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     score = dict.fromkeys(literal_keys("evaluate", "score", "kl"), 1.0)
     gate = {"num_violations": 0}
     return {
-        "prune": {"pattern": "2:4", "method": "wanda", "layers": [layer], "gate": {"wanda": gate}},
+        "prune": {
+            "pattern": "2:4", "method": "wanda", "layers": [layer], "gate": {"wanda": gate},
+            "seconds": {"wanda": 1.0}, "phases": {"wanda": dict.fromkeys(PHASES, 0.1)},
+        },
         "distill": {**recovery, "steps": [step], "gate": gate},
         "evaluate": {"results": {"dense": score, "wanda": score, "recovered": score}},
         "quantize": {

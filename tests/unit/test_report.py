@@ -17,11 +17,21 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs import _format
-from jobs._bars import perplexity_chart, size_chart, stage_chart
-from jobs._charts import linear_kind, recovery_panels, thin_steps
+from jobs._bars import perplexity_chart, phase_chart, size_chart, stage_chart, token_chart
+from jobs._charts import recovery_panels, thin_steps
 from jobs._html import render_report
+from jobs._layer_charts import depth_chart
+from jobs._layers import (
+    PHASES,
+    dead_columns,
+    layer_metrics,
+    linear_kind,
+    phase_seconds,
+    shared_inputs,
+)
+from jobs._options import job_options
 from jobs._svg import Scale, element
-from jobs._table import results_table, stages_table
+from jobs._table import pruning_table, results_table, stages_table
 from jobs._words import headline
 from sparsify.errors import InputError
 
@@ -29,10 +39,31 @@ KINDS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+METHODS = ("magnitude", "wanda", "sparsegpt")
 VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
 OPTIONAL_SECTIONS = (
-    "run", "results", "stages", "layers", "recovery", "quantization", "warnings",
-)  # fmt: skip
+    "run",
+    "results",
+    "stages",
+    "layers",
+    "pruning",
+    "recovery",
+    "quantization",
+    "warnings",
+)
+SECTIONS = [
+    "results",
+    "recovery",
+    "layers",
+    "kept",
+    "calibration",
+    "sparsity",
+    "size",
+    "time",
+    "phases",
+    "run",
+]
+NEW_FIGURES = ("tokens_per_column", "condition", "large_kept", "seconds")  # fmt: skip
 HOSTILE = "</title><script>alert('x')</script><img src=x onerror=\"y\">&amp;{{ 7 * 7 }}[red]"
 
 
@@ -74,9 +105,19 @@ def make_summary(num_blocks: int = 4, num_steps: int = 250) -> dict[str, Any]:
                 "method": method, "name": name, "block": int(name.split(".")[2]),
                 "shape": [128, 256], "num_tokens": 32_768, "error": 7.0,
                 "relative_error": generator.uniform(0.01, 0.9), "sparsity": 0.5, "damping": 0.01,
-                "num_dead_columns": 0,
+                "num_dead_columns": 0, "tokens_per_column": 128.0,
+                "condition": generator.uniform(1e3, 1e5) if method == "sparsegpt" else None,
+                "large_kept": generator.uniform(0.9, 1), "keep_mask_sha256": "0" * 64,
+                "seconds": dict.fromkeys(PHASES, 0.125),
             }
-            for method in ("magnitude", "wanda", "sparsegpt") for name in names
+            for method in METHODS for name in names
+        ],
+        "pruning": [
+            {
+                "method": method, "duration_s": 1.5 * len(names),
+                "seconds": dict.fromkeys(PHASES, 0.125 * len(names)),
+            }
+            for method in METHODS
         ],
         "recovery": {
             "num_tokens": num_steps * 4096,
@@ -99,6 +140,16 @@ def make_summary(num_blocks: int = 4, num_steps: int = 250) -> dict[str, Any]:
         },
         "warnings": ["calibration: only 96 rows"],
     }  # fmt: skip
+
+
+def without_new_figures(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same run as earlier versions recorded it."""
+    old = {key: value for key, value in summary.items() if key != "pruning"}
+    old["layers"] = [
+        {key: value for key, value in layer.items() if key not in NEW_FIGURES}
+        for layer in summary["layers"]
+    ]
+    return old
 
 
 class Page(HTMLParser):
@@ -156,7 +207,7 @@ def printed(table: Table, width: int = 80) -> str:
 def test_complete_page_holds_every_section_and_number() -> None:
     summary = make_summary()
     page = parse(summary)
-    assert page.ids == ["results", "recovery", "layers", "sparsity", "size", "time", "run"]
+    assert page.ids == SECTIONS
     for row in summary["results"]:
         for text in (
             row["label"],
@@ -185,12 +236,10 @@ def test_page_without_one_section(section: str, empty: str) -> None:
         summary[section] = None if empty == "null" else type(summary[section])()
     page = parse(summary)
     gone = {
-        "results": {"results", "size"}, "stages": {"time"}, "layers": {"sparsity"},
-        "recovery": {"recovery"},
+        "results": {"results", "size"}, "stages": {"time"}, "recovery": {"recovery"},
+        "layers": {"sparsity", "kept", "calibration"},
     }.get(section, set())  # fmt: skip
-    assert set(page.ids) == {
-        "results", "recovery", "layers", "sparsity", "size", "time", "run",
-    } - gone  # fmt: skip
+    assert page.ids == [name for name in SECTIONS if name not in gone]
     named = {"results": "evaluation", "layers": "pruning", "recovery": "recovery training",
              "quantization": "quantization"}  # fmt: skip
     if section in named:
@@ -273,7 +322,7 @@ def test_page_needs_nothing_else_and_is_reproducible() -> None:
 def test_small_and_large_runs(num_blocks: int, num_steps: int) -> None:
     summary = make_summary(num_blocks, num_steps)
     source = render_report(summary)
-    assert len(source.encode()) < 1_000_000  # the largest of these takes 0.62 MB
+    assert len(source.encode()) < 1_000_000  # the largest of these takes 0.70 MB
     text = Page(source).text
     assert f"model.layers.{num_blocks - 1}.mlp.down_proj" in text
     assert f"{num_steps * 4096:,} tokens" in text
@@ -454,6 +503,289 @@ def test_experts_share_a_cell_that_shows_the_worst() -> None:
     assert "m.layers.0.experts.0.up: 0.10" not in text
 
 
+# --- pruning, layer by layer
+
+
+def layer_of(summary: dict[str, Any], method: str, block: int, kind: str) -> dict[str, Any]:
+    name = f"model.layers.{block}.{kind}"
+    return next(r for r in summary["layers"] if (r["method"], r["name"]) == (method, name))
+
+
+def test_every_figure_of_the_worst_layers_is_in_the_table() -> None:
+    summary = make_summary()
+    worst = layer_of(summary, "sparsegpt", 2, "mlp.up_proj")
+    worst |= {
+        "relative_error": 0.987, "error": 43.21, "large_kept": 0.9123, "sparsity": 0.4567,
+        "damping": 0.0777, "condition": 65_432.0, "num_dead_columns": 17, "num_tokens": 54_321,
+        "tokens_per_column": 212.0, "seconds": {"solve": 40.0, "factor": 2.5},
+    }  # fmt: skip
+    page = parse(summary)
+    row = (
+        "model.layers.2.mlp.up_proj 128 × 256 0.987 43.2 91.2 % 45.7 % 0.0777 65,000 17 54,321 "
+        "212 42.5 s"
+    )
+    assert row in page.text
+    assert "The 10 layers with the largest error under sparsegpt" in page.text
+    assert "median of each block’s layers; shaded: smallest to largest under sparsegpt" in page.text
+    assert "The same map for magnitude, wanda" in page.text
+
+
+def test_page_of_an_old_run_leaves_out_what_it_lacks() -> None:
+    page = parse(without_new_figures(make_summary()))
+    gone = {"kept", "calibration", "phases"}
+    assert page.ids == [name for name in SECTIONS if name not in gone]
+    assert "Relative error over depth" in page.text
+    for heading in ("Condition", "Tokens per", "Large kept", "Time of pruning"):
+        assert heading not in page.text
+
+
+@pytest.mark.parametrize(
+    ("figure", "gone"),
+    [
+        ("tokens_per_column", "Tokens per input column"), ("condition", "Condition over depth"),
+        ("large_kept", "Share of large weights kept over depth"),
+    ],
+)  # fmt: skip
+def test_one_missing_figure_leaves_out_one_plot(figure: str, gone: str) -> None:
+    summary = make_summary()
+    assert gone in parse(summary).text
+    for layer in summary["layers"]:
+        del layer[figure]
+    page = parse(summary)
+    assert gone not in page.text
+    assert "Relative error over depth" in page.text
+
+
+def test_damping_is_a_sentence_until_some_of_it_was_raised() -> None:
+    summary = make_summary()
+    page = parse(summary)
+    assert "Damping: 0.0100 in every layer, under sparsegpt." in page.text
+    assert "Damping over depth" not in page.text
+    layer_of(summary, "sparsegpt", 1, "mlp.down_proj")["damping"] = 0.1
+    page = parse(summary)
+    assert "Damping over depth" in page.text
+    assert (
+        "sparsegpt: the Hessian needed more damping than was asked for, up to 0.10, in "
+        "model.layers.1.mlp.down_proj." in page.text
+    )
+
+
+def test_layers_to_be_warned_of() -> None:
+    summary = make_summary()
+    assert "1 warning " in parse(summary).text, "that of the record"
+    layer_of(summary, "sparsegpt", 0, "mlp.up_proj")["relative_error"] = 1.01
+    layer_of(summary, "sparsegpt", 1, "mlp.up_proj")["condition"] = 3.2e6
+    layer_of(summary, "wanda", 1, "mlp.up_proj")["relative_error"] = 5.0  # a baseline: no warning
+    text = parse(summary).text
+    for warning in (
+        "sparsegpt: the relative error is above 1 in model.layers.0.mlp.up_proj, which is worse",
+        "sparsegpt: condition 3,200,000 in model.layers.1.mlp.up_proj, too much for float32; "
+        "raise prune.damping.",
+    ):
+        assert warning in text
+    assert "3 warnings" in text
+    assert "shaded: too much for float32" in text
+
+
+def test_dead_columns_are_named_once_and_folded_when_many() -> None:
+    summary = make_summary()
+    for method in ("wanda", "sparsegpt"):
+        layer_of(summary, method, 1, "mlp.down_proj")["num_dead_columns"] = 3
+    layer_of(summary, "sparsegpt", 2, "mlp.down_proj")["num_dead_columns"] = 5
+    rows = [("model.layers.2.mlp.down_proj", 5, 256), ("model.layers.1.mlp.down_proj", 3, 256)]
+    assert dead_columns(summary["layers"]) == rows
+    text = parse(summary).text
+    assert "model.layers.2.mlp.down_proj: 5 of 256; model.layers.1.mlp.down_proj: 3 of 256." in text
+    for layer in summary["layers"]:
+        layer["num_dead_columns"] = 1
+    text = parse(summary).text
+    assert "and 20 more layers." in text
+    assert "All 28 layers with dead columns" in text
+    assert "calibration" in parse(without_new_figures(summary)).ids
+
+
+def test_phases_lie_end_to_end_and_the_rest_of_the_time_has_a_place() -> None:
+    summary = make_summary()
+    seconds = phase_seconds(summary["pruning"], summary["layers"])
+    assert seconds["wanda"] == dict.fromkeys(PHASES, 3.5) | {"other": 14.0}
+    seconds["sparsegpt"] = {"solve": 60.0, "statistics": 20.0, "unheard-of": 4.0}
+    chart = phase_chart(seconds, summary["results"], "sparsegpt")
+    assert chart is not None
+    bar = chart.rows[2]
+    (spans,) = bar.tracks
+    assert [span.tone for span in spans] == ["phase-statistics", "phase-solve", "phase-other"]
+    assert spans[0].length == pytest.approx(20 / 84)
+    assert spans[1].start == pytest.approx(20 / 84)
+    assert spans[2].start + spans[2].length == pytest.approx(1)
+    assert (bar.value, bar.note, bar.is_main) == ("1 min 24 s", "perplexity 13.00", True)
+    assert "solve 1 min 00 s (71%)" in bar.title
+    text = parse(summary).text
+    assert "42.0 s perplexity 13.00" in text
+    for words in ("calibration statistics", "factor Hessians", "all the rest"):
+        assert words in text
+
+
+def test_phases_come_from_the_layers_where_the_whole_has_none() -> None:
+    summary = make_summary()
+    assert phase_seconds([], summary["layers"])["wanda"] == dict.fromkeys(PHASES, 3.5)
+    bare = [{"method": "wanda", "duration_s": 2.0, "seconds": {}}]
+    assert phase_seconds(bare, []) == {"wanda": {"other": 2.0}}
+    none = [{"method": "wanda", "duration_s": None, "seconds": {"solve": math.nan}}]
+    assert phase_seconds(none, []) == {}
+
+
+def test_kinds_with_the_same_figures_share_an_input() -> None:
+    summary = make_summary()
+    layers = [layer for layer in summary["layers"] if layer["method"] == "sparsegpt"]
+    for layer in layers:
+        kind = linear_kind(layer["name"], layer["block"])
+        layer["condition"] = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0}.get(kind[-6:], len(kind))
+    groups = shared_inputs(layers, "condition")
+    assert list(groups) == ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, down_proj", "up_proj"]
+    assert [layer["block"] for layer in groups["o_proj"]] == [0, 1, 2, 3]
+    assert shared_inputs(layers, "no such key") == {}
+
+
+def test_tokens_per_column_have_one_row_per_input_and_a_limit() -> None:
+    layers = make_summary()["layers"][:28]
+    for layer in layers:
+        if layer["name"].endswith("down_proj"):
+            layer |= {"tokens_per_column": 12.5 + layer["block"], "shape": [128, 512]}
+    chart = token_chart(layers)
+    assert chart is not None
+    wide, narrow = chart.rows
+    assert wide.label == "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj"
+    assert (narrow.label, narrow.value, narrow.note) == ("down_proj", "12.5", "512 columns")
+    assert (wide.is_main, narrow.is_main) == (False, True), "what is too few stands out"
+    (few, spread) = narrow.tracks[0]
+    assert few.tone == "few"
+    assert narrow.dot is not None
+    assert wide.dot is not None
+    assert narrow.dot == spread.start < few.length < wide.dot
+    assert narrow.title.endswith("up to 15.5")
+
+
+def test_depth_curves_are_medians_broken_where_a_block_has_none() -> None:
+    layers = [
+        {"name": f"m.layers.{block}.{kind}", "block": block, "value": value}
+        for block, values in enumerate([(1, 2, 9), (2, 3, 4), (None, 0, math.nan), (5, 5, 5)])
+        for kind, value in zip("abc", values, strict=True)
+    ]
+    chart = depth_chart("test", {"one": layers}, "value", _format.significant, main="one")
+    assert chart is not None
+    lines = re.findall(r'<polyline[^>]*points="([^"]*)"', chart.svg)
+    points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines]
+    assert [[x for x, _ in line] for line in points] == [[125, 375], [812.5, 937.5]]
+    scale = Scale.over([1, 9], is_log=True, pad=0.07)
+    heights = [y for line in points for _, y in line]
+    assert heights == pytest.approx([1000 * (1 - scale(v)) for v in (2, 3, 5, 5)], abs=0.01)
+    assert chart.svg.count("<polygon") == 2
+    assert chart.legend == [
+        ("t0", "one", "median 3.50, largest 9.00 in block 0 c; 2 of 12 not finite or missing")
+    ]
+    assert "block 1\none: median 3.00, largest 4.00 in block 1 c" in chart.svg
+    assert not chart.has_band
+    empty = depth_chart("test", {"one": layers[6:9]}, "value", _format.significant)
+    assert empty is None, "zero has no place on a logarithmic axis"
+    linear = depth_chart("test", {"one": layers}, "value", _format.significant, is_log=False)
+    assert linear is not None
+    assert linear.svg.count("<polyline") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "has_band"), [([1e3, 1e5], False), ([1e3, 1e7], True), ([1e8, 1e9], True)]
+)
+def test_the_range_to_be_warned_of_is_drawn_as_far_as_it_is_in_sight(
+    values: list[float], has_band: bool
+) -> None:
+    layers = [{"name": f"m.{i}.up", "block": i, "value": v} for i, v in enumerate(values)]
+    chart = depth_chart(
+        "test", {"up": layers}, "value", _format.significant, warn=(1e6, math.inf)
+    )  # fmt: skip
+    assert chart is not None
+    assert chart.has_band is has_band
+    band = re.search(r'class="band"[^>]* y="([\d.]+)" height="([\d.]+)"', chart.svg)
+    assert (band is not None) is has_band
+    if band is not None:
+        assert float(band[1]) == 0, "it begins at the top"
+        assert 0 < float(band[2]) <= 190
+
+
+@pytest.mark.parametrize("value", [None, 0.0, math.nan, math.inf, -1.0, 1e300, 1e-300])
+def test_unusable_figures_of_layers_are_never_drawn(value: float | None) -> None:
+    summary = make_summary(num_blocks=2, num_steps=1)
+    for layer in summary["layers"]:
+        if layer["block"] == 1 or layer["method"] == "wanda":
+            layer |= dict.fromkeys(("relative_error", *NEW_FIGURES[:3], "damping"), value)
+            layer["seconds"] = dict.fromkeys(PHASES, value)
+    summary["pruning"][0] |= {"duration_s": value, "seconds": {"solve": value}}
+    page = parse(summary)
+    bad = re.compile(r"nan|inf|none", re.IGNORECASE)
+    drawn = {"x", "y", "y1", "y2", "width", "height", "points", "fill-opacity", "style"}
+    assert not [a for a in page.attributes if a[1] in drawn and bad.search(a[2] or "")]
+    assert set(page.ids) == set(SECTIONS)
+
+
+def test_methods_beyond_the_colours_share_them() -> None:
+    layers = [{"name": "m.0.up", "block": 0, "value": 1.0}]
+    series = {f"method{i}": layers for i in range(12)}
+    chart = depth_chart("test", series, "value", _format.significant, main="method3")
+    assert chart is not None
+    assert [tone for tone, _, _ in chart.legend][:5] == ["t1", "t2", "t3", "t0", "t4"]
+    style = render_report(make_summary(num_blocks=1, num_steps=1)).split("</style>")[0]
+    assert all(f"svg .{tone} {{" in style for tone, _, _ in chart.legend)
+    assert all(f".phase-{phase} {{" in style for phase in (*PHASES, "other"))
+
+
+def test_advice_names_options_that_exist() -> None:
+    summary = make_summary()
+    summary["layers"][-1] |= {"damping": 0.5, "condition": 1e9, "tokens_per_column": 1.0}
+    named = set(re.findall(r"\b(?:prune|data|distill|run)\.[a-z_]+\b", parse(summary).text))
+    assert {"prune.num_samples", "prune.damping", "prune.skip", "prune.method"} <= named
+    assert named <= set(job_options("prune"))
+
+
+def test_metrics_of_a_layer_are_flat_and_leave_out_what_is_unknown() -> None:
+    report = make_summary()["layers"][-1] | {"condition": None, "damping": None}
+    report |= {"seconds": {"solve": 2, "factor": 0.5}, "relative_error": 0.25, "large_kept": 1}
+    metrics = layer_metrics(report, "sparsegpt")
+    assert metrics == {
+        "prune/sparsegpt/relative_error": 0.25,
+        "prune/sparsegpt/sparsity": 0.5,
+        "prune/sparsegpt/num_dead_columns": 0.0,
+        "prune/sparsegpt/tokens_per_column": 128.0,
+        "prune/sparsegpt/large_kept": 1.0,
+        "prune/sparsegpt/seconds/solve": 2.0,
+        "prune/sparsegpt/seconds/factor": 0.5,
+    }
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_terminal_pruning_fits_80_columns() -> None:
+    summary = make_summary()
+    for layer in summary["layers"]:
+        layer["method"] = {"wanda": "a_method_of_long_name"}.get(layer["method"], layer["method"])
+    summary["pruning"][1] |= {"method": "a_method_of_long_name", "duration_s": 45_296.0}
+    worst = layer_of(summary, "sparsegpt", 3, "mlp.down_proj")
+    worst["relative_error"] = 0.95
+    text = printed(pruning_table(summary))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "12 h 35 min" in rows["a_method_of_long_name"]
+    for value in ("42.0 s", "0.950", "3 down_proj"):
+        assert value in rows["sparsegpt"]
+    kept = [r["large_kept"] for r in summary["layers"] if r["method"] == "sparsegpt"]
+    assert _format.percent(sum(kept) / 28) in rows["sparsegpt"]
+
+
+def test_terminal_pruning_of_an_old_run() -> None:
+    text = printed(pruning_table(without_new_figures(make_summary())))
+    assert "Time" not in text
+    assert "Large weights" not in text
+    assert "Largest" in text
+
+
 positive = st.floats(min_value=1e-100, max_value=1e100)
 
 
@@ -568,7 +900,8 @@ def test_terminal_stages_count_only_what_ran() -> None:
     assert rows["all"] == "5 min 50 s"
 
 
-@pytest.mark.parametrize("table", [results_table, stages_table])
+@pytest.mark.parametrize("table", [results_table, pruning_table, stages_table])
 def test_terminal_tables_without_data(table: Any) -> None:
     assert table({"schema": 1}).row_count == 0
-    assert table({"schema": 1, "run": None, "results": None, "stages": None}).row_count == 0
+    nothing = dict.fromkeys(("run", "results", "stages", "layers", "pruning"))
+    assert table({"schema": 1, **nothing}).row_count == 0

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 from conf.schema import DataConfig
-from jobs import _sources
-from jobs._sources import load_rows, open_source, source_fingerprint, stdlib_documents
+from jobs import _builtin
+from jobs._builtin import stdlib_documents
+from jobs._sources import load_rows, open_source, source_fingerprint
 from sparsify.errors import CalibrationError, InputError
-from sparsify.text import is_held_out
+from sparsify.text import TokenRows, is_held_out
 
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(60)]
 SEPARATOR = "<|endoftext|>"
@@ -30,6 +32,12 @@ def config(calibration="stdlib", **changes) -> DataConfig:
 
 def documents(name, held_out=None, seed=None, **changes) -> list[str]:
     return list(open_source(str(name), held_out, config(name, **changes), seed))
+
+
+def equal(first: TokenRows, second: TokenRows) -> bool:
+    return torch.equal(first.ids_NT, second.ids_NT) and torch.equal(
+        first.positions_NT, second.positions_NT
+    )
 
 
 def message(error: pytest.ExceptionInfo) -> str:
@@ -283,7 +291,7 @@ def test_standard_library_is_split_by_file_name():
 def test_code_has_no_held_out_file_in_it(monkeypatch):
     """With stand-ins for the packages, which hold some 100 MB of text."""
     held = next(text for text in stdlib_documents(True) if len(text) > 100)
-    monkeypatch.setattr(_sources, "package_documents", lambda: iter(["one", held, "two"]))
+    monkeypatch.setattr(_builtin, "package_documents", lambda: iter(["one", held, "two"]))
     assert documents("code", False) == [*documents("stdlib", False), "one", "two"]
     assert documents("code", True) == documents("stdlib", True)
 
@@ -295,25 +303,25 @@ def test_rows_are_reproducible_and_disjoint_from_held_out(stories, tiny_tokenize
     data = config(stories, heldout_share=0.2)
     first, warning = load_rows(data, "calibration", tiny_tokenizer, 40, seed=0)
     assert warning is None
-    assert first.shape == (40, 16)
-    assert first.dtype == torch.int64
+    assert first.ids_NT.shape == (40, 16)
+    assert first.ids_NT.dtype == first.positions_NT.dtype == torch.int64
     again, _ = load_rows(data, "calibration", tiny_tokenizer, 40, seed=0)
     other, _ = load_rows(data, "calibration", tiny_tokenizer, 40, seed=1)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    assert equal(first, again)
+    assert not equal(first, other)
     train, _ = load_rows(data, "train", tiny_tokenizer, 40, seed=0)
-    assert not torch.equal(first, train)
+    assert not equal(first, train)
     held, _ = load_rows(data, "heldout", tiny_tokenizer, 1, seed=0)
-    assert torch.equal(held, load_rows(data, "heldout", tiny_tokenizer, 1, seed=1)[0]), (
+    assert equal(held, load_rows(data, "heldout", tiny_tokenizer, 1, seed=1)[0]), (
         "scores of runs with different seeds are of the same text"
     )
-    text = tiny_tokenizer.decode(held[0])
+    text = tiny_tokenizer.decode(held.ids_NT[0])
     assert any(story.startswith(text) for story in STORIES if is_held_out(story, 0.2))
 
 
 def test_only_what_is_needed_is_read(tiny_tokenizer, monkeypatch):
     read = []
-    monkeypatch.setattr(_sources, "_read", lambda path: read.append(path) or "x = 1\n" * 500)
+    monkeypatch.setattr(_builtin, "_read", lambda path: read.append(path) or "x = 1\n" * 500)
     load_rows(config(), "calibration", tiny_tokenizer, 4, seed=0)
     assert 0 < len(read) <= 64  # one batch of the tokenizer
 
@@ -358,12 +366,12 @@ def test_training_repeats_in_a_new_order(stories, tiny_tokenizer):
     data = config(stories)
     short, _ = load_rows(data, "train", tiny_tokenizer, 10, seed=0)
     rows, warning = load_rows(data, "train", tiny_tokenizer, 1000, seed=0)
-    assert rows.shape == (1000, 16)
-    assert torch.equal(rows[:10], short)
+    assert rows.ids_NT.shape == (1000, 16)
+    assert equal(rows[:10], short)
     num_once = int(warning.split("has ")[1].split(" rows")[0])
     assert f"used {1000 / num_once:.1f} times" in warning
     assert 200 < 2 * num_once < 1000
-    first, second = rows[:num_once], rows[num_once : 2 * num_once]
+    first, second = rows.ids_NT[:num_once], rows.ids_NT[num_once : 2 * num_once]
     assert not torch.equal(first, second)
     # The same tokens but for the unfinished last row of each pass, at most 15 of them.
     counts = [torch.bincount(part.flatten(), minlength=320) for part in (first, second)]
@@ -386,8 +394,8 @@ def test_held_out_documents_never_reach_training(tmp_path, tiny_tokenizer):
     data = config(tmp_path / "all.jsonl", heldout=str(tmp_path / "test.jsonl"))
     for which in ("calibration", "train"):
         rows, _ = load_rows(data, which, tiny_tokenizer, 80, seed=0)
-        assert "secret" not in tiny_tokenizer.decode(rows.flatten())
-        assert "public" in tiny_tokenizer.decode(rows.flatten())
+        assert "secret" not in tiny_tokenizer.decode(rows.ids_NT.flatten())
+        assert "public" in tiny_tokenizer.decode(rows.ids_NT.flatten())
 
 
 def test_held_out_must_not_be_the_training_source(stories, tiny_tokenizer):
@@ -400,6 +408,120 @@ def test_held_out_must_not_be_the_training_source(stories, tiny_tokenizer):
         load_rows(data, "heldout", tiny_tokenizer, 2, seed=0)
     # Built-in sources have a split of their own.
     assert len(load_rows(config(heldout="stdlib"), "heldout", tiny_tokenizer, 2, seed=0)[0]) == 2
+
+
+def test_rows_of_isolated_documents_have_the_same_tokens(stories, tiny_tokenizer):
+    apart, _ = load_rows(config(stories), "calibration", tiny_tokenizer, 40, seed=0)
+    data = config(stories, isolate_documents=False)
+    together, _ = load_rows(data, "calibration", tiny_tokenizer, 40, seed=0)
+    assert apart.is_packed
+    assert torch.equal(apart.ids_NT, together.ids_NT)
+    assert equal(together, TokenRows.whole(together.ids_NT))
+
+
+# --- mixes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """Files whose rows tell their source: 30 documents of one letter each, a.txt and b.txt."""
+    paths = []
+    for letter in "ab":
+        path = tmp_path / f"{letter}.txt"
+        path.write_text(f"\n{SEPARATOR}\n".join(letter * (50 + i) for i in range(30)) + "\n")
+        paths.append(path)
+    return paths
+
+
+def count_rows(rows, tokenizer, letters="ab"):
+    """Rows per letter; no row may have text of two sources."""
+    texts = [set(tokenizer.decode(row, skip_special_tokens=True)) for row in rows.ids_NT]
+    assert all(len(text) == 1 for text in texts)
+    return [texts.count({letter}) for letter in letters]
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_rows", "expected"),
+    [((0.5, 0.5), 20, [10, 10]), ((2, 1), 10, [7, 3]), ((1, 5), 10, [2, 8]), ((1, 1), 7, [4, 3])],
+)
+def test_mix_has_rows_in_proportion(letters, tiny_tokenizer, weights, num_rows, expected):
+    mix = [f"{weight} {path}" for weight, path in zip(weights, letters, strict=True)]
+    for which in ("calibration", "train"):
+        rows, warning = load_rows(config(mix=mix), which, tiny_tokenizer, num_rows, seed=0)
+        assert count_rows(rows, tiny_tokenizer) == expected
+        assert warning is None
+
+
+def test_mix_is_interleaved_and_depends_on_the_seed_alone(letters, tiny_tokenizer):
+    data = config(mix=[f"0.5 {path}" for path in letters])
+    first, again, other = (
+        load_rows(data, "calibration", tiny_tokenizer, 40, seed)[0] for seed in (0, 0, 1)
+    )
+    assert equal(first, again)
+    assert not equal(first, other)
+    # Any stretch of 10 rows, and either of two workers, has something like its half.
+    for part in [*first.split(10), first[::2], first[1::2]]:
+        counts = count_rows(part, tiny_tokenizer)
+        assert min(counts) >= 0.25 * len(part)
+
+
+def test_mix_replaces_the_calibration_source_but_not_its_held_out_part(
+    stories, letters, tiny_tokenizer
+):
+    data = config(stories, heldout_share=0.2, mix=[f"0.5 {path}" for path in letters])
+    rows, _ = load_rows(data, "calibration", tiny_tokenizer, 20, seed=0)
+    assert count_rows(rows, tiny_tokenizer) == [10, 10]
+    held, _ = load_rows(data, "heldout", tiny_tokenizer, 4, seed=0)
+    assert "Story" in tiny_tokenizer.decode(held.ids_NT.flatten())
+    plain = config(stories, heldout_share=0.2)
+    assert equal(held, load_rows(plain, "heldout", tiny_tokenizer, 4, seed=0)[0])
+    train, _ = load_rows(replace(data, train=str(stories)), "train", tiny_tokenizer, 4, seed=0)
+    assert "Story" in tiny_tokenizer.decode(train.ids_NT.flatten())
+
+
+def test_mix_never_has_a_held_out_document(stories, letters, tmp_path, tiny_tokenizer):
+    """The calibration source in the mix, and a file that has all of its documents and more."""
+    held = {story.split(":")[0] for story in STORIES if is_held_out(story, 0.2)}
+    copy = tmp_path / "copy.txt"
+    copy.write_text(f"\n{SEPARATOR}\n".join([*STORIES, *("b" * i for i in range(1, 9))]) + "\n")
+    for heldout in (None, str(letters[0])):
+        data = config(stories, heldout_share=0.2, mix=[f"1 {stories}", f"1 {copy}"])
+        data = replace(data, heldout=heldout, sequence_length=256)
+        rows, _ = load_rows(data, "train", tiny_tokenizer, 100, seed=0)
+        text = tiny_tokenizer.decode(rows.ids_NT.flatten())
+        seen = set(re.findall(r"(Story \d+):", text))
+        assert len(seen & held) == (0 if heldout is None else len(held))
+        assert len(seen - held) == len(STORIES) - len(held)
+
+
+def test_mix_that_cannot_be_made(letters, tiny_tokenizer):
+    a, b = letters
+
+    def error_of(kind, which, num_rows, mix, **changes):
+        with pytest.raises(kind) as error:
+            load_rows(config(mix=mix, **changes), which, tiny_tokenizer, num_rows, seed=0)
+        return message(error)
+
+    text = error_of(CalibrationError, "calibration", 500, [f"0.8 {a}", "0.2 stdlib"])
+    assert f"data.mix={a}: the part not held out has" in text
+    assert "400 rows of 16 need 6400, and at least 6400 are required" in text
+    text = error_of(InputError, "calibration", 10, [f"0.01 {a}", f"0.99 {b}"])
+    assert f"data.mix={a}: its share of 10 rows is 0.1 rows" in text
+    assert "num_samples" in text
+    text = error_of(InputError, "calibration", 10, ["0.5 stdlib", "0.5 stdlob"])
+    assert "stdlob" in text
+    assert "close to it: stdlib" in text
+    text = error_of(InputError, "calibration", 10, [f"0.5 {a}", f"0.5 {b}"], heldout=str(b))
+    assert "the same source as data.mix" in text
+
+
+def test_mix_for_training_repeats_what_is_short(letters, tiny_tokenizer):
+    a, b = letters
+    data = config(mix=[f"1 {a}", f"1 {b}"])
+    rows, warning = load_rows(data, "train", tiny_tokenizer, 1000, seed=0)
+    assert count_rows(rows, tiny_tokenizer) == [500, 500]
+    assert [f"data.mix={path}:" in warning for path in letters] == [True, True]
+    assert warning.count("times") == 2
 
 
 # --- fingerprints ----------------------------------------------------------------------------
@@ -438,6 +560,22 @@ def test_fingerprint_of_the_standard_library():
     train = source_fingerprint(config(), "train")
     assert train == source_fingerprint(replace(config(), separator="#"), "calibration")
     assert train != source_fingerprint(config(), "heldout")
+
+
+def test_fingerprint_of_a_mix_covers_its_sources_and_what_is_held_out(stories, letters, tmp_path):
+    a, b = letters
+    data = config(stories, mix=[f"1 {a}", f"1 {b}"])
+    prints = [source_fingerprint(data, "calibration")]
+    assert source_fingerprint(data, "train") == prints[0]
+    assert source_fingerprint(replace(data, train=str(a)), "train") == source_fingerprint(
+        config(a), "calibration"
+    )
+    assert source_fingerprint(data, "heldout") == source_fingerprint(config(stories), "heldout")
+    prints.append(source_fingerprint(replace(data, mix=[f"1 {a}"]), "calibration"))
+    for path in (a, b, stories):
+        path.write_text(path.read_text() + "x")
+        prints.append(source_fingerprint(data, "calibration"))
+    assert len(set(prints)) == 5
 
 
 def test_fingerprint_of_a_missing_file(tmp_path):

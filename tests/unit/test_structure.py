@@ -9,13 +9,15 @@ import torch
 import transformers
 from torch import nn
 
-from sparsify.calibrate import prunable_linears, walk_blocks
+from sparsify.calibrate import Wants, prunable_linears, walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
 from sparsify.methods import PruneParams, available_methods, get_method
+from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.structure import (
-    capture_block_calls,
-    capture_block_inputs,
+    BlockCalls,
+    BlockInputs,
+    ResidualAdds,
     find_blocks,
     linears_of,
     run_block,
@@ -23,6 +25,7 @@ from sparsify.models.structure import (
 )
 from sparsify.pattern import Pattern, find_violation
 from sparsify.prune import prune_model
+from sparsify.text import TokenRows
 
 GATED = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -73,9 +76,27 @@ def tiny(family: str, num_layers: int = 3, seed: int = 0) -> nn.Module:
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
-def token_ids(num_rows: int, num_tokens: int = 16, seed: int = 1) -> torch.Tensor:
+def token_rows(num_rows: int, num_tokens: int = 16, seed: int = 1) -> TokenRows:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 64, (num_rows, num_tokens), generator=generator)
+    return TokenRows.whole(torch.randint(3, 64, (num_rows, num_tokens), generator=generator))
+
+
+def in_two_documents(rows: TokenRows) -> TokenRows:
+    """The same rows, each cut into two documents at another place."""
+    positions = rows.positions_NT.clone()
+    for row in range(len(rows)):
+        positions[row, row + 2 :] -= row + 2
+    return TokenRows(rows.ids_NT, positions)
+
+
+def calls_of(model: nn.Module) -> BlockCalls:
+    calls = BlockCalls(model, find_blocks(model)[1])
+    calls.learn(find_blocks(model)[1][0], token_rows(1))
+    return calls
+
+
+def first_call(model: nn.Module, rows: TokenRows) -> BlockInputs:
+    return calls_of(model).first(rows)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -88,47 +109,92 @@ def test_blocks_run_one_by_one_equal_the_whole_model(family: str) -> None:
     model = tiny(family)
     name, blocks = find_blocks(model)
     assert len(blocks) == 3 and model.get_submodule(name) is blocks
-    batches = [token_ids(4, seed=2), token_ids(4, seed=3)]
-    seen: list[torch.Tensor] = []
-    handle = blocks[-1].register_forward_hook(
-        lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
+    batches = [token_rows(4, seed=2), in_two_documents(token_rows(4, seed=3))]
+    calls = calls_of(model)
     for batch in batches:
-        model(input_ids=batch, use_cache=False)
-    handle.remove()
-    # Arguments of the first batch serve for the second: they depend on the shape alone.
-    calls = capture_block_calls(model, blocks, batches[0])
-    for inputs, expected in zip(capture_block_inputs(model, blocks, batches), seen, strict=True):
-        hidden = inputs.hidden_BTD
-        for block, call in zip(blocks, calls, strict=True):
-            hidden = run_block(block, type(call)(hidden, call.args, call.kwargs))
-        torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
+        seen: list[torch.Tensor] = []
+        handle = blocks[-1].register_forward_hook(
+            lambda _, __, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
+        handle.remove()
+        hidden = calls.first(batch).hidden_BTD
+        for index, block in enumerate(blocks):
+            hidden = run_block(block, calls.call(index, batch, hidden))
+        assert torch.equal(hidden, seen[0])
+
+
+@torch.no_grad()
+def test_calls_need_no_weights_of_the_blocks_before() -> None:
+    model, twin = tiny("Gemma2"), tiny("Gemma2")
+    rows = token_rows(2)
+    calls, hidden = calls_of(model), torch.randn(2, 16, 32)
+    expected = calls_of(twin).call(2, rows, hidden)
+    find_blocks(model)[1][0].to("meta")
+    find_blocks(model)[1][1].to("meta")
+    found = calls.call(2, rows, hidden)
+    assert found.hidden_BTD is hidden
+    assert torch.equal(found.kwargs["attention_mask"], expected.kwargs["attention_mask"])
 
 
 def test_blocks_of_gemma2_get_their_own_masks() -> None:
     model = tiny("Gemma2")
-    _, blocks = find_blocks(model)
-    calls = capture_block_calls(model, blocks, token_ids(2))
-    sliding, full = (calls[i].kwargs["attention_mask"] for i in (0, 1))
+    rows, calls = token_rows(2), calls_of(model)
+    hidden = calls.first(rows).hidden_BTD
+    sliding, full = (calls.call(i, rows, hidden).kwargs["attention_mask"] for i in (0, 1))
     assert not torch.equal(sliding, full)
+
+
+WRITERS = {
+    "Gemma2": [],  # normalises what attention and MLP return before it adds
+    "Phi": [],  # adds attention and MLP to each other first
+    "OPT": ["self_attn.out_proj", "fc2"],
+}
+
+
+@torch.no_grad()
+def test_residual_adds_are_seen(family: str) -> None:
+    model = tiny(family)
+    blocks = find_blocks(model)[1]
+    call = first_call(model, token_rows(2))
+    seen: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    linears = {n: m for n, m in linears_of(blocks[0]).items() if m.out_features == 32}
+    handles = [
+        linear.register_forward_hook(lambda _, __, out, n=name: outputs.update({n: out}))
+        for name, linear in linears.items()
+    ]
+    with ResidualAdds(linears, seen.__setitem__):
+        result = run_block(blocks[0], call)
+    for handle in handles:
+        handle.remove()
+    expected = WRITERS.get(family, ["self_attn.o_proj", "mlp.down_proj"])
+    assert list(seen) == expected
+    if expected:
+        attention, mlp = expected
+        assert torch.equal(seen[attention], call.hidden_BTD)
+        # OPT adds to its MLP's output with rows and tokens in one dimension.
+        middle = seen[attention] + outputs[attention]
+        assert torch.equal(middle, seen[mlp].view_as(middle))
+        assert torch.equal((seen[mlp] + outputs[mlp]).view_as(result), result)
 
 
 @torch.no_grad()
 def test_groups_share_their_input(family: str) -> None:
     model = tiny(family)
     _, blocks = find_blocks(model)
-    inputs = capture_block_inputs(model, blocks, [token_ids(2)])
-    assert shared_input_groups(blocks[0], inputs[0]) == FAMILIES[family]
+    assert shared_input_groups(blocks[0], first_call(model, token_rows(2))) == FAMILIES[family]
 
 
 def test_hooks_are_gone_afterwards(family: str) -> None:
     model = tiny(family)
     _, blocks = find_blocks(model)
     with torch.no_grad():
-        inputs = capture_block_inputs(model, blocks, [token_ids(2)])
-        capture_block_calls(model, blocks, token_ids(2))
-        shared_input_groups(blocks[0], inputs[0])
+        call = first_call(model, token_rows(2))
+        calls_of(model).call(2, token_rows(2), call.hidden_BTD)
+        shared_input_groups(blocks[0], call)
     for module in model.modules():
+        assert "forward" not in vars(module)
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
@@ -139,7 +205,7 @@ def test_every_method_prunes_every_family(family: str) -> None:
         before = {name: p.clone() for name, p in model.named_parameters()}
         progress: list[tuple[int, int]] = []
         result = prune_model(
-            model, token_ids(10), method, pattern, PruneParams(), comm=Comm.single(),
+            model, token_rows(10), method, pattern, PruneParams(), comm=Comm.single(),
             batch_size=4, on_block=lambda *step, seen=progress: seen.append(step),
         )  # fmt: skip
         assert progress == [(1, 3), (2, 3), (3, 3)]
@@ -165,14 +231,14 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
     The solver halves every weight, so that a walk that did not propagate would be found out.
     """
     model, twin = tiny(family), tiny(family)
-    rows = token_ids(6)
+    rows = token_rows(6)
     found: dict[str, torch.Tensor] = {}
 
     def solve(layer) -> None:  # type: ignore[no-untyped-def]
-        found[layer.name] = layer.hessian_II
+        found[layer.name] = layer.statistics.hessian_II
         layer.module.weight.data.mul_(0.5)
 
-    walk_blocks(model, rows, solve, comm=Comm.single(), batch_size=4, needs_hessian=True)
+    walk_blocks(BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4, wants=Wants())
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
         inputs: dict[str, torch.Tensor] = {}
@@ -182,7 +248,7 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
             )
             for name, linear in linears_of(block).items()
         ]
-        twin(input_ids=rows, use_cache=False)
+        twin(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
         for handle in handles:
             handle.remove()
         for name, linear in linears_of(block).items():
@@ -197,29 +263,24 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
 def test_layers_that_share_an_input_share_the_hessian() -> None:
     seen: dict[str, torch.Tensor | None] = {}
     walk_blocks(
-        tiny("Llama", 1), token_ids(2), lambda layer: seen.update({layer.name: layer.hessian_II}),
-        comm=Comm.single(), batch_size=2, needs_hessian=True,
+        BlocksInMemory(tiny("Llama", 1)), token_rows(2),
+        lambda layer: seen.update({layer.name: layer.statistics.hessian_II}),
+        comm=Comm.single(), batch_size=2, wants=Wants(),
     )  # fmt: skip
     prefix = "model.layers.0.self_attn."
     assert seen[prefix + "q_proj"] is seen[prefix + "v_proj"]
     assert seen[prefix + "q_proj"] is not seen[prefix + "o_proj"]
 
 
-def test_without_hessian_no_forward_runs() -> None:
-    model = tiny("Llama")
-    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
-    names: list[str] = []
-    walk_blocks(
-        model, token_ids(2), lambda layer: names.append(layer.name),
-        comm=Comm.single(), batch_size=2, needs_hessian=False,
-    )  # fmt: skip
-    assert names == [name for _, name, _ in prunable_linears(model)]
-
-
 def test_walk_restores_training_mode() -> None:
     model = tiny("Llama").train()
     walk_blocks(
-        model, token_ids(2), lambda _: None, comm=Comm.single(), batch_size=2, needs_hessian=True
+        BlocksInMemory(model),
+        token_rows(2),
+        lambda _: None,
+        comm=Comm.single(),
+        batch_size=2,
+        wants=Wants(),
     )
     assert model.training and all(module.training for module in model.modules())
 
@@ -277,8 +338,9 @@ def test_something_between_blocks_is_refused() -> None:
     model = tiny("Llama")
     blocks = find_blocks(model)[1]
     blocks[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    calls = calls_of(model)
     with pytest.raises(InputError, match="block 1 is not called once, on the output"):
-        capture_block_calls(model, blocks, token_ids(1))
+        calls.call(1, token_rows(1), torch.zeros(1, 16, 32))
 
 
 def test_skip_leaves_layers_dense_and_must_match() -> None:
@@ -291,7 +353,7 @@ def test_skip_leaves_layers_dense_and_must_match() -> None:
     with pytest.raises(InputError, match="nothing is left"):
         prunable_linears(model, ["*"])
     result = prune_model(
-        model, token_ids(2), get_method("magnitude"), Pattern.parse("2:4"), PruneParams(),
+        model, token_rows(2), get_method("magnitude"), Pattern.parse("2:4"), PruneParams(),
         comm=Comm.single(), batch_size=2, skip=["*.k_proj"],
     )  # fmt: skip
     assert len(result.keep_masks) == everything - 3
@@ -306,7 +368,7 @@ def test_indivisible_layer_is_refused_before_anything_changes() -> None:
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj: 48 input columns"):
         prune_model(
-            model, token_ids(2), get_method("magnitude"), Pattern.parse("2:32"), PruneParams(),
+            model, token_rows(2), get_method("magnitude"), Pattern.parse("2:32"), PruneParams(),
             comm=Comm.single(), batch_size=2,
         )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -317,8 +379,8 @@ def test_nan_activation_names_block_and_layer() -> None:
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = float("nan")
     with pytest.raises(NonFiniteError, match=r"block 1, layer model\.layers\.1\.mlp\.down_proj"):
         walk_blocks(
-            model, token_ids(2), lambda _: None,
-            comm=Comm.single(), batch_size=2, needs_hessian=True,
+            BlocksInMemory(model), token_rows(2), lambda _: None,
+            comm=Comm.single(), batch_size=2, wants=Wants(),
         )  # fmt: skip
 
 
@@ -332,6 +394,6 @@ def test_nan_activation_names_block_and_layer() -> None:
 def test_unusable_rows_are_refused(rows: torch.Tensor, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         walk_blocks(
-            tiny("Llama"), rows, lambda _: None,
-            comm=Comm.single(), batch_size=2, needs_hessian=True,
+            BlocksInMemory(tiny("Llama")), TokenRows(rows, rows), lambda _: None,
+            comm=Comm.single(), batch_size=2, wants=Wants(),
         )  # fmt: skip

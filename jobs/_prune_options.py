@@ -1,0 +1,149 @@
+"""Options of the prune stage that look at the whole dense model first: weights of tokens, folded
+rotations, and which layers stay dense under a budget.
+
+Each is worked out once, by rank 0, and put into the run's scratch folder, where all workers read it
+and a run that is carried on finds it again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sparsify.files import write_json, write_tensors
+from sparsify.models.load import load_model, save_model
+
+if TYPE_CHECKING:
+    from conf.schema import Config
+    from sparsify.comm import Comm
+    from sparsify.text import TokenRows
+
+NUM_HELD_ROWS = 32
+"""calibration rows that no weight is fitted to, to measure a layer's damage on"""
+
+Say = Callable[[float, float, str], None]
+
+
+def once(path: Path, comm: Comm, make: Callable[[], None]) -> None:
+    """Have rank 0 make `path` unless it is there; all processes go on when it is.
+
+    Raises:
+        What `make` raises, on all processes.
+    """
+    failure: Exception | None = None
+    if comm.rank == 0 and not path.exists():
+        try:
+            make()
+        except Exception as error:  # handed to all, so that none waits for ever
+            failure = error
+    failure = comm.share(failure)[0]
+    if failure is not None:
+        raise failure
+
+
+def fisher_weights(
+    dense: Path, rows: TokenRows, config: Config, scratch: Path, comm: Comm, device: str, say: Say
+) -> Tensor:
+    """float32 (blocks, N, T): how much each token counts."""
+    path = scratch / "fisher.safetensors"
+
+    def make() -> None:
+        from sparsify.fisher import fisher_token_weights
+
+        model = load_model(dense, config.model.dtype, device)
+        weights_LNT = fisher_token_weights(
+            model, rows, config.prune.batch_size,
+            lambda done, total: say(done, total, "rows, Fisher weights"), seed=config.run.seed,
+        )  # fmt: skip
+        write_tensors(path, {"weights": weights_LNT}, {"format": "pt"})
+
+    once(path, comm, make)
+    return load_file(path)["weights"]
+
+
+def rotated_model(
+    dense: Path, rows: TokenRows, config: Config, scratch: Path, comm: Comm, device: str, say: Say
+) -> Path:
+    """Folder of the dense model with the best rotations found folded into its weights."""
+    folder = scratch / "rotated"
+
+    def make() -> None:
+        from sparsify.pattern import Pattern
+        from sparsify.rotate import rotate_model
+
+        model = load_model(dense, config.model.dtype, device)
+        rotate_model(
+            model, rows, steps=config.prune.rotation_steps, seed=config.run.seed,
+            batch_size=config.prune.batch_size, pattern=Pattern.parse(config.prune.pattern),
+            on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
+        )  # fmt: skip
+        partial = scratch / ".rotated.tmp"
+        if partial.exists():
+            shutil.rmtree(partial)
+        save_model(model, None, partial)
+        partial.rename(folder)
+
+    once(folder, comm, make)
+    return folder
+
+
+def dense_layers(
+    dense: Path, pruned: Path, held_rows: TokenRows, config: Config, scratch: Path, comm: Comm,
+    device: str, say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """Which layers stay dense under prune.budget, judged by the layers pruned in `pruned`.
+
+    Returns:
+        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`.
+    """
+    path = scratch / "allocation.json"
+
+    def make() -> None:
+        from dataclasses import asdict
+
+        from sparsify.allocate import allocate
+        from sparsify.masks import MaskFile
+        from sparsify.pattern import Pattern
+
+        names = [n for f in sorted(pruned.glob("masks-*.safetensors")) for n in MaskFile(f)]
+        kind, _, share = str(config.prune.budget).partition(":")
+        found = allocate(
+            load_model(dense, config.model.dtype, device), held_rows, _Weights(pruned, names),
+            kind, float(share),  # type: ignore[arg-type]
+            pattern=Pattern.parse(config.prune.pattern), batch_size=config.prune.batch_size,
+            weight_bits=32 if config.model.dtype == "float32" else 16,
+            on_batch=lambda done, total: say(done, total, "forwards, damage of layers"),
+        )  # fmt: skip
+        write_json(path, asdict(found))
+
+    once(path, comm, make)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Layer weights of a model folder, read when they are asked for."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._names = names
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("model-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = f"{name}.weight"
+        with safe_open(self._files[key], framework="pt") as file:
+            return file.get_tensor(key).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

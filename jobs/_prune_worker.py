@@ -1,0 +1,242 @@
+"""One worker's part of the prune stage: rows, options, and each method on the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from jobs._artifact import model_fingerprint
+from jobs._layers import FEW_TOKENS, layer_metrics
+from jobs._prune_options import NUM_HELD_ROWS, dense_layers, fisher_weights, rotated_model
+from jobs._sources import load_rows
+from jobs._stage import MASKS, write_sparsity
+from sparsify.comm import Comm
+from sparsify.masks import MaskFile, merge_masks, save_masks
+from sparsify.methods import PruneParams, get_method
+from sparsify.models.blocks import unstreamable
+from sparsify.models.load import (
+    DTYPES,
+    check_sequence_length,
+    load_model,
+    load_tokenizer,
+    read_config,
+    save_model,
+)
+from sparsify.models.moe import fused_experts
+from sparsify.pack import packed_num_bytes
+from sparsify.pattern import Pattern
+from sparsify.prune import LayerReport, PruneResult, prune_checkpoint, prune_model
+from sparsify.streams import Placement
+
+if TYPE_CHECKING:
+    from cluster.ray_backend import WorkerContext
+    from conf.schema import Config
+
+_ROOM_ON_GPU = 0.4  # of the free memory that hidden states may take; the rest is for the solver
+_ROOM_ON_HOST = 0.5
+
+
+class Pruning:
+    """What the methods of one run share.
+
+    Args:
+        context: this worker.
+        config: of the run.
+        dense: folder of the model to prune.
+        scratch: folder on a disk that all workers see; survives an interruption.
+    """
+
+    def __init__(self, context: WorkerContext, config: Config, dense: Path, scratch: Path) -> None:
+        torch.set_num_threads(context.num_threads)
+        settings = config.prune
+        self._context = context
+        self._config = config
+        self._dense = dense
+        self._scratch = scratch
+        is_fixed = settings.reduction == "fixed"
+        many = context.world_size > 1
+        self._comm = Comm.distributed(is_fixed) if many else Comm.single(is_fixed)
+        self._pattern = Pattern.parse(settings.pattern)
+        self._params = PruneParams(
+            damping=settings.damping, block_size=settings.block_size,
+            teacher_share=settings.teacher_share, residual_share=settings.residual_share,
+            refit_iterations=settings.refit_iterations, descent_sweeps=settings.descent_sweeps,
+            admm_iterations=settings.admm_iterations,
+        )  # fmt: skip
+        self._tokenizer = load_tokenizer(dense)
+        check_sequence_length(read_config(dense), config.data.sequence_length)
+        num_held = NUM_HELD_ROWS if settings.budget else 0
+        rows, warning = load_rows(
+            config.data, "calibration", self._tokenizer, settings.num_samples + num_held,
+            config.run.seed,
+        )  # fmt: skip
+        self._rows = rows[: len(rows) - num_held]
+        self._held_rows = rows[len(rows) - num_held :]
+        if warning:
+            context.warn(warning)
+        self._reason = unstreamable(dense)
+        if self._reason is not None:
+            context.warn(
+                f"prune: the whole model is held in memory and is not resumable by blocks, because "
+                f"{self._reason}"
+            )
+        self.dense_layers: list[str] = []
+        """left dense under prune.budget, by the main method"""
+
+    def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
+        """Prune with method `name`, going on where an earlier run was stopped.
+
+        Returns:
+            The layers' reports as plain values.
+        """
+        context, settings = self._context, self._config.prune
+        is_main = name == settings.method
+
+        def say(done: float, total: float, text: str) -> None:
+            share = index + done / total
+            context.progress(share * total, num_methods * total, f"{text}, {name}")
+
+        common: dict[str, Any] = {
+            "comm": self._comm, "batch_size": settings.batch_size, "skip": list(settings.skip),
+            "existing": settings.existing, "clock": time.perf_counter,
+            "on_block": lambda done, total: say(done, total, "blocks"),
+        }  # fmt: skip
+        dense = self._dense
+        shared = (self._config, self._scratch, self._comm, context.device, say)
+        if is_main and settings.rotation_steps:
+            dense = rotated_model(dense, self._rows, *shared)
+        if is_main and settings.fisher:
+            common["token_weights"] = fisher_weights(dense, self._rows, *shared)
+        folder = self._scratch / name
+        if is_main and settings.budget:
+            everything = self._scratch / f"{name}-all"
+            self._prune(name, dense, everything, common)
+            found = dense_layers(dense, everything, self._held_rows, *shared)
+            self.dense_layers = found["dense_names"]
+            common["skip"] += self.dense_layers
+        result = self._prune(name, dense, folder, common)
+        if is_main:
+            self._warn_of(result.layers)
+        for number, report in enumerate(result.layers):
+            context.metrics(layer_metrics(asdict(report), name), number)
+        return [asdict(report) for report in result.layers]
+
+    def _prune(self, name: str, dense: Path, folder: Path, common: dict[str, Any]) -> PruneResult:
+        """One walk over the model, block by block from the disk where that is possible."""
+        settings, method = self._config.prune, get_method(name)
+        args = (self._rows, method, self._pattern, self._params)
+        if self._reason is not None:
+            return self._in_memory(dense, folder, args, common)
+        return prune_checkpoint(
+            dense, folder, *args, **common,
+            dtype=self._config.model.dtype, device=self._context.device,
+            activations=self._placement(method.needs_teacher),
+            checkpoint_every_blocks=settings.checkpoint_every_blocks,
+        )  # fmt: skip
+
+    def _in_memory(
+        self, dense: Path, folder: Path, args: Any, common: dict[str, Any]
+    ) -> PruneResult:
+        """The same of a checkpoint that cannot be read block by block."""
+        model = load_model(dense, self._config.model.dtype, self._context.device)
+        if experts := fused_experts(model):
+            self._context.warn(
+                f"prune: {len(experts)} expert weights are fused into one parameter each and stay "
+                f"dense, such as {experts[0]}"
+            )
+        result = prune_model(model, *args, **common)
+        if self._context.rank == 0:
+            save_model(model, None, folder)
+            save_masks(folder / "masks-00001.safetensors", result.keep_masks)
+        return result
+
+    def _placement(self, with_teacher: bool) -> Placement:
+        """Where hidden states go: as asked for, or where there is room."""
+        asked = self._config.prune.activations
+        if asked != "auto":
+            return asked  # type: ignore[return-value]
+        config = read_config(self._dense).get_text_config()
+        share = self._rows.num_tokens / self._context.world_size
+        width = DTYPES[self._config.model.dtype].itemsize
+        needed = share * config.hidden_size * width * (2 if with_teacher else 1)
+        if self._context.device == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            if needed <= _ROOM_ON_GPU * free:
+                return "device"
+        workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
+        return "host" if needed <= _ROOM_ON_HOST * available else "disk"
+
+    def _warn_of(self, layers: list[LayerReport]) -> None:
+        """Say which layers have too little data behind them."""
+        few = [layer for layer in layers if layer.tokens_per_column < FEW_TOKENS]
+        if few:
+            worst = min(few, key=lambda layer: layer.tokens_per_column)
+            self._context.warn(
+                f"prune: {len(few)} of {len(layers)} layers have fewer than {FEW_TOKENS:g} "
+                f"calibration tokens per input column, {worst.name} has "
+                f"{worst.tokens_per_column:.1f}; raise prune.num_samples or data.sequence_length"
+            )
+        dead = [layer for layer in layers if layer.num_dead_columns]
+        if dead:
+            worst = max(dead, key=lambda layer: layer.num_dead_columns)
+            self._context.warn(
+                f"prune: {len(dead)} layers have input columns that were zero on every "
+                f"calibration token, {worst.name} has {worst.num_dead_columns}"
+            )
+
+    def publish(self, name: str, folder: Path) -> None:
+        """Make the stage's model folder from a method's finished blocks; rank 0 calls it."""
+        source = self._scratch / name
+        folder.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.startswith(("masks-", "progress", ".")):
+                _link(path, folder / path.name)
+        merge_masks(sorted(source.glob("masks-*.safetensors")), folder / MASKS)
+        self._tokenizer.save_pretrained(folder)
+        provenance = {
+            "dense_path": str(self._dense.resolve()),
+            "dense_sha256": model_fingerprint(self._dense),
+            "num_calibration_tokens": self._rows.num_tokens,
+            "seed": self._config.run.seed,
+        }
+        masks = MaskFile(folder / MASKS)
+        write_sparsity(folder, masks, self._config.prune.pattern, name, provenance)
+
+    def packed_bytes(self, folder: Path) -> int:
+        """Size that the pruned model has when its layers are packed."""
+        layers = MaskFile(folder / MASKS).shapes.keys()
+        return packed_num_bytes(_shapes(folder), layers, self._pattern)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _shapes(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a model folder's files, without their values."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
+              "F16": torch.float16}  # fmt: skip
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = dtypes.get(part.get_dtype())
+                if dtype is None:  # a buffer of integers or truth values: no weight
+                    found[name] = file.get_tensor(name)
+                else:
+                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return found

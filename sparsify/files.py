@@ -1,0 +1,40 @@
+"""Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's or folder's content has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is the old one or the whole new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """`write_json` for a safetensors file; the same tensors give the same bytes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)

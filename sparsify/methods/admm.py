@@ -1,0 +1,159 @@
+"""ADMM: let a dense and a sparse copy of the weight pull each other until they agree on a mask.
+
+Shape suffixes: O output features (rows), I input features (columns), O1 one number per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.precision import float32_products
+from sparsify.methods._base import (
+    Method,
+    Problem,
+    PruneParams,
+    Solution,
+    check_problem,
+    chosen_mask,
+    working_weight,
+)
+from sparsify.pattern import Pattern
+from sparsify.refit import damped_hessian, objective, refit
+
+_PENALTY = 0.1  # of the first iterations, where 1 is the mean of the Hessian's scaled diagonal
+_GROWTH, _GROW_EVERY = 1.3, 3
+_CG_STEPS = 2
+
+
+def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
+    """Search the mask by ADMM from the dense weight, then refit the kept weights.
+
+    Args:
+        problem: the weight, the statistics, and the allowed mask if there is one. With a fixed
+            mask only the refit is left.
+        pattern: any; for unstructured, weights compete within their row.
+        params: damping, admm_iterations, refit_iterations.
+
+    Raises:
+        InputError: see `check_problem`.
+        NonFiniteError: the weight holds NaN or infinity.
+
+    Reference: see `search_and_refit`. No factorisation, so nothing can be singular.
+
+    Cost: (2 admm_iterations + refit_iterations + 5) products of (O, I) with (I, I).
+    """
+    check_problem(problem, pattern)
+    target_OI = working_weight(problem.weight_OI, problem.name)
+    dead_I = problem.hessian_II.diagonal() == 0
+    target_OI[:, dead_I] = 0.0
+    damped_II = damped_hessian(problem.hessian_II, params.damping, target_OI.dtype)
+    pruned_OI, keep_OI = search_and_refit(target_OI, damped_II, problem, pattern, params)
+    pruned_OI = pruned_OI.to(problem.weight_OI.dtype)
+    return Solution(pruned_OI, keep_OI, params.damping, int(dead_I.sum()))
+
+
+def search_and_refit(
+    target_OI: Tensor, damped_II: Tensor, problem: Problem, pattern: Pattern, params: PruneParams
+) -> tuple[Tensor, Tensor]:
+    """The mask of `search` and its kept weights by `refit.refit`, or the projection of T.
+
+    ADMM promises nothing for a row. Where the inputs hardly correlate, keeping the largest
+    weights as they are is best, so a row for which the search found nothing better keeps those.
+
+    Returns:
+        Z and its keep mask; no row has a larger error than Wanda's choice out of T.
+    """
+    weight_OI, keep_OI = search(target_OI, damped_II, problem, pattern, params.admm_iterations)
+    weight_OI = refit(weight_OI, target_OI, keep_OI, damped_II, params.refit_iterations)
+    scores_OI = target_OI.abs() * damped_II.diagonal().sqrt()
+    simple_mask_OI = chosen_mask(scores_OI, problem, pattern)
+    simple_OI = target_OI.masked_fill(~simple_mask_OI, 0.0)
+    error_O, simple_error_O = (
+        objective(found_OI, target_OI, damped_II) for found_OI in (weight_OI, simple_OI)
+    )
+    is_better_O1 = (error_O < simple_error_O).unsqueeze(1)
+    return (
+        torch.where(is_better_O1, weight_OI, simple_OI),
+        torch.where(is_better_O1, keep_OI, simple_mask_OI),
+    )
+
+
+@float32_products()
+def search(
+    target_OI: Tensor, damped_II: Tensor, problem: Problem, pattern: Pattern, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Look for the mask on which tr (Z - T) H_l (Z - T)^T is small.
+
+    Columns are scaled to a unit diagonal: D = diag(H_l)^1/2, A = D^-1 H_l D^-1, B = T D, Y = B A.
+    X starts at B, V at 0 and Z at the projection P of B, which keeps the largest of every group.
+    Each iteration, with the penalty r growing from 0.1 by 1.3 every third time,
+
+        X <- two steps of conjugate gradients on X (A + r I) = Y - V + r Z,
+        Z <- P(X + V / r),    V <- V + r (X - Z).
+
+    Args:
+        target_OI: T, float32 or float64.
+        damped_II: H_l of the same dtype, see `refit.damped_hessian`.
+        problem: allowed_OI and is_mask_fixed are read.
+        pattern: what P projects to.
+        iterations: 0 gives the projection of T, which is Wanda's mask.
+
+    Returns:
+        Z D^-1 and its keep mask.
+
+    Reference: ADMM pruning (arXiv:2401.02938) and ALPS (arXiv:2406.07831), equation 5. Deviation:
+    conjugate gradients in place of a factorisation for every r; X A is carried along instead of
+    multiplied anew. Started from Z, not from the dense weight, it cannot promise to improve: the
+    penalty moves Z away first.
+
+    Cost: 2 iterations + 1 products of (O, I) with (I, I); seven (O, I) matrices.
+    """
+    scale_I = damped_II.diagonal().sqrt()
+    scaled_II = damped_II / scale_I / scale_I.unsqueeze(1)
+    dense_OI = target_OI * scale_I
+    keep_OI = chosen_mask(dense_OI.abs(), problem, pattern)
+    sparse_OI = dense_OI.masked_fill(~keep_OI, 0.0)
+    output_OI = dense_OI @ scaled_II
+    dual_OI = torch.zeros_like(dense_OI)
+    product_OI = output_OI.clone()
+    penalty = _PENALTY
+    for iteration in range(0 if problem.is_mask_fixed else iterations):
+        wanted_OI = (output_OI - dual_OI).add_(sparse_OI, alpha=penalty)
+        _approach(dense_OI, product_OI, wanted_OI, scaled_II, penalty)
+        joint_OI = torch.add(dense_OI, dual_OI, alpha=1 / penalty)
+        keep_OI = chosen_mask(joint_OI.abs(), problem, pattern)
+        sparse_OI = joint_OI.masked_fill_(~keep_OI, 0.0)
+        dual_OI.add_(dense_OI - sparse_OI, alpha=penalty)
+        if (iteration + 1) % _GROW_EVERY == 0:
+            penalty *= _GROWTH
+    return sparse_OI / scale_I, keep_OI
+
+
+def _approach(
+    dense_OI: Tensor, product_OI: Tensor, wanted_OI: Tensor, scaled_II: Tensor, penalty: float
+) -> None:
+    """Steps of conjugate gradients, in place, for X (A + r I) = `wanted_OI` and its product X A."""
+    residual_OI = (wanted_OI - product_OI).sub_(dense_OI, alpha=penalty)
+    direction_OI = residual_OI.clone()
+    size_O1 = residual_OI.square().sum(1, keepdim=True)
+    tiny = torch.finfo(size_O1.dtype).tiny
+    for _ in range(_CG_STEPS):
+        image_OI = direction_OI @ scaled_II
+        curvature_O1 = (direction_OI * image_OI).sum(1, keepdim=True)
+        curvature_O1 += penalty * direction_OI.square().sum(1, keepdim=True)
+        # A row without residual has size 0 and stays.
+        step_O1 = size_O1 / curvature_O1.clamp(min=tiny)
+        dense_OI.addcmul_(direction_OI, step_O1)
+        product_OI.addcmul_(image_OI, step_O1)
+        residual_OI.addcmul_(image_OI.add_(direction_OI, alpha=penalty), step_O1, value=-1)
+        before_O1, size_O1 = size_O1, residual_OI.square().sum(1, keepdim=True)
+        direction_OI.mul_(size_O1 / before_O1.clamp(min=tiny)).add_(residual_OI)
+
+
+METHOD = Method(
+    name="admm",
+    summary="search the mask by ADMM, then a least-squares solve; slow, the lowest layer error",
+    needs_hessian=True,
+    solve=solve,
+)

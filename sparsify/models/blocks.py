@@ -1,0 +1,307 @@
+"""A model's decoder blocks one at a time: in memory, or read from a checkpoint and let go again.
+
+`StreamedBlocks` holds what comes before the blocks and one or two blocks, whatever the size of the
+model, so that a model is pruned on a device, or a machine, that it does not fit on.
+`ShardWriter` puts finished blocks into a model folder while the rest is still being worked on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sparsify.errors import InputError
+from sparsify.files import write_json, write_tensors
+from sparsify.models.load import (
+    DTYPES,
+    check_checkpoint,
+    check_finite,
+    read_config,
+    resolve_path,
+    weight_files,
+)
+from sparsify.models.structure import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_METADATA = {"format": "pt"}
+_SHARD_BYTES = 2 * 2**30  # of tensors outside the blocks
+
+
+class Blocks(Protocol):
+    """A model whose blocks can be had one after another."""
+
+    list_name: str
+    blocks: nn.ModuleList
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model; blocks that are not open may have no weights."""
+        ...
+
+    def open(self, index: int) -> nn.Module:
+        """Block `index` with its weights, on the model's device."""
+        ...
+
+    def close(self, index: int) -> None:
+        """The block is not needed any more."""
+        ...
+
+
+class BlocksInMemory:
+    """The blocks of a model that is in memory as a whole; they stay there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.list_name, self.blocks = find_blocks(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model."""
+        return self._model
+
+    def open(self, index: int) -> nn.Module:
+        """The block, as it is."""
+        return self.blocks[index]
+
+    def close(self, index: int) -> None:
+        """Nothing to do."""
+
+
+class StreamedBlocks:
+    """The blocks of a checkpoint folder, each read when it is opened and dropped when closed.
+
+    While a block is open, the next one is read from the disk in the background.
+
+    Args:
+        path: model folder, or "embedded".
+        dtype: float32, bfloat16 or float16; the weights are cast to it.
+        device: where open blocks, and what comes before the blocks, are.
+
+    Raises:
+        InputError: see `models.load.check_checkpoint`; or the checkpoint's tensors are not named
+            and shaped as the model's (`unstreamable` says so without raising).
+    """
+
+    def __init__(
+        self, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> None:
+        folder = resolve_path(path)
+        reason = unstreamable(folder)
+        if reason is not None:
+            raise InputError(f"model folder {folder}: {reason}; load the whole model instead")
+        self.folder = folder
+        self.dtype = dtype
+        self._device = torch.device(device)
+        self._where = _tensor_files(folder)
+        self._model = _empty_model(folder, dtype)
+        self.list_name, self.blocks = find_blocks(self.model)
+        head = {id(p) for p in _parameters_of(self.model.get_output_embeddings())}
+        first = {id(p) for p in _parameters_of(self.model.get_input_embeddings())}
+        unused = {name for name, p in self.model.named_parameters() if id(p) in head - first}
+        outside = [name for name in self.rest_names() if name not in unused]
+        self._assign(self._read(outside))
+        self.model.tie_weights()
+        self.model.eval()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="next block")
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; blocks that are not open have no weights."""
+        return self._model
+
+    def rest_names(self) -> list[str]:
+        """Checkpoint names of the tensors outside the blocks."""
+        return sorted(name for name in self._where if not name.startswith(f"{self.list_name}."))
+
+    def open(self, index: int) -> nn.Module:
+        """The block with its weights; the next one is fetched meanwhile.
+
+        Raises:
+            InputError: a weight is NaN or infinite.
+        """
+        if self._next is not None and self._next[0] == index:
+            tensors = self._next[1].result()
+        else:
+            tensors = self._read(self._names_of(index))
+        self._next = None
+        if index + 1 < len(self.blocks):
+            names = self._names_of(index + 1)
+            self._next = (index + 1, self._reader.submit(self._read, names))
+        self._assign(tensors)
+        prefix = f"{self.list_name}.{index}"
+        check_finite(self.folder, self.blocks[index], self.dtype, prefix)
+        return self.blocks[index]
+
+    def close(self, index: int) -> None:
+        """Let go of the block's weights."""
+        self.blocks[index].to("meta")
+        if index + 1 == len(self.blocks):
+            self._reader.shutdown()
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the checkpoint in the model's dtype, on the CPU, one in memory at a time."""
+        for name in names:
+            yield from self._read([name]).items()
+
+    def _names_of(self, index: int) -> list[str]:
+        prefix = f"{self.list_name}.{index}."
+        return [name for name in self._where if name.startswith(prefix)]
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """Copies of tensors; the files are mapped only while they are read."""
+        found = {}
+        for path in sorted({self._where[name] for name in names}):
+            with safe_open(path, framework="pt") as file:
+                for name in names:
+                    if self._where[name] == path:
+                        tensor = file.get_tensor(name)
+                        dtype = DTYPES[self.dtype] if tensor.is_floating_point() else tensor.dtype
+                        found[name] = tensor.to(dtype, copy=True)
+        return found
+
+    def _assign(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            parent, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(parent)
+            value = tensor.to(self._device)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+
+
+def unstreamable(path: str | Path) -> str | None:
+    """Why a checkpoint cannot be read block by block, or None when it can.
+
+    Its tensors must have the names and shapes of the model's own. Checkpoints that transformers
+    renames or merges while loading (some mixtures of experts) have not.
+
+    Raises:
+        InputError: see `models.load.check_checkpoint`.
+    """
+    folder = resolve_path(path)
+    check_checkpoint(folder)
+    model = _empty_model(folder, "float32")
+    where = _tensor_files(folder)
+    needed = dict(model.named_parameters())
+    known = model.state_dict().keys()
+    if missing := sorted(needed.keys() - where.keys()):
+        return f"{len(missing)} tensors of the model are not in it by name, such as {missing[0]}"
+    if unexpected := sorted(where.keys() - known):
+        return f"it has {len(unexpected)} tensors that the model has not, such as {unexpected[0]}"
+    for path in sorted(set(where.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in needed and shape != tuple(needed[name].shape):
+                    wanted = tuple(needed[name].shape)
+                    return f"tensor {name} has shape {shape} where config.json asks for {wanted}"
+    return None
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file it is in."""
+    where = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            where.update(dict.fromkeys(file.keys(), path))
+    return where
+
+
+def _parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _empty_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The model of config.json with real buffers and parameters that have only a shape."""
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            read_config(folder), dtype=DTYPES[dtype], trust_remote_code=False
+        )
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that are made inside have no memory; buffers have, for no file holds some."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class ShardWriter:
+    """Writes a model folder block by block; `finish` makes it one that any loader takes.
+
+    Args:
+        folder: where the shards go; made if it is not there.
+        num_blocks: of the model.
+    """
+
+    def __init__(self, folder: Path, num_blocks: int) -> None:
+        self.folder = folder
+        self._num_blocks = num_blocks
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write_block(self, index: int, prefix: str, block: nn.Module) -> None:
+        """Write one block's tensors; whole or absent."""
+        tensors = {
+            prefix + name: value.detach().cpu().contiguous()
+            for name, value in block.state_dict().items()
+        }
+        write_tensors(self.folder / self._shard(index), tensors, _METADATA)
+
+    def finish(self, source: StreamedBlocks) -> None:
+        """Write the tensors outside the blocks, the index and config.json."""
+        number, num_bytes = self._num_blocks, 0
+        held: dict[str, Tensor] = {}
+        for name, tensor in source.tensors(source.rest_names()):
+            if held and num_bytes + tensor.nbytes > _SHARD_BYTES:
+                write_tensors(self.folder / self._shard(number), held, _METADATA)
+                number, held, num_bytes = number + 1, {}, 0
+            held[name] = tensor
+            num_bytes += tensor.nbytes
+        write_tensors(self.folder / self._shard(number), held, _METADATA)
+        config = source.model.config
+        config.architectures = [type(source.model).__name__]
+        config.dtype = DTYPES[source.dtype]
+        config.save_pretrained(self.folder)
+        extra = source.folder / "generation_config.json"
+        if extra.is_file():
+            shutil.copyfile(extra, self.folder / extra.name)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        weight_map, total = {}, 0
+        for path in sorted(self.folder.glob("model-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                weight_map.update(dict.fromkeys(file.keys(), path.name))
+            with path.open("rb") as raw:
+                header = int.from_bytes(raw.read(8), "little")
+            total += path.stat().st_size - 8 - header
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _shard(self, index: int) -> str:
+        return f"model-{index + 1:05d}.safetensors"

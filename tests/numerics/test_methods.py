@@ -1,0 +1,388 @@
+"""The laws of every method, and how far each one is from the best of all masks on small layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify.errors import InputError, NonFiniteError
+from sparsify.methods import Method, Problem, PruneParams, available_methods, get_method
+from sparsify.methods.admm import search
+from sparsify.methods.descent import descend
+from sparsify.pattern import Pattern, count_violations, keep_mask_from_scores
+from sparsify.refit import damped_hessian, objective
+from sparsify.statistics import Statistics
+from sparsify.targets import teacher_target
+
+METHODS = list(available_methods().values())
+PATTERNS = ["2:4", "4:8", "1:2", "1:4", "unstructured:0.5", "unstructured:0.3"]
+TWO_FOUR = Pattern.parse("2:4")
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def make_problem(
+    num_rows: int = 12,
+    num_columns: int = 48,
+    seed: int = 0,
+    dead: tuple[int, ...] = (),
+    num_tokens: int | None = None,
+) -> Problem:
+    """A float64 layer with strongly correlated inputs x, dense inputs y near x, and a residual."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight, mix = normal(num_rows, num_columns), normal(num_columns, num_columns)
+    count = num_tokens or 6 * num_columns
+    x = normal(count, num_columns) @ (mix / num_columns**0.5 + torch.eye(num_columns).double())
+    y = x + 0.2 * normal(count, num_columns)
+    gap = 0.2 * normal(count, num_rows)
+    x[:, list(dead)] = 0.0
+    statistics = Statistics(x.T @ x / count, 20 * num_columns, y.T @ x / count)
+    return Problem("layer", weight, statistics, gap.T @ x / count)
+
+
+def statistics_of(problem: Problem) -> Statistics:
+    assert problem.statistics is not None
+    return problem.statistics
+
+
+def with_hessian(problem: Problem, hessian: Tensor) -> Problem:
+    """The problem without a teacher's gap on another Hessian."""
+    return replace(problem, statistics=Statistics(hessian, 960, hessian), residual_OI=None)
+
+
+def rows_of(problem: Problem, rows: slice) -> Problem:
+    assert problem.residual_OI is not None
+    return replace(
+        problem, weight_OI=problem.weight_OI[rows], residual_OI=problem.residual_OI[rows]
+    )
+
+
+def with_patterns(*texts: str) -> pytest.MarkDecorator:
+    """Every method with every pattern, but for those that `test_descent_refuses` is about."""
+    pairs = [
+        pytest.param(method, text, id=f"{method.name}-{text}")
+        for method, text in product(METHODS, texts)
+        if method.name != "descent" or Pattern.parse(text).is_structured
+    ]
+    return pytest.mark.parametrize(("method", "text"), pairs)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    """Equal in float64 but for the order of summation; measured 6.4e-12 at worst."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+class TestLaws:
+    """What holds for every method of the folder, also for one added tomorrow."""
+
+    @with_patterns(*PATTERNS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_exact_count_and_exact_zeros(
+        self, method: Method, text: str, dtype: torch.dtype
+    ) -> None:
+        pattern, problem = Pattern.parse(text), make_problem(dead=(3, 40))
+        given = problem.weight_OI.to(dtype)
+        problem = replace(problem, weight_OI=given.clone())
+        solution = method.solve(problem, pattern, PruneParams(block_size=24))
+        width = pattern.m or 48
+        kept = solution.keep_mask_OI.reshape(12, -1, width).sum(-1)
+        assert (kept == pattern.num_kept(width)).all()
+        assert solution.weight_OI.dtype == dtype and solution.keep_mask_OI.dtype == torch.bool
+        assert not solution.weight_OI[~solution.keep_mask_OI].any()
+        assert torch.isfinite(solution.weight_OI).all()
+        assert count_violations(solution.weight_OI, pattern) == 0
+        assert torch.equal(problem.weight_OI, given), "the given weight was changed"
+        if method.needs_hessian:
+            assert solution.num_dead_columns == 2
+            assert not solution.keep_mask_OI[:, [3, 40]].any() or not pattern.is_structured
+        if method.name not in ("magnitude", "wanda"):
+            assert not solution.weight_OI[:, [3, 40]].any()
+
+    @with_patterns("2:4", "unstructured:0.5")
+    def test_rows_are_independent(self, method: Method, text: str) -> None:
+        pattern, problem, params = Pattern.parse(text), make_problem(), PruneParams()
+        whole = method.solve(problem, pattern, params)
+        for rows in (slice(0, 1), slice(1, 7), slice(7, 7), slice(7, 12)):
+            part = method.solve(rows_of(problem, rows), pattern, params)
+            assert torch.equal(part.keep_mask_OI, whole.keep_mask_OI[rows])
+            same(part.weight_OI, whole.weight_OI[rows])
+
+    @with_patterns("2:4", "4:8")
+    def test_block_size_does_not_matter(self, method: Method, text: str) -> None:
+        pattern, problem = Pattern.parse(text), make_problem()
+        whole = method.solve(problem, pattern, PruneParams(block_size=48))
+        for block_size in (8, 16, 40, 512):
+            other = method.solve(problem, pattern, PruneParams(block_size=block_size))
+            assert torch.equal(other.keep_mask_OI, whole.keep_mask_OI)
+            same(other.weight_OI, whole.weight_OI)
+
+    @every_method
+    def test_scale_of_the_input_does_not_matter(self, method: Method) -> None:
+        problem = make_problem(dead=(5,))
+        one = method.solve(problem, TWO_FOUR, PruneParams())
+        known = statistics_of(problem)
+        assert known.cross_II is not None and problem.residual_OI is not None
+        scaled = Statistics(
+            known.hessian_II * 2.0**-30, known.num_tokens, known.cross_II * 2.0**-30
+        )
+        other = replace(problem, statistics=scaled, residual_OI=problem.residual_OI * 2.0**-30)
+        found = method.solve(other, TWO_FOUR, PruneParams())
+        assert torch.equal(one.keep_mask_OI, found.keep_mask_OI)
+        same(found.weight_OI, one.weight_OI)
+
+    @with_patterns(*PATTERNS)
+    def test_identity_hessian_gives_magnitude(self, method: Method, text: str) -> None:
+        pattern, problem = Pattern.parse(text), make_problem()
+        # One quota for the row, as magnitude has it.
+        params = PruneParams(block_size=128 if pattern.is_structured else 48)
+        problem = with_hessian(problem, torch.eye(48, dtype=torch.float64))
+        expected = get_method("magnitude").solve(problem, pattern, params)
+        solution = method.solve(problem, pattern, params)
+        assert torch.equal(solution.keep_mask_OI, expected.keep_mask_OI)
+        same(solution.weight_OI, expected.weight_OI)
+
+    @every_method
+    def test_non_finite_weight_names_the_layer(self, method: Method) -> None:
+        problem = replace(make_problem(), name="layer seven")
+        problem.weight_OI[2, 7] = float("inf")
+        with pytest.raises(NonFiniteError, match="layer seven: the weight"):
+            method.solve(problem, TWO_FOUR, PruneParams())
+
+    @every_method
+    def test_columns_must_be_whole_groups(self, method: Method) -> None:
+        with pytest.raises(InputError, match=r"layer: 48 input columns cannot be cut.*of 5"):
+            method.solve(make_problem(), Pattern.parse("2:5"), PruneParams())
+
+
+class TestGivenMasks:
+    @with_patterns("2:4", "4:8", "unstructured:0.5")
+    def test_what_is_not_allowed_is_never_kept(self, method: Method, text: str) -> None:
+        pattern, problem = Pattern.parse(text), make_problem()
+        allowed = torch.rand(12, 48, generator=torch.Generator().manual_seed(1)) < 0.7
+        solution = method.solve(replace(problem, allowed_OI=allowed), pattern, PruneParams())
+        assert not solution.keep_mask_OI[~allowed].any()
+        assert not solution.weight_OI[~allowed].any()
+        width = pattern.m or 48
+        kept, room = (
+            mask.reshape(12, -1, width).sum(-1) for mask in (solution.keep_mask_OI, allowed)
+        )
+        assert torch.equal(kept, room.clamp(max=pattern.num_kept(width)))
+
+    @every_method
+    def test_everything_allowed_is_no_restriction(self, method: Method) -> None:
+        problem = make_problem()
+        allowed = torch.ones(12, 48, dtype=torch.bool)
+        free = method.solve(problem, TWO_FOUR, PruneParams())
+        found = method.solve(replace(problem, allowed_OI=allowed), TWO_FOUR, PruneParams())
+        assert torch.equal(found.keep_mask_OI, free.keep_mask_OI)
+        same(found.weight_OI, free.weight_OI)
+
+    @with_patterns("2:4", "16:32", "unstructured:0.5")
+    def test_a_fixed_mask_is_the_mask(self, method: Method, text: str) -> None:
+        pattern, problem = Pattern.parse(text), make_problem(num_columns=64)
+        mask = keep_mask_from_scores(make_problem(num_columns=64, seed=1).weight_OI, pattern)
+        fixed = replace(problem, allowed_OI=mask, is_mask_fixed=True)
+        solution = method.solve(fixed, pattern, PruneParams(refit_iterations=60))
+        assert torch.equal(solution.keep_mask_OI, mask)
+        assert not solution.weight_OI[~mask].any()
+        target = teacher_target(problem, PruneParams()) if method.needs_teacher else None
+        if method.name in ("magnitude", "wanda"):
+            assert torch.equal(solution.weight_OI, problem.weight_OI * mask)
+        elif method.name != "sparsegpt":
+            # Those that refit find the least squares on the mask, wherever they start.
+            goal = problem.weight_OI if target is None else target
+            same(solution.weight_OI, least_squares(goal, mask, damped_of(problem)))
+
+    @every_method
+    def test_a_fixed_mask_must_have_the_pattern(self, method: Method) -> None:
+        problem = replace(make_problem(), name="layer nine", is_mask_fixed=True)
+        mask = keep_mask_from_scores(problem.weight_OI, TWO_FOUR)
+        mask[3, 8:11] = True
+        with pytest.raises(
+            InputError, match=r"layer nine: .*breaks pattern 2:4 in row 3.*column 8"
+        ):
+            method.solve(replace(problem, allowed_OI=mask), TWO_FOUR, PruneParams())
+        with pytest.raises(InputError, match=r"layer nine: .*\(12, 40\).*\(12, 48\)"):
+            method.solve(replace(problem, allowed_OI=mask[:, :40]), TWO_FOUR, PruneParams())
+
+
+def damped_of(problem: Problem) -> Tensor:
+    return damped_hessian(problem.hessian_II, 0.01, torch.float64)
+
+
+def least_squares(target: Tensor, mask: Tensor, damped: Tensor) -> Tensor:
+    """Normal equations of every row on its own mask."""
+    result = torch.zeros_like(target)
+    for row, keep in enumerate(mask):
+        right = damped[keep] @ target[row]
+        result[row, keep] = torch.linalg.solve(damped[keep][:, keep], right)
+    return result
+
+
+def best_of_all_masks(target: Tensor, damped: Tensor) -> Tensor:
+    """(O,) lowest error of every row over all 2:4 masks, each with its normal equations."""
+    num_groups = target.shape[1] // 4
+    pairs = list(combinations(range(4), 2))
+    columns = torch.tensor(
+        [[4 * group + i for group, pair in enumerate(choice) for i in pair]
+         for choice in product(pairs, repeat=num_groups)]
+    )  # fmt: skip
+    right = target @ damped
+    total = ((target @ damped) * target).sum(1)
+    part = damped[columns.unsqueeze(2), columns.unsqueeze(1)]  # (masks, kept, kept)
+    wanted = right[:, columns].permute(1, 2, 0)  # (masks, kept, rows)
+    removed = (torch.linalg.solve(part, wanted) * wanted).sum(1)
+    return total - removed.max(0).values
+
+
+# Errors in units of the optimum, measured with this seed; the bounds leave 2 % for rounding.
+MEASURED = {
+    8: {"magnitude": 3.80, "wanda": 3.37, "sparsegpt": 2.52, "resolve": 1.88, "teacher": 1.86,
+        "descent": 1.18, "twofour": 1.12, "admm": 1.11},
+    12: {"magnitude": 2.36, "wanda": 2.27, "sparsegpt": 1.80, "resolve": 1.40, "teacher": 1.41,
+         "descent": 1.17, "twofour": 1.09, "admm": 1.09},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_columns", "num_rows"), [(8, 200), (12, 200)])
+def test_distance_to_the_best_of_all_masks(num_columns: int, num_rows: int) -> None:
+    """6^2 and 6^3 masks per row; errors are towards what each method aims at."""
+    problem = make_problem(num_rows, num_columns, seed=5, num_tokens=400)
+    damped, params = damped_of(problem), PruneParams(refit_iterations=40)
+    ratios = {}
+    for method in METHODS:
+        goal = teacher_target(problem, params) if method.needs_teacher else problem.weight_OI
+        found = objective(method.solve(problem, TWO_FOUR, params).weight_OI, goal, damped)
+        best = best_of_all_masks(goal, damped)
+        assert (found >= best - 1e-9).all(), method.name
+        ratios[method.name] = float(found.sum() / best.sum())
+    assert set(MEASURED[num_columns]) == set(ratios), ratios
+    for name, measured in MEASURED[num_columns].items():
+        assert ratios[name] < 1.02 * measured, (name, ratios)
+    for better, worse in [
+        ("wanda", "magnitude"), ("sparsegpt", "wanda"), ("resolve", "sparsegpt"),
+        ("descent", "resolve"), ("admm", "resolve"), ("twofour", "teacher"),
+    ]:  # fmt: skip
+        assert ratios[better] < ratios[worse], (better, worse, ratios)
+
+
+class TestDescent:
+    def start(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        keep = keep_mask_from_scores(problem.weight_OI.abs(), TWO_FOUR)
+        return problem.weight_OI * keep, keep
+
+    def test_every_sweep_lowers_every_row(self) -> None:
+        problem = make_problem(num_rows=40)
+        damped, target = damped_of(problem), problem.weight_OI
+        weight, keep = self.start(problem)
+        errors = [objective(weight, target, damped)]
+        for _ in range(6):
+            keep = descend(weight, keep, target, damped, TWO_FOUR, 1, 16)
+            assert not weight[~keep].any()
+            assert count_violations(keep, TWO_FOUR) == 0
+            errors.append(objective(weight, target, damped))
+            assert (errors[-1] <= errors[-2] * (1 + 1e-12)).all()
+        assert (errors[1] < errors[0]).all()
+
+    def test_one_group_is_solved_exactly_from_anywhere(self) -> None:
+        problem = make_problem(50, 4, num_tokens=100)
+        damped, target = damped_of(problem), problem.weight_OI
+        weight = torch.randn(50, 4, generator=torch.Generator().manual_seed(3)).double()
+        keep = keep_mask_from_scores(weight, TWO_FOUR)
+        weight *= keep
+        descend(weight, keep, target, damped, TWO_FOUR, 1, 4)
+        # Measured 1.5e-12 relative.
+        torch.testing.assert_close(
+            objective(weight, target, damped), best_of_all_masks(target, damped),
+            rtol=1e-10, atol=1e-12,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("text", ["2:4", "1:2", "4:8"])
+    def test_at_the_end_no_group_can_do_better(self, text: str) -> None:
+        pattern, problem = Pattern.parse(text), make_problem(num_rows=4)
+        damped, target = damped_of(problem), problem.weight_OI
+        keep = keep_mask_from_scores(target.abs(), pattern)
+        weight = target * keep
+        keep = descend(weight, keep, target, damped, pattern, 100, 48)
+        error = objective(weight, target, damped)
+        for left in range(0, 48, pattern.m):
+            for kept in combinations(range(left, left + pattern.m), pattern.n):
+                other = weight.clone()
+                other[:, left : left + pattern.m] = 0.0
+                right = ((target - other) @ damped)[:, list(kept)]
+                part = damped[list(kept)][:, list(kept)]
+                other[:, list(kept)] = torch.linalg.solve(part, right.T).T
+                assert (objective(other, target, damped) >= error - 1e-9).all()
+
+    def test_no_sweeps_change_nothing(self) -> None:
+        problem = make_problem()
+        weight, keep = self.start(problem)
+        before = weight.clone()
+        after = descend(weight, keep, problem.weight_OI, damped_of(problem), TWO_FOUR, 0, 16)
+        assert torch.equal(weight, before) and torch.equal(after, keep)
+
+    @pytest.mark.parametrize("text", ["unstructured:0.5", "8:16"])
+    def test_descent_refuses_what_it_cannot_go_through(self, text: str) -> None:
+        with pytest.raises(InputError, match=rf"layer: .*{text}.*prune.method=resolve"):
+            get_method("descent").solve(make_problem(), Pattern.parse(text), PruneParams())
+
+
+class TestAdmm:
+    def test_without_iterations_the_mask_is_that_of_wanda(self) -> None:
+        problem = make_problem()
+        hessian = problem.hessian_II
+        _, keep = search(problem.weight_OI, hessian, problem, TWO_FOUR, 0)
+        wanda = get_method("wanda").solve(problem, TWO_FOUR, PruneParams())
+        assert torch.equal(keep, wanda.keep_mask_OI)
+
+    def test_the_two_copies_agree_in_the_end(self) -> None:
+        """With the penalty grown, the values found with the mask are already near least squares."""
+        problem = make_problem(num_rows=40)
+        damped, target = damped_of(problem), problem.weight_OI
+        weight, keep = search(target, damped, problem, TWO_FOUR, 120)
+        best = objective(least_squares(target, keep, damped), target, damped).sum()
+        # Measured 1.0003.
+        assert objective(weight, target, damped).sum() < 1.01 * best
+
+    def test_more_iterations_are_worth_it(self) -> None:
+        problem = make_problem(num_rows=40)
+        damped, target = damped_of(problem), problem.weight_OI
+
+        def error(iterations: int) -> float:
+            params = PruneParams(admm_iterations=iterations)
+            weight = get_method("admm").solve(problem, TWO_FOUR, params).weight_OI
+            return float(objective(weight, target, damped).sum())
+
+        # Measured 0.56.
+        assert error(30) < 0.65 * error(0)
+
+
+def test_a_teacher_brings_the_output_closer_to_the_dense_output() -> None:
+    """On the tokens themselves: mean || Z x - W y ||^2 without a residual."""
+    generator = torch.Generator().manual_seed(0)
+    weight, mix = (torch.randn(*s, generator=generator).double() for s in ((16, 32), (32, 32)))
+    y = torch.randn(4000, 32, generator=generator).double() @ (mix / 6 + torch.eye(32).double())
+    x = y @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)).double()
+    statistics = Statistics(x.T @ x / 4000, 4000, y.T @ x / 4000)
+    problem = Problem("layer", weight, statistics)
+
+    def error(name: str) -> float:
+        params = PruneParams(teacher_share=1.0)
+        pruned = get_method(name).solve(problem, TWO_FOUR, params).weight_OI
+        return float((x @ pruned.T - y @ weight.T).square().sum())
+
+    # Measured 0.24 and 0.19.
+    assert error("teacher") < 0.3 * error("resolve")
+    assert error("twofour") < 0.25 * error("admm")
+
+
+def test_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"'obs' does not exist.*magnitude, .*sparsegpt, .*wanda"):
+        get_method("obs")

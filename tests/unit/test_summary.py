@@ -1,0 +1,60 @@
+"""The summary of a run: what the records of its stages become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.schema import Config
+from jobs._artifact import RECORD
+from jobs._stage import Models, StageContext
+from jobs._summary import build_summary
+
+LAYER = {
+    "method": "wanda", "name": "model.layers.0.up", "block": 0, "shape": [8, 4], "num_tokens": 64,
+    "error": 1.0, "relative_error": 0.1, "sparsity": 0.5, "damping": None, "num_dead_columns": 0,
+}  # fmt: skip
+NEW = {
+    "tokens_per_column": 16.0, "condition": 12.5, "large_kept": 1.0,
+    "seconds": {"statistics": 0.5, "solve": 1.5},
+}  # fmt: skip
+
+
+def summary_of(run_dir: Path, prune: dict[str, Any]) -> dict[str, Any]:
+    model = run_dir / "model"  # no files: a model's size is not what is tested here
+    (run_dir / "prune").mkdir()
+    record = {"metrics": {"pattern": "2:4", "method": "wanda", **prune}, "duration_s": 3.0}
+    (run_dir / "prune" / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    nothing: Any = None
+    models = Models(model, {"wanda": model}, "wanda")
+    context = StageContext(
+        Config(), Config(), run_dir, "command", models, nothing, nothing, nothing
+    )  # fmt: skip
+    return build_summary(run_dir, context)
+
+
+def test_layers_go_into_the_summary_with_all_their_figures(tmp_path: Path) -> None:
+    summary = summary_of(tmp_path, {"layers": [LAYER | NEW]})
+    assert summary["schema"] == 1
+    assert summary["layers"] == [LAYER | NEW]
+
+
+def test_time_of_every_method_and_of_its_phases(tmp_path: Path) -> None:
+    prune = {
+        "layers": [], "seconds": {"magnitude": 1.0, "wanda": 2.5},
+        "phases": {"wanda": {"statistics": 0.5, "solve": 1.5}},
+    }  # fmt: skip
+    assert summary_of(tmp_path, prune)["pruning"] == [
+        {"method": "magnitude", "duration_s": 1.0, "seconds": {}},
+        {"method": "wanda", "duration_s": 2.5, "seconds": {"statistics": 0.5, "solve": 1.5}},
+    ]
+
+
+@pytest.mark.parametrize("prune", [{"layers": [LAYER]}, {}])
+def test_record_of_an_earlier_version(tmp_path: Path, prune: dict[str, Any]) -> None:
+    summary = summary_of(tmp_path, prune)
+    assert summary["layers"] == prune.get("layers", [])
+    assert summary["pruning"] == []
