@@ -31,11 +31,14 @@ class PruneConfig:
     """calibration rows per forward on one worker; changes memory and speed only"""
     skip: list[str] = field(default_factory=list)
     """glob patterns of linear layers left dense, such as [*.down_proj]"""
+    order: str = "auto"
+    """when inputs are measured: layer (each behind the pruned layers before it in the block), block
+    (all of a block at once, as SparseGPT's authors do), or auto, as is best for the method"""
     existing: str = "ignore"
     """zeros that the model has: ignore, extend (they stay, others join them) or keep (the mask)"""
-    teacher_share: float = 0.5
+    teacher_share: float = 1.0
     """how far layers are fitted to the dense model's outputs on its own inputs; 0 to 1"""
-    residual_share: float = 0.5
+    residual_share: float = 1.0
     """how far layers make up for errors of the residual stream they add to; 0 to 1"""
     refit_iterations: int = 20
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
@@ -69,7 +72,14 @@ class PruneConfig:
         for name in ("teacher_share", "residual_share"):
             rules.in_range(f"prune.{name}", getattr(self, name), low=0, high=1)
         rules.budget_syntax("prune.budget", self.budget)
+        rules.one_of("prune.order", self.order, ("auto", "layer", "block"))
         rules.one_of("prune.existing", self.existing, ("ignore", "extend", "keep"))
+        if self.rotation_steps and self.existing != "ignore":
+            raise InputError(
+                f"prune.rotation_steps={self.rotation_steps}: rotations fill the zeros that "
+                f"prune.existing={self.existing} is about; use prune.existing=ignore, or "
+                "prune.rotation_steps=0"
+            )
         rules.one_of("prune.reduction", self.reduction, ("fast", "fixed"))
         rules.one_of("prune.activations", self.activations, ("auto", "device", "host", "disk"))
         rules.in_range("prune.damping", self.damping, above=0, high=1)

@@ -8,7 +8,9 @@ and a run that is carried on finds it again.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs._rotation import ROTATION
 from sparsify.files import write_json, write_tensors
 from sparsify.models.load import load_model, save_model
 
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 
 NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
+
+_ROTATION_FACTS = "rotation.json"
+# Of the calibration, for the search for rotations. On two small models the share of importance
+# that pruning loses on other rows was then within 0.5 % of that with four times the tokens.
+_TOKENS_PER_FEATURE = 64
 
 Say = Callable[[float, float, str], None]
 
@@ -70,17 +78,26 @@ def fisher_weights(
 
 def rotated_model(
     dense: Path, rows: TokenRows, config: Config, scratch: Path, comm: Comm, device: str, say: Say
-) -> Path:
-    """Folder of the dense model with the best rotations found folded into its weights."""
+) -> tuple[Path, dict[str, Any]]:
+    """Fold the best rotations found into the dense model's weights.
+
+    Returns:
+        Folder of the rotated model, the rotation in it; and what rotating did, as plain values.
+    """
     folder = scratch / "rotated"
 
     def make() -> None:
         from sparsify.pattern import Pattern
         from sparsify.rotate import rotate_model
 
+        begun_s = time.perf_counter()
         model = load_model(dense, config.model.dtype, device)
-        rotate_model(
-            model, rows, steps=config.prune.rotation_steps, seed=config.run.seed,
+        width = model.config.get_text_config().hidden_size
+        wanted = math.ceil(_TOKENS_PER_FEATURE * width / rows.ids_NT.shape[1])
+        # Spread over all rows: they lie source by source.
+        few = rows[:: max(1, len(rows) // wanted)]
+        report = rotate_model(
+            model, few, steps=config.prune.rotation_steps, seed=config.run.seed,
             batch_size=config.prune.batch_size, pattern=Pattern.parse(config.prune.pattern),
             on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
         )  # fmt: skip
@@ -88,10 +105,20 @@ def rotated_model(
         if partial.exists():
             shutil.rmtree(partial)
         save_model(model, None, partial)
+        report.rotation.save(partial / ROTATION)
+        facts = {
+            "num_tokens": few.num_tokens,
+            "steps": config.prune.rotation_steps,
+            "entropy": [report.entropy_before, report.entropy_after],
+            "pruned_share": [report.pruned_share_before, report.pruned_share_after],
+            "max_logit_difference": report.max_logit_difference,
+            "seconds": time.perf_counter() - begun_s,
+        }
+        write_json(partial / _ROTATION_FACTS, facts)
         partial.rename(folder)
 
     once(folder, comm, make)
-    return folder
+    return folder, dict(json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8")))
 
 
 def dense_layers(

@@ -16,11 +16,13 @@ from torch import Tensor
 from jobs._artifact import model_fingerprint
 from jobs._layers import FEW_TOKENS, layer_metrics
 from jobs._prune_options import NUM_HELD_ROWS, dense_layers, fisher_weights, rotated_model
+from jobs._rotation import ROTATION, carry_rotation, rotation_facts
 from jobs._sources import load_rows
 from jobs._stage import MASKS, write_sparsity
+from sparsify.calibrate import Order
 from sparsify.comm import Comm
 from sparsify.masks import MaskFile, merge_masks, save_masks
-from sparsify.methods import PruneParams, get_method
+from sparsify.methods import Method, PruneParams, get_method
 from sparsify.models.blocks import unstreamable
 from sparsify.models.load import (
     DTYPES,
@@ -61,6 +63,7 @@ class Pruning:
         self._config = config
         self._dense = dense
         self._scratch = scratch
+        self._rotated: Path | None = None
         is_fixed = settings.reduction == "fixed"
         many = context.world_size > 1
         self._comm = Comm.distributed(is_fixed) if many else Comm.single(is_fixed)
@@ -90,6 +93,8 @@ class Pruning:
             )
         self.dense_layers: list[str] = []
         """left dense under prune.budget, by the main method"""
+        self.rotation: dict[str, Any] | None = None
+        """what folding rotations in did, for the main method"""
 
     def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
         """Prune with method `name`, going on where an earlier run was stopped.
@@ -106,13 +111,14 @@ class Pruning:
 
         common: dict[str, Any] = {
             "comm": self._comm, "batch_size": settings.batch_size, "skip": list(settings.skip),
-            "existing": settings.existing, "clock": time.perf_counter,
+            "existing": settings.existing, "order": self._order(name), "clock": time.perf_counter,
             "on_block": lambda done, total: say(done, total, "blocks"),
         }  # fmt: skip
         dense = self._dense
         shared = (self._config, self._scratch, self._comm, context.device, say)
         if is_main and settings.rotation_steps:
-            dense = rotated_model(dense, self._rows, *shared)
+            dense, self.rotation = rotated_model(dense, self._rows, *shared)
+            self._rotated = dense
         if is_main and settings.fisher:
             common["token_weights"] = fisher_weights(dense, self._rows, *shared)
         folder = self._scratch / name
@@ -138,7 +144,7 @@ class Pruning:
         return prune_checkpoint(
             dense, folder, *args, **common,
             dtype=self._config.model.dtype, device=self._context.device,
-            activations=self._placement(method.needs_teacher),
+            activations=self._placement(method),
             checkpoint_every_blocks=settings.checkpoint_every_blocks,
         )  # fmt: skip
 
@@ -158,22 +164,39 @@ class Pruning:
             save_masks(folder / "masks-00001.safetensors", result.keep_masks)
         return result
 
-    def _placement(self, with_teacher: bool) -> Placement:
-        """Where hidden states go: as asked for, or where there is room."""
+    def _order(self, name: str) -> Order:
+        """When inputs are measured: as asked for, or as the method has it."""
+        asked = self._config.prune.order
+        return get_method(name).order if asked == "auto" else asked  # type: ignore[return-value]
+
+    def _placement(self, method: Method) -> Placement:
+        """Where hidden states go: as asked for, or where there is room for them.
+
+        On the device, where a pass over a block's layers one by one also holds forwards: for them
+        a Llama keeps the hidden states twice more and its widest activation.
+        """
         asked = self._config.prune.activations
         if asked != "auto":
             return asked  # type: ignore[return-value]
         config = read_config(self._dense).get_text_config()
-        share = self._rows.num_tokens / self._context.world_size
-        width = DTYPES[self._config.model.dtype].itemsize
-        needed = share * config.hidden_size * width * (2 if with_teacher else 1)
-        if self._context.device == "cuda":
-            free, _ = torch.cuda.mem_get_info()
-            if needed <= _ROOM_ON_GPU * free:
-                return "device"
+        bytes_per_feature = (
+            self._rows.num_tokens / self._context.world_size
+            * DTYPES[self._config.model.dtype].itemsize * (2 if method.needs_teacher else 1)
+        )  # fmt: skip
+        streams = bytes_per_feature * config.hidden_size
+        widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        held = 2 * streams + bytes_per_feature * widest
+        if self._order(method.name) == "block":
+            held = 0
         workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
-        return "host" if needed <= _ROOM_ON_HOST * available else "disk"
+        if self._context.device == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            if streams + held <= _ROOM_ON_GPU * free:
+                return "device"
+        elif streams + held <= _ROOM_ON_HOST * available:
+            return "device"
+        return "host" if streams <= _ROOM_ON_HOST * available else "disk"
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
         """Say which layers have too little data behind them."""
@@ -202,9 +225,16 @@ class Pruning:
                 _link(path, folder / path.name)
         merge_masks(sorted(source.glob("masks-*.safetensors")), folder / MASKS)
         self._tokenizer.save_pretrained(folder)
+        dense_sha256 = model_fingerprint(self._dense)
+        if name == self._config.prune.method and self._rotated is not None:
+            _link(self._rotated / ROTATION, folder / ROTATION)
+            basis = rotation_facts(folder / ROTATION, dense_sha256)
+        else:
+            basis = carry_rotation(self._dense, folder)
         provenance = {
             "dense_path": str(self._dense.resolve()),
-            "dense_sha256": model_fingerprint(self._dense),
+            "dense_sha256": dense_sha256,
+            **basis,
             "num_calibration_tokens": self._rows.num_tokens,
             "seed": self._config.run.seed,
         }

@@ -52,18 +52,21 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Tokenise once, train on all workers, check the zeros of what was written."""
     from jobs._artifact import take_json
     from jobs._gate import check_files, masks_of
+    from jobs._rotation import teacher_rotation
 
-    student = context.models.student("distill")
+    student, teacher = context.models.student("distill"), context.models.dense
+    rotation = teacher_rotation(student, teacher, context.config.distill.square_head_weight)
     payload = {
-        "config": context.worker_config, "student": student, "teacher": context.models.dense,
-        "folder": writer.folder, "scratch": writer.scratch,
+        "config": context.worker_config, "student": student, "teacher": teacher,
+        "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
     if not (writer.scratch / _ROWS).is_file():
         context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
     context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve = take_json(writer.folder / "curve.json")
     masks, pattern = masks_of(writer.folder / "model")
-    return {**curve, "gate": check_files(writer.folder / "model", masks, pattern)}
+    gate = check_files(writer.folder / "model", masks, pattern)
+    return {**curve, "gate": gate, "is_teacher_rotated": rotation is not None}
 
 
 def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
@@ -111,6 +114,7 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     from sparsify.masks import apply_masks_, mask_gradients
     from sparsify.models.load import load_model, load_pair
     from sparsify.models.packed import check_isolation
+    from sparsify.rotation import Rotation, fold_rotation
 
     torch.set_num_threads(context.num_threads)
     torch.manual_seed(payload["config"].run.seed)
@@ -119,6 +123,8 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     student, tokenizer = load_pair(payload["student"], "float32", context.device)
     dtype = "bfloat16" if config.distill.precision == "bf16" else "float32"
     teacher = load_model(payload["teacher"], dtype, context.device).requires_grad_(False)
+    if payload["rotation"] is not None:
+        fold_rotation(teacher, Rotation.load(payload["rotation"]))
     if config.data.isolate_documents:
         check_isolation(student)
         check_isolation(teacher)
@@ -292,6 +298,7 @@ def _write(
     """Rank 0 writes the recovered model and the loss curve."""
     from jobs import _engine
     from jobs._artifact import disk_errors, model_fingerprint, write_json
+    from jobs._rotation import carry_rotation
     from jobs._stage import MASKS, read_sparsity, write_sparsity
     from sparsify.masks import save_masks
 
@@ -312,6 +319,7 @@ def _write(
         loop.engine.module.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         save_masks(folder / MASKS, on_cpu)
+        carry_rotation(payload["student"], folder)
         write_sparsity(folder, on_cpu, pattern, before.get("method", "given"), provenance)
     write_json(
         payload["folder"] / "curve.json",

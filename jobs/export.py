@@ -50,6 +50,7 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
     from jobs._artifact import disk_errors
     from jobs._gate import check_files, masks_of
     from jobs._packed import load_any, save_packed_folder
+    from jobs._rotation import carry_rotation
     from jobs._stage import MASKS, PACKED, read_sparsity, write_sparsity
     from sparsify.masks import save_masks
     from sparsify.models.load import load_pair, save_model
@@ -66,6 +67,7 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
         sparse = folder / "sparse"
         save_model(model, tokenizer, sparse)
         save_masks(sparse / MASKS, masks)
+        carry_rotation(source, sparse)
         provenance = _public(before.get("provenance", {}), models.dense)
         write_sparsity(sparse, masks, str(pattern), before.get("method", "given"), provenance)
         save_packed_folder(folder / "sparse-packed", model, tokenizer, masks, pattern, None, sparse)

@@ -93,6 +93,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
         "phases": {name: _seconds(reports) for name, reports in found.items()},
         "seconds": {name: sum(_seconds(reports).values()) for name, reports in found.items()},
         "dense_layers": pruning.dense_layers,
+        "rotation": pruning.rotation,
     }
     write_json(payload["folder"] / "figures.json", figures)
 

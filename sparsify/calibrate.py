@@ -1,18 +1,24 @@
 """The walk over a model's decoder blocks: statistics of each linear's input, then a solver.
 
-Blocks are visited in order, and only one is needed at a time. One pass of the calibration rows
-through a block gives the statistics of all its linears; the caller's solver then changes the
-block's weights, and a second pass hands on what the next block will really receive. A method with
+Blocks are visited in order, and only one is needed at a time. In the order of layers, the rows
+stop before each of a block's linears until it is solved, so that one pass gives the statistics of
+all of them, each behind the ones pruned before it, and what the next block will receive. In the
+order of blocks, as SparseGPT's authors do it, a first pass gives the statistics of all linears of
+the block as if it were dense, and a second one hands on what the solved block makes. A method with
 a teacher also follows the dense model, in one pass beside the first. Processes share the rows.
 Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O output features.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +27,7 @@ from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.models.blocks import Blocks
 from sparsify.models.packed import require_isolation
+from sparsify.models.stops import Stages, StoppingBlock, stages_of
 from sparsify.models.structure import (
     BlockCalls,
     BlockInputs,
@@ -34,6 +41,8 @@ from sparsify.phases import Phases
 from sparsify.statistics import Statistics
 from sparsify.streams import StreamStore
 from sparsify.text import TokenRows
+
+Order = Literal["layer", "block"]
 
 
 @dataclass
@@ -60,6 +69,9 @@ class Wants:
     """follow the dense model too, for `cross_II` and `residual_OI`"""
     factor_damping: float | None = None
     """compute the factors with this damping, each on one process, before handing out the layers"""
+    order: Order = "block"
+    """layer: measure a layer's input when the layers before it are solved; block: when the blocks
+    before it are. Blocks that `models.stops.stages_of` refuses are measured in the latter order"""
 
 
 def prunable_linears(
@@ -121,7 +133,9 @@ def walk_blocks(
         batch_size: rows per forward of a block.
         wants: what `solve` needs.
         skip: see `prunable_linears`.
-        store: keeps the hidden states between blocks; None keeps them beside the weights.
+        store: keeps the hidden states between blocks; None keeps them beside the weights. If it
+            keeps them on the device, forwards too are held there while layers are solved; else
+            each is begun anew for every group of layers.
         first_block: go on here; `store` then holds the streams before it, and earlier blocks are
             not looked at.
         on_block: called as on_block(index, block) after a block's layers are solved and the
@@ -135,8 +149,11 @@ def walk_blocks(
         NonFiniteError: activations hold NaN or infinity; names the layer and the rows.
         SingularHessianError: as raised by `solve`, with the number of tokens added.
 
-    Cost: two forwards of every block over the rows (three with a teacher); hidden states of this
-    process's rows and the moments of one block in memory.
+    Cost: order "block": two forwards of every block over the rows (three with a teacher); hidden
+    states of this process's rows and the moments of one block in memory. Order "layer": one
+    forward (two with a teacher) where forwards are held, for which a Llama keeps its widest
+    activation of these rows, once for each; about two (three and a half) where they are not. The
+    moments of one input at a time; with a teacher, a second copy of the block.
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(source, rows, comm, batch_size, wants, store, phases or Phases(), token_weights)
@@ -148,9 +165,7 @@ def walk_blocks(
             with walk.phases.measure("load"):
                 block = source.open(index)
             names = {name: module for at, name, module in linears if at == index}
-            for layer in walk.layers(index, block, names):
-                _solve_layer(layer, solve)
-            walk.advance(index, block)
+            walk.visit(index, block, names, lambda layer: _solve_layer(layer, solve))
             if on_block is not None:
                 on_block(index, block)
             source.close(index)
@@ -205,6 +220,11 @@ def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
     return [batches[lane] for lane in comm.lanes(num_batches)]
 
 
+_Found = Iterator[tuple[str, Statistics, Tensor | None]]
+"""(name relative to the block, moments of its input, `Layer.residual_OI`) of one layer after
+another, each of which has to be solved before the next is asked for"""
+
+
 class _Walk:
     """The streams before the current block, and what one block does with them."""
 
@@ -237,27 +257,97 @@ class _Walk:
                 for stream in self._streams:
                     self._store.put(stream, batch.number, hidden_BTD, 0)
 
-    def layers(self, index: int, block: nn.Module, names: dict[str, nn.Linear]) -> list[Layer]:
-        """The block's layers with the statistics of their inputs, over all processes' rows."""
+    def visit(
+        self, index: int, block: nn.Module, names: dict[str, nn.Linear],
+        solve: Callable[[Layer], None],
+    ) -> None:  # fmt: skip
+        """Have the block's layers solved, and bring the streams to stand before the next block."""
         if not self._is_known:
-            self._calls.learn(block, self._rows[:1])
-            self._is_known = True
-            if self._rows.is_packed:
-                require_isolation(
-                    lambda rows: run_block(block, self._calls.first(rows)),
-                    self._source.model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
-                    type(self._source.model).__name__,
-                )
+            self._learn(block)
         if not names:
             if self._wants.teacher:
-                self._follow_teacher(index, block)
-            return []
+                self._follow(index, block, "dense")
+            self._follow(index, block, "pruned")
+            return
         prefix = f"{self._source.list_name}.{index}."
         with self.phases.measure("statistics"):
             left_out = [name for name in linears_of(block) if prefix + name not in names]
-            batch = self._batches[0]
-            groups = shared_input_groups(block, self._call(index, "pruned", batch), left_out)
-            total = self._moments(index, block, groups)
+            call = self._call(index, "pruned", self._batches[0])
+            groups = shared_input_groups(block, call, left_out)
+            stages = stages_of(block, call, groups) if self._wants.order == "layer" else None
+        layers = (
+            self._layers_at_once(index, block, groups)
+            if stages is None
+            else self._layers_by_stage(index, block, stages)
+        )
+        for relative, statistics, residual_OI in layers:
+            name = prefix + relative
+            solve(Layer(name, names[name], index, statistics, residual_OI))
+
+    def _learn(self, block: nn.Module) -> None:
+        """See how blocks are called, and that they keep documents apart."""
+        self._calls.learn(block, self._rows[:1])
+        self._is_known = True
+        if self._rows.is_packed:
+            require_isolation(
+                lambda rows: run_block(block, self._calls.first(rows)),
+                self._source.model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
+                type(self._source.model).__name__,
+            )
+
+    def _layers_at_once(self, index: int, block: nn.Module, groups: list[list[str]]) -> _Found:
+        """The layers, all measured in the dense block; then the pruned stream follows."""
+
+        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
+            call = self._call(index, "pruned", batch)
+            if self._wants.teacher:
+                hidden_BTD = self._store.get("dense", batch.number)
+                teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
+                self._put("dense", batch, moments.add_pair(call, teacher, weights_BT), index + 1)
+            else:
+                moments.add(call, weights_BT)
+
+        yield from self._measured(index, block, groups, note)
+        self._follow(index, block, "pruned")
+
+    def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
+        """The layers, each measured behind the solved ones; the streams follow as they go."""
+        hold = self._store.is_on_device
+        last = len(stages.groups) - 1
+        with contextlib.ExitStack() as stack:
+            if self._wants.teacher:
+                # Its layers stay dense while those of the block are solved.
+                dense = stack.enter_context(StoppingBlock(deepcopy(block), stages, hold=hold))
+            pruned = stack.enter_context(StoppingBlock(block, stages, hold=hold))
+            for stage, group in enumerate(stages.groups):
+
+                def note(
+                    moments: Moments, batch: Batch, weights_BT: Tensor | None, stage: int = stage
+                ) -> None:
+                    call = partial(self._call, index, "pruned", batch)
+                    mine, teacher = pruned.stop_at(stage, batch.number, call), None
+                    if self._wants.teacher:
+                        call = partial(self._call, index, "dense", batch)
+                        teacher = dense.stop_at(stage, batch.number, call, to_end=stage == last)
+                    moments.add_stop(mine, teacher, weights_BT)
+                    if teacher is not None and teacher.output_BTD is not None:
+                        self._put("dense", batch, teacher.output_BTD, index + 1)
+
+                yield from self._measured(index, block, [group], note)
+            if index + 1 < len(self._source.blocks):
+                with self.phases.measure("forward"):
+                    for batch in self._batches:
+                        call = partial(self._call, index, "pruned", batch)
+                        self._put("pruned", batch, pruned.end(batch.number, call), index + 1)
+
+    def _measured(
+        self, index: int, block: nn.Module, groups: list[list[str]],
+        note: Callable[[Moments, Batch, Tensor | None], None],
+    ) -> _Found:  # fmt: skip
+        """The layers of some groups with the statistics of their inputs, over all rows."""
+        prefix = f"{self._source.list_name}.{index}."
+        with self.phases.measure("statistics"):
+            total = self._moments(index, block, groups, note)
         with self.phases.measure("reduce"):
             try:
                 found = total.reduce(self._comm)
@@ -268,35 +358,23 @@ class _Walk:
             with self.phases.measure("factor"):
                 named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
                 share_factors(named, self._wants.factor_damping, self._comm)
-        return [
-            Layer(
-                prefix + name,
-                names[prefix + name],
-                index,
-                found.statistics[group[0]],
-                found.residuals.get(name),
-            )
-            for group in groups
-            for name in group
-        ]
+        for group in groups:
+            for name in group:
+                yield name, found.statistics[group[0]], found.residuals.get(name)
 
-    def _moments(self, index: int, block: nn.Module, groups: list[list[str]]) -> Moments:
+    def _moments(
+        self, index: int, block: nn.Module, groups: list[list[str]],
+        note: Callable[[Moments, Batch, Tensor | None], None],
+    ) -> Moments:  # fmt: skip
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
         tree: list[tuple[int, Moments]] = []
         for lane in self._lanes:
             moments = Moments(block, groups, with_teacher=self._wants.teacher)
             for batch in lane:
-                call = self._call(index, "pruned", batch)
                 weights_BT = None
                 if self._token_weights is not None:
                     weights_BT = self._token_weights[index, batch.where]
-                if self._wants.teacher:
-                    hidden_BTD = self._store.get("dense", batch.number)
-                    teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
-                    output_BTD = moments.add_pair(call, teacher, weights_BT)
-                    self._put("dense", batch, output_BTD, index + 1)
-                else:
-                    moments.add(call, weights_BT)
+                note(moments, batch, weights_BT)
             tree.append((0, moments))
             while len(tree) > 1 and tree[-1][0] == tree[-2][0]:
                 (level, right), (_, left) = tree.pop(), tree.pop()
@@ -312,10 +390,14 @@ class _Walk:
         if block < len(self._source.blocks):  # nobody reads what the last block puts out
             self._store.put(stream, batch.number, hidden_BTD, block)
 
-    def _follow_teacher(self, index: int, block: nn.Module) -> None:
-        for batch in self._batches:
-            output_BTD = run_block(block, self._call(index, "dense", batch))
-            self._put("dense", batch, output_BTD, index + 1)
+    def _follow(self, index: int, block: nn.Module, stream: str) -> None:
+        """Run the block as it is, so that the stream stands before the next one."""
+        if index + 1 == len(self._source.blocks):
+            return
+        with self.phases.measure("forward"):
+            for batch in self._batches:
+                output_BTD = run_block(block, self._call(index, stream, batch))
+                self._put(stream, batch, output_BTD, index + 1)
 
     def _where_not_finite(self, index: int, block: nn.Module, groups: list[list[str]]) -> str:
         """The first rows that make a layer's input NaN or infinite, for the message."""
@@ -328,15 +410,6 @@ class _Walk:
                 break
         found = [where for where in self._comm.share(mine) if where is not None]
         return "; first in calibration rows {} to {}".format(*min(found)) if found else ""
-
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Run the solved block, so that the pruned stream stands before the next one."""
-        if index + 1 == len(self._source.blocks):
-            return
-        with self.phases.measure("forward"):
-            for batch in self._batches:
-                output_BTD = run_block(block, self._call(index, "pruned", batch))
-                self._put("pruned", batch, output_BTD, index + 1)
 
 
 def _device_of(model: nn.Module) -> torch.device:

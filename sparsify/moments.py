@@ -5,7 +5,6 @@ Shape suffixes: B rows of a batch, T tokens of a row, I input features, D hidden
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,15 @@ from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError, SingularHessianError
 from sparsify.hessian import HessianSum, InverseFactor
 from sparsify.kernels.gram import add_cross_
+from sparsify.models.stops import Stop
 from sparsify.models.structure import (
     BlockInputs,
     ResidualAdds,
     linears_of,
     run_block,
     watch_linears,
+    watch_outputs,
+    writers_of,
 )
 from sparsify.statistics import Statistics
 
@@ -100,17 +102,35 @@ class Moments:
         self, call: BlockInputs, inputs: dict[str, list[Tensor]], streams: dict[str, list[Tensor]]
     ) -> Tensor:
         """Run the block, keeping its layers' inputs and the residual streams they add to."""
-        width = call.hidden_BTD.shape[-1]
-        adding = {name: layer for name, layer in self._adding.items()
-                  if layer.out_features == width}  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(
-                watch_linears(self._watched, lambda n, v: inputs.setdefault(n, []).append(v))
-            )
-            stack.enter_context(
-                ResidualAdds(adding, lambda n, v: streams.setdefault(n, []).append(v))
-            )
-            return run_block(self._block, call)
+        adds = ResidualAdds()
+        adding = writers_of(self._adding, call.hidden_BTD.shape[-1])
+
+        def note(name: str, value: Tensor) -> None:
+            inputs.setdefault(name, []).append(value)
+
+        with watch_linears(self._watched, note), watch_outputs(adding, adds.saw), adds:
+            output_BTD = run_block(self._block, call)
+        for name, stream in adds.onto:
+            streams.setdefault(name, []).append(stream)
+        return output_BTD
+
+    def add_stop(self, mine: Stop, teacher: Stop | None, weights_BT: Tensor | None) -> None:
+        """Add what one group's layers receive, and beside it what they do in the dense model.
+
+        Args:
+            mine: a forward before the layers, of which there is one group.
+            teacher: the dense model's forward there.
+            weights_BT: how much each token counts; None: all the same.
+        """
+        (name,) = self._watched
+        self._add_input(name, mine.inputs, weights_BT)
+        if teacher is None:
+            return
+        self._add_cross(name, [mine.inputs], [teacher.inputs], weights_BT)
+        for member in self._members[name]:
+            if member in mine.streams and member in teacher.streams:
+                pair = [teacher.streams[member]], [mine.streams[member]]
+                self._add_residual(member, [mine.inputs], *pair, weights_BT)
 
     def _add_input(self, name: str, value: Tensor, weights_BT: Tensor | None) -> None:
         self._sums[name].add(value, _weights_for(name, value, weights_BT))

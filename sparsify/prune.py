@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, Wants, prunable_linears, share_of, walk_blocks
+from sparsify.calibrate import Layer, Order, Wants, prunable_linears, share_of, walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.files import write_json
@@ -92,6 +92,7 @@ def prune_model(
     batch_size: int,
     skip: Sequence[str] = (),
     existing: Existing = "ignore",
+    order: Order | None = None,
     token_weights: Tensor | None = None,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
@@ -113,6 +114,7 @@ def prune_model(
         skip: glob patterns of layer names to leave dense.
         existing: what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero
             and others join them, "keep" they are the mask.
+        order: how inputs are measured, see `calibrate.Wants`; None: as the method has it.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
         on_block: called as on_block(blocks done, blocks in all).
         clock: returns seconds, for the times in the reports; None: no times.
@@ -126,7 +128,7 @@ def prune_model(
     Cost: that of `walk_blocks`, of the method, and O I^2 twice per layer for the errors.
     """
     source = BlocksInMemory(model)
-    run = _Run(source, method, pattern, params, comm, existing, Phases(clock), skip)
+    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
     result = PruneResult()
 
     def finish(index: int, block: nn.Module) -> None:
@@ -155,6 +157,7 @@ def prune_checkpoint(
     device: str | torch.device = "cpu",
     skip: Sequence[str] = (),
     existing: Existing = "ignore",
+    order: Order | None = None,
     activations: Placement = "device",
     token_weights: Tensor | None = None,
     checkpoint_every_blocks: int = 1,
@@ -171,8 +174,8 @@ def prune_checkpoint(
     Args:
         path: model folder, or "embedded"; see `models.blocks.StreamedBlocks`.
         out: folder for the result, on a disk that all processes see.
-        rows, method, pattern, params, comm, batch_size, skip, existing, token_weights, on_block,
-            clock: see `prune_model`.
+        rows, method, pattern, params, comm, batch_size, skip, existing, order, token_weights,
+            on_block, clock: see `prune_model`.
         dtype: float32, bfloat16 or float16.
         device: where blocks are worked on.
         activations: where hidden states are kept between blocks; see `streams.StreamStore`.
@@ -191,7 +194,7 @@ def prune_checkpoint(
     on disk.
     """
     source = StreamedBlocks(path, dtype, device)
-    run = _Run(source, method, pattern, params, comm, existing, Phases(clock), skip)
+    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
     num_batches = sum(comm.share(sum(map(len, share_of(rows, comm, batch_size)))))
     state = _State(out, comm, len(source.blocks), num_batches)
     store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
@@ -273,7 +276,7 @@ class _Run:
 
     def __init__(
         self, source: Blocks, method: Method, pattern: Pattern, params: PruneParams, comm: Comm,
-        existing: Existing, phases: Phases, skip: Sequence[str],
+        existing: Existing, order: Order | None, phases: Phases, skip: Sequence[str],
     ) -> None:  # fmt: skip
         if existing not in EXISTING:
             raise InputError(f"prune.existing={existing}: use one of {', '.join(EXISTING)}")
@@ -286,6 +289,7 @@ class _Run:
         self._params = params
         self._comm = comm
         self._existing = existing
+        self._order = order or method.order
         self._skip = skip
         self._masks: dict[str, Tensor] = {}
         self._reports: list[LayerReport] = []
@@ -300,6 +304,7 @@ class _Run:
         wants = Wants(
             teacher=method.needs_teacher,
             factor_damping=self._params.damping if method.needs_factor else None,
+            order=self._order,
         )
         walk_blocks(
             self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,16 @@ from sparsify.models.stream_sites import (
     find_rotation_sites,
     stream_moments,
 )
-from sparsify.pattern import Pattern, check_divides
+from sparsify.pattern import Pattern, check_divides, keep_mask_from_scores
+from sparsify.rotation import (
+    Rotation,
+    fold_gains,
+    logits_of,
+    require_same,
+    rotate_columns,
+    rotate_rows,
+    turn,
+)
 from sparsify.text import TokenRows
 
 LEARNING_RATE = 0.01  # of Adam; 0.003 got less far in 200 steps
@@ -41,6 +49,8 @@ class RotationReport:
     entropy_after: float
     max_logit_difference: float
     """largest |logit - logit before| on the first row of tokens: rounding in the model's dtype"""
+    rotation: Rotation
+    """what was folded in; `rotation.fold_rotation` does the same to another copy of the model"""
     pruned_share_before: float | None = None
     """share of a matrix's importance that the pattern prunes, mean over matrices weighted by their
     rows; None without a pattern"""
@@ -116,21 +126,23 @@ def rotate_model(
     try:
         with torch.no_grad():
             check = rows[:1]
-            before = _logits(model, check)
-            _untie(model, sites)
-            _fold_gains(sites)
+            before = logits_of(model, check)
+            fold_gains(model, sites)
             moments = stream_moments(model, sites, rows, batch_size)
         noise = torch.Generator().manual_seed(seed) if steps else None
         search = _Search(sites, moments, noise, counted, pattern, use_value_rotation)
         entropy_before, pruned_before = search.measure()
         search.run(steps, on_step)
         entropy_after, pruned_after = search.measure()
+        rotation = search.found()
         with torch.no_grad():
-            search.apply()
-            difference = _require_same(model, check, before)
+            turn(sites, rotation)
+            difference = require_same(model, check, before)
     finally:
         model.train(was_training)
-    return RotationReport(entropy_before, entropy_after, difference, pruned_before, pruned_after)
+    return RotationReport(
+        entropy_before, entropy_after, difference, rotation, pruned_before, pruned_after
+    )
 
 
 def _counted(
@@ -148,52 +160,6 @@ def _counted(
         for name in sorted(counted):
             check_divides(name, linears[name].in_features, pattern)
     return counted
-
-
-def _logits(model: nn.Module, rows: TokenRows) -> Tensor:
-    rows = rows.to(next(model.parameters()).device)
-    logits: Tensor = model(
-        input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False
-    ).logits
-    return logits
-
-
-def _require_same(model: nn.Module, rows: TokenRows, before: Tensor) -> float:
-    """The largest difference of the logits; InputError when it is more than rounding."""
-    after = _logits(model, rows)
-    # RMSNorm of transformers computes in float32, also in a float64 model.
-    eps = max(torch.finfo(after.dtype).eps, torch.finfo(torch.float32).eps)
-    after, before = after.double(), before.double()
-    if not bool(torch.isfinite(after).all()):
-        raise NonFiniteError("rotation: logits are not finite; check the weights")
-    change = float((after - before).square().mean().sqrt() / before.std())
-    # Rounding leaves some eps (measured below 30 of them), a part that did not rotate about 1.
-    if change > math.sqrt(eps):
-        raise InputError(
-            f"rotation: logits of {type(model).__name__} moved by {change:.2g} of their spread, so "
-            "something in it does not rotate; leave rotation out for this model"
-        )
-    return float((after - before).abs().max())
-
-
-def _untie(model: Any, sites: RotationSites) -> None:
-    """Give a tied output layer a weight of its own, also for the next load of the model."""
-    if sites.head.weight is not sites.embedding.weight:
-        return
-    trainable = sites.head.weight.requires_grad
-    sites.head.weight = nn.Parameter(sites.head.weight.detach().clone(), trainable)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
-
-
-def _fold_gains(sites: RotationSites) -> None:
-    for site in sites.norms:
-        weight_D: Any = site.norm.weight
-        gain_D = weight_D.double() + site.offset
-        for linear in site.readers.values():
-            linear.weight.copy_(linear.weight.double() * gain_D)
-        weight_D.fill_(1.0 - site.offset)
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
@@ -292,7 +258,7 @@ class _Search:
             importance_I = self._moments.diagonals[name]
             index = self._output_of.get(id(linear))
             if index is not None:
-                weight_DI = _rotate_columns(weight_DI, values[index])
+                weight_DI = rotate_columns(weight_DI, values[index])
                 blocks = self._moments.values[id(linear)]
                 turned = values[index].unsqueeze(1)
                 importance_I = ((blocks @ turned) * turned).sum(-2).flatten()
@@ -303,43 +269,13 @@ class _Search:
     ) -> Tensor:
         weight_OD = weight_OD @ stream_DD
         index = self._value_of.get(id(linear))
-        return weight_OD if index is None else _rotate_rows(weight_OD, values[index])
+        return weight_OD if index is None else rotate_rows(weight_OD, values[index])
 
-    def apply(self) -> None:
-        """Fold the rotations into the weights, in float64."""
-        stream_DD = _orthogonal(self._stream.double())
+    @torch.no_grad()
+    def found(self) -> Rotation:
+        """The rotations as they are now, orthogonal to float64's precision."""
         values = [_orthogonal(free.double()) for free in self._values]
-        sites = self._sites
-        sites.embedding.weight.copy_(sites.embedding.weight.double() @ stream_DD)
-        for site in sites.norms:
-            for linear in site.readers.values():
-                weight_OD = linear.weight.double()
-                linear.weight.copy_(self._reader(linear, weight_OD, stream_DD, values))
-                index = self._value_of.get(id(linear))
-                if index is not None and linear.bias is not None:
-                    bias_O1 = linear.bias.double()[:, None]
-                    linear.bias.copy_(_rotate_rows(bias_O1, values[index])[:, 0])
-        for linear in sites.writers.values():
-            weight_DI = stream_DD.T @ linear.weight.double()
-            index = self._output_of.get(id(linear))
-            if index is not None:
-                weight_DI = _rotate_columns(weight_DI, values[index])
-            linear.weight.copy_(weight_DI)
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias.double() @ stream_DD)
-
-
-def _rotate_rows(weight_OI: Tensor, rotation_HKK: Tensor) -> Tensor:
-    """R2^T on the rows of every key-value head."""
-    heads = weight_OI.unflatten(0, rotation_HKK.shape[:2])
-    return (rotation_HKK.transpose(1, 2) @ heads).flatten(0, 1)
-
-
-def _rotate_columns(weight_OI: Tensor, rotation_HKK: Tensor) -> Tensor:
-    """R2 on the columns of every query head; those of one key-value head follow each other."""
-    num_heads, width, _ = rotation_HKK.shape
-    heads = weight_OI.unflatten(1, (num_heads, -1, width))
-    return torch.einsum("ohqk,hkl->ohql", heads, rotation_HKK).flatten(1)
+        return Rotation(_orthogonal(self._stream.double()), values)
 
 
 def _entropy(scores_OI: Tensor) -> Tensor:
@@ -350,8 +286,6 @@ def _entropy(scores_OI: Tensor) -> Tensor:
 
 def _pruned_share(scores_OI: Tensor, pattern: Pattern) -> Tensor:
     """Share of importance lost when each group (unstructured: row) keeps its largest, times O."""
-    num_rows, num_columns = scores_OI.shape
-    width = pattern.m or num_columns
-    lost = width - pattern.num_kept(width)
-    pruned = scores_OI.unflatten(1, (-1, width)).sort(dim=-1).values[..., :lost].sum()
-    return num_rows * pruned / scores_OI.sum().clamp_min(_TINY)
+    # Comparing the members of a group takes half the time of sorting them and its backward.
+    is_lost_OI = ~keep_mask_from_scores(scores_OI.detach(), pattern)
+    return len(scores_OI) * (scores_OI * is_lost_OI).sum() / scores_OI.sum().clamp_min(_TINY)

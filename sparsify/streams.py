@@ -52,6 +52,11 @@ class StreamStore:
         self._held: dict[tuple[str, int], Tensor] = {}
         self._files: dict[tuple[str, int], Path] = {}
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether there is room beside the weights."""
+        return self._placement == "device"
+
     def put(self, stream: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
         """Keep what the batch's stream is before block `block`."""
         key = (stream, batch)

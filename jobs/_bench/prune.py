@@ -58,6 +58,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--repeats", 1, "runs of each side, in turn; the median counts")
     walk = "this project's walk: the model in memory, or streamed from its files"
     add_option(parser, "--walk", "memory", walk, choices=["memory", "streamed"])
+    order = "this project's order: block, as the other side has it, or layer, in one pass"
+    add_option(parser, "--order", "block", order, choices=["block", "layer"])
 
 
 def run(options: Namespace) -> Outcome:
@@ -77,9 +79,7 @@ def run(options: Namespace) -> Outcome:
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in _SIDES}
     for _ in range(options.repeats):
         for side in _SIDES:
-            runs[side].append(
-                run_side(side, python, dense, work, num_threads, options.batch_size, options.walk)
-            )
+            runs[side].append(run_side(side, python, dense, work, num_threads, options))
     figures: dict[str, Any] = compare(
         dense, {side: work / side for side in _SIDES}, TokenRows.whole(ids_NT), options.batch_size
     )
@@ -98,6 +98,7 @@ def run(options: Namespace) -> Outcome:
         "batch_size": options.batch_size,
         "repeats": options.repeats,
         "walk": options.walk,
+        "order": options.order,
         "seed": options.seed,
     }
     return summarise(figures, settings, num_threads)
@@ -141,8 +142,7 @@ def run_side(
     dense: Path,
     work: Path,
     num_threads: int,
-    batch_size: int,
-    walk: str,
+    options: Namespace,
 ) -> dict[str, Any]:
     """Prune in a fresh process of one side; its seconds and peak memory.
 
@@ -152,16 +152,15 @@ def run_side(
         dense: model folder.
         work: folder with rows.safetensors; the side's model and log go there.
         num_threads: CPU threads.
-        batch_size: rows per forward.
-        walk: memory or streamed, for this project's side.
+        options: batch_size, and walk and order for this project's side.
     """
     out, result, log = work / side, work / f"{side}.json", work / f"{side}.log"
     shutil.rmtree(out, ignore_errors=True)
     result.unlink(missing_ok=True)
-    words = [dense, work / "rows.safetensors", out, result, num_threads, batch_size]
+    words = [dense, work / "rows.safetensors", out, result, num_threads, options.batch_size]
     script = Path(__file__).with_name("side_llmcompressor.py")
     start = (
-        [sys.executable, "-m", "jobs._bench.side_twofour", walk]
+        [sys.executable, "-m", "jobs._bench.side_twofour", options.walk, options.order]
         if side == "twofour"
         else [str(python), "-P", str(script)]
     )

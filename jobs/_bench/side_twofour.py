@@ -1,7 +1,7 @@
 """This project's side of the pruning comparison: one process that loads, prunes, saves, reports.
 
-Started as `python -m jobs._bench.side_twofour WALK MODEL ROWS OUT RESULT THREADS BATCH_SIZE`; the
-other side is a file of its own that takes the same words after the first.
+Started as `python -m jobs._bench.side_twofour WALK ORDER MODEL ROWS OUT RESULT THREADS BATCH_SIZE`;
+the other side is a file of its own that takes the same words after the first two.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsify.calibrate import Order
 
 
 def now() -> tuple[float, float]:
@@ -22,13 +26,21 @@ BEGIN = ("", *now())
 
 
 def prune_folder(
-    walk: str, model: Path, rows: Path, out: Path, result: Path, num_threads: int, batch_size: int
+    walk: str,
+    order: Order,
+    model: Path,
+    rows: Path,
+    out: Path,
+    result: Path,
+    num_threads: int,
+    batch_size: int,
 ) -> None:
     """Prune a model folder 2:4 with SparseGPT and write seconds and peak memory as JSON.
 
     Args:
         walk: "memory" loads the model, prunes it and saves it; "streamed" does it block by block,
             and all of it counts as pruning.
+        order: when inputs are measured, see `sparsify.calibrate.Wants`.
         model: dense model folder with a tokenizer.
         rows: safetensors file with int64 `input_ids` (N, T).
         out: folder for the pruned model.
@@ -57,7 +69,7 @@ def prune_folder(
         marks.append(("load", *marks[0][1:]))
         pruned = prune_checkpoint(
             model, out, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, clock=time.perf_counter,
+            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
     else:
@@ -65,7 +77,7 @@ def prune_folder(
         marks.append(("load", *now()))
         pruned = prune_model(
             dense, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, clock=time.perf_counter,
+            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
         save_model(dense, tokenizer, out)
@@ -86,7 +98,8 @@ def prune_folder(
 
 
 if __name__ == "__main__":
-    walk, model, rows, out, result, num_threads, batch_size = sys.argv[1:]
+    walk, order, model, rows, out, result, num_threads, batch_size = sys.argv[1:]
     prune_folder(
-        walk, Path(model), Path(rows), Path(out), Path(result), int(num_threads), int(batch_size)
-    )
+        walk, order, Path(model), Path(rows), Path(out), Path(result),  # type: ignore[arg-type]
+        int(num_threads), int(batch_size),
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ class PruneParams:
     """share of the mean Hessian diagonal added to the diagonal; 0 or more"""
     block_size: int = 128
     """columns whose updates are gathered before they reach the columns to the right"""
-    teacher_share: float = 0.5
+    teacher_share: float = 1.0
     """how far a layer is fitted to what the dense model computes from its own inputs; 0 to 1"""
-    residual_share: float = 0.5
+    residual_share: float = 1.0
     """how far it also makes up for the error of the residual stream that it adds to; 0 to 1"""
     refit_iterations: int = 20
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
@@ -106,6 +107,8 @@ class Method:
     """True: `solve` reads `statistics.factor(params.damping)`, which is then computed once"""
     needs_teacher: bool = False
     """True: `solve` reads `cross_II` and `residual_OI`, for which the dense model runs beside"""
+    order: Literal["layer", "block"] = "block"
+    """how its inputs are measured unless asked otherwise, see `calibrate.Wants`"""
 
 
 def check_problem(problem: Problem, pattern: Pattern) -> None:

@@ -39,5 +39,6 @@ METHOD = Method(
     needs_hessian=True,
     needs_factor=True,
     needs_teacher=True,
+    order="layer",
     solve=solve,
 )

@@ -60,5 +60,6 @@ METHOD = Method(
     needs_hessian=True,
     needs_factor=True,
     needs_teacher=True,
+    order="layer",
     solve=solve,
 )

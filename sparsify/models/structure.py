@@ -69,6 +69,11 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def writers_of(linears: dict[str, nn.Linear], hidden_size: int) -> dict[str, nn.Linear]:
+    """Those whose output is as wide as the residual stream, so that it may be added to it."""
+    return {name: layer for name, layer in linears.items() if layer.out_features == hidden_size}
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states among what a block returned (the block's tensor, or first of a tuple)."""
     hidden = output[0] if isinstance(output, tuple) else output
@@ -243,37 +248,49 @@ def watch_linears(
             handle.remove()
 
 
+@contextmanager
+def watch_outputs(
+    linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `note(name, output tensor)` after every forward of the given linears."""
+    handles = [
+        linear.register_forward_hook(lambda _, __, out, name=name: note(name, out))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class ResidualAdds(TorchFunctionMode):
     """Sees which linears' outputs are added to the residual stream, and to what.
 
-    While the mode is active, `note(name, r)` is called whenever the output of one of `linears` is
-    added, as it is, to another tensor `r` of its shape: the residual stream before the layer's
-    contribution. Sums of two layers' outputs (parallel attention and MLP) are no such case, nor is
-    an output that is normalised or scaled first.
-
-    Args:
-        linears: name -> module.
-        note: called with the layer's name and the residual stream (..., D) before the add.
+    While the mode is active, a sum counts when one side is, as it is, an output announced by `saw`
+    and the other is not: the residual stream before the layer's contribution. Sums of two layers'
+    outputs (parallel attention and MLP) are no such case, nor is an output that is normalised or
+    scaled first.
     """
 
     _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
-    def __init__(self, linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._note = note
+        self.onto: list[tuple[str, Tensor]] = []
+        """(layer, the residual stream (..., D) that its output was added to), in order"""
+        self.sums: list[Tensor] = []
+        """what came out"""
         self._outputs: dict[int, tuple[str, Tensor]] = {}
-        self._handles = [
-            linear.register_forward_hook(lambda _, __, out, name=name: self._saw(name, out))
-            for name, linear in linears.items()
-        ]
 
-    def _saw(self, name: str, output: Tensor) -> None:
-        # Held, so that no other tensor can get its identity.
+    def saw(self, name: str, output: Tensor) -> None:
+        """A layer's output; held so that no other tensor can get its identity."""
         self._outputs[id(output)] = (name, output)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in self._ADDS and len(args) == 2 and not kwargs:
             hits = [self._outputs.get(id(arg)) for arg in args]
             if (hits[0] is None) != (hits[1] is None):
@@ -281,11 +298,6 @@ class ResidualAdds(TorchFunctionMode):
                 name, output = hits[at]  # type: ignore[misc]
                 other = args[1 - at]
                 if isinstance(other, Tensor) and other.shape == output.shape:
-                    self._note(name, other)
-        return func(*args, **(kwargs or {}))
-
-    def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._outputs.clear()
-        super().__exit__(*error)
+                    self.onto.append((name, other))
+                    self.sums.append(result)
+        return result

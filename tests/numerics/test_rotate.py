@@ -15,12 +15,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sparsify.distill import square_head
 from sparsify.errors import CalibrationError, InputError
 from sparsify.models.load import load_model, save_model
 from sparsify.models.stream_sites import stream_moments
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern
 from sparsify.rotate import find_rotation_sites, rotate_model
+from sparsify.rotation import Rotation, fold_rotation
 from sparsify.text import TokenRows
 
 TWO_FOUR = Pattern.parse("2:4")
@@ -239,6 +241,63 @@ def test_layers_left_dense_do_not_count() -> None:
         rotate_model(tiny(), rows, steps=1, seed=0, batch_size=6, dense_names=["lm_head"])
     with pytest.raises(InputError, match="every linear layer stays dense"):
         rotate_model(tiny(), rows, steps=1, seed=0, batch_size=6, dense_names=names)
+
+
+@pytest.mark.parametrize("use_value_rotation", [True, False])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma"])
+def test_a_kept_rotation_makes_the_same_weights_again(
+    family: str, use_value_rotation: bool, tmp_path: Path
+) -> None:
+    model, again = tiny(family).float(), tiny(family).float()
+    report = rotate_model(
+        model, packed_rows(), steps=10, seed=0, batch_size=6, pattern=TWO_FOUR,
+        use_value_rotation=use_value_rotation,
+    )  # fmt: skip
+    path = tmp_path / "rotation.safetensors"
+    report.rotation.save(path)
+    difference = fold_rotation(again, Rotation.load(path))
+    state = again.state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+    assert not again.config.tie_word_embeddings
+    assert 0 < difference < 1e-4
+    first = path.read_bytes()
+    report.rotation.save(path)
+    assert path.read_bytes() == first
+
+
+def test_a_folded_teacher_has_the_hidden_states_of_the_rotated_model() -> None:
+    student, teacher, rows = tiny(), tiny(), packed_rows()
+    rotation = rotate_model(student, rows, steps=30, seed=0, batch_size=6).rotation
+
+    def distance() -> float:
+        outputs = [
+            model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, output_hidden_states=True)
+            for model in (student, teacher)
+        ]
+        return float(square_head(*(output.hidden_states for output in outputs)))
+
+    with torch.no_grad():
+        assert distance() > 0.1
+        fold_rotation(teacher, rotation)
+        assert distance() < 1e-10
+
+
+def test_a_rotation_of_another_model_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    rotation = rotate_model(tiny(), packed_rows(), steps=1, seed=0, batch_size=6).rotation
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    for bad in (Rotation(torch.eye(16), []), Rotation(rotation.stream_DD, rotation.values[:1])):
+        with pytest.raises(InputError, match="rotation and model are of different runs"):
+            fold_rotation(model, bad)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    with pytest.raises(InputError, match="does not rotate"):  # not orthogonal
+        fold_rotation(model, Rotation(rotation.stream_DD * 1.5, rotation.values))
+    path = tmp_path / "rotation.safetensors"
+    rotation.save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    for bad_path in (path, tmp_path / "none.safetensors"):
+        with pytest.raises(InputError, match="no rotation of this project"):
+            Rotation.load(bad_path)
 
 
 def test_rotated_model_is_a_plain_checkpoint(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def rows_file(tmp_path_factory) -> Path:
 def pruned_folder(tmp_path_factory, random_folder, rows_file) -> Path:
     """What this project's side of the comparison makes of the random checkpoint."""
     folder = tmp_path_factory.mktemp("side")
-    prune_folder("memory", random_folder, rows_file, folder / "out", folder / "r.json", 1, 2)
+    prune_folder(
+        "memory", "block", random_folder, rows_file, folder / "out", folder / "r.json", 1, 2
+    )
     return folder
 
 
@@ -190,7 +192,9 @@ def test_this_sides_result_has_times_memory_and_a_checkpoint(pruned_folder) -> N
 def test_the_streamed_walk_ends_in_the_same_weights(
     tmp_path, random_folder, rows_file, pruned_folder
 ) -> None:
-    prune_folder("streamed", random_folder, rows_file, tmp_path / "out", tmp_path / "r.json", 1, 2)
+    prune_folder(
+        "streamed", "block", random_folder, rows_file, tmp_path / "out", tmp_path / "r.json", 1, 2
+    )
     both = {"memory": pruned_folder / "out", "streamed": tmp_path / "out"}
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert mask_agreement(both["memory"], both["streamed"], names) == 1.0

@@ -212,6 +212,10 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: PruneConfig(batch_size=-1), ["prune.batch_size=-1", "at least 1"]),
         (lambda: PruneConfig(damping=0), ["prune.damping=0", "more than 0"]),
         (lambda: PruneConfig(damping=1.5), ["prune.damping=1.5", "at most 1"]),
+        (
+            lambda: PruneConfig(rotation_steps=5, existing="keep"),
+            ["prune.rotation_steps=5", "prune.existing=keep", "prune.existing=ignore"],
+        ),
         # distill
         (lambda: DistillConfig(beta1=1.0), ["distill.beta1=1.0", "less than 1"]),
         (lambda: DistillConfig(beta2=-0.1), ["distill.beta2=-0.1", "at least 0"]),

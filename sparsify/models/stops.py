@@ -1,0 +1,298 @@
+"""A block's forward that stops before its layers, so that each sees what pruned layers make.
+
+Layers of a block are solved one after another: a layer's input is measured when the layers before
+it are pruned already. A forward that is held at a layer goes on from there once the layer is
+solved, so that the calibration rows pass the block once. Where there is no room to hold the
+forwards of all rows, each is begun anew and ends at the next layer: the same numbers for more
+time. Shape suffixes: B rows, T tokens of a row, I input features, D hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import InputError
+from sparsify.models.structure import (
+    BlockInputs,
+    ResidualAdds,
+    linears_of,
+    run_block,
+    watch_linears,
+    watch_outputs,
+    writers_of,
+)
+
+BLOCK_INPUT = -1
+
+
+class _Enough(Exception):
+    """Ends a forward that has come as far as it was wanted."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The layers of a block in the order in which they can be solved."""
+
+    groups: list[list[str]]
+    """names relative to the block; those of one group share an input"""
+    streams: dict[str, int]
+    """layer that writes to the residual stream -> which tensor it is added to: the result of this
+    add to the stream, counted from 0, or BLOCK_INPUT"""
+
+
+@dataclass
+class Stop:
+    """What a forward has when it stands before a group of layers."""
+
+    inputs: Tensor
+    """(..., I) of the group"""
+    streams: dict[str, Tensor]
+    """layer of the group -> the residual stream (B, T, D) that its output will be added to"""
+    output_BTD: Tensor | None = None
+    """what the block put out, if the forward was let run to its end"""
+
+
+def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> Stages | None:
+    """Whether a block's layers can be solved one group after another, and its residual stream.
+
+    Args:
+        block: a decoder block.
+        call: one call of it.
+        groups: from `shared_input_groups`.
+
+    Returns:
+        None for a block with a list of modules inside (a mixture of experts), whose layers are
+        not called by every token, and where a layer is called more than once.
+    """
+    linears = linears_of(block)
+    lists = [name for name, module in block.named_modules() if isinstance(module, nn.ModuleList)]
+    for group in groups:
+        if any(name.startswith(f"{outer}.") for name in group for outer in lists):
+            return None
+    counts = {name: 0 for group in groups for name in group}
+
+    def count(name: str, _: Tensor) -> None:
+        counts[name] += 1
+
+    watched = {name: linears[name] for group in groups for name in group}
+    adds = ResidualAdds()
+    adding = writers_of(watched, call.hidden_BTD.shape[-1])
+    with watch_linears(watched, count), watch_outputs(adding, adds.saw), adds:
+        run_block(block, call)
+    if any(count != 1 for count in counts.values()):
+        return None
+    return Stages(groups, _streams(adds, call.hidden_BTD))
+
+
+def _streams(adds: ResidualAdds, hidden_BTD: Tensor) -> dict[str, int]:
+    """See `Stages.streams`; layers that are added to another tensor are left out."""
+    found = {}
+    for position, (name, other) in enumerate(adds.onto):
+        before = [index for index in range(position) if _is_same(adds.sums[index], other)]
+        if before:
+            found[name] = before[-1]
+        elif _is_same(hidden_BTD, other):
+            found[name] = BLOCK_INPUT
+    return found
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that are both alive are one, be it in another shape."""
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+
+
+@dataclass
+class _Forward:
+    """One forward of the block on one batch."""
+
+    call: BlockInputs
+    adds: ResidualAdds = field(default_factory=ResidualAdds)
+    wanted: int | None = None
+    """stage that is looked for; None: the end alone"""
+    to_end: bool = False
+    found: Stop | None = None
+    output_BTD: Tensor | None = None
+    held: _Held | None = None
+    """None: not to be gone on with"""
+
+
+class StoppingBlock:
+    """Forwards of one block on many batches, each going from stage to stage.
+
+    A context: leaving it ends all forwards and removes the hooks.
+
+    Args:
+        block: whose layers may change while forwards stand before them.
+        stages: from `stages_of`.
+        hold: True holds every forward where it stands, in a thread of its own of which never more
+            than one runs. False begins it anew for each stage.
+    """
+
+    def __init__(self, block: nn.Module, stages: Stages, *, hold: bool) -> None:
+        self._block = block
+        self._stages = stages
+        self._hold = hold
+        self._current: _Forward | None = None
+        self._held: dict[int, _Held] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        linears = linears_of(self._block)
+        for stage, group in enumerate(self._stages.groups):
+            self._handles.append(
+                linears[group[0]].register_forward_pre_hook(
+                    lambda _, args, stage=stage: self._reached(stage, args[0])
+                )
+            )
+        for name in self._stages.streams:
+            self._handles.append(
+                linears[name].register_forward_hook(
+                    lambda _, __, out, name=name: self._left(name, out)
+                )
+            )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for held in self._held.values():
+            held.abandon()
+        self._held.clear()
+        for handle in self._handles:
+            handle.remove()
+
+    def stop_at(
+        self, stage: int, batch: int, call: Callable[[], BlockInputs], *, to_end: bool = False
+    ) -> Stop:
+        """What the forward of a batch has before a stage; stages come in order.
+
+        Args:
+            stage: index into `Stages.groups`.
+            batch: its number.
+            call: the block's call for the batch, asked for when a forward begins.
+            to_end: let the forward run on to its end, where all weights are final already.
+
+        Raises:
+            InputError: the forward did not come to the stage.
+        """
+        forward = self._run(batch, call, stage, to_end)
+        stop = forward.found
+        if stop is None:
+            name = self._stages.groups[stage][0]
+            raise InputError(
+                f"layer {name} of a {type(self._block).__name__} is not called in one order for "
+                "every batch of calibration rows; use prune.order=block"
+            )
+        forward.found = None
+        stop.output_BTD = forward.output_BTD
+        if to_end:
+            self._held.pop(batch, None)
+        return stop
+
+    def end(self, batch: int, call: Callable[[], BlockInputs]) -> Tensor:
+        """The block's output for a batch, (B, T, D), with the weights as they are now."""
+        output_BTD = self._run(batch, call, None, True).output_BTD
+        assert output_BTD is not None
+        self._held.pop(batch, None)
+        return output_BTD
+
+    def _run(
+        self, batch: int, call: Callable[[], BlockInputs], wanted: int | None, to_end: bool
+    ) -> _Forward:
+        held = self._held.get(batch)
+        forward = _Forward(call()) if held is None else held.forward
+        if held is None and self._hold:
+            held = self._held[batch] = forward.held = _Held(self._forward, forward)
+        forward.wanted, forward.to_end = wanted, to_end
+        self._current = forward
+        try:
+            if held is None:
+                self._forward(forward)
+            else:
+                held.resume()
+        except _Enough:
+            pass
+        finally:
+            self._current = None
+        return forward
+
+    def _forward(self, forward: _Forward) -> None:
+        with forward.adds:
+            forward.output_BTD = run_block(self._block, forward.call)
+
+    def _reached(self, stage: int, inputs: Tensor) -> None:
+        forward = self._current
+        if forward is None or stage != forward.wanted:
+            return
+        streams = {}
+        for name in self._stages.groups[stage]:
+            source = self._stages.streams.get(name)
+            if source == BLOCK_INPUT:
+                streams[name] = forward.call.hidden_BTD
+            elif source is not None and source < len(forward.adds.sums):
+                streams[name] = forward.adds.sums[source]
+        forward.found = Stop(inputs, streams)
+        if forward.to_end:
+            return
+        if forward.held is None:
+            raise _Enough
+        forward.held.stand()
+
+    def _left(self, name: str, output: Tensor) -> None:
+        if self._current is not None:
+            self._current.adds.saw(name, output)
+
+
+class _Held:
+    """A forward in a thread that runs only while `resume` waits for it."""
+
+    def __init__(self, run: Callable[[_Forward], None], forward: _Forward) -> None:
+        self.forward = forward
+        self._run = run
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._failure: BaseException | None = None
+        self._is_abandoned = False
+        self._device = forward.call.hidden_BTD.device
+        self._thread = threading.Thread(target=self._work, name="held forward", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._go.acquire()
+        try:
+            # What torch keeps for each thread has to be as it is in the caller's.
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            if not self._is_abandoned:
+                with torch.no_grad():
+                    self._run(self.forward)
+        except _Enough:
+            pass
+        except BaseException as error:  # handed to the caller of `resume`
+            self._failure = error
+        finally:
+            self._back.release()
+
+    def resume(self) -> None:
+        """Let the forward run until it stands, ends or fails; raises what it raised."""
+        self._go.release()
+        self._back.acquire()
+        if self._failure is not None:
+            raise self._failure
+
+    def stand(self) -> None:
+        """Called by the forward itself: wait for the next `resume`."""
+        self._back.release()
+        self._go.acquire()
+        if self._is_abandoned:
+            raise _Enough
+
+    def abandon(self) -> None:
+        """End the forward where it stands."""
+        if self._thread.is_alive():
+            self._is_abandoned = True
+            self._go.release()
+            self._thread.join()
