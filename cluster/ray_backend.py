@@ -39,6 +39,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # A worker that was given no GPU sees none, so that no library picks one by itself.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    # glibc would keep freed activations between those that wait in pruning: twice the memory.
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
 }
 
 

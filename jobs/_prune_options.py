@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs._rotation import ROTATION
+from sparsify.errors import InputError
 from sparsify.files import write_json, write_tensors
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model, save_model, weight_files
 
 if TYPE_CHECKING:
     from conf.schema import Config
@@ -32,6 +33,8 @@ NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
 
 _ROTATION_FACTS = "rotation.json"
+_DEFAULT_STEPS = 20
+_LARGEST_BYTES = 32 * 10**9  # of a model that is held whole without being asked to
 # Of the calibration, for the search for rotations. On two small models the share of importance
 # that pruning loses on other rows was then within 0.5 % of that with four times the tokens.
 _TOKENS_PER_FEATURE = 64
@@ -76,39 +79,71 @@ def fisher_weights(
     return load_file(path)["weights"]
 
 
+def wanted_rotation_steps(config: Config, dense: Path) -> int:
+    """Steps that were asked for, or for null those of the default method's model.
+
+    Whether a model of this size can be turned is seen when it is loaded: `rotated_model`.
+    """
+    settings = config.prune
+    if settings.rotation_steps is not None:
+        return settings.rotation_steps
+    fits = sum(path.stat().st_size for path in weight_files(dense)) <= _LARGEST_BYTES
+    wanted = settings.method == "twofour" and settings.existing == "ignore" and fits
+    return _DEFAULT_STEPS if wanted else 0
+
+
 def rotated_model(
     dense: Path, rows: TokenRows, config: Config, scratch: Path, comm: Comm, device: str, say: Say
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path | None, dict[str, Any]]:
     """Fold the best rotations found into the dense model's weights.
 
     Returns:
         Folder of the rotated model, the rotation in it; and what rotating did, as plain values.
+        Where prune.rotation_steps is null and the model cannot be rotated, None and {"refused"}.
+
+    Raises:
+        InputError: the steps were asked for, and the model cannot be rotated.
     """
     folder = scratch / "rotated"
+    steps = wanted_rotation_steps(config, dense)
 
     def make() -> None:
+        from sparsify.models.stream_sites import find_rotation_sites
         from sparsify.pattern import Pattern
         from sparsify.rotate import rotate_model
 
         begun_s = time.perf_counter()
+        partial = scratch / ".rotated.tmp"
+        if partial.exists():
+            shutil.rmtree(partial)
         model = load_model(dense, config.model.dtype, device)
+        try:
+            sites = find_rotation_sites(model)
+        except InputError as error:
+            if config.prune.rotation_steps is not None:
+                raise
+            partial.mkdir()
+            write_json(partial / _ROTATION_FACTS, {"refused": str(error)})
+            partial.rename(folder)
+            return
+        is_tied = sites.head.weight is sites.embedding.weight
         width = model.config.get_text_config().hidden_size
         wanted = math.ceil(_TOKENS_PER_FEATURE * width / rows.ids_NT.shape[1])
         # Spread over all rows: they lie source by source.
         few = rows[:: max(1, len(rows) // wanted)]
         report = rotate_model(
-            model, few, steps=config.prune.rotation_steps, seed=config.run.seed,
+            model, few, steps=steps, seed=config.run.seed,
             batch_size=config.prune.batch_size, pattern=Pattern.parse(config.prune.pattern),
+            use_value_rotation=bool(sites.values),
             on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
         )  # fmt: skip
-        partial = scratch / ".rotated.tmp"
-        if partial.exists():
-            shutil.rmtree(partial)
         save_model(model, None, partial)
         report.rotation.save(partial / ROTATION)
         facts = {
             "num_tokens": few.num_tokens,
-            "steps": config.prune.rotation_steps,
+            "steps": steps,
+            "has_value_rotations": bool(sites.values),
+            "untied_bytes": sites.head.weight.nbytes if is_tied else 0,
             "entropy": [report.entropy_before, report.entropy_after],
             "pruned_share": [report.pruned_share_before, report.pruned_share_after],
             "max_logit_difference": report.max_logit_difference,
@@ -118,7 +153,8 @@ def rotated_model(
         partial.rename(folder)
 
     once(folder, comm, make)
-    return folder, dict(json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8")))
+    facts = dict(json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8")))
+    return (None if "refused" in facts else folder), facts
 
 
 def dense_layers(

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from jobs._artifact import model_fingerprint
 from jobs._layers import FEW_TOKENS, layer_metrics
-from jobs._prune_options import NUM_HELD_ROWS, dense_layers, fisher_weights, rotated_model
+from jobs._prune_options import (
+    NUM_HELD_ROWS,
+    dense_layers,
+    fisher_weights,
+    rotated_model,
+    wanted_rotation_steps,
+)
 from jobs._rotation import ROTATION, carry_rotation, rotation_facts
 from jobs._sources import load_rows
 from jobs._stage import MASKS, write_sparsity
@@ -116,9 +122,10 @@ class Pruning:
         }  # fmt: skip
         dense = self._dense
         shared = (self._config, self._scratch, self._comm, context.device, say)
-        if is_main and settings.rotation_steps:
-            dense, self.rotation = rotated_model(dense, self._rows, *shared)
-            self._rotated = dense
+        if is_main and wanted_rotation_steps(self._config, dense):
+            self._rotated, self.rotation = rotated_model(dense, self._rows, *shared)
+            dense = self._rotated or dense
+            self._warn_of_rotation(self.rotation)
         if is_main and settings.fisher:
             common["token_weights"] = fisher_weights(dense, self._rows, *shared)
         folder = self._scratch / name
@@ -134,6 +141,15 @@ class Pruning:
         for number, report in enumerate(result.layers):
             context.metrics(layer_metrics(asdict(report), name), number)
         return [asdict(report) for report in result.layers]
+
+    def _warn_of_rotation(self, facts: dict[str, Any]) -> None:
+        if "refused" in facts:
+            self._context.warn(f"prune: no {facts['refused']}")
+        elif facts["untied_bytes"]:
+            self._context.warn(
+                f"prune: rotations gave the output layer a weight of its own, "
+                f"{facts['untied_bytes'] / 1e6:,.1f} MB more; prune.rotation_steps=0 keeps it tied"
+            )
 
     def _prune(self, name: str, dense: Path, folder: Path, common: dict[str, Any]) -> PruneResult:
         """One walk over the model, block by block from the disk where that is possible."""

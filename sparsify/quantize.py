@@ -106,7 +106,7 @@ def quantize_model(
 
     walk_blocks(
         source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
-        wants=Wants(teacher=params.method == "gptq" and params.teacher_share > 0),
+        wants=Wants(teacher=params.method == "gptq" and params.teacher_share > 0, order="layer"),
     )  # fmt: skip
     return result
 

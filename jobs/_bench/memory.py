@@ -61,7 +61,9 @@ def run(options: Namespace) -> Outcome:
         key: getattr(options, key)
         for key in ("checkpoint_gb", "shape", "limit_gb", "enforce", "method", "samples", "length",
                     "batch_size", "seed")
-    } | {"blocks": num_blocks, "prune_command": command[1:]}  # fmt: skip
+    } | {"blocks": num_blocks}  # fmt: skip
+    here = f"{Path.cwd()}/"
+    settings["prune_command"] = [word.replace(here, "") for word in command[1:]]
     return summarise(finished, num_bytes, limit_bytes, settings)
 
 

@@ -167,6 +167,8 @@ def run_side(
     print(f"{side}: {num_threads} threads, log {log}", flush=True)
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if side == "twofour":
+        variables["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**20)  # as workers of jobs.prune have it
     if code := run_logged([*start, *map(str, words)], log, variables):
         raise TwofourError(f"the side {side} ended with exit code {code}; see {log}")
     figures = json.loads(result.read_text(encoding="utf-8"))

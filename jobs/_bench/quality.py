@@ -16,15 +16,20 @@ from jobs._bench.processes import run_logged
 from jobs._bench.record import Outcome, Table
 from sparsify.errors import InputError, TwofourError
 
+PLAIN = "twofour, not rotated"
+_OWN_RUN = {PLAIN: ["prune.method=twofour", "prune.rotation_steps=0", "prune.baselines=[]"]}
+"""rows of the table that are no method of their own -> what their run is told"""
 _METHODS = (
-    "magnitude", "wanda", "sparsegpt", "resolve", "descent", "admm", "teacher", "twofour",
+    "magnitude", "wanda", "sparsegpt", "resolve", "descent", "admm", "teacher", PLAIN, "twofour",
 )  # fmt: skip
 _REFERENCE = "sparsegpt"
 _NOTES = (
     "perplexity per token and KL(dense, model) in nats per token, on held-out text",
     "excess removed: 1 - (ln ppl - ln dense) / (ln SparseGPT - ln dense); 0 is SparseGPT, 1 is "
     "dense; after recovery, both are taken after recovery",
-    "seconds: pruning alone, all workers at work; loading and writing included",
+    "seconds: pruning alone, all workers at work; loading, rotating and writing included",
+    "each method measures its inputs in the order that it has by default (prune.order=auto), and "
+    "twofour alone has its model rotated first (prune.rotation_steps=null)",
 )
 
 
@@ -47,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--models", ["embedded"], models, nargs="+", metavar=metavar)
     methods = f"methods, {_REFERENCE} among them"
     add_option(parser, "--methods", list(_METHODS), methods, nargs="+")
-    recover = ["magnitude", _REFERENCE, "twofour"]
+    recover = ["magnitude", _REFERENCE, PLAIN, "twofour"]
     add_option(parser, "--recover", recover, "methods whose result is recovered", nargs="*")
     add_option(parser, "--recover-tokens", 300_000, "tokens of a recovery")
     more = "more options for every command, such as prune.num_samples=64"
@@ -91,14 +96,19 @@ def run(options: Namespace) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
-        run_dir = folder / model.name
-        _call(prune_words(model, options, run_dir), run_dir.with_suffix(".log"))
+        run_dirs = {}
+        for method in options.methods:
+            words = _OWN_RUN.get(method)
+            run_dir = folder / (model.name if words is None else f"{model.name}-own")
+            if run_dir not in run_dirs.values():
+                _call(prune_words(model, options, run_dir, words))
+            run_dirs[method] = run_dir
         recovered = {}
         for method in options.recover:
-            target = folder / f"{model.name}-{method}"
-            _call(recover_words(model, options, run_dir, target), target.with_suffix(".log"))
+            target = folder / f"{model.name}-{_slug(method)}-recovered"
+            _call(recover_words(model, options, run_dirs[method], target, method))
             recovered[method] = target
-        figures[model.name] = collect(run_dir, recovered, options.methods)
+        figures[model.name] = collect(run_dirs, recovered)
     settings = {
         "models": [vars(model) for model in models],
         "methods": options.methods,
@@ -115,55 +125,67 @@ def run(options: Namespace) -> Outcome:
     return outcome
 
 
-def prune_words(model: Model, options: Namespace, run_dir: Path) -> list[str]:
-    """The words of the command that prunes with every method and evaluates."""
-    *baselines, main_method = sorted(options.methods, key=lambda name: name == "twofour")
+def _slug(method: str) -> str:
+    return method.replace(", ", "-").replace(" ", "-")
+
+
+def _stage_name(method: str) -> str:
+    """The method's name in a run's folder and summary."""
+    return method.partition(",")[0]
+
+
+def prune_words(
+    model: Model, options: Namespace, run_dir: Path, own: list[str] | None = None
+) -> list[str]:
+    """The words of the command that prunes and evaluates: with every method, or one row alone."""
+    methods = [name for name in options.methods if name not in _OWN_RUN]
+    *baselines, main_method = sorted(methods, key=lambda name: name == "twofour")
+    together = [f"prune.method={main_method}", f"prune.baselines=[{','.join(baselines)}]"]
     return [
         "jobs.prune", "stages=[prune,evaluate]", f"model.path={model.path}",
-        f"data.calibration={model.calibration}", f"prune.method={main_method}",
-        f"prune.baselines=[{','.join(baselines)}]", f"run.dir={run_dir}", "tracker.wandb=off",
-        *options.set,
+        f"data.calibration={model.calibration}", *(own or together), f"run.dir={run_dir}",
+        "tracker.wandb=off", *options.set,
     ]  # fmt: skip
 
 
-def recover_words(model: Model, options: Namespace, run_dir: Path, target: Path) -> list[str]:
+def recover_words(
+    model: Model, options: Namespace, run_dir: Path, target: Path, method: str
+) -> list[str]:
     """The words of the command that recovers one method's result and evaluates it."""
-    method = target.name.removeprefix(f"{model.name}-")
+    source = run_dir / "prune" / _stage_name(method)
     return [
-        "jobs.prune", "stages=[distill,evaluate]", f"run.from={run_dir / 'prune' / method}",
+        "jobs.prune", "stages=[distill,evaluate]", f"run.from={source}",
         f"model.teacher={model.path}", f"data.calibration={model.calibration}",
         f"distill.num_tokens={options.recover_tokens}", f"run.dir={target}", "tracker.wandb=off",
         *options.set,
     ]  # fmt: skip
 
 
-def _call(words: list[str], log: Path) -> None:
+def _call(words: list[str]) -> None:
     print(f"python -m {shlex.join(words)}", flush=True)
+    run_dir = next(word for word in words if word.startswith("run.dir="))
+    log = Path(run_dir.removeprefix("run.dir=")).with_suffix(".log")
     if code := run_logged([sys.executable, "-m", *words], log):
         raise TwofourError(f"the command ended with exit code {code}; see {log}")
 
 
-def collect(
-    run_dir: Path, recovered: dict[str, Path], methods: list[str]
-) -> dict[str, dict[str, Any]]:
+def collect(run_dirs: dict[str, Path], recovered: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Figures of the dense model and every method, from what the commands left.
 
     Args:
-        run_dir: the run that pruned and evaluated.
+        run_dirs: method, in the order of the table -> the run that pruned and evaluated.
         recovered: method -> the run that recovered its result.
-        methods: in the order of the table.
     """
-    results = _results(run_dir)
-    record = json.loads((run_dir / "prune" / "record.json").read_text(encoding="utf-8"))
-    seconds = record["metrics"].get("seconds") or {}
-    dense = results["dense"]["perplexity"]
+    reference = _results(run_dirs[_REFERENCE])
+    dense = reference["dense"]["perplexity"]
     afterwards = {method: _results(folder)["recovered"] for method, folder in recovered.items()}
-    found: dict[str, dict[str, Any]] = {"dense": _scores(results["dense"])}
-    for method in methods:
-        row = _scores(results[method])
-        row["seconds"] = seconds.get(method)
+    found: dict[str, dict[str, Any]] = {"dense": _scores(reference["dense"])}
+    for method, run_dir in run_dirs.items():
+        record = json.loads((run_dir / "prune" / "record.json").read_text(encoding="utf-8"))
+        row = _scores(_results(run_dir)[_stage_name(method)])
+        row["seconds"] = (record["metrics"].get("seconds") or {}).get(_stage_name(method))
         row["excess_removed"] = excess_removed(
-            row["perplexity"], dense, results[_REFERENCE]["perplexity"]
+            row["perplexity"], dense, reference[_REFERENCE]["perplexity"]
         )
         if method in afterwards:
             row["recovered"] = _scores(afterwards[method])

@@ -2,21 +2,22 @@
 
 The three steps each remove another part of SparseGPT's damage: the target makes up for what
 earlier pruning did to the input, the search finds the better mask, the refit the best weights on
-it. Measured at 2:4 with 128 rows of 256 calibration tokens, all layers of a block calibrated in
-one pass, as the share of SparseGPT's excess log-perplexity on held-out text that is left (dense
-perplexity and SparseGPT's behind the model's name):
+it. What each is worth on three models is in docs/quality.md; the prune stage also has the model
+rotated before (`sparsify.rotate`), which is worth as much again.
 
-    model                       resolve  descent  admm  teacher  twofour
-    embedded (4.49, 9.55)         0.81     0.80   0.74    0.71     0.68
-    stories260k (4.61, 30.9)      0.91     0.84   0.84    0.71     0.67
-    1.6 M, books (34.5, 47.0)     0.85     0.84   0.77    0.76     0.69
+The choices were made on held-out perplexity, as the share of SparseGPT's excess log-perplexity that
+is left, without rotations, on 128 rows of 256 calibration tokens:
 
-Other calibration rows moved the last column by up to 0.09. Following the dense model, a share of
-0.5 was better than 1.0 (0.76, 0.79 and 0.78), because the layers of a block are measured together
-and would all make up for the same error. 30 iterations of ADMM left 0.2 % more layer error than
-60; a sweep of group descent behind them took at most 0.6 % away and is left out. On one CPU core
-the whole run took 2.0, 1.8 and 2.0 times as long as SparseGPT's, most of it for the second model's
-forwards.
+    measured input and share a = b     embedded   stories260k   1.8 M, books
+    all layers of a block at once, 0.5     0.66          0.67           0.69
+    all layers of a block at once, 1       0.76          0.79           0.78
+    one layer behind the other, 0.5        0.59          0.55
+    one layer behind the other, 1          0.57          0.56           0.58
+
+At once, the layers of a block would all make up for the same error; one behind the other, each
+makes up for what is left. Other calibration rows moved these by up to 0.09. 60 iterations of ADMM
+left 0.2 % less layer error than 30, and no lower perplexity; a sweep of group descent behind them
+took at most 0.6 % of the error away and is left out.
 """
 
 from __future__ import annotations

@@ -159,9 +159,8 @@ class StoppingBlock:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for held in self._held.values():
-            held.abandon()
-        self._held.clear()
+        for batch in list(self._held):
+            self._let_go(batch)
         for handle in self._handles:
             handle.remove()
 
@@ -190,15 +189,23 @@ class StoppingBlock:
         forward.found = None
         stop.output_BTD = forward.output_BTD
         if to_end:
-            self._held.pop(batch, None)
+            self._let_go(batch)
         return stop
 
     def end(self, batch: int, call: Callable[[], BlockInputs]) -> Tensor:
         """The block's output for a batch, (B, T, D), with the weights as they are now."""
         output_BTD = self._run(batch, call, None, True).output_BTD
         assert output_BTD is not None
-        self._held.pop(batch, None)
+        self._let_go(batch)
         return output_BTD
+
+    def _let_go(self, batch: int) -> None:
+        """End a forward. It and its thread refer to each other, and its tensors must not wait for
+        the garbage collector."""
+        held = self._held.pop(batch, None)
+        if held is not None:
+            held.abandon()
+            held.forward.held = None
 
     def _run(
         self, batch: int, call: Callable[[], BlockInputs], wanted: int | None, to_end: bool
@@ -291,8 +298,7 @@ class _Held:
             raise _Enough
 
     def abandon(self) -> None:
-        """End the forward where it stands."""
-        if self._thread.is_alive():
-            self._is_abandoned = True
-            self._go.release()
-            self._thread.join()
+        """End the forward where it stands, if it has not ended by itself."""
+        self._is_abandoned = True
+        self._go.release()
+        self._thread.join()

@@ -58,12 +58,13 @@ def test_every_stage_leaves_its_record_and_the_summary_has_every_row(undisturbed
     assert not list(undisturbed.glob(".*.partial")), "nothing half made is left behind"
     summary = summary_of(undisturbed)
     names = [row["name"] for row in summary["results"]]
-    assert names == ["dense", "magnitude", "wanda", "sparsegpt", "recovered", "recovered_int4"]
+    methods = ["magnitude", "wanda", "sparsegpt", "twofour"]
+    assert names == ["dense", *methods, "recovered", "recovered_int4"]
     for row in summary["results"][1:]:
         assert row["violations"] == 0
         assert row["kl"] > 0
     by_name = {row["name"]: row for row in summary["results"]}
-    assert by_name["recovered"]["kl"] < by_name["sparsegpt"]["kl"], "recovery recovers"
+    assert by_name["recovered"]["kl"] < by_name["twofour"]["kl"], "recovery recovers"
     assert by_name["recovered_int4"]["packed_bytes"] < by_name["recovered"]["packed_bytes"]
     assert by_name["recovered"]["packed_bytes"] < by_name["recovered"]["disk_bytes"]
     assert len(summary["recovery"]["steps"]) == 8192 // (8 * 64)
@@ -73,9 +74,10 @@ def test_every_stage_leaves_its_record_and_the_summary_has_every_row(undisturbed
 
 def test_every_written_model_has_the_pattern_exactly(undisturbed: Path) -> None:
     pattern = Pattern.parse("2:4")
-    for folder in ("prune/magnitude", "prune/wanda", "prune/sparsegpt", "distill/model",
-                   "export/sparse"):  # fmt: skip
-        weights = load_file(undisturbed / folder / "model.safetensors")
+    for folder in ("prune/magnitude", "prune/wanda", "prune/sparsegpt", "prune/twofour",
+                   "distill/model", "export/sparse"):  # fmt: skip
+        files = sorted((undisturbed / folder).glob("*.safetensors"))
+        weights = {name: value for path in files for name, value in load_file(path).items()}
         masks = load_masks(undisturbed / folder / "sparsity" / "masks.safetensors")
         assert len(masks) == 14
         for layer, mask in masks.items():
@@ -124,7 +126,7 @@ def test_a_changed_option_is_refused_with_the_field(undisturbed: Path, run_job, 
 def test_a_damaged_result_is_noticed(undisturbed: Path, run_job, small, tmp_path: Path) -> None:
     copy = tmp_path / "damaged"
     shutil.copytree(undisturbed, copy)
-    path = copy / "prune" / "sparsegpt" / "model.safetensors"
+    path = copy / "prune" / "twofour" / "model-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -178,10 +180,12 @@ def test_kill_9_in_each_stage_ends_in_the_same_figures(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert figures_of(run_dir) == figures_of(undisturbed)
-    for name in ("prune/sparsegpt", "distill/model", "export/sparse"):
-        one = run_dir / name / "model.safetensors"
-        other = undisturbed / name / "model.safetensors"
-        assert one.read_bytes() == other.read_bytes(), f"{name} is not the same to the bit"
+    for name in ("prune/sparsegpt", "prune/twofour", "distill/model", "export/sparse"):
+        expected = sorted((undisturbed / name).rglob("*.safetensors"))
+        assert len(expected) >= 2, "weights and masks"
+        for path in expected:
+            other = run_dir / path.relative_to(undisturbed)
+            assert path.read_bytes() == other.read_bytes(), f"{other} is not the same to the bit"
 
 
 def test_a_killed_worker_is_replaced_and_changes_nothing(

@@ -422,11 +422,16 @@ def test_the_quality_commands_are_ones_that_can_be_read(tmp_path) -> None:
     words = quality.prune_words(model, options, tmp_path / "embedded")
     config = load_config("prune", words[1:])
     assert (config.prune.method, config.prune.baselines) == ("magnitude", ["sparsegpt"])
-    target = tmp_path / "embedded-sparsegpt"
-    words = quality.recover_words(model, options, tmp_path / "embedded", target)
+    target = tmp_path / "embedded-sparsegpt-recovered"
+    words = quality.recover_words(model, options, tmp_path / "embedded", target, "sparsegpt")
     config = load_config("prune", words[1:])
     assert config.run.from_.endswith("embedded/prune/sparsegpt")
     assert config.distill.num_tokens == 300_000
+    own = quality._OWN_RUN[quality.PLAIN]
+    config = load_config("prune", quality.prune_words(model, options, tmp_path / "own", own)[1:])
+    assert (config.prune.method, config.prune.rotation_steps) == ("twofour", 0)
+    words = quality.recover_words(model, options, tmp_path / "own", target, quality.PLAIN)
+    assert load_config("prune", words[1:]).run.from_.endswith("own/prune/twofour")
 
 
 def test_quality_collects_what_the_commands_left(tmp_path) -> None:
@@ -441,12 +446,16 @@ def test_quality_collects_what_the_commands_left(tmp_path) -> None:
         (folder / "prune" / "record.json").write_text(json.dumps(metrics))
 
     leave(tmp_path / "run", {"dense": 4.0, "sparsegpt": 16.0, "twofour": 8.0})
+    leave(tmp_path / "own", {"dense": 4.0, "twofour": 12.0})
     leave(tmp_path / "a", {"dense": 4.0, "sparsegpt": 16.0, "recovered": 8.0})
     leave(tmp_path / "b", {"dense": 4.0, "twofour": 8.0, "recovered": 4.0})
     found = quality.collect(
-        tmp_path / "run", {"sparsegpt": tmp_path / "a", "twofour": tmp_path / "b"},
-        ["sparsegpt", "twofour"],
+        {"sparsegpt": tmp_path / "run", quality.PLAIN: tmp_path / "own",
+         "twofour": tmp_path / "run"},
+        {"sparsegpt": tmp_path / "a", "twofour": tmp_path / "b"},
     )  # fmt: skip
+    assert list(found) == ["dense", "sparsegpt", quality.PLAIN, "twofour"]
+    assert found[quality.PLAIN]["perplexity"] == 12.0
     # ln 16 - ln 4 is twice ln 8 - ln 4: half of the excess is gone.
     assert math.isclose(found["twofour"]["excess_removed"], 0.5)
     assert found["sparsegpt"]["excess_removed"] == 0.0
