@@ -96,7 +96,7 @@ def run(options: Namespace) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
-        run_dirs = {}
+        run_dirs: dict[str, Path] = {}
         for method in options.methods:
             words = _OWN_RUN.get(method)
             run_dir = folder / (model.name if words is None else f"{model.name}-own")
