@@ -42,27 +42,36 @@ _TOKENS_PER_FEATURE = 64
 Say = Callable[[float, float, str], None]
 
 
-def once(path: Path, comm: Comm, make: Callable[[], None]) -> None:
+def once(path: Path, comm: Comm, make: Callable[[], None]) -> float:
     """Have rank 0 make `path` unless it is there; all processes go on when it is.
+
+    Returns:
+        The seconds that it took, by this run or by the one that this run carries on.
 
     Raises:
         What `make` raises, on all processes.
     """
+    marker = path.with_name(f"{path.name}.seconds.json")
     failure: Exception | None = None
-    if comm.rank == 0 and not path.exists():
+    if comm.rank == 0 and not marker.exists():
         try:
+            if path.is_dir():  # made, and killed before that was noted
+                shutil.rmtree(path)
+            begun_s = time.perf_counter()
             make()
+            write_json(marker, time.perf_counter() - begun_s)
         except Exception as error:  # handed to all, so that none waits for ever
             failure = error
     failure = comm.share(failure)[0]
     if failure is not None:
         raise failure
+    return float(json.loads(marker.read_text(encoding="utf-8")))
 
 
 def fisher_weights(
     dense: Path, rows: TokenRows, config: Config, scratch: Path, comm: Comm, device: str, say: Say
-) -> Tensor:
-    """float32 (blocks, N, T): how much each token counts."""
+) -> tuple[Tensor, float]:
+    """float32 (blocks, N, T): how much each token counts; and the seconds it took to find out."""
     path = scratch / "fisher.safetensors"
 
     def make() -> None:
@@ -75,8 +84,8 @@ def fisher_weights(
         )  # fmt: skip
         write_tensors(path, {"weights": weights_LNT}, {"format": "pt"})
 
-    once(path, comm, make)
-    return load_file(path)["weights"]
+    seconds = once(path, comm, make)
+    return load_file(path)["weights"], seconds
 
 
 def wanted_rotation_steps(config: Config, dense: Path) -> int:
@@ -99,7 +108,8 @@ def rotated_model(
 
     Returns:
         Folder of the rotated model, the rotation in it; and what rotating did, as plain values.
-        Where prune.rotation_steps is null and the model cannot be rotated, None and {"refused"}.
+        Where prune.rotation_steps is null and the model cannot be rotated, None and {"refused",
+        "seconds"}.
 
     Raises:
         InputError: the steps were asked for, and the model cannot be rotated.
@@ -112,7 +122,6 @@ def rotated_model(
         from sparsify.pattern import Pattern
         from sparsify.rotate import rotate_model
 
-        begun_s = time.perf_counter()
         partial = scratch / ".rotated.tmp"
         if partial.exists():
             shutil.rmtree(partial)
@@ -147,13 +156,13 @@ def rotated_model(
             "entropy": [report.entropy_before, report.entropy_after],
             "pruned_share": [report.pruned_share_before, report.pruned_share_after],
             "max_logit_difference": report.max_logit_difference,
-            "seconds": time.perf_counter() - begun_s,
         }
         write_json(partial / _ROTATION_FACTS, facts)
         partial.rename(folder)
 
-    once(folder, comm, make)
-    facts = dict(json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8")))
+    seconds = once(folder, comm, make)
+    facts = json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8"))
+    facts["seconds"] = seconds
     return (None if "refused" in facts else folder), facts
 
 
@@ -164,7 +173,8 @@ def dense_layers(
     """Which layers stay dense under prune.budget, judged by the layers pruned in `pruned`.
 
     Returns:
-        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`.
+        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`; and
+        {"seconds"} that it took.
     """
     path = scratch / "allocation.json"
 
@@ -186,8 +196,8 @@ def dense_layers(
         )  # fmt: skip
         write_json(path, asdict(found))
 
-    once(path, comm, make)
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    seconds = once(path, comm, make)
+    return {**json.loads(path.read_text(encoding="utf-8")), "seconds": seconds}
 
 
 class _Weights(Mapping[str, Tensor]):

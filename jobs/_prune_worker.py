@@ -101,6 +101,8 @@ class Pruning:
         """left dense under prune.budget, by the main method"""
         self.rotation: dict[str, Any] | None = None
         """what folding rotations in did, for the main method"""
+        self.seconds_ahead = 0.0
+        """of the main method's work on the whole model, before the walk that its layers report"""
 
     def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
         """Prune with method `name`, going on where an earlier run was stopped.
@@ -125,15 +127,19 @@ class Pruning:
         if is_main and wanted_rotation_steps(self._config, dense):
             self._rotated, self.rotation = rotated_model(dense, self._rows, *shared)
             dense = self._rotated or dense
+            self.seconds_ahead += self.rotation["seconds"]
             self._warn_of_rotation(self.rotation)
         if is_main and settings.fisher:
-            common["token_weights"] = fisher_weights(dense, self._rows, *shared)
+            common["token_weights"], seconds = fisher_weights(dense, self._rows, *shared)
+            self.seconds_ahead += seconds
         folder = self._scratch / name
         if is_main and settings.budget:
             everything = self._scratch / f"{name}-all"
-            self._prune(name, dense, everything, common)
+            first = self._prune(name, dense, everything, common)
             found = dense_layers(dense, everything, self._held_rows, *shared)
             self.dense_layers = found["dense_names"]
+            self.seconds_ahead += found["seconds"]
+            self.seconds_ahead += sum(sum(layer.seconds.values()) for layer in first.layers)
             common["skip"] += self.dense_layers
         result = self._prune(name, dense, folder, common)
         if is_main:

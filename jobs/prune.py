@@ -86,12 +86,15 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
             return
         for name in payload["methods"]:
             pruning.publish(name, payload["folder"] / name)
+    phases = {name: _seconds(reports) for name, reports in found.items()}
+    seconds = {name: sum(parts.values()) for name, parts in phases.items()}
+    seconds[payload["config"].prune.method] += pruning.seconds_ahead
     layers = [{"method": name, **layer} for name, reports in found.items() for layer in reports]
     figures = {
         "layers": layers,
         "packed_bytes": {name: pruning.packed_bytes(payload["folder"] / name) for name in found},
-        "phases": {name: _seconds(reports) for name, reports in found.items()},
-        "seconds": {name: sum(_seconds(reports).values()) for name, reports in found.items()},
+        "phases": phases,
+        "seconds": seconds,
         "dense_layers": pruning.dense_layers,
         "rotation": pruning.rotation,
     }
