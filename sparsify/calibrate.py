@@ -274,7 +274,11 @@ class _Walk:
             left_out = [name for name in linears_of(block) if prefix + name not in names]
             call = self._call(index, "pruned", self._batches[0])
             groups = shared_input_groups(block, call, left_out)
-            stages = stages_of(block, call, groups) if self._wants.order == "layer" else None
+            stages = None
+            if self._wants.order == "layer":
+                # One row shows what calls what; the groups above need all experts to be called.
+                row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
+                stages = stages_of(block, self._calls.call(index, row, hidden_BTD), groups)
         layers = (
             self._layers_at_once(index, block, groups)
             if stages is None

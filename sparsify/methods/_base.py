@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.hessian import InverseFactor
 from sparsify.pattern import Pattern, check_divides, find_violation, keep_mask_from_scores
 from sparsify.statistics import Statistics
 
@@ -73,6 +74,11 @@ class Problem:
         """The Hessian, for methods that need one."""
         assert self.statistics is not None, f"{self.name}: this method needs calibration"
         return self.statistics.hessian_II
+
+    def factor(self, damping: float) -> InverseFactor:
+        """The factor of the damped inverse, see `Statistics.factor`."""
+        assert self.statistics is not None, f"{self.name}: this method needs calibration"
+        return self.statistics.factor(damping, self.name)
 
 
 @dataclass

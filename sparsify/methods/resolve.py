@@ -55,8 +55,7 @@ def sweep_and_refit(
             columns, which become zero.
     """
     check_block_size(params.block_size, pattern)
-    assert problem.statistics is not None, f"{problem.name}: this method needs calibration"
-    factor = problem.statistics.factor(params.damping, problem.name)
+    factor = problem.factor(params.damping)
     target_OI[:, factor.dead_columns] = 0.0
     upper_II = factor.upper_II.to(target_OI.dtype)
     swept_OI, keep_OI = sweep(

@@ -43,9 +43,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """
     check_problem(problem, pattern)
     check_block_size(params.block_size, pattern)
-    assert problem.statistics is not None, "SparseGPT needs calibration"
     work_OI = working_weight(problem.weight_OI, problem.name)
-    factor = problem.statistics.factor(params.damping, problem.name)
+    factor = problem.factor(params.damping)
     work_OI[:, factor.dead_columns] = 0.0
     upper_II = factor.upper_II.to(work_OI.dtype)
     pruned_OI, keep_OI = sweep(
