@@ -64,14 +64,28 @@ def test_every_stage_leaves_its_record_and_the_summary_has_every_row(undisturbed
         assert row["violations"] == 0
         assert row["kl"] > 0
     by_name = {row["name"]: row for row in summary["results"]}
-    # The default loses so little of this untrained model that 16 steps can hardly win it back.
-    assert by_name["recovered"]["kl"] < by_name["sparsegpt"]["kl"]
-    assert by_name["recovered"]["perplexity"] < by_name["twofour"]["perplexity"]
+    # The default loses so little of this untrained model that the rate of a real recovery only
+    # moves it about; what recovery wins back is measured below, from a start that lost more.
+    assert by_name["recovered"]["kl"] < by_name["magnitude"]["kl"]
     assert by_name["recovered_int4"]["packed_bytes"] < by_name["recovered"]["packed_bytes"]
     assert by_name["recovered"]["packed_bytes"] < by_name["recovered"]["disk_bytes"]
     assert len(summary["recovery"]["steps"]) == 8192 // (8 * 64)
     page = (undisturbed / "report.html").read_text(encoding="utf-8")
     assert "recovered + INT4" in page
+
+
+def test_recovery_wins_back_what_magnitude_lost(
+    undisturbed: Path, run_job, small, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    words = [w for w in small if w.startswith(("data.", "distill.", "tracker."))]
+    start = [f"run.from={undisturbed / 'prune/magnitude'}", f"run.dir={tmp_path / 'out'}"]
+    rate = ["distill.learning_rate=2e-4", "distill.num_warmup_steps=2"]
+    done = run_job("distill", *words, *start, *rate, f"model.teacher={tiny_model_dir}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out/distill/record.json").read_text(encoding="utf-8"))
+    kl = [step["kl"] for step in record["metrics"]["steps"]]
+    # Measured 0.52 of where it began; a run that learns nothing stays at 1.
+    assert sum(kl[-4:]) / 4 < 0.7 * sum(kl[:2]) / 2
 
 
 def test_every_written_model_has_the_pattern_exactly(undisturbed: Path) -> None:
