@@ -85,10 +85,14 @@ class Board:
 class WorkerContext:
     """What a worker knows of where it runs."""
 
-    def __init__(self, board: Any, name: str, rank: int, world_size: int, spec: ClusterSpec):
+    def __init__(
+        self, board: Any, name: str, rank: int, world_size: int, spec: ClusterSpec,
+        local_world_size: int = 1,
+    ) -> None:  # fmt: skip
         self.name = name
         self.rank = rank
         self.world_size = world_size
+        self.local_world_size = local_world_size  # workers on this node
         self.num_threads = spec.threads_per_worker
         self.device = "cuda" if spec.uses_gpu else "cpu"
         self._board = board
@@ -131,7 +135,7 @@ def _train_loop(loop_config: dict[str, Any]) -> None:
     place = ray.train.get_context()
     context = WorkerContext(
         loop_config["board"], loop_config["name"], place.get_world_rank(),
-        place.get_world_size(), loop_config["spec"],
+        place.get_world_size(), loop_config["spec"], place.get_local_world_size(),
     )  # fmt: skip
     _guarded(context, loop_config["work"], loop_config["payload"])
 

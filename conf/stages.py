@@ -125,14 +125,46 @@ class DistillConfig:
     """arithmetic of training: fp32 or bf16 (with fp32 master weights)"""
     zero_stage: int = 2
     """DeepSpeed ZeRO stage, 0 to 3: what is split over the workers"""
-    checkpoint_every_steps: int = 50
-    """steps between two checkpoints; at most this much is lost when a worker dies"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third slower"""
+    zero_hpz_size: int = 1
+    """ZeRO-3 on several nodes: GPUs of a node that share a second copy of the weights; 1 = none"""
+    offload_optimizer: bool = False
+    """ZeRO: masters and moments in host memory, updated by the CPU: less GPU memory, slower"""
+    compile: bool = False
+    """torch.compile every decoder layer of student and teacher: faster, a few minutes to start"""
+    recompute_share: float = 0.0
+    """share of the decoder layers recomputed in the backward pass: less memory, slower; 0 to 1"""
+    teacher_placement: str = "replicated"
+    """the teacher on every worker (replicated), split over a node's (node) or over all (sharded)"""
+    teacher_dtype: str | None = None
+    """type of the teacher's weights: float32, bfloat16 or float8; null = as distill.precision"""
+    checkpoint_every_steps: int | None = 50
+    """steps between two checkpoints; null = none before the end"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept"""
+    milestone_every_steps: int | None = None
+    """keep the checkpoints at multiples of this too; null = none"""
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "batch_size", "micro_batch_size", "checkpoint_every_steps"):
+        for name in (
+            "num_tokens", "batch_size", "micro_batch_size", "zero_hpz_size", "keep_checkpoints",
+        ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), low=1)
+        for name in ("checkpoint_every_steps", "milestone_every_steps"):
+            if getattr(self, name) is not None:
+                rules.in_range(f"distill.{name}", getattr(self, name), low=1)
+        rules.in_range("distill.recompute_share", self.recompute_share, low=0, high=1)
+        rules.one_of(
+            "distill.teacher_placement", self.teacher_placement, ("replicated", "node", "sharded")
+        )
+        if self.teacher_dtype is not None:
+            known = ("float32", "bfloat16", "float8")
+            rules.one_of("distill.teacher_dtype", self.teacher_dtype, known)
+            if self.teacher_dtype == "float8" and self.teacher_placement != "replicated":
+                raise InputError(
+                    f"distill.teacher_dtype=float8 with distill.teacher_placement="
+                    f"{self.teacher_placement}: a teacher in 8 bits is kept whole on every worker; "
+                    "use distill.teacher_placement=replicated, or another type"
+                )
         for name in ("learning_rate", "max_grad_norm", "temperature"):
             rules.in_range(f"distill.{name}", getattr(self, name), above=0)
         weights = ("kl_weight", "ce_weight", "square_head_weight")
@@ -153,6 +185,17 @@ class DistillConfig:
                 "masters there; use distill.zero_stage=1 or more, or distill.precision=fp32"
             )
         rules.in_range("distill.zero_stage", self.zero_stage, low=0, high=3)
+        if self.zero_hpz_size > 1 and self.zero_stage != 3:
+            raise InputError(
+                f"distill.zero_hpz_size={self.zero_hpz_size} with distill.zero_stage="
+                f"{self.zero_stage}: the second copy is of weights that only ZeRO-3 splits; use "
+                "distill.zero_stage=3, or distill.zero_hpz_size=1"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise InputError(
+                "distill.offload_optimizer=true with distill.zero_stage=0: only ZeRO offloads; use "
+                "distill.zero_stage=1 or more"
+            )
 
 
 @dataclass

@@ -25,7 +25,7 @@ from typing import Any
 
 from sparsify import files
 from sparsify.errors import InputError, TwofourError
-from sparsify.files import fsync
+from sparsify.files import file_sha256, fsync
 
 RECORD = "record.json"
 SPARSITY = "sparsity.json"
@@ -47,12 +47,6 @@ class Artifact:
     def metrics(self) -> dict[str, Any]:
         """What the stage measured."""
         return dict(self.record["metrics"])
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_fingerprint(folder: Path) -> str:

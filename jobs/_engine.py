@@ -1,16 +1,14 @@
 """The trainer: the only importer of DeepSpeed.
 
-Owns the DeepSpeed configuration (every default that matters written out, none taken on trust), the
-guard that keeps pruned weights exactly zero in every copy ZeRO makes of them, and checkpoints that
-are whole or absent. Knows nothing of losses, data or schedules: jobs/distill.py does.
+Builds the engine, holds pruned weights exactly zero in every copy that ZeRO makes of them, and
+reads and writes the whole training state as fragments (`sparsify.fragments`), the same for every
+ZeRO stage and number of workers. Knows nothing of losses, data or schedules: the loop does.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,54 +16,57 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.stages import DistillConfig
+from jobs._zero import TOP_LEVEL, deepspeed_config
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.files import fsync
+from sparsify.fragments import Checkpoint, Fragment
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_TAG = "state"
-_NEVER = 10**9
+WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
+"""names of the float32 copies of a parameter that make up the training state"""
 
 
-def deepspeed_config(config: DistillConfig, world_size: int, uses_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recovery.
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW whose next step can be left out: weights and moments stay as they are.
 
-    DeepSpeed ignores names it does not know and changes defaults between releases, so whatever
-    decides numbers is written here.
+    `skip_next` is set by the loop on every rank alike, before the engine's step, which otherwise
+    runs as usual and clears the gradients. Without ZeRO it also clips, and leaves out a step whose
+    gradient norm is not finite; DeepSpeed does both in its other stages.
     """
-    bucket_elements = 200_000_000
-    accumulation = config.batch_size // (config.micro_batch_size * world_size)
-    return {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.max_grad_norm,
-        "prescale_gradients": False,
-        "steps_per_print": _NEVER,
-        "wall_clock_breakdown": False,
-        "fp16": {"enabled": False},
-        # A step with a non-finite gradient is skipped and counted; the loop stops on the count.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_allow_untested_optimizer": False,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": uses_gpu,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket_elements,
-            "allgather_partitions": True,
-            "allgather_bucket_size": bucket_elements,
-            "round_robin_gradients": False,
-            "load_from_fp32_weights": True,
-            "elastic_checkpoint": False,
-            "stage3_prefetch_bucket_size": bucket_elements // 4,
-            "stage3_param_persistence_threshold": 100_000,
-        },
-    }
+
+    skip_next = False
+    max_grad_norm: float | None = None
+    grad_norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none."""
+        if self.max_grad_norm is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm)
+            self.grad_norm = float(norm)
+        is_finite = self.grad_norm is None or self.grad_norm < float("inf")
+        return super().step(closure) if is_finite and not self.skip_next else None
+
+
+def check_names(config: dict[str, Any]) -> None:
+    """Hold every name of `config` against what the installed DeepSpeed knows.
+
+    Raises:
+        InputError: names a setting that DeepSpeed would have ignored.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    unknown = (set(config) - TOP_LEVEL) | (set(config["zero_optimization"]) - known)
+    if unknown:
+        raise InputError(
+            f"DeepSpeed does not know {', '.join(sorted(unknown))} and would ignore it; this "
+            "version of twofour was made for the DeepSpeed in constraints.txt"
+        )
 
 
 def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_gpu: bool) -> Any:
-    """Wrap `model` in a DeepSpeed engine with AdamW.
+    """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero.
 
     Over gloo DeepSpeed would compile a shared-memory kernel at first use. It is switched off: it
     needs a compiler on every node, and a killed run leaves its segments behind in /dev/shm.
@@ -82,19 +83,131 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8
-    )
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, world_size, uses_gpu)
-    )
+    optimizer = GatedAdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
+        fused=uses_gpu or None,
+    )  # fmt: skip
+    if config.zero_stage == 0:
+        optimizer.max_grad_norm = config.max_grad_norm
+    settings = deepspeed_config(config, world_size, uses_gpu)
+    check_names(settings)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    _make_moments(engine)
     return engine
+
+
+def base_optimizer(engine: Any) -> GatedAdamW:
+    """The AdamW inside whatever ZeRO wrapped around it."""
+    outer = engine.optimizer
+    return outer if isinstance(outer, GatedAdamW) else outer.optimizer
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """Set the rate of every parameter group for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def is_finite_step(engine: Any) -> bool:
+    """Whether the gradient norm of the step just made was finite; the same on every rank."""
+    norm = grad_norm(engine)
+    return not getattr(engine.optimizer, "overflow", False) and norm < float("inf")
+
+
+def grad_norm(engine: Any) -> float:
+    """Global norm of the last step's gradient, before clipping; NaN where it was not finite."""
+    norm = base_optimizer(engine).grad_norm
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    # DeepSpeed says -1 or infinity of a norm that is not finite.
+    return float(norm) if norm is not None and 0 <= float(norm) < float("inf") else float("nan")
+
+
+def _flat_partitions(engine: Any) -> list[torch.Tensor]:
+    """The tensors that the base optimizer updates, in the order of its groups."""
+    outer = engine.optimizer
+    for name in (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # ZeRO-1 in bf16
+    ):
+        if hasattr(outer, name):
+            return list(getattr(outer, name))
+    return [p for group in outer.param_groups for p in group["params"]]
+
+
+def _make_moments(engine: Any) -> None:
+    """Give AdamW its state before the first step, as its first step would.
+
+    DeepSpeed attaches the moments to the parameters then, so that there is no first step before
+    which they cannot be looked at, saved or restored.
+    """
+    state = base_optimizer(engine).state
+    for flat in _flat_partitions(engine):
+        step = torch.zeros((), device=flat.device if flat.is_cuda else "cpu")
+        state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def state_fragments(engine: Any, for_saving: bool) -> list[Fragment]:
+    """Views of the training state that this rank holds, every element of it once.
+
+    Args:
+        for_saving: where all ranks hold everything (ZeRO-0), take only this rank's share, so that
+            together the ranks hold each element exactly once.
+    """
+    found = []
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for number, (name, param) in enumerate(engine.module.named_parameters()):
+        if not param.requires_grad:
+            continue
+        if for_saving and engine.zero_optimization_stage() == 0 and number % world_size != rank:
+            continue
+        for copy, values, start in _masters(engine, param):
+            values = values[: max(0, param_numel(param) - start)]  # without ZeRO's padding
+            if values.numel():
+                found.append(Fragment(copy, name, start, values))
+    return found
+
+
+def param_numel(param: Any) -> int:
+    """Elements of the whole parameter, wherever ZeRO keeps them."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+def num_updates(engine: Any) -> int:
+    """Steps that AdamW has made: all but those that were left out."""
+    state = base_optimizer(engine).state
+    return int(next(iter(state.values()))["step"])
+
+
+def restore(engine: Any, checkpoint: Checkpoint, num_updates: int) -> None:
+    """Put the weights and moments of a checkpoint into the engine; all ranks call it.
+
+    Args:
+        checkpoint: of any number of workers and any ZeRO stage.
+        num_updates: AdamW's count of steps at the checkpoint.
+
+    Raises:
+        CorruptCheckpointError: it holds another model.
+    """
+    with torch.no_grad():
+        checkpoint.fill(state_fragments(engine, for_saving=False))
+        for entry in base_optimizer(engine).state.values():
+            entry["step"].fill_(num_updates)
+        settle(engine)
+
+
+def settle(engine: Any) -> None:
+    """Make the weights that compute follow the float32 masters, on every rank."""
+    outer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        outer._partition_all_parameters()
+        for number in range(len(outer.fp32_partitioned_groups_flat)):
+            outer._reassign_or_swap_out_partitioned_parameters(number)
+        outer._post_step(set())
+    elif stage:
+        outer.update_lp_params()
 
 
 class MaskGuard:
@@ -110,17 +223,13 @@ class MaskGuard:
         named = dict(engine.module.named_parameters())
         self._layers = {name: (named[f"{name}.weight"], mask) for name, mask in masks.items()}
 
-    def check(self, with_moments: bool = True) -> None:
+    def check(self) -> None:
         """Look at every copy.
-
-        Args:
-            with_moments: False where no step has been made yet in this process: DeepSpeed attaches
-                the moments, also those of a checkpoint, at the first one.
 
         Raises:
             PatternViolationError: a pruned element is not zero; names layer and copy.
         """
-        for layer, copy, values, pruned in self._copies(with_moments):
+        for layer, copy, values, pruned in self._copies():
             # Multiplying by 0 would hide NaN; counting does not.
             num_alive = int(torch.count_nonzero(values[pruned]))
             if num_alive:
@@ -132,100 +241,54 @@ class MaskGuard:
     def clear(self) -> None:
         """Zero the pruned elements of every copy: once, before the first step."""
         with torch.no_grad():
-            for _, _, values, pruned in self._copies(with_moments=False):
+            for _, _, values, pruned in self._copies():
                 values.masked_fill_(pruned, 0.0)
 
-    def _copies(self, with_moments: bool) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-        """(layer, copy name, flat values on this rank, flat bool True where pruned).
-
-        DeepSpeed makes the moments at the first step, so before it there are none to look at.
-        """
-        moments = _MOMENTS if with_moments else ()
+    def _copies(self) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+        """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
         for layer, (param, mask) in self._layers.items():
-            pruned = ~mask.flatten().to(param.device)
-            for copy, values, start in _local_copies(self._engine, param, moments):
-                part = pruned[start : start + values.numel()]
+            pruned = ~mask.flatten()
+            for copy, values, start in _local_copies(self._engine, param):
+                part = pruned[start : start + values.numel()].to(values.device)
                 yield layer, copy, values[: part.numel()], part
 
 
-def _local_copies(
-    engine: Any, param: Any, moments: tuple[str, ...]
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(copy, flat view, offset of its first element in the parameter) held by this rank."""
-    optimizer = engine.optimizer
-    if not hasattr(param, "ds_tensor"):
-        yield "weights", param.data.view(-1), 0
+def _local_copies(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(what it is called, flat view, offset of its first element) of all that this rank holds."""
     if hasattr(param, "ds_tensor"):  # ZeRO-3: every rank holds one slice of every parameter
-        start = param.ds_tensor.ds_numel * dist.get_rank(param.ds_process_group)
-        yield "weights", param.ds_tensor.data.view(-1), start
-        yield "fp32 master", optimizer.get_local_fp32_param(param).view(-1), start
-        for key in moments:
-            yield key, optimizer.get_local_fp32_param(param, key).view(-1), start
+        yield "weights", param.ds_tensor.data.view(-1), _slice_start(param)
+    else:
+        yield "weights", param.data.view(-1), 0
+    for copy, values, start in _masters(engine, param):
+        if copy != WEIGHTS:
+            yield copy, values, start
+        elif values.data_ptr() != param.data.data_ptr():
+            yield "fp32 master", values, start
+
+
+def _masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(copy, flat float32 view, offset of its first element) of what the optimizer updates."""
+    outer = engine.optimizer
+    if hasattr(param, "ds_tensor"):
+        for copy in (WEIGHTS, *MOMENTS):
+            key = None if copy == WEIGHTS else copy
+            values, _ = outer._get_fp32_opt_state_partition(param, True, key)
+            yield copy, values.view(-1), _slice_start(param)
     elif hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2: a slice, or nothing, of each parameter
         mapping = param._hp_mapping
         if mapping is not None:
             start = mapping.lp_fragment_address.start
-            yield "fp32 master", mapping.get_hp_fragment().view(-1), start
-            for key in moments:
+            yield WEIGHTS, mapping.get_hp_fragment().view(-1), start
+            for key in MOMENTS:
                 yield key, mapping.get_hp_fragment(optim_state_key=key).view(-1), start
-    else:  # ZeRO-0 in fp32: the weights are their own masters
-        for key in moments:
-            yield key, optimizer.state[param][key].view(-1), 0
+    else:  # no ZeRO, in fp32: the weights are their own masters
+        yield WEIGHTS, param.data.view(-1), 0
+        for key in MOMENTS:
+            yield key, outer.state[param][key].view(-1), 0
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, client_state: dict[str, Any]) -> None:
-    """Write the state after `step` steps under `folder`; all ranks call it.
-
-    The files go to a temporary name; rank 0 renames it when every rank has written and flushed
-    its part, then removes older checkpoints. A kill at any moment leaves the previous one whole.
-    """
-    partial = folder / f".step-{step:08d}.tmp"
-    if dist.get_rank() == 0 and partial.exists():
-        shutil.rmtree(partial)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=_TAG, client_state=client_state, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for path in sorted(partial.rglob("*")):
-            fsync(path)
-        partial.rename(folder / f"step-{step:08d}")
-        fsync(folder)
-        for old in finished_checkpoints(folder)[:-1]:
-            shutil.rmtree(folder / f"step-{old:08d}")
-    dist.barrier()
-
-
-def finished_checkpoints(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints under `folder`, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-
-
-def latest_checkpoint(folder: Path) -> int | None:
-    """Step of the last whole checkpoint as rank 0 sees it, on all ranks; all ranks call it.
-
-    A network file system may show the folder's newest entries to one node later than to another.
-    """
-    steps = finished_checkpoints(folder)
-    latest: list[int | None] = [steps[-1] if steps else None]
-    dist.broadcast_object_list(latest, src=0)
-    return latest[0]
-
-
-def load_checkpoint(engine: Any, folder: Path, step: int, world_size: int) -> dict[str, Any]:
-    """Load the checkpoint of `step` into the engine; returns the client state.
-
-    Raises:
-        InputError: it was written by another number of workers.
-    """
-    path = folder / f"step-{step:08d}"
-    parts = len(list((path / _TAG).glob("*optim_states.pt")))
-    if parts not in (0, world_size):
-        raise InputError(
-            f"{path}: written by {parts} workers, this run has {world_size}; go on with "
-            f"cluster.num_workers={parts}, or start over with run.redo=[distill]"
-        )
-    _, client_state = engine.load_checkpoint(str(path), tag=_TAG)
-    return dict(client_state)
+def _slice_start(param: Any) -> int:
+    return int(param.ds_tensor.ds_numel) * dist.get_rank(param.ds_process_group)
 
 
 def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:

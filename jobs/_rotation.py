@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jobs._artifact import file_sha256, model_fingerprint
+from jobs._artifact import model_fingerprint
 from jobs._stage import read_sparsity
 from sparsify.errors import InputError
+from sparsify.files import file_sha256
 
 # In a folder of its own, as the masks: loaders take every *.safetensors beside config.json.
 ROTATION = "sparsity/rotation.safetensors"

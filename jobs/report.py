@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def identity(context: StageContext) -> dict[str, Any]:
     """The page shows the records of the other stages: they decide it."""
     from conf.schema import STAGES
-    from jobs._artifact import RECORD, file_sha256
+    from jobs._artifact import RECORD
+    from sparsify.files import file_sha256
 
     paths = {stage: context.run_dir / stage / RECORD for stage in STAGES if stage != "report"}
     inputs = {stage: file_sha256(path) for stage, path in paths.items() if path.is_file()}

@@ -28,3 +28,7 @@ class SingularHessianError(TwofourError):
 
 class PatternViolationError(TwofourError):
     """A weight that should be zero is not; the message names the layer and the first place."""
+
+
+class CorruptCheckpointError(TwofourError):
+    """A checkpoint that is not as it was written, or not finished; the message names the file."""

@@ -290,6 +290,11 @@ def _targets(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[nn.Parame
     return weights
 
 
+def layer_weights(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    """The weight of every layer in `masks`; errors as `mask_gradients`."""
+    return dict(zip(masks, _targets(model, masks), strict=True))
+
+
 def _weights(
     model: nn.Module, masks: dict[str, torch.Tensor]
 ) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from sparsify.errors import InputError
 from sparsify.masks import load_masks, save_masks
 from sparsify.pattern import Pattern, keep_mask_from_scores
 
-CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
+CASES = [
+    (0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +44,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def on_rank(rank: int, port: int, work: Any, *args: Any) -> None:
-    """Set up one of two processes and run the work in it."""
+def on_rank(rank: int, port: int, size: int, work: Any, *args: Any) -> None:
+    """Set up one of `size` processes and run the work in it."""
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2",
-        LOCAL_RANK=str(rank), LOCAL_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank), LOCAL_SIZE=str(size),
     )  # fmt: skip
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     work(rank, *args)
     torch.distributed.destroy_process_group()
     # DeepSpeed keeps its process groups, so their threads live on. One that lets go of a tensor
@@ -60,8 +61,12 @@ def on_rank(rank: int, port: int, work: Any, *args: Any) -> None:
     os._exit(0)
 
 
+def processes(size: int, work: Any, *args: Any) -> None:
+    mp.spawn(on_rank, args=(free_port(), size, work, *args), nprocs=size)
+
+
 def two_processes(work: Any, *args: Any) -> None:
-    mp.spawn(on_rank, args=(free_port(), work, *args), nprocs=2)
+    processes(2, work, *args)
 
 
 def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tuple[Any, Any]:
@@ -75,19 +80,25 @@ def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tupl
     apply_masks_(model, masks)
     if hooked:
         mask_gradients(model, masks)
-    settings = DistillConfig(zero_stage=stage, precision=precision, weight_decay=0.1)
-    engine = _engine.build_engine(model, settings, 2, uses_gpu=False)
+    settings = DistillConfig(
+        zero_stage=stage, precision=precision, weight_decay=0.1, micro_batch_size=4
+    )
+    world_size = torch.distributed.get_world_size()
+    engine = _engine.build_engine(model, settings, world_size, uses_gpu=False)
     guard = _engine.MaskGuard(engine, masks)
     guard.clear()
     return engine, guard
 
 
 def step(engine: Any, number: int, rank: int) -> float:
-    generator = torch.Generator().manual_seed(2 * number + rank)
-    ids = torch.randint(0, 300, (8, 32), generator=generator)
-    loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
-    engine.backward(loss)
-    engine.step()
+    """One optimizer step on 16 rows, whatever the number of processes."""
+    generator = torch.Generator().manual_seed(number)
+    rows = torch.randint(0, 300, (16, 32), generator=generator)
+    rows = rows[rank :: torch.distributed.get_world_size()]
+    for ids in rows.split(4):
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
     return loss.item()
 
 
@@ -108,7 +119,7 @@ def train_and_check(rank: int, folder: Path, stage: int, precision: str) -> None
         last = step(engine, 0, rank) if number == 3 else step(engine, number, rank)
         guard.check()
     assert last < first, "it learns"
-    copies = {copy for _, copy, _, _ in guard._copies(with_moments=True)}
+    copies = {copy for _, copy, _, _ in guard._copies()}
     masters = set() if stage == 0 else {"fp32 master"}
     assert copies == {"weights", "exp_avg", "exp_avg_sq"} | masters
     state = _engine.gathered_state_dict(engine)
@@ -151,22 +162,38 @@ def train_straight(rank: int, folder: Path, stage: int, out: Path) -> None:
 
 def train_first_half(rank: int, folder: Path, stage: int, out: Path) -> None:
     from jobs import _engine
+    from jobs._checkpoint import Checkpoints, Retention, finished_steps
 
     engine, _ = build(folder, stage, "fp32")
-    losses = [step(engine, number, rank) for number in range(2)]
-    _engine.save_checkpoint(engine, out, 1, {"losses": []})
-    _engine.save_checkpoint(engine, out, 2, {"losses": losses})
+    masks = load_masks(folder / "masks" / "masks.safetensors")
+    checkpoints = Checkpoints(out, Retention(num_last=1))
+    losses = []
+    for number in range(2):
+        losses.append(step(engine, number, rank))
+        state = {"losses": losses, "num_updates": _engine.num_updates(engine)}
+        checkpoints.save(number + 1, _engine.state_fragments(engine, True), masks, state)
+    checkpoints.wait()
+    torch.distributed.barrier()
+    assert finished_steps(out) == [2], "older checkpoints are removed"
+
+
+def load(engine: Any, out: Path) -> dict[str, Any]:
+    from jobs import _engine
+    from jobs._checkpoint import Checkpoints, Retention
+
+    found = Checkpoints(out, Retention()).latest(pytest.fail)
+    assert found is not None
+    _, checkpoint = found
+    _engine.restore(engine, checkpoint, checkpoint.state["num_updates"])
+    return checkpoint.state
 
 
 def train_second_half(rank: int, folder: Path, stage: int, out: Path) -> None:
     from jobs import _engine
 
-    assert _engine.finished_checkpoints(out) == [2], "older checkpoints are removed"
     engine, guard = build(folder, stage, "fp32")
-    with pytest.raises(InputError, match="written by 2 workers, this run has 4"):
-        _engine.load_checkpoint(engine, out, 2, 4)
-    losses = _engine.load_checkpoint(engine, out, 2, 2)["losses"]
-    guard.check(with_moments=False)
+    losses = load(engine, out)["losses"]
+    guard.check()
     losses += [step(engine, number, rank) for number in range(2, 4)]
     guard.check()
     state = _engine.gathered_state_dict(engine)
@@ -174,10 +201,94 @@ def train_second_half(rank: int, folder: Path, stage: int, out: Path) -> None:
         torch.save({"losses": losses, "hash": weights_hash(state)}, out / "resumed")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_and_two_steps_are_four_to_the_bit(sparse_dir, stage, tmp_path: Path) -> None:
     two_processes(train_straight, sparse_dir, stage, tmp_path)
     two_processes(train_first_half, sparse_dir, stage, tmp_path)
     two_processes(train_second_half, sparse_dir, stage, tmp_path)
     straight, resumed = torch.load(tmp_path / "straight"), torch.load(tmp_path / "resumed")
     assert resumed == straight
+
+
+def train_on(rank: int, folder: Path, stage: int, precision: str, out: Path, number: int) -> None:
+    """Load the newest checkpoint, if any, write it out again as it was loaded, train, save."""
+    from jobs import _engine
+    from jobs._checkpoint import Checkpoints, Retention
+
+    engine, guard = build(folder, stage, precision)
+    masks = load_masks(folder / "masks" / "masks.safetensors")
+    if number:
+        load(engine, out)
+        guard.check()
+        again = Checkpoints(out / "again", Retention())
+        state = {"num_updates": _engine.num_updates(engine)}
+        again.save(number, _engine.state_fragments(engine, True), masks, state)
+        again.wait()
+        torch.distributed.barrier()
+    step(engine, number, rank)
+    checkpoints = Checkpoints(out, Retention(num_last=9))
+    state = {"num_updates": _engine.num_updates(engine)}
+    checkpoints.save(number + 1, _engine.state_fragments(engine, True), masks, state)
+    checkpoints.wait()
+    torch.distributed.barrier()
+
+
+def whole_state(folder: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Every parameter and moment of a checkpoint, whole."""
+    from sparsify.fragments import Checkpoint, Fragment
+
+    wanted = [
+        Fragment(copy, name, 0, torch.empty(size))
+        for name, size in sizes.items()
+        for copy in ("weights", "exp_avg", "exp_avg_sq")
+    ]
+    Checkpoint(folder).fill(wanted)
+    return {one.key: one.values for one in wanted}
+
+
+@pytest.mark.parametrize(
+    "stages", [(3, 3, 3), (2, 3, 1)], ids=lambda stages: "-".join(map(str, stages))
+)
+def test_four_then_two_then_four_workers_carry_every_element_over(
+    sparse_dir, tmp_path: Path, stages: tuple[int, int, int]
+) -> None:
+    from jobs._checkpoint import name_of
+    from sparsify.models.load import load_model
+
+    (tmp_path / "again").mkdir()
+    sizes = {name: p.numel() for name, p in load_model(sparse_dir).named_parameters()}
+    states = []
+    for number, (size, stage) in enumerate(zip((4, 2, 4), stages, strict=True)):
+        processes(size, train_on, sparse_dir, stage, "bf16", tmp_path, number)
+        states.append(whole_state(tmp_path / name_of(number + 1), sizes))
+        if number:
+            loaded = whole_state(tmp_path / "again" / name_of(number), sizes)
+            before = states[number - 1]
+            assert loaded.keys() == before.keys()
+            assert all(torch.equal(loaded[key], before[key]) for key in before)
+            assert not torch.equal(*(s["weights:lm_head.weight@0"] for s in states[-2:]))
+
+
+def compare_placements(rank: int, folder: Path, placement: str) -> None:
+    from types import SimpleNamespace
+
+    from conf.stages import DistillConfig
+    from jobs._teacher import load_teacher, place_teacher
+    from sparsify.text import TokenRows
+
+    settings = DistillConfig(teacher_placement=placement)
+    context: Any = SimpleNamespace(device="cpu", world_size=2, local_world_size=2)
+    rows = TokenRows.whole(torch.arange(3, 67)[None])
+    whole, split = (load_teacher(folder, settings, None, context) for _ in range(2))
+    place_teacher(split, settings, context, rows)
+    weight = split.model.layers[0].mlp.up_proj.weight
+    assert weight.to_local().numel() * 2 == weight.numel(), "each worker holds half of it"
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = [m.model(input_ids=rows.ids_NT).last_hidden_state for m in (whole, split)]
+            assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("placement", ["node", "sharded"])
+def test_a_split_teacher_is_the_teacher_to_the_bit(tiny_model_dir, placement) -> None:
+    two_processes(compare_placements, tiny_model_dir, placement)

@@ -118,8 +118,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["prune.damping=true"], ["must be a number"]),
         ("prune", ["prune.damping={a:1}"], ["must be a number"]),
         ("prune", ["prune.damping=nan"], ["prune.damping=nan: must be a finite number"]),
-        ("prune", ["distill.gradient_checkpointing=yes"], ["must be true or false"]),
-        ("prune", ["distill.gradient_checkpointing=1"], ["must be true or false"]),
+        ("prune", ["distill.compile=yes"], ["must be true or false"]),
+        ("prune", ["distill.compile=1"], ["must be true or false"]),
         ("prune", ["prune.baselines=wanda"], ["write 'prune.baselines=[wanda]'"]),
         ("prune", ["stages=prune,evaluate"], ["write 'stages=[prune,evaluate]'"]),
         ("prune", ["prune.skip=[1]"], ["must be a list"]),
@@ -181,7 +181,7 @@ def test_values_of_every_type() -> None:
         [
             "run.from=runs/a", "run.dir=null", 'model.path="null"', "prune.num_samples=1_000",
             "distill.num_tokens=1e9", "distill.learning_rate=1e-4", "prune.damping=1",
-            "distill.gradient_checkpointing=true", "prune.skip=[*.down_proj,lm_head]",
+            "distill.compile=true", "prune.skip=[*.down_proj,lm_head]",
             "prune.baselines=[]", "tracker.wandb=off", "run.seed=1", "run.seed=2",
         ],
     )  # fmt: skip
@@ -191,7 +191,7 @@ def test_values_of_every_type() -> None:
     assert config.distill.num_tokens == 10**9
     assert type(config.distill.num_tokens) is int
     assert config.distill.learning_rate == 1e-4
-    assert config.distill.gradient_checkpointing is True
+    assert config.distill.compile is True
     assert config.prune.skip == ["*.down_proj", "lm_head"]
     assert config.prune.baselines == []
     assert config.tracker.wandb == "off"
