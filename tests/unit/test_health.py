@@ -1,0 +1,269 @@
+"""Bad steps, deterministic failures, replicas that differ, and how often to save."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cluster.failures import FailureLog
+from sparsify.errors import InputError
+from sparsify.health import SpikeGuard, SpikePolicy, checksum
+from sparsify.interval import checkpoint_interval_steps, lost_share, young_interval_s
+
+
+def losses(seed: int = 0) -> Iterator[float]:
+    """A loss that falls fast, then slowly, with 8 % of noise: what the recoveries look like."""
+    drawn = random.Random(seed)
+    step = 0
+    while True:
+        step += 1
+        yield (0.1 + 2 / step**0.5) * math.exp(0.08 * drawn.gauss(0, 1))
+
+
+def trained(policy: SpikePolicy, num_steps: int = 100) -> SpikeGuard:
+    guard = SpikeGuard(policy)
+    for step, loss in zip(range(1, num_steps + 1), losses(), strict=False):
+        assert guard.judge(step, loss, 3 * loss).action == "ok"
+    return guard
+
+
+def test_sound_training_is_never_bad() -> None:
+    for seed in range(20):
+        guard = SpikeGuard(SpikePolicy())
+        verdicts = [
+            guard.judge(step, loss, 3 * loss).action
+            for step, loss in zip(range(400), losses(seed), strict=False)
+        ]
+        assert set(verdicts) == {"ok"}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 30.0])
+@pytest.mark.parametrize("place", ["loss", "norm"])
+def test_one_bad_step_is_left_out(bad: float, place: str) -> None:
+    guard = trained(SpikePolicy(policy="skip"))
+    figures = (bad, 0.9) if place == "loss" else (0.3, 10 * bad)
+    verdict = guard.judge(101, *figures)
+    assert verdict.action == "skip"
+    assert "step 101" in verdict.reason
+    assert guard.judge(102, 0.3, 0.9).action == "ok"
+    assert guard.num_skipped == 1
+
+
+def test_nan_is_bad_from_the_first_step_and_a_spike_is_not() -> None:
+    guard = SpikeGuard(SpikePolicy(policy="skip"))
+    assert guard.judge(1, math.nan, 1.0).action == "skip"
+    assert guard.judge(2, 5.0, 1.0).action == "ok"
+    assert guard.judge(3, 5e6, 1.0).action == "ok"  # nothing to compare it with yet
+
+
+def test_spikes_do_not_enter_the_window() -> None:
+    """Else a run that has gone wrong would soon look normal."""
+    guard = trained(SpikePolicy(policy="skip", max_in_row=10**6))
+    for step in range(101, 1000):
+        assert guard.judge(step, 30.0, 1.0).action == "skip"
+
+
+def test_stop_at_the_first() -> None:
+    verdict = trained(SpikePolicy(policy="stop")).judge(101, 30.0, 1.0)
+    assert verdict.action == "stop"
+    assert "spreads over the median" in verdict.reason
+
+
+def test_skip_stops_after_too_many_in_a_row() -> None:
+    guard = trained(SpikePolicy(policy="skip", max_in_row=2))
+    actions = [guard.judge(step, math.nan, 1.0).action for step in (101, 102, 103)]
+    assert actions == ["skip", "skip", "stop"]
+
+
+def test_rollback_condemns_the_bad_steps_and_has_a_limit() -> None:
+    guard = trained(SpikePolicy(policy="rollback", max_in_row=1, max_rollbacks=1))
+    saved = guard.state_dict()
+    for step in (101, 102):
+        assert guard.judge(step, 0.3, 0.9).action == "ok"
+    assert guard.judge(103, math.nan, 1.0).action == "skip"
+    assert guard.judge(104, math.nan, 1.0).action == "rollback"
+    guard.rolled_back(saved)
+    assert guard.num_rollbacks == 1
+    replayed = [guard.judge(step, 0.3, 0.9).action for step in (101, 102, 103, 104, 105)]
+    assert replayed == ["ok", "ok", "skip", "skip", "ok"]
+    assert guard.judge(106, math.nan, 1.0).action == "skip"
+    last = guard.judge(107, math.nan, 1.0)
+    assert last.action == "stop"
+    assert "after 1 rollbacks" in last.reason
+
+
+def test_guard_goes_on_from_its_state() -> None:
+    """Through JSON, as it travels in a checkpoint; a state of the start is one too."""
+    guard = trained(SpikePolicy())
+    guard.judge(101, math.nan, 1.0)
+    other = SpikeGuard(SpikePolicy())
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for step, loss in ((102, 0.3), (103, 40.0), (104, math.nan), (105, 0.3)):
+        assert guard.judge(step, loss, 1.0) == other.judge(step, loss, 1.0)
+    assert guard.state_dict() == other.state_dict()
+    guard.rolled_back(None)
+    assert guard.state_dict()["losses"] == []
+    assert guard.num_skipped > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"policy": "hope"}, {"window": 4}, {"min_steps": 200}, {"loss_threshold": math.nan},
+     {"max_rollbacks": -1}],
+)  # fmt: skip
+def test_wrong_policy_is_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        SpikePolicy(**wrong)
+
+
+# checksum ---------------------------------------------------------------------------------------
+
+DTYPES = (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+    torch.uint8, torch.bool,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randint(0, 2, (3, 5), generator=generator).to(dtype)
+    before = checksum([tensor])
+    bits = tensor.flatten().view(torch.uint8)
+    seen = {before}
+    for byte in range(len(bits)):
+        for bit in range(8):
+            bits[byte] ^= 1 << bit
+            seen.add(checksum([tensor]))
+            assert checksum([tensor]) != before
+            bits[byte] ^= 1 << bit
+    assert checksum([tensor]) == before
+    assert all(0 <= value < 2**63 for value in seen)
+
+
+def test_checksum_against_integers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition with Python's integers; also when a tensor comes in several chunks."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(7, 9, generator=generator), torch.randn(50, generator=generator).half()]
+    expected = 0
+    for tensor in tensors:
+        size = tensor.element_size()
+        raw = tensor.flatten().view(torch.uint8).numpy().tobytes()
+        parts = [raw[i : i + size] for i in range(0, len(raw), size)]
+        total = sum(int.from_bytes(part, "little", signed=True) for part in parts)
+        expected = (expected * 0x9E3779B97F4A7C15 + total) % 2**63
+    assert checksum(tensors) == expected
+    monkeypatch.setattr("sparsify.health._CHECKSUM_CHUNK", 8)
+    assert checksum(tensors) == expected
+
+
+def test_checksum_sees_order_of_tensors_strides_and_nan() -> None:
+    first, second = torch.arange(6.0).view(2, 3), torch.full((4,), math.nan)
+    assert checksum([first, second]) != checksum([second, first])
+    assert checksum([first, second]) == checksum([first.clone(), second.clone()])
+    assert checksum([first.T]) == checksum([first.T.contiguous()])
+    assert checksum([torch.zeros(1)]) != checksum([-torch.zeros(1)])
+    assert checksum([]) == 0
+    assert checksum([torch.empty(0)]) == 0
+
+
+# failures ---------------------------------------------------------------------------------------
+
+
+def test_same_exception_at_the_same_step_is_not_retried() -> None:
+    log = FailureLog(max_retries=5)
+    first = log.record("RuntimeError", "bad shape at 0x7f01, pid 41", 120, False)
+    assert first.retry
+    other = FailureLog(max_retries=5)  # the driver was restarted in between
+    other.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    second = other.record("RuntimeError", "bad shape at 0x7e99, pid 77", 120, False)
+    assert not second.retry
+    assert "second time" in second.reason
+    assert "step 120" in second.reason
+
+
+def test_another_exception_or_step_is_retried() -> None:
+    log = FailureLog(max_retries=5)
+    assert log.record("RuntimeError", "shape 4", 120, False).retry
+    assert log.record("RuntimeError", "shape 5", 120, False).retry
+    assert log.record("RuntimeError", "shape 4", 121, False).retry
+    assert log.record("RuntimeError", "shape 4", None, False).retry
+    assert not log.record("RuntimeError", "shape 4", None, False).retry
+
+
+def test_infrastructure_has_a_budget_that_progress_fills_again() -> None:
+    log = FailureLog(max_retries=2)
+    assert log.record("WorkerLost", "node 3", 10, True).retry
+    assert log.record("WorkerLost", "node 3", 10, True).retry
+    assert log.record("WorkerLost", "node 3", 50, True).retry  # 40 steps further
+    assert log.record("WorkerLost", "node 3", 50, True).retry
+    last = log.record("WorkerLost", "node 3", 50, True)
+    assert not last.retry
+    assert "without progress since step 50" in last.reason
+    assert not FailureLog(max_retries=0).record("WorkerLost", "node", None, True).retry
+
+
+def test_falling_back_to_an_older_checkpoint_is_no_progress() -> None:
+    log = FailureLog(max_retries=2)
+    assert log.record("Hang", "", 50, True).retry
+    assert log.record("Hang", "", 40, True).retry
+    assert not log.record("Hang", "", 45, True).retry
+
+
+def test_what_the_user_must_mend_is_not_retried() -> None:
+    assert not FailureLog(9).record("InputError", "no such file", 1, False, is_users=True).retry
+
+
+# how often to save ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stall_s", "mtbf_h", "minutes", "percent"),
+    [
+        (2, 1584, 80, 0.08), (2, 24, 10, 0.7), (2, 6, 5, 1.4), (5, 1584, 126, 0.13),
+        (5, 24, 15, 1.1), (5, 6, 8, 2.2), (30, 1584, 5.1 * 60, None), (30, 24, 38, 2.6),
+        (30, 6, 19, 5.3),
+    ],
+)  # fmt: skip
+def test_youngs_table(stall_s: float, mtbf_h: float, minutes: float, percent: float) -> None:
+    """Stalls of 2, 5 and 30 s on 32 GPUs, with preemption, on spot machines; the
+    table's figures are rounded to minutes, the longest to a tenth of an hour."""
+    interval_s = young_interval_s(stall_s, 3600 * mtbf_h)
+    assert interval_s / 60 == pytest.approx(minutes, abs=0.6, rel=0.01)
+    if percent is not None:
+        assert 100 * lost_share(interval_s, stall_s, 3600 * mtbf_h) == pytest.approx(
+            percent, abs=0.06
+        )
+
+
+def test_youngs_interval_loses_least() -> None:
+    stall_s, mtbf_s = 3.0, 5000.0
+    best = young_interval_s(stall_s, mtbf_s)
+    least = lost_share(best, stall_s, mtbf_s)
+    assert least == pytest.approx(math.sqrt(2 * stall_s / mtbf_s))
+    for factor in (0.5, 0.9, 1.1, 2.0):
+        assert lost_share(factor * best, stall_s, mtbf_s) > least
+
+
+def test_interval_in_steps_and_its_limits() -> None:
+    # sqrt(2 x 5 x 86400) = 929.5 s; a step of 7.4 s: 125.6 steps.
+    assert checkpoint_interval_steps(5.0, 7.4, 86400.0) == 126
+    assert checkpoint_interval_steps(5.0, 7.4, 86400.0, most=50) == 50
+    assert checkpoint_interval_steps(5.0, 7.4, 86400.0, least=200) == 200
+    assert checkpoint_interval_steps(0.0, 7.4, 86400.0, least=3) == 3
+    assert checkpoint_interval_steps(1e-9, 1.0, 1.0) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step_s": 0}, {"mtbf_s": 0}, {"stall_s": -1}, {"mtbf_s": math.inf}, {"least": 0},
+     {"least": 5, "most": 4}],
+)  # fmt: skip
+def test_wrong_times_are_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match="checkpoint interval"):
+        checkpoint_interval_steps(**{"stall_s": 1, "step_s": 1, "mtbf_s": 100, **wrong})
