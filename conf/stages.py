@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from conf import rules
 from sparsify.errors import InputError
+from sparsify.loss_terms import LossSchedule, LossWeights
 
 
 @dataclass
@@ -115,12 +116,17 @@ class DistillConfig:
     """gradient norm above which a step is scaled down"""
     kl_weight: float = 1.0
     """weight of KL(teacher || student) on the logits"""
+    reverse_kl_weight: float = 0.0
+    """weight of KL(student || teacher) on the logits"""
     ce_weight: float = 0.0
     """weight of cross-entropy with the next token"""
     square_head_weight: float = 0.0
     """weight of the normalised error of the hidden states"""
     temperature: float = 1.0
-    """softmax temperature of the KL term"""
+    """softmax temperature of the KL terms"""
+    schedule: list[str] = field(default_factory=list)
+    """weights, or the temperature, that change: NAME:END@SHARE goes in a straight line to END over
+    that share of the run, such as [square_head_weight:0@0.1]; [] for none"""
     precision: str = "fp32"
     """arithmetic of training: fp32 or bf16 (with fp32 master weights)"""
     zero_stage: int = 2
@@ -167,7 +173,7 @@ class DistillConfig:
                 )
         for name in ("learning_rate", "max_grad_norm", "temperature"):
             rules.in_range(f"distill.{name}", getattr(self, name), above=0)
-        weights = ("kl_weight", "ce_weight", "square_head_weight")
+        weights = ("kl_weight", "reverse_kl_weight", "ce_weight", "square_head_weight")
         for name in ("num_warmup_steps", "weight_decay", *weights):
             rules.in_range(f"distill.{name}", getattr(self, name), low=0)
         if not any(getattr(self, name) for name in weights):
@@ -175,6 +181,7 @@ class DistillConfig:
                 "distill: every loss weight is 0, so nothing is learned; set at least one of "
                 + ", ".join(f"distill.{name}" for name in weights)
             )
+        self.losses()
         rules.in_range("distill.min_learning_rate_share", self.min_learning_rate_share, 0, 1)
         rules.in_range("distill.beta1", self.beta1, low=0, below=1)
         rules.in_range("distill.beta2", self.beta2, low=0, below=1)
@@ -196,6 +203,18 @@ class DistillConfig:
                 "distill.offload_optimizer=true with distill.zero_stage=0: only ZeRO offloads; use "
                 "distill.zero_stage=1 or more"
             )
+
+    def losses(self) -> LossSchedule:
+        """The terms of the loss over the run.
+
+        Raises:
+            InputError: a number out of range, or a moment at which every weight is 0.
+        """
+        start = LossWeights(
+            kl=self.kl_weight, ce=self.ce_weight, square_head=self.square_head_weight,
+            temperature=self.temperature, reverse_kl=self.reverse_kl_weight,
+        )  # fmt: skip
+        return LossSchedule.parse(start, self.schedule)
 
 
 @dataclass

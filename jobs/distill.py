@@ -46,7 +46,8 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from jobs._rotation import teacher_rotation
 
     student, teacher = context.models.student("distill"), context.models.dense
-    rotation = teacher_rotation(student, teacher, context.config.distill.square_head_weight)
+    weight = context.config.distill.losses().peak("square_head")
+    rotation = teacher_rotation(student, teacher, weight)
     payload = {
         "config": context.worker_config, "student": student, "teacher": teacher,
         "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch,

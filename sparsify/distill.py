@@ -11,15 +11,18 @@ several micro-batches must divide their sums by one common number of tokens (`To
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import InputError
+from sparsify.head import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
+from sparsify.head import Head, Teacher, head_loss
+from sparsify.head_terms import NO_TARGET, Sample
+from sparsify.loss_terms import LossWeights, TokenCounts
 from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
@@ -28,61 +31,6 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 1024
 # Floor of SquareHead's denominator: machine epsilon of bfloat16, as in the published recipe.
 _SQUARE_HEAD_EPS = torch.finfo(torch.bfloat16).eps
-_NO_TARGET = -100
-
-
-@dataclass
-class LossWeights:
-    """Weights of the terms of the distillation loss; a term of weight 0 is not computed."""
-
-    kl: float = 1.0
-    """weight of KL(teacher || student) per token, >= 0"""
-    ce: float = 0.0
-    """weight of the next-token cross-entropy, >= 0"""
-    square_head: float = 0.0
-    """weight of the SquareHead loss between hidden states, >= 0"""
-    temperature: float = 1.0
-    """divisor of both models' logits in the KL term, > 0"""
-
-    def __post_init__(self) -> None:
-        for name in ("kl", "ce", "square_head"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"distill.{name}_weight={value}: must be a number >= 0")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"distill.temperature={self.temperature}: must be a number > 0")
-        if self.kl == self.ce == self.square_head == 0:
-            raise InputError(
-                "distill: kl_weight, ce_weight and square_head_weight are all 0, nothing to train "
-                "on; give one of them a weight"
-            )
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Numbers of positions that the terms of the loss are divided by."""
-
-    kl: float
-    """positions of the KL term: all but the last of a document that ends inside its row"""
-    ce: float
-    """positions of the cross-entropy: those whose next token is of the same document"""
-
-    @classmethod
-    def of(cls, rows: TokenRows) -> TokenCounts:
-        """The counts of some rows."""
-        return cls(int(_is_taught(rows).sum()), int(rows.has_next_NT.sum()))
-
-    def shared_by(self, num_parts: int) -> TokenCounts:
-        """What each of `num_parts` micro-batches divides by, so that the mean of their losses is
-        the loss of all their rows together."""
-        return TokenCounts(self.kl / num_parts, self.ce / num_parts)
-
-
-def _is_taught(rows: TokenRows) -> torch.Tensor:
-    """bool (B, T): positions of the KL term. It needs no target, so a row's last one counts."""
-    is_taught = rows.has_next_NT
-    is_taught[:, -1] = True
-    return is_taught
 
 
 def forward_kl(
@@ -149,9 +97,9 @@ def cross_entropy(
     """
     # Marking positions without a target, rather than cutting them out, keeps the logits
     # contiguous, so that flattening them copies nothing.
-    targets = rows.ids_NT.roll(-1, dims=1).masked_fill(~rows.has_next_NT, _NO_TARGET)
+    targets = rows.ids_NT.roll(-1, dims=1).masked_fill(~rows.has_next_NT, NO_TARGET)
     if num_tokens is None:
-        num_tokens = int((targets != _NO_TARGET).sum())
+        num_tokens = int((targets != NO_TARGET).sum())
     return _CrossEntropy.apply(logits, targets, chunk_tokens, num_tokens)
 
 
@@ -187,6 +135,58 @@ def square_head(
     return total
 
 
+def head_distillation_loss(
+    hidden_BTD: Tensor,
+    head: Head,
+    rows: TokenRows,
+    weights: LossWeights,
+    counts: TokenCounts | None = None,
+    teacher: Teacher | Sample | None = None,
+    states: Sequence[Tensor] | None = None,
+    teacher_states: Sequence[Tensor] | None = None,
+    chunk_tokens: int = HEAD_CHUNK_TOKENS,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the terms that have a weight, from hidden states: no logits of all tokens.
+
+    The KL terms cover all T positions of a row (no target is needed), cross-entropy the first
+    T - 1, both without the last position of a document that ends inside the row. SquareHead covers
+    all tokens; it is a ratio of means, so over several micro-batches it is the mean of theirs.
+
+    Args:
+        hidden_BTD: the student's final hidden states, those its head takes.
+        head: the student's.
+        rows: B rows of T tokens, what all hidden states were made from.
+        weights: the terms.
+        counts: what sums over tokens are divided by; None: the counts of `rows`.
+        teacher: final hidden states (B, T, Dt) and head, or a sample of its predictions; None if no
+            KL term has a weight.
+        states: the student's hidden states after every block, if SquareHead has a weight.
+        teacher_states: the same of the teacher.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Returns:
+        The loss (float32 scalar with gradient), and the values of `head.head_loss` with
+        "square_head": detached scalars on the device of the hidden states.
+    """
+    values: dict[str, Tensor] = {}
+    losses = []
+    if weights.uses_teacher_logits or weights.ce:
+        # Marking positions without a target, rather than cutting them out, keeps all in place.
+        targets = rows.ids_NT.roll(-1, dims=1).masked_fill(~rows.has_next_NT, NO_TARGET)
+        loss, values = head_loss(
+            hidden_BTD, head, weights, counts or TokenCounts.of(rows), teacher, rows.is_taught_NT,
+            targets, chunk_tokens,
+        )  # fmt: skip
+        losses.append(loss)
+    if weights.square_head:
+        assert states is not None, "SquareHead compares the states of both models"
+        assert teacher_states is not None, "SquareHead compares the states of both models"
+        term = square_head(states, teacher_states)
+        losses.append(weights.square_head * term)
+        values["square_head"] = term.detach()
+    return torch.stack(losses).sum(), values
+
+
 def distillation_loss(
     student_out: CausalLMOutput,
     teacher_out: CausalLMOutput | None,
@@ -212,13 +212,17 @@ def distillation_loss(
         The loss (float32 scalar with gradient), and the unweighted value of each term under "kl",
         "ce" and "square_head"; 0.0 for a term that was not computed.
     """
+    if weights.reverse_kl:
+        raise InputError(
+            "distill.reverse_kl_weight: needs the loss from hidden states; set it to 0"
+        )
     terms: dict[str, torch.Tensor] = {}
     counts = counts or TokenCounts.of(rows)
     if weights.kl:
         student, teacher = (_required(o, "logits", "kl") for o in (student_out, teacher_out))
         terms["kl"] = forward_kl(
             student, teacher, weights.temperature,
-            is_counted=_is_taught(rows), num_tokens=counts.kl,
+            is_counted=rows.is_taught_NT, num_tokens=counts.kl,
         )  # fmt: skip
     if weights.ce:
         logits = _required(student_out, "logits", "ce")
@@ -295,7 +299,7 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=z.device)
         for chunk in _chunks(len(z), chunk_tokens):
             nll = torch.nn.functional.cross_entropy(
-                z[chunk].float(), flat[chunk], ignore_index=_NO_TARGET, reduction="none"
+                z[chunk].float(), flat[chunk], ignore_index=NO_TARGET, reduction="none"
             )
             total += nll.double().sum()
         ctx.save_for_backward(logits, targets)
@@ -310,7 +314,7 @@ class _CrossEntropy(torch.autograd.Function):
         z, flat, rows = logits.flatten(0, -2), targets.flatten(), grad.flatten(0, -2)
         scale = grad_output.float() / ctx.num_tokens
         for chunk in _chunks(len(z), ctx.chunk_tokens):
-            has_target = (flat[chunk] != _NO_TARGET).float()[:, None]
+            has_target = (flat[chunk] != NO_TARGET).float()[:, None]
             q = z[chunk].float().softmax(dim=-1)
             q.scatter_add_(1, flat[chunk].clamp(min=0)[:, None], -has_target)
             rows[chunk] = q.mul_(has_target * scale)

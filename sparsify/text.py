@@ -72,6 +72,14 @@ class TokenRows:
         return has_next_NT
 
     @property
+    def is_taught_NT(self) -> Tensor:
+        """bool (N, T): what a teacher may be compared at. It needs no next token, so unlike in
+        `has_next_NT` the last position of a row counts; the end of a document inside does not."""
+        is_taught_NT = self.has_next_NT
+        is_taught_NT[:, -1] = True
+        return is_taught_NT
+
+    @property
     def is_packed(self) -> bool:
         """Whether any row holds more than one document."""
         return bool((self.positions_NT[:, 1:] == 0).any())

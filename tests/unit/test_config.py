@@ -223,6 +223,11 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: DistillConfig(learning_rate=-1.0), ["distill.learning_rate=-1.0"]),
         (lambda: DistillConfig(max_grad_norm=0), ["distill.max_grad_norm=0"]),
         (lambda: DistillConfig(min_learning_rate_share=2), ["min_learning_rate_share=2"]),
+        (
+            lambda: DistillConfig(schedule=["kl_weight:0@0.5"]),
+            ["kl_weight", "all 0 at some moment"],
+        ),
+        (lambda: DistillConfig(schedule=["rate:0@1"]), ["distill.schedule", "'rate'"]),
         (lambda: DistillConfig(kl_weight=0), ["every loss weight is 0", "distill.ce_weight"]),
         (lambda: DistillConfig(ce_weight=-1), ["distill.ce_weight=-1", "at least 0"]),
         (lambda: DistillConfig(precision="fp16"), ["distill.precision=fp16", "fp32, bf16"]),
@@ -302,6 +307,7 @@ def test_patterns_that_pass_here_pass_in_sparsify_too() -> None:
 
 def test_edges_that_pass() -> None:
     DataConfig(heldout_share=0.5, sequence_length=8)
+    DistillConfig(kl_weight=0, reverse_kl_weight=1, schedule=["temperature:1@1"], temperature=2)
     DistillConfig(zero_stage=0, kl_weight=0, ce_weight=0.1, beta1=0, min_learning_rate_share=1)
     Config(distill=DistillConfig(num_tokens=4096))
     Config(stages=["report"], run=RunConfig(from_="runs/a"))
