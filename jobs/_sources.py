@@ -18,6 +18,7 @@ from conf.rules import parse_mix
 from jobs._builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
 from jobs._textfiles import existing_path, load_hub_dataset, read_source, source_files
 from sparsify.errors import CalibrationError, InputError
+from sparsify.order import largest_remainder
 from sparsify.text import TokenRows, is_held_out, shuffled, split_documents, token_rows
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _mixed_rows(reader: _Reader, num_rows: int) -> tuple[TokenRows, str | None]:
     """Rows of every source of the mix, interleaved."""
     config = reader.config
     mix = parse_mix("data.mix", config.mix)
-    counts = _largest_remainder([share for share, _ in mix], num_rows)
+    counts = largest_remainder([share for share, _ in mix], num_rows)
     parts, warnings = [], []
     for (share, name), count in zip(mix, counts, strict=True):
         if count == 0:
@@ -180,15 +181,6 @@ def _mixed_rows(reader: _Reader, num_rows: int) -> tuple[TokenRows, str | None]:
         warnings += [warning] if warning else []
     order = _interleaved(counts, _order_seed(reader.which, reader.seed, 0))
     return TokenRows.joined(parts)[order], "; ".join(warnings) or None
-
-
-def _largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares` (which sum to 1) that sum to `total`."""
-    counts = [math.floor(share * total) for share in shares]
-    rests = [count - share * total for count, share in zip(counts, shares, strict=True)]
-    for index in sorted(range(len(shares)), key=rests.__getitem__)[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
 
 
 def _interleaved(counts: Sequence[int], seed: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ Shape suffixes: N rows, T tokens of a row.
 from __future__ import annotations
 
 import hashlib
+import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARS = 256_000  # so that one long book does not make a reader of one row wait
 _TAIL_SHARE = 0.1  # held-out share of a text that has too few documents to hold some out
+# Scripts, digits, spaces, code, cases: whatever tokenizers are known to treat differently.
+_PROBE = (
+    "The quick brown fox JUMPS over 13 lazy dogs; it's 3.14159 o'clock, isn't it?\n\n\tdef f(x_1):"
+    "\n        return x_1 ** 2  # two  spaces   three\r\nÄrger über Straßen, déjà vu, naïve "
+    "ﬁne; Привет, мир! 你好，世界。こんにちは 안녕하세요 مرحبا שלום नमस्ते 😀👍🏽 ∑∫≠ 1234567890 "
+    "0x1F http://example.org/a?b=c&d=e CamelCase snake_case ALLCAPS don't We'LL\u00a0x\u200by <s> "
+    "</s> <|endoftext|> [CLS] ...!!! ---- ==== \\n {} [] () <> ~`@#$%^&*"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,23 +180,46 @@ def token_rows(
     if sequence_length < 2:
         raise InputError(f"sequence_length: {sequence_length} is too short; use at least 2 tokens")
     wanted = None if num_rows is None else num_rows * sequence_length
-    stream: list[int] = []
-    starts: list[int] = []
-    for ids in _encoded(documents, tokenizer):
-        if ids:
-            starts.append(len(stream))
-        stream.extend(ids)
-        if wanted is not None and len(stream) >= wanted:
-            break
-    rows = len(stream) // sequence_length
+    stream = token_stream(documents, tokenizer, wanted)
+    rows = len(stream.ids) // sequence_length
     if num_rows is not None:
         rows = min(rows, num_rows)
     shape = (rows, sequence_length)
-    ids_NT = torch.tensor(stream[: rows * sequence_length], dtype=torch.int64).reshape(shape)
-    return TokenRows(ids_NT, _positions(starts, rows, sequence_length))
+    ids_NT = torch.tensor(stream.ids[: rows * sequence_length], dtype=torch.int64).reshape(shape)
+    return TokenRows(ids_NT, _positions(stream.starts, rows, sequence_length))
 
 
-def _positions(starts: list[int], num_rows: int, sequence_length: int) -> Tensor:
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents one after another, before they are cut into rows."""
+
+    ids: array[int]
+    """token ids, 8 bytes each"""
+    starts: array[int]
+    """where in `ids` each document begins"""
+
+
+def token_stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> TokenStream:
+    """The tokens of all documents with the marks that `token_rows` describes.
+
+    Args:
+        documents: texts; one without tokens leaves no trace.
+        tokenizer: of the model that will read them.
+        num_tokens: stop behind the document that reaches this many; None takes all.
+    """
+    stream = TokenStream(array("q"), array("q"))
+    for ids in _encoded(documents, tokenizer):
+        if ids:
+            stream.starts.append(len(stream.ids))
+        stream.ids.extend(ids)
+        if num_tokens is not None and len(stream.ids) >= num_tokens:
+            break
+    return stream
+
+
+def _positions(starts: Sequence[int], num_rows: int, sequence_length: int) -> Tensor:
     """Distance of each token from the last document start or row start at or before it (N, T)."""
     num_tokens = num_rows * sequence_length
     last_start = torch.zeros(num_tokens, dtype=torch.int64)
@@ -198,6 +231,26 @@ def _positions(starts: list[int], num_rows: int, sequence_length: int) -> Tensor
         last_start[inside] = inside
     last_start = last_start.cummax(0).values if num_tokens else last_start
     return (torch.arange(num_tokens) - last_start).reshape(num_rows, sequence_length)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what a tokenizer does: its vocabulary, its marks, and a text full of traps.
+
+    Not of its files: saving a tokenizer anew, or with another version of the library, may change
+    their bytes and nothing else.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    parts = [
+        vocabulary,
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        [list(tokenizer(text)["input_ids"]) for text in (_PROBE, "x", "")],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus 1."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def shuffled(num_items: int, seed: int) -> list[int]:
