@@ -1,8 +1,9 @@
-"""The only importer of Ray: starts or joins a cluster, runs work on it, hears its progress.
+"""The importer of Ray: starts or joins a cluster, runs work on it, hears its progress.
 
 A run is a few named pieces of work, one after another. `run_workers` runs a function once on each
 of a group of workers that can talk to each other (Ray Train, torch.distributed set up by it);
 `run_tasks` runs independent calls (Ray tasks). Both see a `WorkerContext` and nothing else of Ray.
+Many small calls go through `ray_data.map_shards`, which is a part of this module in its own file.
 Progress, metrics and failures travel over one `Board` actor, whose calls carry the stage and its
 progress as their name, so the Ray dashboard shows them as they happen.
 """

@@ -99,20 +99,19 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from None
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(
-                f"{path}: cannot be written ({text}); choose another run.dir= or fix the "
-                "permissions"
+                f"{path}: cannot be written ({text}); choose another folder or fix the permissions"
             ) from None
         raise
 
 
-def prepare_run_dir(run_dir: Path) -> None:
-    """Make the run's folder and prove that it can be written.
+def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
+    """Make the run's folder, which `option` names, and prove that it can be written.
 
     Raises:
         InputError: it is a file, or cannot be made or written.
     """
     if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"run.dir={run_dir}: is a file; choose a folder")
+        raise InputError(f"{option}={run_dir}: is a file; choose a folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".probe"
@@ -121,16 +120,16 @@ def prepare_run_dir(run_dir: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TwofourError(
-                f"run.dir={run_dir}: the disk is full; free some space or choose another folder"
+                f"{option}={run_dir}: the disk is full; free some space or choose another folder"
             ) from None
         raise InputError(
-            f"run.dir={run_dir}: cannot be written ({error.strerror}); choose another folder or "
+            f"{option}={run_dir}: cannot be written ({error.strerror}); choose another folder or "
             "fix the permissions"
         ) from None
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path, option: str = "run.dir") -> Iterator[None]:
     """Hold the run's folder for this process; the kernel lets go of it when the process ends."""
     with (run_dir / ".lock").open("a+") as file:
         try:
@@ -138,8 +137,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise InputError(
-                f"run.dir={run_dir}: another run (process {file.read().strip() or 'unknown'}) is "
-                "using it; wait for it, or choose another run.dir="
+                f"{option}={run_dir}: another run (process {file.read().strip() or 'unknown'}) is "
+                f"using it; wait for it, or choose another {option}="
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

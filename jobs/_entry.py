@@ -10,15 +10,19 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from conf.schema import ALIASES, Config, PretrainConfig, to_dict
+from conf.tokenize import TokenizeJobConfig
 from jobs import _help
-from jobs._options import CONF_DIR, Override, parse_overrides
+from jobs._options import CONF_DIR, Override, config_class, parse_overrides
 from sparsify.errors import InputError, TwofourError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+AnyConfig = Config | PretrainConfig | TokenizeJobConfig
 
 _FLAGS = ("--help", "-h", "--print-config", "--dry-run", "--version")
 _TYPE_WORDS = {
@@ -57,7 +61,7 @@ def main(job: str, argv: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def load_config(job: str, overrides: list[str]) -> Config | PretrainConfig:
+def load_config(job: str, overrides: list[str]) -> AnyConfig:
     """The checked config of a job: its YAML, then the cluster's, then the overrides.
 
     Args:
@@ -76,14 +80,17 @@ def load_config(job: str, overrides: list[str]) -> Config | PretrainConfig:
     words = [_to_hydra(override) for override in parsed]
     if job != "pretrain":
         words.append(f"+cluster={cluster or 'local'}")
-    config_class = PretrainConfig if job == "pretrain" else Config
+    schema = config_class(job)
     try:
         with initialize_config_dir(str(CONF_DIR.resolve()), job_name=job, version_base="1.3"):
-            composed = OmegaConf.to_container(
+            composed: Any = OmegaConf.to_container(
                 compose(job, overrides=words), resolve=True, throw_on_missing=True
             )
-        typed = OmegaConf.merge(OmegaConf.structured(config_class), _field_names(composed))
-        config: Config | PretrainConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
+        if schema is TokenizeJobConfig:  # presets and prune.yaml set other groups too
+            used = {field.name for field in fields(schema)}
+            composed = {key: value for key, value in composed.items() if key in used}
+        typed = OmegaConf.merge(OmegaConf.structured(schema), _field_names(composed))
+        config: AnyConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"config of {job}: {_one_line(error)}") from error
     except InputError:
@@ -114,18 +121,22 @@ def _run(job: str, argv: list[str]) -> None:
     print(_start(job, config))
 
 
-def _start(job: str, config: Config | PretrainConfig) -> Path | str:
+def _start(job: str, config: AnyConfig) -> Path | str:
     if isinstance(config, PretrainConfig):
         from jobs import pretrain
 
         pretrain.run(config)
         return config.out
+    if isinstance(config, TokenizeJobConfig):
+        from jobs import tokenize
+
+        return tokenize.run(config)
     from jobs import pipeline
 
     return pipeline.run_pipeline(config, job)
 
 
-def _plan(config: Config | PretrainConfig) -> list[str]:
+def _plan(config: AnyConfig) -> list[str]:
     if isinstance(config, PretrainConfig):
         step_tokens = config.batch_size * config.sequence_length
         return [
@@ -134,6 +145,15 @@ def _plan(config: Config | PretrainConfig) -> list[str]:
             + f"vocabulary {config.vocab_size}",
             f"  steps: {config.num_tokens // step_tokens} of {step_tokens} tokens",
             f"  output: {config.out}",
+        ]
+    if isinstance(config, TokenizeJobConfig):
+        sources = ", ".join(config.data.mix) or config.data.train or config.data.calibration
+        return [
+            f"tokenize: {config.cluster.num_workers} workers on {config.cluster.name}",
+            f"  sources: {sources}",
+            f"  tokenizer: that of {config.model.path}",
+            f"  rows: {config.data.sequence_length} tokens each",
+            f"  output: {config.tokenize.out}",
         ]
     from jobs import pipeline
 
@@ -212,7 +232,7 @@ def _field_names(node: Any) -> Any:
     return node
 
 
-def _print_config(config: Config | PretrainConfig) -> None:
+def _print_config(config: AnyConfig) -> None:
     from omegaconf import OmegaConf
 
     print(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), end="")

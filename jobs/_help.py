@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import spec
-from conf import rules, schema, stages
+from conf import rules, schema, stages, tokenize
 from jobs._options import CONF_DIR, JOBS, Option, cluster_names, job_options
 from sparsify.errors import InputError
 
@@ -25,6 +25,7 @@ _SUMMARIES = {
     "evaluate": "Score the model of run.from on held-out text, against its dense teacher.",
     "quantize": "Quantize the model of run.from and leave every zero where it is.",
     "export": "Write the model of run.from as files to deploy.",
+    "tokenize": "Turn training text into a store of token rows, once for many recoveries.",
     "pretrain": "Train the small embedded model from scratch.",
 }
 _FROM = "run.from=runs/first"
@@ -43,6 +44,11 @@ _EXAMPLES = {
     "evaluate": (f"python -m jobs.evaluate {_FROM} evaluate.num_tokens=100_000",),
     "quantize": (f"python -m jobs.quantize {_FROM} quantize.method=rtn",),
     "export": (f"python -m jobs.export {_FROM} export.dtype=bfloat16",),
+    "tokenize": (
+        "python -m jobs.tokenize model.path=/models/8b data.train=/data/text",
+        "python -m jobs.tokenize 'data.mix=[7 a.jsonl,3 b.parquet]' tokenize.out=mix",
+        "python -m jobs.tokenize data.train=/data/text --dry-run",
+    ),
     "pretrain": ("python -m jobs.pretrain out=models/small seed=1",),
 }
 _TYPE_NAMES = {"list[str]": "list", "str": "text"}
@@ -102,7 +108,7 @@ def _usage(job: str) -> str:
     words = "[KEY=VALUE]... [FLAG]"
     if job == "pretrain":
         return words
-    required = "" if job == "prune" else "run.from=PATH "
+    required = "" if job in ("prune", "tokenize") else "run.from=PATH "
     return f"{required}[+cluster=NAME] {words}"
 
 
@@ -162,7 +168,7 @@ def _option_lines(options: list[Option], defaults: dict[str, Any]) -> list[str]:
 def _documentation() -> dict[tuple[str, str], str]:
     """(class, field) -> the string under the field; (class, '') -> first line of the class."""
     found: dict[tuple[str, str], str] = {}
-    for module in (schema, stages, spec):
+    for module in (schema, stages, tokenize, spec):
         tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):

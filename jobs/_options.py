@@ -15,6 +15,7 @@ from typing import get_type_hints
 
 from conf import schema
 from conf.schema import Config, PretrainConfig, written_name
+from conf.tokenize import TokenizeJobConfig
 from sparsify.errors import InputError
 
 CONF_DIR = Path(schema.__file__).parent
@@ -25,9 +26,21 @@ JOBS: dict[str, tuple[str, ...]] = {
     "evaluate": (*_SHARED, "evaluate", "tracker", "cluster"),
     "quantize": (*_SHARED, "quantize", "evaluate", "tracker", "cluster"),
     "export": ("run", "model", "prune.pattern", "prune.skip", "export", "tracker", "cluster"),
+    "tokenize": (
+        "model.path", "data.train", "data.mix", "data.calibration", "data.heldout",
+        "data.text_field", "data.separator", "data.heldout_share", "data.sequence_length",
+        "tokenize", "cluster",
+    ),
     "pretrain": tuple(field.name for field in fields(PretrainConfig)),
-}
+}  # fmt: skip
 """Job -> the groups and single options it uses; all others are refused on its command line."""
+
+_SCHEMAS = {"pretrain": PretrainConfig, "tokenize": TokenizeJobConfig}
+
+
+def config_class(job: str) -> type[Config] | type[PretrainConfig] | type[TokenizeJobConfig]:
+    """The dataclass of a job's whole config."""
+    return _SCHEMAS.get(job, Config)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,7 @@ def _walk(config_class: type, prefix: str = "") -> dict[str, Option]:
 @cache
 def job_options(job: str) -> dict[str, Option]:
     """Every option of a job by its key, in the order of the schema."""
-    every = _walk(PretrainConfig if job == "pretrain" else Config)
+    every = _walk(config_class(job))
     used = JOBS[job]
     return {k: o for k, o in every.items() if k in used or k.split(".")[0] in used}
 
@@ -106,7 +119,8 @@ def parse_overrides(job: str, words: list[str]) -> tuple[str | None, list[Overri
 def _split(job: str, word: str) -> tuple[str, str]:
     key, equals, text = word.partition("=")
     bare = key.lstrip("+~")
-    example = "run.dir=runs/first" if job != "pretrain" else "seed=1"
+    examples = {"pretrain": "seed=1", "tokenize": "tokenize.out=runs/tokens"}
+    example = examples.get(job, "run.dir=runs/first")
     if key.startswith("~"):
         raise InputError(
             f"{word}: options cannot be removed; set {bare}=null or {bare}=[] where the option "

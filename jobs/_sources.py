@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -118,6 +119,44 @@ def _same_source(first: str, second: str) -> bool:
     if first in named or second in named:
         return first == second
     return Path(first).resolve() == Path(second).resolve()
+
+
+def training_sources(config: DataConfig) -> list[tuple[float, str, bool | None]]:
+    """(share, source, `held_out` for `open_source`) of everything that training reads."""
+    if not _uses_mix(config, "train"):
+        return [(1.0, *_source(config, "train"))]
+    return [(share, name, _rest_of(config)) for share, name in parse_mix("data.mix", config.mix)]
+
+
+def gives_heldout(config: DataConfig, name: str) -> bool:
+    """Whether held-out text comes from the source itself: then the split keeps them apart."""
+    return name == _source(config, "heldout")[0]
+
+
+def heldout_digests(config: DataConfig) -> set[bytes]:
+    """`text_digest` of every held-out document: those that training must not use."""
+    return {text_digest(text) for text in open_source(*_source(config, "heldout"), config)}
+
+
+def with_absolute_paths(config: DataConfig) -> DataConfig:
+    """`config` with files and folders named from the root: workers may stand elsewhere."""
+
+    def absolute(name: str | None) -> str | None:
+        if name is None or name in BUILT_IN or not Path(name).exists():
+            return name
+        return str(Path(name).absolute())
+
+    def of_entry(entry: str) -> str:
+        weight, _, source = entry.strip().partition(" ")
+        return f"{weight} {absolute(source.strip())}"
+
+    return replace(
+        config,
+        calibration=absolute(config.calibration) or "",
+        mix=[of_entry(entry) for entry in config.mix],
+        train=absolute(config.train),
+        heldout=absolute(config.heldout),
+    )
 
 
 def load_rows(
@@ -256,14 +295,13 @@ class _Reader:
     def _documents(self, name: str, held_out: bool | None, order_seed: int | None) -> Iterator[str]:
         """The documents; for calibration and training without those equal to a held-out one."""
         texts = open_source(name, held_out, self.config, order_seed)
-        if self.which == "heldout" or name == _source(self.config, "heldout")[0]:
-            return texts  # the second: one source, split in two
+        if self.which == "heldout" or gives_heldout(self.config, name):
+            return texts
         return (text for text in texts if text_digest(text) not in self._held)
 
     @cached_property
     def _held(self) -> set[bytes]:
-        texts = open_source(*_source(self.config, "heldout"), self.config)
-        return {text_digest(text) for text in texts}
+        return heldout_digests(self.config)
 
 
 def _order_seed(which: Which, seed: int, epoch: int) -> int:
@@ -282,16 +320,16 @@ def source_fingerprint(config: DataConfig, which: Which) -> str:
     must not use.
     """
     if not _uses_mix(config, which):
-        return _fingerprint(config, *_source(config, which))
+        return content_fingerprint(config, *_source(config, which))
     names = [name for _, name in parse_mix("data.mix", config.mix)]
-    parts = [_fingerprint(config, name, _rest_of(config)) for name in names]
+    parts = [content_fingerprint(config, name, _rest_of(config)) for name in names]
     if config.heldout is None:
         parts.append(source_fingerprint(config, "heldout"))
     return _digest_of(part.encode() for part in parts)
 
 
-def _fingerprint(config: DataConfig, name: str, held_out: bool | None) -> str:
-    """The same of one source."""
+def content_fingerprint(config: DataConfig, name: str, held_out: bool | None) -> str:
+    """`source_fingerprint` of one source, for `held_out` as in `open_source`."""
     if name in BUILT_IN:
         texts = open_source(name, held_out if name in SPLIT_BY_NAME else None, config)
         return _digest_of(text_digest(text) for text in texts)

@@ -15,19 +15,20 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
 
-_TEXT_SUFFIXES = (".txt", ".md", ".py")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
 _RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
 }  # fmt: skip
 _FORMATS = (
-    f"{' '.join(_TEXT_SUFFIXES + _RECORD_SUFFIXES)} (text and .jsonl also with "
+    f"{' '.join(TEXT_SUFFIXES + _RECORD_SUFFIXES)} (text and .jsonl also with "
     f"{' '.join(_OPENERS)} after it)"
 )
 
@@ -72,12 +73,12 @@ def read_source(name: str, text_field: str, separator: str, known: Sequence[str]
         return _dataset_documents(name, load_hub_dataset(name), text_field)
     path, split = existing_path(name, known), _split_suffix(name)[1]
     if path.is_file():
-        documents = _read_file(path, text_field, separator)
+        documents = read_file(path, text_field, separator)
     elif _is_saved_dataset(path):
         return _dataset_documents(name, _load_saved_dataset(path, split), text_field)
     else:
         files = source_files(path)
-        documents = joined([_read_file(file, text_field, separator) for file in files])
+        documents = joined([read_file(file, text_field, separator) for file in files])
     if not documents:
         raise InputError(f"data source {name}: no text in it; give a source that has some")
     return documents
@@ -94,7 +95,7 @@ def source_files(path: Path) -> list[Path]:
     if _is_saved_dataset(path):
         return files
     visible = [p for p in files if not any(x.startswith(".") for x in p.relative_to(path).parts)]
-    readable = [p for p in visible if _kind(p)[0] is not None]
+    readable = [p for p in visible if kind_of(p)[0] is not None]
     if not readable:
         found = ", ".join(p.name for p in visible[:3]) or "no files"
         raise InputError(f"data source {path}: a folder with {found}; expected {_FORMATS}")
@@ -131,28 +132,27 @@ def _missing(path: Path, known: Sequence[str]) -> str:
     return f"there is no such file or folder{where}; give a path or one of {', '.join(known)}"
 
 
-def _kind(path: Path) -> tuple[str | None, str | None]:
+def kind_of(path: Path) -> tuple[str | None, str | None]:
     """(format suffix, compression suffix) of a file name; format None when it cannot be read."""
     suffixes = [s.lower() for s in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else None
     kind = suffixes[-1] if suffixes else None
-    allowed = _TEXT_SUFFIXES + ((".jsonl",) if compression else _RECORD_SUFFIXES)
+    allowed = TEXT_SUFFIXES + ((".jsonl",) if compression else _RECORD_SUFFIXES)
     return (kind if kind in allowed else None), compression
 
 
-def _read_file(path: Path, text_field: str, separator: str) -> Sequence[str]:
-    kind, compression = _kind(path)
+def read_file(path: Path, text_field: str, separator: str) -> Sequence[str]:
+    """The documents of one file, which is read whole."""
+    kind, compression = kind_of(path)
     if kind is None:
         raise InputError(f"data source {path}: format not known; expected {_FORMATS}")
     if kind == ".parquet":
         return _parquet_documents(path, text_field)
     text = _decoded(path, compression)
-    if kind in _TEXT_SUFFIXES:
-        return _split_text(text, separator)
+    if kind in TEXT_SUFFIXES:
+        return split_text(text, separator)
     if kind == ".jsonl":
-        # Not splitlines(): that also breaks at characters that JSON strings may hold.
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return Documents(lines, lambda item: _json_line(path, item[0], item[1], text_field))
+        return json_lines(path, text, text_field)
     if kind == ".json":
         return _json_documents(path, text, text_field)
     return _csv_documents(path, text, text_field)
@@ -166,20 +166,30 @@ def _decoded(path: Path, compression: str | None) -> str:
             with _OPENERS[compression](path) as file:
                 raw = file.read()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(
-            f"data source {path}: cannot be read ({error}); check the file and its permissions"
-        ) from None
+        raise unreadable(path, error) from None
+    return as_text(path, raw)
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    """The error of a file that cannot be opened or read."""
+    return InputError(
+        f"data source {path}: cannot be read ({error}); check the file and its permissions"
+    )
+
+
+def as_text(path: Path, raw: bytes, offset: int = 0) -> str:
+    """Bytes of a file, `offset` bytes from its start, as text with plain line ends."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"data source {path}: not UTF-8 at byte {error.start} (0x{raw[error.start]:02x}); "
-            "convert it, for example with iconv -t utf-8"
+            f"data source {path}: not UTF-8 at byte {offset + error.start} "
+            f"(0x{raw[error.start]:02x}); convert it, for example with iconv -t utf-8"
         ) from None
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _split_text(text: str, separator: str) -> list[str]:
+def split_text(text: str, separator: str) -> list[str]:
     """Documents between separator lines; a text without such a line is one document as it is."""
     parts = re.split(rf"^[ \t]*{re.escape(separator)}[ \t]*$", text, flags=re.MULTILINE)
     if len(parts) > 1:
@@ -208,8 +218,17 @@ def _no_field(place: str, text_field: str, fields: Sequence[str]) -> InputError:
     )
 
 
-def _json_line(path: Path, number: int, line: str, text_field: str) -> str:
-    place = f"data source {path}, line {number}"
+def json_lines(path: Path, text: str, text_field: str, after: str = "") -> Documents:
+    """The documents of JSON lines; `after` says where in the file counting lines began."""
+    # Not splitlines(): that also breaks at characters that JSON strings may hold.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    place = f"data source {path}, line"
+    return Documents(
+        lines, lambda item: _json_line(f"{place} {item[0]}{after}", item[1], text_field)
+    )
+
+
+def _json_line(place: str, line: str, text_field: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -247,6 +266,17 @@ def _csv_documents(path: Path, text: str, text_field: str) -> list[str]:
 
 
 def _parquet_documents(path: Path, text_field: str) -> Documents:
+    with parquet_file(path, text_field) as file:
+        return column_documents(path, file.read(columns=[text_field]), text_field)
+
+
+@contextmanager
+def parquet_file(path: Path, text_field: str) -> Iterator[Any]:
+    """The opened file (pyarrow.parquet.ParquetFile), which has the field.
+
+    Raises:
+        InputError: it cannot be read, then or while it is open, or lacks the field.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -255,18 +285,29 @@ def _parquet_documents(path: Path, text_field: str) -> Documents:
             f"data source {path}: parquet needs the package 'pyarrow'; install it"
         ) from None
     try:
-        fields = pyarrow.parquet.read_schema(path).names
-        if text_field not in fields:
-            raise _no_field(f"data source {path}", text_field, fields)
-        column = pyarrow.parquet.read_table(path, columns=[text_field]).column(text_field)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            fields = file.schema_arrow.names
+            if text_field not in fields:
+                raise _no_field(f"data source {path}", text_field, fields)
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"data source {path}: not valid parquet ({_first_line(error)})") from None
+
+
+def column_documents(path: Path, table: Any, text_field: str, first_row: int = 0) -> Documents:
+    """The texts of one column of an Arrow table that begins at row `first_row` of its file."""
+    column = table.column(text_field)
     return Documents(
         range(len(column)),
         lambda i: _field(
-            {text_field: column[i].as_py()}, text_field, f"data source {path}, row {i}"
+            {text_field: column[i].as_py()}, text_field, f"data source {path}, row {first_row + i}"
         ),
     )
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a source (not `hf:`) is a folder that `datasets` saved, with or without @SPLIT."""
+    return _is_saved_dataset(_split_suffix(name)[0])
 
 
 def _is_saved_dataset(path: Path) -> bool:

@@ -15,7 +15,7 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         TwofourError: a stage could not be finished; finished ones are kept.
     """
     from jobs._progress import Display
+    from jobs._sources import with_absolute_paths
     from jobs._tracking import open_tracker
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
@@ -88,7 +89,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         clusters = _Clusters(config, run_dir.name, display, tracker, stack)
         context = _stage.StageContext(
             config,
-            _with_absolute_paths(config),
+            replace(config, data=with_absolute_paths(config.data)),
             run_dir,
             command,
             models,
@@ -135,7 +136,7 @@ class _Clusters:
             from cluster.ray_backend import RayCluster
 
             cluster = RayCluster(self._config.cluster, self._run_name, ROOT, self._on_event)
-            with _cluster_errors():
+            with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if self._cluster.dashboard_url:
                 url = self._cluster.dashboard_url
@@ -174,7 +175,7 @@ def _run_stage(stage: Stage, context: _stage.StageContext, journal: _RedoJournal
         redo,
         may_follow or stage.may_extend,
     )
-    with _cluster_errors(), _artifact.disk_errors(writer.folder):
+    with cluster_errors(), _artifact.disk_errors(writer.folder):
         metrics = module.run(context, writer)
     metrics["warnings"] = list(context.warnings)
     context.warnings.clear()
@@ -210,7 +211,7 @@ class _RedoJournal:
 
 
 @contextlib.contextmanager
-def _cluster_errors() -> Iterator[None]:
+def cluster_errors() -> Iterator[None]:
     """Bring an error of the cluster or of a worker back as one of ours."""
     from cluster.errors import ClusterError, WorkFailedError
 
@@ -224,31 +225,6 @@ def _cluster_errors() -> Iterator[None]:
             raise kind(error.message) from None
         print(error.traceback, file=sys.stderr)
         raise TwofourError(f"{error.kind} on a worker: {error.message}") from None
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """`config` with files and folders named from the root: workers may stand elsewhere."""
-    from jobs._sources import BUILT_IN
-
-    def absolute(name: str | None) -> str | None:
-        if name is None or name in BUILT_IN or not Path(name).exists():
-            return name
-        return str(Path(name).absolute())
-
-    data = replace(
-        config.data,
-        calibration=absolute(config.data.calibration) or "",
-        mix=[_with_source(entry, absolute) for entry in config.data.mix],
-        train=absolute(config.data.train),
-        heldout=absolute(config.data.heldout),
-    )
-    return replace(config, data=data)
-
-
-def _with_source(entry: str, absolute: Callable[[str | None], str | None]) -> str:
-    """An entry of data.mix with its source, after the weight, made absolute."""
-    weight, _, source = entry.strip().partition(" ")
-    return f"{weight} {absolute(source.strip())}"
 
 
 def _check_inputs(config: Config, models: _stage.Models) -> None:

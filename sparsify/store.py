@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: missing, damaged, or of another format or version.
     """
     path = folder / MANIFEST
-    again = "tokenise again"
+    again = "remove the folder and tokenise again"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

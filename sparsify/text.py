@@ -243,7 +243,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [
         vocabulary,
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
-        [list(tokenizer(text)["input_ids"]) for text in (_PROBE, "x", "")],
+        [list(tokenizer(text, verbose=False)["input_ids"]) for text in (_PROBE, "x", "")],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -27,6 +27,7 @@ from conf.schema import (
     default_run_dir,
     to_dict,
 )
+from conf.tokenize import TokenizeConfig, TokenizeJobConfig
 from jobs._entry import load_config
 from jobs._options import CONF_DIR, JOBS, cluster_names, job_options
 from sparsify.errors import InputError
@@ -58,6 +59,12 @@ def test_pretrain_yaml_covers_every_field_and_nothing_else() -> None:
     assert read_yaml(CONF_DIR / "pretrain.yaml") == to_dict(PretrainConfig())
 
 
+def test_tokenize_yaml_covers_the_block_of_its_own() -> None:
+    written = read_yaml(CONF_DIR / "tokenize.yaml")
+    assert written["tokenize"] == to_dict(TokenizeConfig())
+    assert set(written) == {"defaults", "tokenize"}
+
+
 @pytest.mark.parametrize("name", cluster_names())
 def test_cluster_preset_sets_all_of_its_own_group_and_only_known_options(name: str) -> None:
     preset = read_yaml(CONF_DIR / "cluster" / f"{name}.yaml")
@@ -76,12 +83,23 @@ def test_no_defaults_list_names_a_cluster(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
-@pytest.mark.parametrize("job", [job for job in JOBS if job != "pretrain"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("pretrain", "tokenize")])
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     config = load_config(job, [f"+cluster={cluster}", *([] if job == "prune" else [FROM])])
     assert isinstance(config, Config)
     assert config.cluster.name == cluster
     assert config.stages == (list(STAGES) if job == "prune" else [job])
+
+
+@pytest.mark.parametrize("cluster", cluster_names())
+def test_tokenize_composes_on_every_cluster(cluster: str) -> None:
+    config = load_config("tokenize", [f"+cluster={cluster}", "tokenize.shard_bytes=5"])
+    assert isinstance(config, TokenizeJobConfig)
+    assert config.cluster.name == cluster
+    assert config.tokenize == TokenizeConfig(shard_bytes=5)
+    whole = load_config("prune", [f"+cluster={cluster}"])
+    assert isinstance(whole, Config)
+    assert config.data == whole.data
 
 
 def test_composed_config_holds_only_plain_values() -> None:
@@ -99,6 +117,7 @@ def test_composed_config_holds_only_plain_values() -> None:
 def test_no_cluster_means_local() -> None:
     assert load_config("prune", []) == load_config("prune", ["+cluster=local"]) == Config()
     assert load_config("pretrain", []) == PretrainConfig()
+    assert load_config("tokenize", []) == TokenizeJobConfig()
 
 
 def test_cluster_preset_sets_other_groups_and_the_command_line_wins() -> None:
@@ -258,6 +277,9 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: QuantizeConfig(damping=0), ["quantize.damping=0"]),
         (lambda: TrackerConfig(wandb="on"), ["tracker.wandb=on", "auto, online, offline, off"]),
         (lambda: TrackerConfig(project="a/b"), ["tracker.project=a/b", "refuses /"]),
+        # tokenize
+        (lambda: TokenizeConfig(out=" "), ["tokenize.out", "empty"]),
+        (lambda: TokenizeConfig(shard_bytes=0), ["tokenize.shard_bytes=0", "at least 1"]),
         # pretrain
         (lambda: PretrainConfig(device="tpu"), ["device=tpu", "cpu, cuda"]),
         (lambda: PretrainConfig(vocab_size=256), ["vocab_size=256", "at least 257"]),

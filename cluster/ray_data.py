@@ -1,0 +1,82 @@
+"""Independent calls by Ray Data: many small pieces of work, streamed through a few workers.
+
+A part of cluster/ray_backend.py in a file of its own, because importing Ray Data takes seconds
+that other work need not wait for. `map_shards` is for work whose results are files and a few
+figures; work that needs GPUs, or workers that speak with each other, is the backend's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import ray.data
+
+from cluster.errors import WorkFailedError
+from cluster.ray_backend import RayCluster, Work, WorkerContext, _guarded, _last_line, _Watch
+
+
+def map_shards(
+    cluster: RayCluster, name: str, work: Work, payloads: Sequence[Any], what: str
+) -> list[Any]:
+    """Run `work(context, payload)` for each payload, at most one per worker of the spec at a time.
+
+    A call whose worker dies is made again as often as Ray does that by itself: 3 times; Ray Data
+    has no argument for it.
+
+    Args:
+        cluster: entered.
+        name: for the dashboard and the progress.
+        work: a module-level function that returns plain JSON values.
+        payloads: one per call; at least one.
+        what: the unit that the progress counts, in the plural.
+
+    Returns:
+        The results in the order of the payloads.
+
+    Raises:
+        WorkFailedError: a call raised, or its worker kept dying.
+    """
+    spec, board = cluster.spec, cluster._board
+    ray.get(board.clear.remote())
+
+    def call(row: dict[str, Any]) -> dict[str, Any]:
+        context = WorkerContext(board, name, 0, 1, spec)
+        result = _guarded(context, work, payloads[row["index"]])
+        return {"index": row["index"], "result": json.dumps(result)}
+
+    _quiet()
+    items = [{"index": index} for index in range(len(payloads))]
+    # One block per payload: a block is what Ray Data hands to a task, and what it does again.
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        call,
+        compute=ray.data.TaskPoolStrategy(size=spec.num_workers),
+        num_cpus=spec.cpus_per_worker,
+    )
+    results: list[Any] = [None] * len(payloads)
+    done = 0
+    with _Watch(board, cluster._on_event):
+        try:
+            for row in dataset.iter_rows():
+                results[row["index"]] = json.loads(row["result"])
+                done += 1
+                event = {"kind": "progress", "name": name, "done": done, "total": len(payloads)}
+                cluster._on_event({**event, "text": what})
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            failure = ray.get(board.drain.remote())[1]
+            if failure is not None:
+                raise WorkFailedError(**failure) from None
+            text = f"{name}: a worker was lost ({_last_line(error)}); see {cluster.log_folder}"
+            raise WorkFailedError("WorkerLost", text) from None
+    return results
+
+
+def _quiet() -> None:
+    """The run has its own progress; Ray Data's goes to the log files and the dashboard."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

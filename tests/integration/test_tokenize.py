@@ -1,0 +1,89 @@
+"""Tokenising through Ray Data: the command as a user runs it, killed in the middle, run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsify.models.load import load_tokenizer
+from sparsify.store import TokenStore
+from sparsify.text import TokenRows
+
+STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(400)]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
+    """Two sources, some thirty shards."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
+    table = pyarrow.table({"text": [story[::-1] for story in STORIES]})
+    pyarrow.parquet.write_table(table, tmp_path / "back.parquet", row_group_size=80)
+    return [
+        f"model.path={tiny_model_dir}",
+        f"data.mix=[3 {path},1 {tmp_path / 'back.parquet'}]",
+        "data.sequence_length=32",
+        "tokenize.shard_bytes=2500",
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    run_job, environment, overrides, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "jobs.tokenize", *overrides, f"tokenize.out={killed}"]
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline_s = time.monotonic() + 60
+    while not list(killed.glob(".tokenize/*.shard.json")) and process.poll() is None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "manifest.json").exists()
+    done = run_job("tokenize", *overrides, f"tokenize.out={killed}", "cluster.num_workers=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(killed)
+    store = TokenStore.open(killed)
+    store.verify()
+    store.check_tokenizer(load_tokenizer(tiny_model_dir), "tiny")
+    rows: TokenRows = store.rows(store.order(seed=0).batch(0, 8))
+    assert rows.ids_NT.shape == (8, 32)
+
+    # The same work in this process, all at once and undisturbed.
+    from conf.tokenize import TokenizeJobConfig
+    from jobs._entry import load_config
+    from jobs._tokenize import write_store
+    from tests.unit.test_tokenize import Told, in_process
+
+    config = load_config("tokenize", overrides)
+    assert isinstance(config, TokenizeJobConfig)
+    (tmp_path / "whole").mkdir()
+    write_store(config, tmp_path / "whole", in_process, Told())  # type: ignore[arg-type]
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_a_bad_record_on_a_worker_is_one_line(run_job, overrides, tmp_path: Path) -> None:
+    with (tmp_path / "stories.jsonl").open("a") as file:
+        file.write('{"text": 7}\n')
+    done = run_job("tokenize", *overrides, f"tokenize.out={tmp_path / 'store'}")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: data source ")
+    assert "field 'text' is int, not a string" in last
+    assert "Traceback" not in done.stderr
