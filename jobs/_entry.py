@@ -147,7 +147,7 @@ def _plan(config: AnyConfig) -> list[str]:
             f"  output: {config.out}",
         ]
     if isinstance(config, TokenizeJobConfig):
-        sources = ", ".join(config.data.mix) or config.data.train or config.data.calibration
+        sources = config.data.train or ", ".join(config.data.mix) or config.data.calibration
         return [
             f"tokenize: {config.cluster.num_workers} workers on {config.cluster.name}",
             f"  sources: {sources}",

@@ -29,7 +29,7 @@ from jobs._sources import (
     with_absolute_paths,
 )
 from sparsify.errors import InputError
-from sparsify.store import MANIFEST, Shard, StoreSource, read_manifest
+from sparsify.store import MANIFEST, Shard, StoreSource, is_store, read_manifest
 from sparsify.store_write import is_whole, shard_name, write_manifest, write_shard
 from sparsify.text import is_held_out, split_documents, tokenizer_digest
 
@@ -148,6 +148,8 @@ def _open_source(
     data: DataConfig, weight: float, name: str, held_out: bool | None, shard_bytes: int
 ) -> _Source:
     """The source with its cuts, its fingerprint, and what of it is held out."""
+    if is_store(name):
+        raise InputError(f"data source {name}: is a token store already; give the text itself")
     is_by_name = name in SPLIT_BY_NAME
     side = held_out if name in BUILT_IN else None
     shards = cut_source(name, side, data, shard_bytes)

@@ -282,7 +282,8 @@ class TokenStore:
             ids = np.memmap(path, self._ids_type, "r", start, shape)
             shape = (shard.num_rows, self._num_start_bytes)
             starts = np.memmap(path, np.uint8, "r", start + ids.nbytes, shape)
-            self._maps[index] = ids, starts
+            # As plain arrays: a memmap makes every slice another memmap, which takes longer.
+            self._maps[index] = ids.view(np.ndarray), starts.view(np.ndarray)
         return self._maps[index]
 
     def _data_start(self, shard: Shard) -> int:

@@ -26,10 +26,11 @@ _SHARD_ROWS = 2048
 _MEAN_DOCUMENT_TOKENS = 1000
 _SHARES = (0.7, 0.25, 0.05)
 _NOTES = (
-    "rows come in training order from three sources of random tokens (weights 0.7, 0.25, 0.05), one "
-    "micro-batch a time, as int64 ids and positions; a GPU's part, the copy to it, is not measured",
+    "rows come in training order from three sources of random tokens (weights 0.7, 0.25, 0.05), "
+    "one micro-batch at a time, as int64 ids and positions; the copy to a GPU is not measured",
     "cached: every row was read before; cold: the pages of the files were dropped from the page "
-    "cache first (posix_fadvise), and no row is read twice; the disk is that of --workdir",
+    "cache first (posix_fadvise), and no row comes twice; the disk is that of --workdir, and the "
+    "host of a virtual machine may hold the files all the same",
     "needed: 8 GPUs of a 32-GPU run at 6,800 tokens/s each; one process of this benchmark is "
     "compared with the whole node, which has 8 of them",
     "tokenising: documents of the standard library with the tokenizer of --model, one thread, with "
@@ -186,7 +187,7 @@ def _read(store: TokenStore, order: TrainingOrder, options: Namespace) -> tuple[
     """Rows read and seconds taken, the order's computation included; at most one pass."""
     num_rows = step = 0
     begun_s = time.perf_counter()
-    # The smallest source is the first to come again; its share of the slots is that of its rows.
+    # The sources' shares of the slots are their shares of the rows: all end at about one time.
     while num_rows + options.batch <= len(store):
         rows = order.batch(step, options.batch)
         for part in rows.split(options.micro_batch):

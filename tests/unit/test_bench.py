@@ -15,7 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs import bench
-from jobs._bench import environment, kernel, memory, processes, prune, quality, record, scaling
+from jobs._bench import (
+    data,
+    environment,
+    kernel,
+    memory,
+    processes,
+    prune,
+    quality,
+    record,
+    scaling,
+)
 from jobs._bench.layer_error import dense_hessians, judge, mask_agreement, relative_error
 from jobs._bench.random_llama import block_num_weights, llama_config, random_model, write_checkpoint
 from jobs._bench.side_twofour import prune_folder
@@ -528,3 +538,33 @@ def test_an_impossible_model_is_refused(tmp_path) -> None:
 
     with pytest.raises(InputError, match="has 2 blocks"):
         model.run(options)
+
+
+# The data path
+
+
+def test_a_random_store_is_a_store(tmp_path) -> None:
+    store = data.write_random_store(tmp_path / "store", 1e-4, 64, 70_000, 0)
+    store.verify()
+    shares = [source.num_rows / len(store) for source in store.sources]
+    assert shares == pytest.approx([0.7, 0.25, 0.05], abs=1 / len(store))
+    rows = store.rows(range(len(store)))
+    assert 2**16 < int(rows.ids_NT.max()) < 70_000
+    assert rows.is_packed
+    with pytest.raises(InputError, match="room for 3 rows"):
+        data.write_random_store(tmp_path / "small", 1e-6, 64, 70_000, 0)
+
+
+def test_the_data_benchmark_reads_and_tokenises(tmp_path) -> None:
+    words = ["data", "--store-gb", "0.0001", "--length", "64", "--batch", "16", "--seconds", "0.01"]
+    assert bench.main([*words, "--workdir", str(tmp_path), "--out", str(tmp_path / "d.json")]) == 0
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert str(tmp_path) not in json.dumps({**found, "command": ""})
+    figures = found["figures"]
+    for name in ("cold", "cached"):
+        part = figures[name]
+        assert part["num_rows"] % 16 == 0
+        assert part["tokens_per_s"] == pytest.approx(64 * part["num_rows"] / part["seconds"])
+        assert part["ratio"] == pytest.approx(part["tokens_per_s"] / (8 * 6800))
+    assert figures["tokenising"]["tokens_per_s"] > 0
+    assert not (tmp_path / "data-store").exists()

@@ -33,7 +33,8 @@ BLOCKS = _FENCE.findall(README)
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _FENCE.sub("", README))]
 LINES = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [text for text in (*LINES, *SPANS) if text.startswith("python -m ")]
-GROUPS = [field.name for field in fields(Config)]
+GROUPS = [*(field.name for field in fields(Config)), "tokenize"]
+OPTIONS = {**job_options("prune"), **job_options("tokenize")}
 
 
 def no_duplicates(texts: list[str]) -> list[str]:
@@ -85,7 +86,7 @@ def test_options_are_found_in_the_text() -> None:
 
 @pytest.mark.parametrize("key", mentioned_options())
 def test_mentioned_option_exists(key: str) -> None:
-    assert key in job_options("prune")
+    assert key in OPTIONS
 
 
 @pytest.mark.parametrize(

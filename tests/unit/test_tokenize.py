@@ -283,6 +283,13 @@ def test_a_folder_with_other_files_is_refused(job, tmp_path) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+def test_a_store_is_no_text(job, tmp_path) -> None:
+    write(job, tmp_path / "store")
+    again = replace(job, data=replace(job.data, mix=[], train=str(tmp_path / "store")))
+    with pytest.raises(InputError, match="is a token store already"):
+        write(again, tmp_path / "other")
+
+
 def test_many_dropped_tokens_are_told(job, tmp_path) -> None:
     lines = write(job, tmp_path / "store")
     assert any("behind the last whole row of a shard" in line for line in lines)
