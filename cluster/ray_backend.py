@@ -119,6 +119,11 @@ class WorkerContext:
         if self.rank == 0:
             self._board.post.remote({"kind": "warning", "name": self.name, "text": message})
 
+    def alert(self, message: str) -> None:
+        """`warn` from any worker, of something that concerns this one."""
+        text = f"{self.name}: worker {self.rank}: {message}"
+        self._board.post.remote({"kind": "warning", "name": self.name, "text": text})
+
 
 def _guarded(context: WorkerContext, work: Work, payload: Any) -> Any:
     """Run the work; post a failure to the board before it takes the process down."""

@@ -144,18 +144,39 @@ class DistillConfig:
     teacher_dtype: str | None = None
     """type of the teacher's weights: float32, bfloat16 or float8; null = as distill.precision"""
     checkpoint_every_steps: int | None = 50
-    """steps between two checkpoints; null = none before the end"""
+    """steps between two checkpoints; null = by Young's formula from the measured stall"""
+    mtbf_hours: float = 24.0
+    """hours between two failures that Young's formula expects, preemption included"""
     keep_checkpoints: int = 2
     """newest checkpoints that are kept"""
     milestone_every_steps: int | None = None
     """keep the checkpoints at multiples of this too; null = none"""
+    time_limit_hours: float | None = None
+    """hours after which the stage stops with a checkpoint, to go on later; null = never"""
+    time_reserve_s: float = 60.0
+    """seconds before that limit in which no step is begun any more"""
+    hang_after_s: float = 120.0
+    """least seconds without a step after which a worker counts as hung and is restarted"""
+    checksum_every_steps: int | None = 100
+    """steps between two comparisons of the workers' copies of the weights; null = never"""
+    on_bad_step: str = "rollback"
+    """a step with a loss spike or a non-finite gradient is left out; then: skip, rollback, stop"""
+    max_bad_steps: int = 3
+    """bad steps in a row that are only left out, before the run goes back or stops"""
+    moving_share: float = 0.0
+    """share of the steps in which masks follow the weights (SR-STE); 0 = they never move"""
+    mask_refresh_steps: int = 10
+    """steps between two choices of the masks while they move"""
+    mask_decay: float = 2e-4
+    """weight of pruned weights in their own gradient while masks move"""
 
     def __post_init__(self) -> None:
         for name in (
             "num_tokens", "batch_size", "micro_batch_size", "zero_hpz_size", "keep_checkpoints",
+            "mask_refresh_steps",
         ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), low=1)
-        for name in ("checkpoint_every_steps", "milestone_every_steps"):
+        for name in ("checkpoint_every_steps", "milestone_every_steps", "checksum_every_steps"):
             if getattr(self, name) is not None:
                 rules.in_range(f"distill.{name}", getattr(self, name), low=1)
         rules.in_range("distill.recompute_share", self.recompute_share, low=0, high=1)
@@ -171,7 +192,15 @@ class DistillConfig:
                     f"{self.teacher_placement}: a teacher in 8 bits is kept whole on every worker; "
                     "use distill.teacher_placement=replicated, or another type"
                 )
-        for name in ("learning_rate", "max_grad_norm", "temperature"):
+        if self.time_limit_hours is not None:
+            rules.in_range("distill.time_limit_hours", self.time_limit_hours, above=0)
+        rules.one_of("distill.on_bad_step", self.on_bad_step, ("skip", "rollback", "stop"))
+        rules.in_range("distill.moving_share", self.moving_share, low=0, below=1)
+        for name in ("time_reserve_s", "max_bad_steps", "mask_decay"):
+            rules.in_range(f"distill.{name}", getattr(self, name), low=0)
+        for name in (
+            "learning_rate", "max_grad_norm", "temperature", "mtbf_hours", "hang_after_s",
+        ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), above=0)
         weights = ("kl_weight", "reverse_kl_weight", "ce_weight", "square_head_weight")
         for name in ("num_warmup_steps", "weight_decay", *weights):

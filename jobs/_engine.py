@@ -8,7 +8,7 @@ ZeRO stage and number of workers. Knows nothing of losses, data or schedules: th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,26 +25,31 @@ WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """AdamW whose next step can be left out: weights and moments stay as they are.
+    """AdamW that asks before an update: if it may not, weights and moments stay as they are.
 
-    `skip_next` is set by the loop on every rank alike, before the engine's step, which otherwise
-    runs as usual and clears the gradients. Without ZeRO it also clips, and leaves out a step whose
-    gradient norm is not finite; DeepSpeed does both in its other stages.
+    The engine's step runs as usual either way and clears the gradients. Without ZeRO it also clips,
+    and leaves out a step whose gradient norm is not finite; DeepSpeed does both in its other
+    stages.
     """
 
-    skip_next = False
+    may_update: Callable[[], bool] | None = None
+    """asked once per step of the engine, when the gradient's norm is known"""
+    answer: bool | None = None
+    """to the question, in this step of the engine"""
     max_grad_norm: float | None = None
     grad_norm: float | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update, or none."""
+        """One update, or none; DeepSpeed calls it once per group of parameters."""
         if self.max_grad_norm is not None:
             params = [p for group in self.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(params, self.max_grad_norm)
-            self.grad_norm = float(norm)
-        is_finite = self.grad_norm is None or self.grad_norm < float("inf")
-        return super().step(closure) if is_finite and not self.skip_next else None
+            self.grad_norm = float(nn.utils.clip_grad_norm_(params, self.max_grad_norm))
+            if not self.grad_norm < float("inf"):
+                return None
+        if self.answer is None:
+            self.answer = True if self.may_update is None else self.may_update()
+        return super().step(closure) if self.answer else None
 
 
 def check_names(config: dict[str, Any]) -> None:
@@ -108,16 +113,24 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def is_finite_step(engine: Any) -> bool:
-    """Whether the gradient norm of the step just made was finite; the same on every rank."""
-    norm = grad_norm(engine)
-    return not getattr(engine.optimizer, "overflow", False) and norm < float("inf")
+def step_if(engine: Any, may_update: Callable[[], bool]) -> None:
+    """The engine's step at the end of a batch, with its update only if `may_update` says so.
+
+    `may_update` is asked on every rank when the gradient's norm is known (`grad_norm`), and must
+    answer alike on all; it is not asked where the norm is not finite: then there is no update.
+    """
+    optimizer = base_optimizer(engine)
+    optimizer.may_update, optimizer.answer = may_update, None
+    try:
+        engine.step()
+    finally:
+        optimizer.may_update = None
 
 
 def grad_norm(engine: Any) -> float:
-    """Global norm of the last step's gradient, before clipping; NaN where it was not finite."""
-    norm = base_optimizer(engine).grad_norm
-    norm = engine.get_global_grad_norm() if norm is None else norm
+    """Global norm of the step's gradient, before clipping; NaN where it is not finite."""
+    outer = engine.optimizer
+    norm = outer.grad_norm if isinstance(outer, GatedAdamW) else outer._global_grad_norm
     # DeepSpeed says -1 or infinity of a norm that is not finite.
     return float(norm) if norm is not None and 0 <= float(norm) < float("inf") else float("nan")
 
@@ -221,7 +234,12 @@ class MaskGuard:
     def __init__(self, engine: Any, masks: dict[str, torch.Tensor]) -> None:
         self._engine = engine
         named = dict(engine.module.named_parameters())
-        self._layers = {name: (named[f"{name}.weight"], mask) for name, mask in masks.items()}
+        self._weights = {name: named[f"{name}.weight"] for name in masks}
+        self._masks = masks
+
+    def set_masks(self, masks: dict[str, torch.Tensor]) -> None:
+        """Hold other masks of the same layers from here on."""
+        self._masks = {name: masks[name] for name in self._weights}
 
     def check(self) -> None:
         """Look at every copy.
@@ -246,8 +264,8 @@ class MaskGuard:
 
     def _copies(self) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
         """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
-        for layer, (param, mask) in self._layers.items():
-            pruned = ~mask.flatten()
+        for layer, param in self._weights.items():
+            pruned = ~self._masks[layer].flatten()
             for copy, values, start in _local_copies(self._engine, param):
                 part = pruned[start : start + values.numel()].to(values.device)
                 yield layer, copy, values[: part.numel()], part

@@ -1,7 +1,8 @@
 """From a command line to a typed, checked config and an exit code; the only place that knows Hydra.
 
 Compose the YAML files, convert once, call the job. Below this module there are only dataclasses.
-Exit codes: 0 done, 1 could not be finished, 2 the user's to fix, 130 interrupted.
+Exit codes: 0 done, 1 could not be finished, 2 the user's to fix, 75 stopped with a checkpoint when
+asked to (the same command goes on), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from conf.schema import ALIASES, Config, PretrainConfig, to_dict
 from conf.tokenize import TokenizeJobConfig
 from jobs import _help
 from jobs._options import CONF_DIR, Override, config_class, parse_overrides
-from sparsify.errors import InputError, TwofourError
+from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,8 @@ def main(job: str, argv: list[str] | None = None) -> NoReturn:
         argv: flags and overrides; None takes those of the process.
 
     Raises:
-        SystemExit: always; the code is 0, 1 (failed), 2 (wrong input) or 130 (interrupted).
+        SystemExit: always; the code is 0, 1 (failed), 2 (wrong input), 75 (stopped when asked to)
+            or 130 (interrupted).
             Mistakes are one line on stderr; set TWOFOUR_DEBUG=1 to see where they were raised.
     """
     try:
@@ -49,6 +51,8 @@ def main(job: str, argv: list[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except InputError as error:
         _fail(_one_line(error), 2)
+    except StoppedEarlyError as error:
+        _fail(_one_line(error), os.EX_TEMPFAIL)
     except TwofourError as error:
         _fail(_one_line(error), 1)
     except KeyboardInterrupt:

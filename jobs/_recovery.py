@@ -1,23 +1,34 @@
 """The recovery on one worker: steps, checkpoints, and going on from wherever the last one was.
 
 The rows of step t are a function of (seed, t) alone, so the state of a run is its number of steps,
-the weights and the moments: any number of workers goes on with what any other number left.
+the weights and the moments: any number of workers goes on with what any other number left. Workers
+speak once per step: the figures of the step, what rank 0 was asked for, and the token counts of the
+next step travel in one small sum.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
+from cluster.preempt import Request, StopRequests
+from cluster.watchdog import Watchdog
 from jobs import _engine
-from jobs._checkpoint import Checkpoints, Retention
-from sparsify.distill import LossWeights, TokenCounts, distillation_loss
-from sparsify.errors import NonFiniteError
+from jobs._batches import Batch, Batches
+from jobs._checkpoint import MASKS_FILE, Checkpoints, Retention
+from jobs._ledger import SAVE
+from jobs._pace import Pace
+from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
+from sparsify.fragments import Checkpoint
+from sparsify.head import Teacher
+from sparsify.health import SpikeGuard, SpikePolicy, checksum
+from sparsify.loss_terms import LossWeights, TokenCounts
+from sparsify.masks import load_masks
+from sparsify.models.head import LanguageHead
+from sparsify.moving import MovingMasks
 from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
     from conf.schema import Config
     from conf.stages import DistillConfig
 
-ROWS = "rows.safetensors"
+_FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
 
 
 def num_steps(config: Config) -> int:
@@ -43,13 +54,6 @@ def learning_rate(settings: DistillConfig, step: int, total: int) -> float:
     return settings.learning_rate * (least + (1 - least) * left)
 
 
-def first_rows(scratch: Path) -> TokenRows:
-    """The first row of training, to try a model on."""
-    with safe_open(scratch / ROWS, framework="pt") as file:
-        parts = (file.get_slice(name)[:1].long() for name in ("rows", "positions"))
-        return TokenRows(*parts)
-
-
 class Recovery:
     """The recovery's steps, from wherever the last checkpoint left them.
 
@@ -58,140 +62,298 @@ class Recovery:
         config: of the run.
         engine: what `jobs._engine` made of the student.
         guard: holds the zeros.
-        teacher: the dense model, without gradients.
-        masks: keep masks, for the checkpoints.
-        scratch: folder of the rows and the checkpoints, shared by all workers.
+        teacher: the dense model, without gradients, in its two parts.
+        moving: lets the masks move for a part of the run; None where they stay.
+        masks: keep masks to begin with.
+        batches: the rows.
+        pace: the clock.
+        scratch: folder of the checkpoints, shared by all workers.
+        run_dir: folder of the run, where switches are looked for.
     """
 
     def __init__(
         self, context: WorkerContext, config: Config, engine: Any, guard: _engine.MaskGuard,
-        teacher: Any, masks: dict[str, torch.Tensor], scratch: Path,
+        teacher: LanguageHead, moving: MovingMasks | None, masks: dict[str, torch.Tensor],
+        batches: Batches, pace: Pace, scratch: Path, run_dir: Path,
     ) -> None:  # fmt: skip
         settings = config.distill
         self.curve: list[dict[str, Any]] = []
-        self.trained_s = 0.0
-        self.engine = engine
-        self._context = context
-        self._settings = settings
+        self.engine, self.masks = engine, masks
+        self._context, self._settings = context, settings
         self._length = config.data.sequence_length
         self._total = num_steps(config)
-        self._guard = guard
-        self._teacher = teacher
-        self._masks = masks
+        self._guard, self._moving, self._batches = guard, moving, batches
+        self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
+        self._losses = settings.losses()
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
         self._checkpoints = Checkpoints(scratch, retention)
-        self._weights = LossWeights(
-            settings.kl_weight, settings.ce_weight, settings.square_head_weight,
-            settings.temperature,
-        )  # fmt: skip
+        policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
+        self._spikes = SpikeGuard(policy)
+        self.pace = pace
+        hours = settings.time_limit_hours
+        deadline_s = None if hours is None else pace.begun_s + hours * 3600
+        self._requests = StopRequests(run_dir, deadline_s, settings.time_reserve_s)
+        self._ready: Batch | None = None
+        self._ready_sums = torch.zeros(3, dtype=torch.float64)
+        self._flops = 0.0
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one."""
         found = self._checkpoints.latest(self._context.warn)
-        if found is None:
-            return
-        step, checkpoint = found
+        if found is not None:
+            step, checkpoint = found
+            self._restore(checkpoint)
+            self._spikes.load_state_dict(checkpoint.state["spikes"])
+            self._context.warn(f"distill: carrying on after step {step} of {self._total}")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         _engine.restore(self.engine, checkpoint, state["num_updates"])
-        self.curve, self.trained_s = state["curve"], state["trained_s"]
-        self._guard.check()
-        self._context.warn(f"distill: carrying on after step {step} of {self._total}")
+        self.curve = state["curve"]
+        self.pace.resumed(len(self.curve), state["trained_s"])
+        self._set_masks(load_masks(checkpoint.folder / MASKS_FILE))
+        if self._moving is not None:
+            (self._moving.freeze if state["masks_are_frozen"] else self._moving.thaw)()
+        if self._is_held:
+            self._guard.check()
 
     def train(self) -> None:
-        """Run the remaining steps, with a checkpoint every so many."""
-        begun_s = time.monotonic()
-        for step in range(len(self.curve), self._total):
-            self.curve.append(self._step(step))
-            self._report(step)
-            done = step + 1
-            every = self._settings.checkpoint_every_steps
-            if every and done % every == 0 and done < self._total:
-                now_s = time.monotonic()
-                self.trained_s, begun_s = self.trained_s + now_s - begun_s, now_s
-                self._save(done)
-        self._checkpoints.wait()
-        self.trained_s += time.monotonic() - begun_s
+        """Run the remaining steps, with checkpoints on the way.
 
-    def _save(self, step: int) -> None:
-        state = {
-            "curve": self.curve, "trained_s": self.trained_s,
-            "num_updates": _engine.num_updates(self.engine),
-        }  # fmt: skip
-        fragments = _engine.state_fragments(self.engine, for_saving=True)
-        self._checkpoints.save(step, fragments, self._masks, state)
-
-    def _report(self, step: int) -> None:
-        figures = self.curve[-1]
-        self._context.progress(step + 1, self._total, f"steps, loss {figures['loss']:.4f}")
-        metrics = {f"distill/{k}": v for k, v in figures.items() if k != "step"}
-        self._context.metrics(metrics, step + 1)
-
-    def _batches(self, step: int) -> tuple[list[TokenRows], TokenCounts]:
-        """This rank's micro-batches of a step, and what each divides its sums by.
-
-        The file's rows are in their training order already (shuffled by the seed), so step t takes
-        the t-th run of `batch_size` rows, whatever the number of workers.
+        Raises:
+            StoppedEarlyError: asked to stop; the checkpoint is written.
+            NonFiniteError: bad steps beyond what the policy allows.
         """
         settings, context = self._settings, self._context
-        start = step * settings.batch_size
-        with safe_open(self._scratch / ROWS, framework="pt") as file:
-            ids_NT, positions_NT = (
-                file.get_slice(name)[start : start + settings.batch_size].long()
-                for name in ("rows", "positions")
-            )
-        rows = TokenRows(ids_NT, positions_NT)
-        # Every rank sees the whole step here, so the tokens of all of them need not be added up.
-        counts = TokenCounts.of(rows).shared_by(settings.batch_size // settings.micro_batch_size)
-        own = rows[context.rank :: context.world_size].to(context.device)
-        return own.split(settings.micro_batch_size), counts
+        stacks = self._scratch / f"stacks-rank-{context.rank:05d}.txt"
+        floor_s = settings.hang_after_s
+        with Watchdog(stacks, floor_s=floor_s, start_limit_s=max(1800.0, floor_s),
+                      on_hang=context.alert) as watchdog:  # fmt: skip
+            while (step := len(self.curve)) < self._total:
+                self._freeze_when_due(step)
+                with self.pace.step(step + 1):
+                    figures, request = self._step(step)
+                if figures is None:
+                    self._roll_back()
+                    continue
+                self.curve.append(figures)
+                self._check_replicas(step + 1)
+                self.pace.say(step + 1, self._total, figures, self._flops)
+                watchdog.beat()
+                if step + 1 < self._total and self._should_save(step + 1, request):
+                    with watchdog.allowing(None), self.pace.interval(SAVE):
+                        self._save(step + 1, request)
+            with watchdog.allowing(None):
+                self._checkpoints.wait()
 
-    def _step(self, step: int) -> dict[str, Any]:
-        """One optimizer step over all workers; figures are means over the whole batch."""
+    @property
+    def mask_share_moved(self) -> float | None:
+        """Share of the kept weights that were pruned at the start; None where masks never move."""
+        return None if self._moving is None else self._moving.share_moved()
+
+    # --- one step
+
+    def _step(self, step: int) -> tuple[dict[str, Any] | None, Request]:
+        """One optimizer step over all workers; figures are means over the whole batch.
+
+        Returns:
+            The figures, None if the run has to go back to its last checkpoint; and what rank 0
+            was asked for.
+        """
         rate = learning_rate(self._settings, step, self._total)
         _engine.set_learning_rate(self.engine, rate)
-        batches, counts = self._batches(step)
-        sums = torch.zeros(4, dtype=torch.float64)
-        for number, batch in enumerate(batches):
-            sums += self._backward(batch, counts) / len(batches)
-            if number + 1 < len(batches):
+        batch, counts = self._batch(step)
+        weights = self._losses.at(step / self._total)
+        sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self._context.device)
+        parts = self._batches.micro_batches(batch, self._context.device)
+        for number, rows in enumerate(parts):
+            sums += self._backward(rows, weights, counts) / len(parts)
+            if number + 1 < len(parts):
                 self.engine.step()
-        sums = self._mean_over_workers(sums)
-        self.engine.step()
+        values, request = self._exchange(step, sums)
+        verdict = self._update(step, values["loss"])
+        if verdict == "rollback":
+            return None, request
+        if self._is_held:
+            self._guard.check()
         norm = _engine.grad_norm(self.engine)
-        total, kl, ce, square_head = sums.tolist()
-        if not torch.isfinite(sums).all() or norm != norm:
-            raise NonFiniteError(
-                f"distill: loss {total} and gradient norm {norm} at step {step + 1}; lower "
-                "distill.learning_rate, or use distill.precision=fp32"
-            )
-        self._guard.check()
-        tokens = (step + 1) * self._settings.batch_size * self._length
-        return {
-            "step": step + 1, "num_tokens": tokens, "loss": total, "kl": kl, "ce": ce,
-            "square_head": square_head, "learning_rate": rate, "grad_norm": norm,
+        done = step + 1
+        figures: dict[str, Any] = {
+            "step": done, "num_tokens": done * self._settings.batch_size * self._length, **values,
+            "learning_rate": rate, "grad_norm": norm if norm == norm else None,
+            "row_crc": batch.row_crc,
         }  # fmt: skip
+        return figures | ({"is_skipped": True} if verdict == "skip" else {}), request
 
-    def _backward(self, batch: TokenRows, counts: TokenCounts) -> torch.Tensor:
-        """Gradients of one micro-batch; (loss, kl, ce, square_head) as float64 (4,)."""
-        hidden = self._weights.square_head > 0
-        inputs = {
-            "input_ids": batch.ids_NT, "position_ids": batch.positions_NT, "use_cache": False,
-            "output_hidden_states": hidden,
-        }  # fmt: skip
-        teacher_out = None
-        if self._weights.kl or hidden:
+    def _batch(self, step: int) -> tuple[Batch, TokenCounts]:
+        """This worker's rows of a step, and the counts that all workers' micro-batches share."""
+        if self._ready is None or self._ready.step != step:  # the first step, or after a rollback
+            self._ready = self._batches.at(step)
+            self._ready_sums = self._summed(self._ready.own.to(self._context.device)).cpu()
+        self._flops = float(self._ready_sums[2])
+        return self._ready, self._batches.shares(self._ready_sums)
+
+    def _backward(
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
+    ) -> torch.Tensor:  # fmt: skip
+        """Gradients of one micro-batch; the figures as float64 on the device."""
+        teacher, states = None, None
+        hidden = weights.square_head > 0
+        if weights.uses_teacher_logits or hidden:
             with torch.no_grad():
-                teacher_out = self._teacher(**inputs)
-        student_out = self.engine(**inputs)
-        loss, parts = distillation_loss(student_out, teacher_out, batch, self._weights, counts)
+                output = self._teacher(
+                    input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False,
+                    output_hidden_states=hidden,
+                )  # fmt: skip
+            teacher = Teacher(output.last_hidden_state, self._teacher_head)
+            states = output.hidden_states if hidden else None
+        loss, values = self.engine(
+            rows=rows, weights=weights, counts=counts, teacher=teacher, teacher_states=states
+        )
         self.engine.backward(loss)
-        values = [loss.item(), parts["kl"], parts["ce"], parts["square_head"]]
-        return torch.tensor(values, dtype=torch.float64)
+        values = {"loss": loss.detach(), **values}
+        zero = loss.new_zeros(())
+        return torch.stack([values.get(name, zero).double() for name in _FIGURES])
 
-    def _mean_over_workers(self, sums: torch.Tensor) -> torch.Tensor:
-        if self._context.world_size == 1:
-            return sums
-        on_device = sums.to(self._context.device)
-        dist.all_reduce(on_device)
-        return on_device.cpu() / self._context.world_size
+    def _exchange(self, step: int, sums: torch.Tensor) -> tuple[dict[str, float], Request]:
+        """The step's figures over all workers, rank 0's requests, and the next step's counts."""
+        context = self._context
+        ahead = self._batches.at(step + 1) if step + 1 < self._total else None
+        request = Request()
+        if context.rank == 0:
+            request = self._requests.poll(self.pace.step_s)
+        asked = [request.should_save or self.pace.wants_checkpoint(step + 1), request.should_stop]
+        flags = torch.tensor([float(context.rank == 0 and flag) for flag in asked])
+        own = torch.zeros(3, dtype=torch.float64) if ahead is None else ahead.own
+        message = torch.cat([sums, torch.cat([flags.double(), own]).to(sums.device)])
+        message = self._summed(message).cpu()
+        self._ready, self._ready_sums = ahead, message[-3:]
+        figures = message[: len(_FIGURES)] / context.world_size
+        save, stop = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        values = dict(zip(_FIGURES, figures.tolist(), strict=True))
+        return values, Request(save or stop, stop, request.reason)
+
+    def _update(self, step: int, loss: float) -> str:
+        """Make the step's update, unless the step is bad: "ok", "skip" or "rollback"."""
+        verdicts = []
+
+        def is_sound() -> bool:
+            verdicts.append(self._spikes.judge(step, loss, _engine.grad_norm(self.engine)))
+            return verdicts[-1].action == "ok"
+
+        _engine.step_if(self.engine, is_sound)
+        if not verdicts:  # left out by DeepSpeed: the gradient is not finite
+            is_sound()
+        verdict = verdicts[0]
+        if verdict.action == "stop":
+            raise NonFiniteError(
+                f"distill: {verdict.reason}; lower distill.learning_rate, look at the data of that "
+                "step, or use distill.precision=fp32"
+            )
+        if verdict.action != "ok":
+            self._context.warn(f"distill: {verdict.reason}; its update is left out")
+        return str(verdict.action)
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        if self._context.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    # --- between steps
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether pruned weights are zero now: not while masks move."""
+        return self._moving is None or self._moving.is_frozen
+
+    def _freeze_when_due(self, step: int) -> None:
+        """Take masks anew, or for the last time, as the share of the run says."""
+        moving, settings = self._moving, self._settings
+        if moving is None or moving.is_frozen:
+            return
+        if step < round(settings.moving_share * self._total):
+            if step % settings.mask_refresh_steps == 0:
+                moving.refresh()
+            return
+        moving.freeze()
+        self._set_masks(moving.masks())
+        self._guard.clear()
+        _engine.settle(self.engine)
+        share = moving.share_moved()
+        self._context.warn(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
+
+    def _set_masks(self, masks: dict[str, torch.Tensor]) -> None:
+        self.masks = masks
+        self._guard.set_masks(masks)
+        if self._moving is not None:
+            self._moving.load(masks)
+
+    def _check_replicas(self, step: int) -> None:
+        """Compare the weights that every worker holds a copy of.
+
+        Raises:
+            ReplicasDifferError: a worker's copy is another one.
+        """
+        every = self._settings.checksum_every_steps
+        stage = self.engine.zero_optimization_stage()
+        if not every or step % every or stage == 3 or self._context.world_size == 1:
+            return
+        own = checksum(param.data for param in self.engine.module.parameters())
+        sums: list[Any] = [None] * self._context.world_size
+        dist.all_gather_object(sums, own)
+        odd = [rank for rank, value in enumerate(sums) if value != sums[0]]
+        if odd:
+            raise ReplicasDifferError(
+                f"distill: after step {step} the weights of workers {odd} are not those of worker "
+                "0; a machine computes wrongly: look at it, then run the same command again, which "
+                "goes on from the last checkpoint"
+            )
+
+    def _should_save(self, step: int, request: Request) -> bool:
+        every = self._settings.checkpoint_every_steps
+        return request.should_save or bool(every and step % every == 0)
+
+    def _save(self, step: int, request: Request) -> None:
+        if self._moving is not None and not self._moving.is_frozen:
+            self.masks = self._moving.masks()
+        state = {
+            "curve": self.curve, "trained_s": self.pace.trained_s,
+            "num_updates": _engine.num_updates(self.engine),
+            "spikes": self._spikes.state_dict(), "masks_are_frozen": self._is_held,
+        }  # fmt: skip
+        fragments = _engine.state_fragments(self.engine, for_saving=True)
+        stall_s = self._checkpoints.save(step, fragments, self.masks, state)
+        self.pace.saved(step, stall_s)
+        if not request.should_save:
+            return
+        self._checkpoints.wait()
+        reason = [request.reason]
+        dist.broadcast_object_list(reason, src=0)  # rank 0 has waited for the commit
+        if self._context.rank == 0:
+            self._requests.done(request)
+        if request.should_stop:
+            raise StoppedEarlyError(
+                f"distill: stopped after step {step} of {self._total} with a checkpoint "
+                f"({reason[0]}); the same command goes on from there"
+            )
+
+    def _roll_back(self) -> None:
+        """Load the last checkpoint and go on behind it without the steps that were bad.
+
+        Raises:
+            NonFiniteError: there is no checkpoint yet.
+        """
+        self._checkpoints.wait()
+        dist.barrier()
+        found = self._checkpoints.latest(self._context.warn)
+        if found is None:
+            raise NonFiniteError(
+                "distill: bad steps in a row before the first checkpoint; lower "
+                "distill.learning_rate or raise distill.num_warmup_steps"
+            )
+        step, checkpoint = found
+        self._restore(checkpoint)
+        self._spikes.rolled_back(checkpoint.state["spikes"])
+        self._ready = None
+        self._context.warn(f"distill: back to step {step}; bad steps are left out from here on")

@@ -6,25 +6,30 @@ checkpoint; an interrupted recovery carries on from the last one, and on CPU end
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.ray_backend import WorkerContext
     from conf.schema import Config
     from jobs._artifact import StageWriter
+    from jobs._pace import Pace
     from jobs._recovery import Recovery
     from jobs._stage import StageContext
 
-_ROWS = "rows.safetensors"
+_STORE = "rows"
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the recovered weights."""
     from jobs._sources import source_fingerprint
     from jobs._stage import fingerprints, given_masks, heldout_inputs
+    from sparsify.store import TokenStore
 
     config = context.config
     student = context.models.student("distill")
+    given = given_store(config)
+    train = TokenStore.open(given).digest if given else source_fingerprint(config.data, "train")
     return {
         "config": {
             **context.settings("distill", "data"),
@@ -34,104 +39,183 @@ def identity(context: StageContext) -> dict[str, Any]:
         "inputs": {
             **heldout_inputs(context),
             **fingerprints({"student": student, "teacher": context.models.dense}),
-            "train": source_fingerprint(config.data, "train"),
+            "train": train,
         },
     }
 
 
+def given_store(config: Config) -> Path | None:
+    """The token store that data.train is, if it is one."""
+    from sparsify.store import is_store
+
+    train = config.data.train
+    return Path(train) if train is not None and is_store(train) else None
+
+
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Tokenise once, train on all workers, check the zeros of what was written."""
+    from cluster.preempt import SignalRelay
     from jobs._artifact import take_json
     from jobs._gate import check_files, masks_of
     from jobs._rotation import teacher_rotation
+    from sparsify.store import MANIFEST
 
     student, teacher = context.models.student("distill"), context.models.dense
     weight = context.config.distill.losses().peak("square_head")
     rotation = teacher_rotation(student, teacher, weight)
+    given = given_store(context.config)
+    store = given.absolute() if given else writer.scratch / _STORE
+    if given:
+        _check_store(given, context.config, teacher)
     payload = {
         "config": context.worker_config, "student": student, "teacher": teacher,
-        "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch,
+        "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
+        "run_dir": context.run_dir,
     }  # fmt: skip
-    if not (writer.scratch / _ROWS).is_file():
+    if not (store / MANIFEST).is_file():
         context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
-    context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
+    with SignalRelay(context.run_dir, context.display.say):
+        context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve = take_json(writer.folder / "curve.json")
     masks, pattern = masks_of(writer.folder / "model")
     gate = check_files(writer.folder / "model", masks, pattern)
     return {**curve, "gate": gate, "is_teacher_rotated": rotation is not None}
 
 
+def _check_store(folder: Path, config: Config, teacher: Path) -> None:
+    """Require rows that this run can read.
+
+    Raises:
+        InputError: rows of another length, or made with another tokenizer.
+    """
+    from sparsify.errors import InputError
+    from sparsify.models.load import load_tokenizer
+    from sparsify.store import TokenStore
+
+    store = TokenStore.open(folder)
+    if store.sequence_length != config.data.sequence_length:
+        raise InputError(
+            f"data.train={folder}: rows of {store.sequence_length} tokens, data.sequence_length is "
+            f"{config.data.sequence_length}; set data.sequence_length={store.sequence_length}, or "
+            "tokenise the text again"
+        )
+    store.check_tokenizer(load_tokenizer(teacher), str(teacher))
+
+
 def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """One task: the training rows as one file that all workers map into memory."""
+    """One task: the training text as a token store in the stage's scratch folder."""
     import torch
-    from safetensors.torch import save_file
 
     from jobs._artifact import disk_errors
     from jobs._recovery import num_steps
     from jobs._sources import load_rows
     from sparsify.models.load import load_tokenizer
-    from sparsify.text import shuffled
+    from sparsify.store import StoreSource
+    from sparsify.store_write import shard_name, write_manifest, write_rows
 
     torch.set_num_threads(context.num_threads)
-    config, path = payload["config"], payload["scratch"] / _ROWS
+    config, folder = payload["config"], payload["store"]
     wanted = num_steps(config) * config.distill.batch_size
     tokenizer = load_tokenizer(payload["teacher"])
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
     if warning:
         context.warn(warning)
-    # Neighbouring rows come from one document; a batch of them would be one document's gradient.
-    rows = rows[torch.tensor(shuffled(len(rows), config.run.seed))]
-    temporary = path.with_suffix(".tmp")
-    with disk_errors(path):
-        tensors = {"rows": rows.ids_NT, "positions": rows.positions_NT}
-        save_file({name: tensor.to(torch.int32) for name, tensor in tensors.items()}, temporary)
-        temporary.rename(path)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        shard = write_rows(folder, shard_name(0, 0), rows, tokenizer)
+        source = StoreSource("train", 1.0, shard.sha256, (shard,))
+        write_manifest(folder, tokenizer, config.data.sequence_length, [source], {})
 
 
 def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     """On every worker: build the pair, resume if there is a checkpoint, train, write."""
     import torch
 
+    from jobs._ledger import START
+    from jobs._pace import Pace
+
+    torch.set_num_threads(context.num_threads)
+    config: Config = payload["config"]
+    torch.manual_seed(config.run.seed)
+    pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
+    with pace.interval(START):
+        recovery, tokenizer, pattern, teacher_kl = _prepare(context, payload, pace)
+        recovery.resume()
+    recovery.train()
+    _write(payload, recovery, tokenizer, pattern, teacher_kl)
+
+
+def _prepare(
+    context: WorkerContext, payload: dict[str, Any], pace: Pace
+) -> tuple[Recovery, Any, str, float | None]:
+    """Student in its engine, teacher in its place, rows: a recovery that has yet to begin."""
     from jobs import _engine
+    from jobs._batches import Batches
     from jobs._gate import masks_of
-    from jobs._recovery import Recovery, first_rows
+    from jobs._recovery import Recovery
     from jobs._teacher import load_teacher, place_teacher
     from sparsify.masks import apply_masks_, mask_gradients
+    from sparsify.models.head import DistillStudent, check_head
     from sparsify.models.load import load_pair
     from sparsify.models.packed import check_isolation
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+    from sparsify.moving import MovingMasks
+    from sparsify.store import TokenStore
 
-    torch.set_num_threads(context.num_threads)
-    torch.manual_seed(payload["config"].run.seed)
     config: Config = payload["config"]
-    is_gpu = context.device == "cuda"
+    settings = config.distill
     student, tokenizer = load_pair(payload["student"], "float32", context.device)
-    teacher = load_teacher(payload["teacher"], config.distill, payload["rotation"], context)
+    teacher = load_teacher(payload["teacher"], settings, payload["rotation"], context)
     if config.data.isolate_documents:
         check_isolation(student)
         check_isolation(teacher)
+    batches = Batches(
+        TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
+        context.world_size, config.data.isolate_documents, _flops(student, teacher, context),
+    )  # fmt: skip
+    found = check_head(teacher)
+    teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
     masks, pattern = masks_of(payload["student"], student, config.prune)
     masks = {name: mask.to(context.device) for name, mask in masks.items()}
     apply_masks_(student, masks)
-    place_teacher(teacher, config.distill, context, first_rows(payload["scratch"]))
     prepare_student(student)
-    recompute_layers(student, config.distill.recompute_share)
-    if config.distill.compile:
+    recompute_layers(student, settings.recompute_share)
+    if settings.compile:
         compile_layers(student)
         compile_layers(teacher)
-    mask_gradients(student, masks)  # before ZeRO takes the parameters apart
-    engine = _engine.build_engine(student, config.distill, context.world_size, is_gpu)
+    moving = None
+    if settings.moving_share:
+        moving = MovingMasks(student, masks, pattern, settings.mask_decay)
+    else:
+        mask_gradients(student, masks)  # before ZeRO takes the parameters apart
+    wrapped = DistillStudent(student)
+    is_gpu = context.device == "cuda"
+    engine = _engine.build_engine(wrapped, settings, context.world_size, is_gpu)
     guard = _engine.MaskGuard(engine, masks)
     guard.clear()
-    recovery = Recovery(context, config, engine, guard, teacher, masks, payload["scratch"])
-    recovery.resume()
-    recovery.train()
-    _write(payload, recovery, tokenizer, masks, str(pattern))
+    recovery = Recovery(
+        context, config, engine, guard, found, moving, masks, batches, pace, payload["scratch"],
+        payload["run_dir"],
+    )  # fmt: skip
+    return recovery, tokenizer, str(pattern), teacher_kl
+
+
+def _flops(student: Any, teacher: Any, context: WorkerContext) -> Any:
+    """What both models multiply, or None, said once, where that is not known."""
+    from sparsify.errors import InputError
+    from sparsify.flops import count_flops
+
+    try:
+        return count_flops(student), count_flops(teacher)
+    except InputError as error:
+        context.warn(str(error))
+        return None
 
 
 def _write(
-    payload: dict[str, Any], recovery: Recovery, tokenizer: Any, masks: dict[str, Any], pattern: str
-) -> None:
+    payload: dict[str, Any], recovery: Recovery, tokenizer: Any, pattern: str,
+    teacher_kl: float | None,
+) -> None:  # fmt: skip
     """Rank 0 writes the recovered model and the loss curve."""
     from jobs import _engine
     from jobs._artifact import disk_errors, model_fingerprint, write_json
@@ -151,9 +235,9 @@ def _write(
         "dense_sha256": model_fingerprint(payload["teacher"]),
         "num_recovery_tokens": num_tokens,
     }
-    on_cpu = {name: mask.cpu() for name, mask in masks.items()}
+    on_cpu = {name: mask.cpu() for name, mask in recovery.masks.items()}
     with disk_errors(folder):
-        recovery.engine.module.save_pretrained(folder, state_dict=state)
+        recovery.engine.module.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         save_masks(folder / MASKS, on_cpu)
         carry_rotation(payload["student"], folder)
@@ -162,7 +246,10 @@ def _write(
         payload["folder"] / "curve.json",
         {
             "num_tokens": num_tokens,
-            "tokens_per_s": num_tokens / recovery.trained_s,
+            "tokens_per_s": num_tokens / recovery.pace.trained_s,
+            "goodput": recovery.pace.summary(),
+            "teacher_float8_kl": teacher_kl,
+            "mask_share_moved": recovery.mask_share_moved,
             "steps": recovery.curve,
         },
     )

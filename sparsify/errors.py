@@ -32,3 +32,11 @@ class PatternViolationError(TwofourError):
 
 class CorruptCheckpointError(TwofourError):
     """A checkpoint that is not as it was written, or not finished; the message names the file."""
+
+
+class ReplicasDifferError(TwofourError):
+    """Copies of the weights that should be equal to the bit are not; the message names workers."""
+
+
+class StoppedEarlyError(TwofourError):
+    """A run that was asked to stop and wrote a checkpoint first; the same command goes on."""

@@ -68,8 +68,8 @@ class MovingMasks:
                     "nn.Linear can move; use distill.moving_share=0"
                 )
             self._layers[name] = layer
-            layer.forward = _Forward(self, name, layer)  # type: ignore[assignment,method-assign]
             weight.register_hook(_FrozenGradient(self, name))
+        self._stand_in()
 
     def refresh(self) -> None:
         """Let every layer take its mask anew in its next forward."""
@@ -77,10 +77,21 @@ class MovingMasks:
 
     def freeze(self) -> None:
         """Keep the masks as they are from here on; layers compute as they did before."""
+        if not self.is_frozen:
+            for layer in self._layers.values():
+                del layer.forward
         self.is_frozen = True
         self._stale = set()
-        for layer in self._layers.values():
-            del layer.forward
+
+    def thaw(self) -> None:
+        """Let the masks move again: a run went back to where they did."""
+        if self.is_frozen:
+            self._stand_in()
+        self.is_frozen = False
+
+    def _stand_in(self) -> None:
+        for name, layer in self._layers.items():
+            layer.forward = _Forward(self, name, layer)  # type: ignore[assignment,method-assign]
 
     def mask(self, name: str) -> Tensor:
         """The layer's mask as it is now, bool (O, I)."""

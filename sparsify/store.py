@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsify.errors import InputError
+from sparsify.files import file_sha256
 from sparsify.order import TrainingOrder
 from sparsify.text import TokenRows, tokenizer_digest
 
@@ -107,12 +108,6 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     plain = {key: value for key, value in manifest.items() if key != "digest"}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sparsify.errors import InputError
-from sparsify.files import write_json, write_tensors
+from sparsify.files import file_sha256, write_json, write_tensors
 from sparsify.store import (
     FORMAT,
     ID_TYPES,
@@ -23,11 +24,10 @@ from sparsify.store import (
     VERSION,
     Shard,
     StoreSource,
-    file_sha256,
     id_type,
     manifest_digest,
 )
-from sparsify.text import token_stream, tokenizer_digest, vocabulary_size
+from sparsify.text import TokenRows, token_stream, tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,6 @@ def write_shard(
 
     Cost: 8 bytes of memory per token on top of the documents.
     """
-    ids_type = ID_TYPES[id_type(vocabulary_size(tokenizer))][1]
     stream = token_stream(documents, tokenizer)
     ids = np.frombuffer(stream.ids, dtype=np.int64)
     num_rows, num_dropped = divmod(len(ids), sequence_length)
@@ -61,14 +60,34 @@ def write_shard(
     starts = np.frombuffer(stream.starts, dtype=np.int64)
     is_start[starts[starts < num_tokens]] = True
     shape = (num_rows, sequence_length)
-    ids_NT = ids[:num_tokens].reshape(shape).astype(ids_type)
-    starts_NB = np.packbits(is_start.reshape(shape), axis=1, bitorder="little")
-    tensors = {"ids": torch.from_numpy(ids_NT), "starts": torch.from_numpy(starts_NB)}
-    path = folder / name
+    ids_NT, is_start_NT = ids[:num_tokens].reshape(shape), is_start.reshape(shape)
+    return _write(folder / name, ids_NT, is_start_NT, tokenizer, len(starts), num_dropped)
+
+
+def write_rows(
+    folder: Path, name: str, rows: TokenRows, tokenizer: PreTrainedTokenizerBase
+) -> Shard:
+    """`write_shard` of rows that are there already; a row's first token counts as a start."""
+    is_start_NT = rows.positions_NT.numpy() == 0
+    num_documents = int(is_start_NT.sum())
+    return _write(folder / name, rows.ids_NT.numpy(), is_start_NT, tokenizer, num_documents, 0)
+
+
+def _write(
+    path: Path, ids_NT: NDArray[np.int64], is_start_NT: NDArray[np.bool_],
+    tokenizer: PreTrainedTokenizerBase, num_documents: int, num_dropped: int,
+) -> Shard:  # fmt: skip
+    ids_type = ID_TYPES[id_type(vocabulary_size(tokenizer))][1]
+    starts_NB = np.packbits(is_start_NT, axis=1, bitorder="little")
+    tensors = {
+        "ids": torch.from_numpy(ids_NT.astype(ids_type)),
+        "starts": torch.from_numpy(starts_NB),
+    }
     write_tensors(path, tensors, {"format": FORMAT})
     return Shard(
-        name, num_rows, num_tokens, len(starts), num_dropped, path.stat().st_size, file_sha256(path)
-    )
+        path.name, len(ids_NT), ids_NT.size, num_documents, num_dropped, path.stat().st_size,
+        file_sha256(path),
+    )  # fmt: skip
 
 
 def is_whole(folder: Path, shard: Shard) -> bool:

@@ -77,6 +77,19 @@ def test_frozen_masks_stop_gradients_and_stay() -> None:
     assert torch.equal(moving.mask("0"), keep)
 
 
+def test_thawed_masks_move_again() -> None:
+    model, moving, x = setup(decay=0.5)
+    model(x).square().sum().backward()
+    before = model[0].weight.grad.clone()
+    moving.freeze()
+    moving.freeze()
+    moving.thaw()
+    moving.thaw()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert torch.equal(model[0].weight.grad, before)
+
+
 def test_the_masks_of_a_checkpoint_are_taken_over() -> None:
     _, moving, _ = setup()
     other = {name: ~mask for name, mask in moving.masks().items()}
