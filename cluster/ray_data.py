@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ def map_shards(
 ) -> list[Any]:
     """Run `work(context, payload)` for each payload, at most one per worker of the spec at a time.
 
-    A call whose worker dies is made again as often as Ray does that by itself: 3 times; Ray Data
-    has no argument for it.
+    A call whose worker dies is made again, up to `spec.max_failures` times. Ray Data itself would
+    do so for ever, which is why calls are counted here.
 
     Args:
         cluster: entered.
@@ -43,8 +44,18 @@ def map_shards(
     spec, board = cluster.spec, cluster._board
     ray.get(board.clear.remote())
 
+    attempts: Any = _Attempts.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    log_folder = cluster.log_folder
+
     def call(row: dict[str, Any]) -> dict[str, Any]:
         context = WorkerContext(board, name, 0, 1, spec)
+        lost = ray.get(attempts.begin.remote(row["index"]))
+        if lost > spec.max_failures:
+            text = f"{name}: workers kept dying, {lost} times at one of the {what}"
+            ray.get(board.fail.remote("WorkerLost", f"{text}; see {log_folder}", ""))
+            raise RuntimeError(text)
+        if lost:
+            context.warn(f"{name}: a worker was lost; doing its part again")
         result = _guarded(context, work, payloads[row["index"]])
         return {"index": row["index"], "result": json.dumps(result)}
 
@@ -69,9 +80,22 @@ def map_shards(
             failure = ray.get(board.drain.remote())[1]
             if failure is not None:
                 raise WorkFailedError(**failure) from None
-            text = f"{name}: a worker was lost ({_last_line(error)}); see {cluster.log_folder}"
+            text = f"{name}: a worker was lost ({_last_line(error)}); see {log_folder}"
             raise WorkFailedError("WorkerLost", text) from None
     return results
+
+
+@ray.remote
+class _Attempts:
+    """How often each call was begun."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, index: int) -> int:
+        """Note one more attempt; how many there were before, all of them lost."""
+        self._begun[index] += 1
+        return self._begun[index] - 1
 
 
 def _quiet() -> None:
@@ -79,4 +103,4 @@ def _quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -87,3 +87,44 @@ def test_a_bad_record_on_a_worker_is_one_line(run_job, overrides, tmp_path: Path
     assert last.startswith("error: data source ")
     assert "field 'text' is int, not a string" in last
     assert "Traceback" not in done.stderr
+
+
+_DYING = """
+import os, sys
+from pathlib import Path
+from cluster.errors import WorkFailedError
+from cluster.ray_backend import RayCluster
+from cluster.ray_data import map_shards
+from cluster.spec import ClusterSpec
+
+def work(context, payload):
+    index, folder = payload
+    flag = Path(folder) / str(index)
+    if index == 2 or (index == 1 and not flag.exists()):
+        flag.touch()
+        os._exit(9)
+    return {"index": index}
+
+told = []
+with RayCluster(ClusterSpec(max_failures=1), "dying", Path.cwd(), told.append) as cluster:
+    payloads = [(index, sys.argv[1]) for index in range(3)]
+    print(">", map_shards(cluster, "some", work, payloads[:2], "shards"))
+    print(">", [event["text"] for event in told if event["kind"] == "warning"])
+    try:
+        map_shards(cluster, "some", work, payloads[2:], "shards")
+    except WorkFailedError as error:
+        print(">", error.kind, error.message)
+"""
+
+
+def test_a_worker_that_dies_is_replaced_but_not_for_ever(environment, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _DYING, str(tmp_path)], env=environment, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
+    results, warnings, failure = lines  # Ray itself has something to say between them
+    assert results == "[{'index': 0}, {'index': 1}]"
+    assert warnings == "['some: a worker was lost; doing its part again']"
+    assert failure.startswith("WorkerLost some: workers kept dying, 2 times at one of the shards")
