@@ -24,6 +24,7 @@ _BENCHMARKS = {
     "quality": "methods side by side on real models: perplexity, one-shot and recovered",
     "kernel": "the sweep over a layer's columns compared with the plain column loop",
     "data": "training rows read by one process, compared with what a node of GPUs needs",
+    "loss": "the loss from hidden states compared with its matrix products and with full logits",
     "model": "a whole model's time and memory from some of its blocks, phase by phase",
 }
 _EXAMPLES = (
@@ -34,6 +35,7 @@ _EXAMPLES = (
     "python -m jobs.bench quality --models embedded --out docs/quality.md",
     "python -m jobs.bench kernel --device cuda --save",
     "python -m jobs.bench data --store-gb 4 --save",
+    "python -m jobs.bench loss --threads 1",
     "python -m jobs.bench model --shape llama-3.1-8b --blocks 3 --device cuda",
 )
 _EXIT_FAILED, _EXIT_INPUT, _EXIT_INTERRUPTED = 1, 2, 130

@@ -177,7 +177,7 @@ def _per_token(values: Tensor, tokens: torch.Size, name: str) -> Tensor:
     return values.flatten()
 
 
-class _Products:
+class HeadProducts:
     """The products of one model's chunks of hidden states with its head, and the ways back.
 
     Attributes:
@@ -242,8 +242,8 @@ class _HeadLoss(torch.autograd.Function):
         of_bias = of_bias and wants[1]
         dtype = _dtype_of(hidden)
         with torch.autocast(hidden.device.type, enabled=False), float32_products():
-            student = _Products(hidden, weight_VD, dtype)
-            other = teacher and _Products(teacher.hidden_ND, teacher.head.weight_VD, dtype)
+            student = HeadProducts(hidden, weight_VD, dtype)
+            other = teacher and HeadProducts(teacher.hidden_ND, teacher.head.weight_VD, dtype)
             num_tokens, num_words = len(student.hidden_ND), len(weight_VD)
             shape = (min(chunk_tokens, num_tokens), num_words)
             z_s_CV = hidden.new_empty(shape, dtype=dtype)

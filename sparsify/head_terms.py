@@ -73,7 +73,7 @@ class TokenTerms:
         self._weights, self._counts = weights, counts
         self._transform, self._teacher = transform, teacher
         self._is_taught_N, self._targets_N = is_taught_N, targets_N
-        self._tau = weights.temperature
+        self._tau = 1.0 if teacher is None else weights.temperature
         if weights.ce == 0 and self._tau != 1:
             self._targets_N = None  # a second softmax for a figure alone is not worth it
         shares = (

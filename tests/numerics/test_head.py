@@ -29,6 +29,7 @@ WEIGHTS = {
     "reverse": LossWeights(kl=0.0, reverse_kl=1.0),
     "reverse, cold": LossWeights(kl=0.0, reverse_kl=0.6, temperature=0.7),
     "ce": LossWeights(kl=0.0, ce=1.0),
+    "ce, warm": LossWeights(kl=0.0, ce=1.0, temperature=2.0),
     "both KL": LossWeights(kl=0.3, reverse_kl=0.9),
     "kl and ce": LossWeights(kl=1.0, ce=0.4),
     "all, warm": LossWeights(kl=0.5, ce=0.2, temperature=1.5, reverse_kl=0.4),
@@ -285,13 +286,13 @@ class CountingProducts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
         for name in ("logits_", "hidden_grad_", "add_weight_grad_"):
-            real = getattr(head_module._Products, name)
+            real = getattr(head_module.HeadProducts, name)
 
             def counted(product, *args, _real=real, _name=name):
                 self.names.append(_name)
                 return _real(product, *args)
 
-            monkeypatch.setattr(head_module._Products, name, counted)
+            monkeypatch.setattr(head_module.HeadProducts, name, counted)
 
     def taken(self) -> dict[str, int]:
         names, self.names = self.names, []

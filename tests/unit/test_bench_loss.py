@@ -1,0 +1,45 @@
+"""The benchmark of the loss: sides that compute the same, memory taken, and the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jobs._bench import loss, side_loss
+from sparsify.errors import TwofourError
+
+SIZE = {
+    "tokens": 48, "vocabulary": 97, "width": 16, "chunk": 20, "dtype": "float32", "device": "cpu",
+}  # fmt: skip
+NUM_TOKENS = 2000
+
+
+def test_sides_compute_the_same_loss_and_products_of_its_shapes():
+    head, naive = (side_loss.build(side, **SIZE)() for side in ("head", "naive"))
+    torch.testing.assert_close(head, naive, rtol=1e-5, atol=0)
+    assert side_loss.build("products", **SIZE)().shape == (97, 16)
+
+
+def test_memory_of_full_logits_is_seen_and_the_head_takes_less():
+    """80 MB of logits per tensor: full logits hold several, the head a tenth of one."""
+    size = SIZE | {"tokens": NUM_TOKENS, "vocabulary": 10_000, "chunk": 50}
+    head, naive = (loss.peak_bytes(size | {"side": side}) for side in ("head", "naive"))
+    logits = 4 * NUM_TOKENS * 10_000
+    assert naive > 3 * logits
+    assert 0 < head < logits / 2
+    with pytest.raises(TwofourError, match="exit code 1: KeyError: 'other'"):
+        loss.peak_bytes(SIZE | {"side": "other"})
+
+
+def test_summary():
+    memory = [
+        {"tokens": 10, "vocabulary": 100, "head_bytes": 5000, "naive_bytes": 9000},
+        {"tokens": 40, "vocabulary": 100, "head_bytes": 6200, "naive_bytes": 45000},
+    ]
+    seconds = {"head": 2.2, "products": 2.0, "naive": 3.0}
+    found = loss.summarise(seconds, memory, SIZE, num_threads=1)
+    assert found.figures["ratio"] == pytest.approx(1.1)
+    assert found.figures["growth"] == pytest.approx(0.1)
+    assert found.figures["growth_naive"] == pytest.approx(3.0)
+    assert [target.is_met for target in found.targets] == [True, False]
+    assert found.tables[0].rows[0] == ("loss", "2.200 s", "1.100")
