@@ -1,0 +1,84 @@
+"""`python -m jobs.forecast RUN`: from the files of a run in progress, and of a finished one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.stages import DistillConfig
+from jobs.distill import learning_rate
+from jobs.forecast import forecast_run, main, planned_rates
+
+NUM_STEPS = 120
+
+
+def settings() -> dict[str, Any]:
+    distill = DistillConfig(num_tokens=NUM_STEPS * 16 * 32, batch_size=16, num_warmup_steps=10)
+    return {"distill": asdict(distill), "data": {"sequence_length": 32}}
+
+
+def curve(step: int) -> float:
+    return 0.4 * (step + 5) ** -0.5
+
+
+def in_progress(run_dir: Path, num_done: int) -> None:
+    """Killed once at step 40, back to step 31 with other values; the last line is being written."""
+    partial = run_dir / ".distill.partial"
+    partial.mkdir(parents=True)
+    identity = {"config": settings(), "inputs": {}}
+    (partial / "begun.json").write_text(json.dumps({"identity": identity, "redo": False}))
+    lines = [{"step": 1, "prune/relative_error": 0.1}]
+    lines += [{"step": step, "distill/kl": 9.0} for step in range(1, 41)]
+    lines += [{"step": step, "distill/kl": curve(step)} for step in range(1, 41)]
+    lines += [{"step": step, "distill/kl": curve(step)} for step in range(31, num_done + 1)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run_dir / "metrics.jsonl").write_text(text + '{"step": 999, "distill/kl": 0.')
+
+
+def finished(run_dir: Path) -> None:
+    steps = [{"step": step, "kl": curve(step), "ce": 0.0} for step in range(1, NUM_STEPS + 1)]
+    record = {"identity": {"config": settings()}, "metrics": {"steps": steps}}
+    (run_dir / "distill").mkdir(parents=True)
+    (run_dir / "distill" / "record.json").write_text(json.dumps(record))
+
+
+def test_planned_rates_are_those_of_the_training() -> None:
+    config = DistillConfig(**settings()["distill"])
+    expected = [learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)]
+    assert planned_rates(settings()) == expected
+
+
+def test_run_in_progress_and_finished_run_say_the_same(tmp_path: Path) -> None:
+    in_progress(tmp_path / "live", 60)
+    finished(tmp_path / "done")
+    live = forecast_run(tmp_path / "live", "kl", 0.8, None)
+    assert (live.last_step, live.num_steps, live.num_points) == (60, NUM_STEPS, 50)
+    assert live == forecast_run(tmp_path / "done", "kl", 0.8, 0.5)
+
+
+def test_sentence_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path)
+    assert main([str(tmp_path), "--share", "0.5"]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("final KL 0.0")
+    assert "(80 %: 0.0" in line
+    assert "at 50 % (60 of 120 steps)" in line
+    assert main([str(tmp_path), "--share", "0.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_points"] == 50
+    assert main([str(tmp_path), "--share", "0.1"]) == 0
+    assert capsys.readouterr().out.startswith("no forecast at 10 %")
+
+
+def test_wrong_folder_metric_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(tmp_path / "run")
+    for arguments, said in (
+        ([str(tmp_path)], "no recovery in this folder"),
+        ([str(tmp_path / "run"), "--metric", "ce"], "have no ce"),
+        ([str(tmp_path / "run"), "--share", "2"], "--share 2.0"),
+    ):
+        assert main(arguments) == 2
+        assert said in capsys.readouterr().err
