@@ -171,6 +171,60 @@ def recovery_panels(recovery: dict[str, Any]) -> list[Panel]:
     return panels
 
 
+def forecast_panel(recovery: dict[str, Any]) -> Panel | None:
+    """The forecast that was made on the way, as a band over the KL that came of it.
+
+    None where the record has no forecast, or one that only says why there is none.
+    """
+    forecast = recovery.get("forecast") or {}
+    steps = sorted(recovery.get("steps") or [], key=lambda step: float(step["step"]))
+    band = [p for p in forecast.get("band") or [] if all(_format.is_drawable(v) for v in p)]
+    thinned = [s for s in thin_steps(steps) if _format.is_drawable(s.get("kl"))]
+    if len(band) < 2 or not thinned:
+        return None
+    height = 170
+    values = [step["kl"] for step in thinned]
+    smooth = _smoothed(values, max(1, len(values) // 40)) if len(values) > _FEW_POINTS else values
+    drawn = [v for v in smooth if v is not None]
+    across = Scale.over([1.0, forecast["num_steps"]], is_log=False)
+    up = Scale.over([*drawn, *(v for p in band for v in p[1:])], is_log=True, pad=0.06)
+    outline = [(x, low) for x, low, _, _ in band] + [(x, high) for x, _, _, high in band[::-1]]
+    corners = " ".join(f"{1000 * across(x):.1f},{1000 * (1 - up(y)):.1f}" for x, y in outline)
+    middle = polylines([across(p[0]) for p in band], [up(p[2]) for p in band], "curve t2")
+    happened = polylines([across(s["step"]) for s in thinned], [up(v) for v in drawn], "curve")
+    marks: list[Markup] = []
+    for tick in up.ticks(5):
+        y = height * (1 - up(tick))
+        marks.append(element("line", class_="grid", x1="0", x2="100%", y1=y, y2=y))
+        marks.append(element("text", tick_label(tick), class_="end", x="-8", y=y + 4))
+    area = element("polygon", class_="band", points=corners)
+    marks.append(
+        element(
+            "svg", area, *middle, *happened, width="100%", height=height, viewBox="0 0 1000 1000",
+            preserveAspectRatio="none",
+        )
+    )  # fmt: skip
+    marks.append(_end_label(forecast["predicted"], up, height))
+    marks.extend(_step_axis(across, height))
+    svg = element(
+        "svg", *marks, class_="plot", role="img", aria_label="forecast and outcome",
+        height=height + 40,
+    )  # fmt: skip
+    return Panel(_forecast_caption(forecast), svg)
+
+
+def _forecast_caption(forecast: dict[str, Any]) -> str:
+    step, predicted, low, high = (
+        _format.count(forecast["last_step"]),
+        *(_format.significant(forecast[key]) for key in ("predicted", "low", "high")),
+    )
+    share = f"{100 * forecast['coverage']:g} %"
+    return (
+        f"Forecast at step {step}: {predicted} at the end, {share} interval {low} to {high}; "
+        "dashed: its middle, shaded: the interval, solid: running mean of what came (log scale)"
+    )
+
+
 def curve_note(recovery: dict[str, Any]) -> str:
     """What the lines of `recovery_panels` are."""
     num_steps = len(recovery.get("steps") or [])

@@ -24,7 +24,8 @@ from jobs._bars import (
     size_chart,
     stage_chart,
 )
-from jobs._charts import curve_note, recovery_panels
+from jobs._charts import curve_note, forecast_panel, recovery_panels
+from jobs._ledger import goodput_rows
 from jobs._pruning import pruning_sections
 from jobs._svg import pct
 from jobs._words import label_of
@@ -82,6 +83,8 @@ def render_report(summary: dict[str, Any]) -> str:
         recovery_note=_recovery_note(recovery),
         panels=recovery_panels(recovery),
         curve_note=curve_note(recovery),
+        forecast=forecast_panel(recovery),
+        goodput=_goodput(recovery.get("goodput") or {}),
         pruning=pruning_sections(summary),
         sizes=size_chart(results),
         stages=stage_chart(summary.get("stages") or []),
@@ -150,6 +153,25 @@ def _recovery_note(recovery: dict[str, Any]) -> str:
     if recovery.get("tokens_per_s") is not None:
         parts.append(f"{_format.count(recovery['tokens_per_s'])} tokens/s")
     return ", ".join(parts)
+
+
+def _goodput(figures: dict[str, Any]) -> dict[str, Any] | None:
+    """Where the training's time went, as a sentence and rows; None without a ledger."""
+    if not figures:
+        return None
+    parts = [
+        f"{_format.percent(figures['goodput'])} of {_format.duration(figures['wall_s'])} went into "
+        f"{_format.count(figures['num_steps'])} steps that count"
+    ]
+    if figures["num_lost_steps"]:
+        parts.append(f"{_format.count(figures['num_lost_steps'])} steps were done again")
+    if figures["num_starts"] > 1:
+        parts.append(f"{_format.count(figures['num_starts'])} starts")
+    rows = [
+        (words, _format.duration(seconds), _format.percent(share))
+        for words, seconds, share in goodput_rows(figures)
+    ]
+    return {"summary": "; ".join(parts), "rows": rows}
 
 
 def _facts(run: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[str, str]]:

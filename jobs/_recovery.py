@@ -21,6 +21,7 @@ from jobs._batches import Batch, Batches
 from jobs._checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs._ledger import SAVE
 from jobs._pace import Pace
+from jobs._schedule import learning_rate, num_steps
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
 from sparsify.fragments import Checkpoint
 from sparsify.head import Teacher
@@ -34,24 +35,8 @@ from sparsify.text import TokenRows
 if TYPE_CHECKING:
     from cluster.ray_backend import WorkerContext
     from conf.schema import Config
-    from conf.stages import DistillConfig
 
 _FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
-
-
-def num_steps(config: Config) -> int:
-    """Optimizer steps of the whole recovery."""
-    return config.distill.num_tokens // (config.distill.batch_size * config.data.sequence_length)
-
-
-def learning_rate(settings: DistillConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then linear decay to the smallest share."""
-    warmup = min(settings.num_warmup_steps, total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    left = (total - step) / max(1, total - warmup)
-    least = settings.min_learning_rate_share
-    return settings.learning_rate * (least + (1 - least) * left)
 
 
 class Recovery:

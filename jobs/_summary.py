@@ -60,8 +60,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         ],
         "layers": metrics.get("prune", {}).get("layers", []),
         "pruning": _pruning(metrics.get("prune", {})),
-        "recovery": distill
-        and {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")},
+        "recovery": distill and _recovery(distill),
         "quantization": metrics.get("quantize", {}).get("quantization"),
         "warnings": list(dict.fromkeys(warnings)),
     }
@@ -87,6 +86,12 @@ def _run_facts(
         "versions": versions(),
         "duration_s": round(duration_s, 3),
     }
+
+
+def _recovery(distill: dict[str, Any]) -> dict[str, Any]:
+    """The curve and its speed; the forecast made on the way and the goodput, null without one."""
+    kept = {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")}
+    return kept | {key: distill.get(key) for key in ("forecast", "goodput")}
 
 
 def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:

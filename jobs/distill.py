@@ -107,7 +107,7 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     import torch
 
     from jobs._artifact import disk_errors
-    from jobs._recovery import num_steps
+    from jobs._schedule import num_steps
     from jobs._sources import load_rows
     from sparsify.models.load import load_tokenizer
     from sparsify.store import StoreSource

@@ -77,7 +77,7 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
 def planned_rates(settings: dict[str, Any]) -> list[float]:
     """The learning rate of every step, from the part of a record that decides the weights."""
     from conf.stages import DistillConfig
-    from jobs.distill import learning_rate
+    from jobs._schedule import learning_rate
 
     distill, data = settings["distill"], settings["data"]
     known = DistillConfig.__dataclass_fields__

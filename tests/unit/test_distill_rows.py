@@ -10,8 +10,10 @@ import torch
 from cluster.spec import ClusterSpec
 from conf.schema import Config, DataConfig
 from conf.stages import DistillConfig
-from jobs.distill import _Loop, prepare_rows
-from sparsify.distill import TokenCounts
+from jobs._batches import Batches
+from jobs.distill import prepare_rows
+from sparsify.loss_terms import TokenCounts
+from sparsify.store import TokenStore
 from sparsify.text import TokenRows
 
 
@@ -27,17 +29,24 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
         distill=DistillConfig(num_tokens=384, batch_size=8, micro_batch_size=micro_batch_size),
         cluster=ClusterSpec(num_workers=world_size),
     )
-    payload = {"config": config, "teacher": tiny_model_dir, "scratch": tmp_path}
+    payload = {"config": config, "teacher": tiny_model_dir, "store": tmp_path / "rows"}
     prepare_rows(SimpleNamespace(num_threads=1, warn=lambda text: None), payload)
+    store = TokenStore.open(tmp_path / "rows")
+    assert len(store) == 24
+    alone = Batches(store, config.distill, 0, 0, 1, isolate, None)
+    seen = []
     for step in range(3):
-        shares, counts = [], set()
+        shares, sums, crcs = [], torch.zeros(3, dtype=torch.float64), set()
         for rank in range(world_size):
-            worker = SimpleNamespace(rank=rank, world_size=world_size, device="cpu")
-            loop = _Loop(worker, config, None, None, None, tmp_path)
-            batches, count = loop._batches(step)
-            assert [len(batch) for batch in batches] == [micro_batch_size] * len(batches)
-            shares += batches
-            counts.add(count)
+            worker = Batches(store, config.distill, 0, rank, world_size, isolate, None)
+            batch = worker.at(step)
+            pieces = worker.micro_batches(batch, "cpu")
+            assert [len(piece) for piece in pieces] == [micro_batch_size] * len(pieces)
+            shares += pieces
+            sums += batch.own
+            crcs.add(batch.row_crc)
+        assert crcs == {alone.at(step).row_crc}
+        seen += alone.order.batch(step, 8).tolist()
         rows = TokenRows.joined(shares)
         assert len(rows) == 8
         assert rows.is_packed == isolate
@@ -45,9 +54,10 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
         parts = [TokenCounts.of(part) for part in shares]
         assert (whole.kl, whole.ce) == (sum(p.kl for p in parts), sum(p.ce for p in parts))
         # One count for all micro-batches of all workers: their mean is the whole step's.
-        assert counts == {whole.shared_by(len(shares))}
+        assert alone.shares(sums) == whole.shared_by(len(shares))
         if isolate:
             assert whole.ce < 8 * 15
         else:
             assert (whole.kl, whole.ce) == (8 * 16, 8 * 15)
         assert rows.ids_NT.dtype == rows.positions_NT.dtype == torch.int64
+    assert sorted(seen) == list(range(24)), "every row once"

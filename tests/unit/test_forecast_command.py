@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conf.stages import DistillConfig
-from jobs.distill import learning_rate
+from jobs._schedule import learning_rate
 from jobs.forecast import forecast_run, main, planned_rates
 
 NUM_STEPS = 120

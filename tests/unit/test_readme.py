@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 
 from conf.schema import STAGES, Config
-from jobs import bench
+from jobs import bench, forecast
 from jobs._artifact import RECORD
 from jobs._entry import _FLAGS, load_config
 from jobs._layers import PHASES
+from jobs._ledger import WORDS, goodput
 from jobs._options import JOBS, job_options
 from jobs._stage import MASKS, PACKED, SPARSITY, Models, StageContext
 from jobs._summary import _num_parameters, build_summary
 from jobs._tracking import METRICS_FILE
+from sparsify.forecast import Forecast
 from sparsify.models.load import embedded_path
 from sparsify.prune import LayerReport
 from sparsify.quantize import QuantLayerReport
@@ -44,11 +46,12 @@ def no_duplicates(texts: list[str]) -> list[str]:
 # --- commands and options
 
 
-BENCHMARKS = "python -m jobs.bench"
+BENCHMARKS, FORECAST = "python -m jobs.bench", "python -m jobs.forecast"
 
 
 def test_every_job_is_shown() -> None:
-    assert {re.split(r"[. ]", command)[3] for command in COMMANDS} == {*JOBS, "bench"}
+    shown = {re.split(r"[. ]", command)[3] for command in COMMANDS}
+    assert shown == {*JOBS, "bench", "forecast"}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(f"{BENCHMARKS} ")])
@@ -56,8 +59,13 @@ def test_benchmark_parses(command: str) -> None:
     bench.parser().parse_args(shlex.split(command)[3:])
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(FORECAST)])
+def test_forecast_parses(command: str) -> None:
+    forecast.parser().parse_args(shlex.split(command)[3:])
+
+
 @pytest.mark.parametrize(
-    "command", no_duplicates([c for c in COMMANDS if not c.startswith(BENCHMARKS)])
+    "command", no_duplicates([c for c in COMMANDS if not c.startswith((BENCHMARKS, FORECAST))])
 )
 def test_command_names_a_job_and_its_words_parse(command: str) -> None:
     module, *words = shlex.split(command)[2:]
@@ -177,7 +185,10 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
             "pattern": "2:4", "method": "wanda", "layers": [layer], "gate": {"wanda": gate},
             "seconds": {"wanda": 1.0}, "phases": {"wanda": dict.fromkeys(PHASES, 0.1)},
         },
-        "distill": {**recovery, "steps": [step], "gate": gate},
+        "distill": {
+            **recovery, "steps": [step], "gate": gate, "forecast": Forecast(9, 0, 0, 0.8).as_dict(),
+            "goodput": {**goodput([], 0.0, 1.0), "seconds": dict.fromkeys(WORDS, 1.0)},
+        },
         "evaluate": {"results": {"dense": score, "wanda": score, "recovered": score}},
         "quantize": {
             "results": {"recovered_int4": score}, "gate": gate, "packed_bytes": 1,

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from jobs import _format
 from jobs._bars import perplexity_chart, phase_chart, size_chart, stage_chart, token_chart
-from jobs._charts import recovery_panels, thin_steps
+from jobs._charts import forecast_panel, recovery_panels, thin_steps
 from jobs._html import render_report
 from jobs._layer_charts import depth_chart
 from jobs._layers import (
@@ -34,6 +34,7 @@ from jobs._svg import Scale, element
 from jobs._table import pruning_table, results_table, stages_table
 from jobs._words import headline
 from sparsify.errors import InputError
+from sparsify.forecast import forecast
 
 KINDS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -905,3 +906,46 @@ def test_terminal_tables_without_data(table: Any) -> None:
     assert table({"schema": 1}).row_count == 0
     nothing = dict.fromkeys(("run", "results", "stages", "layers", "pruning"))
     assert table({"schema": 1, **nothing}).row_count == 0
+
+
+def with_forecast_and_goodput() -> dict[str, Any]:
+    summary = make_summary()
+    recovery = summary["recovery"]
+    steps = [step["step"] for step in recovery["steps"]]
+    rates = [1e-3] * len(steps)
+    seen = forecast(steps[:100], [step["kl"] for step in recovery["steps"][:100]], rates)
+    seconds = {"train": 240.0, "start": 30.0, "save": 6.0, "lost": 12.0, "other": 12.0}
+    recovery["forecast"] = seen.as_dict()
+    recovery["goodput"] = {
+        "wall_s": 300.0, "goodput": 0.8, "num_steps": 250, "num_lost_steps": 12, "num_starts": 2,
+        "seconds": seconds,
+    }  # fmt: skip
+    return summary
+
+
+def test_forecast_and_goodput_are_shown_where_they_are_known() -> None:
+    summary = with_forecast_and_goodput()
+    page = parse(summary)
+    assert "Forecast at step 100" in page.text
+    assert "80 % interval" in page.text
+    assert "80.0 % of 5 min" in page.text or "80 % of 5 min" in page.text
+    assert "12 steps were done again; 2 starts" in page.text
+    for words in ("training steps that count", "checkpoint stalls", "start-up"):
+        assert words in page.text
+    without = parse(make_summary())
+    for words in ("Forecast at step", "Where the time went", "Goodput"):
+        assert words not in without.text
+        assert words in page.text
+
+
+def test_forecast_band_starts_at_its_step_and_a_reason_is_not_drawn() -> None:
+    recovery = with_forecast_and_goodput()["recovery"]
+    panel = forecast_panel(recovery)
+    assert panel is not None
+    corners = re.search(r'<polygon class="band" points="([^"]*)"', str(panel.svg))
+    assert corners is not None
+    xs = [float(point.split(",")[0]) for point in corners[1].split()]
+    assert min(xs) == pytest.approx(1000 * 99 / 249, abs=0.1)
+    assert max(xs) == 1000
+    recovery["forecast"] = {"reason": "too few points", "band": [], "predicted": None}
+    assert forecast_panel(recovery) is None
