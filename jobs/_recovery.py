@@ -21,7 +21,7 @@ from jobs._batches import Batch, Batches
 from jobs._checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs._ledger import SAVE
 from jobs._pace import Pace
-from jobs._schedule import learning_rate, num_steps
+from jobs._schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rates
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
 from sparsify.fragments import Checkpoint
 from sparsify.head import Teacher
@@ -70,7 +70,7 @@ class Recovery:
         self._guard, self._moving, self._batches = guard, moving, batches
         self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
-        self._losses = settings.losses()
+        self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
         self._checkpoints = Checkpoints(scratch, retention)
         policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
@@ -125,6 +125,7 @@ class Recovery:
                 self.curve.append(figures)
                 self._check_replicas(step + 1)
                 self.pace.say(step + 1, self._total, figures, self._flops)
+                self._forecast(step + 1)
                 watchdog.beat()
                 if step + 1 < self._total and self._should_save(step + 1, request):
                     with watchdog.allowing(None), self.pace.interval(SAVE):
@@ -146,7 +147,7 @@ class Recovery:
             The figures, None if the run has to go back to its last checkpoint; and what rank 0
             was asked for.
         """
-        rate = learning_rate(self._settings, step, self._total)
+        rate = self._rates[step]
         _engine.set_learning_rate(self.engine, rate)
         batch, counts = self._batch(step)
         weights = self._losses.at(step / self._total)
@@ -165,11 +166,14 @@ class Recovery:
         norm = _engine.grad_norm(self.engine)
         done = step + 1
         figures: dict[str, Any] = {
-            "step": done, "num_tokens": done * self._settings.batch_size * self._length, **values,
-            "learning_rate": rate, "grad_norm": norm if norm == norm else None,
+            "step": done, "num_tokens": done * self._settings.batch_size * self._length,
+            "loss": values["loss"], "kl": values["kl"], "reverse_kl": values["reverse_kl"],
+            "ce": values["ce"], "square_head": values["square_head"],
+            "agreement": values["agreement"], "learning_rate": rate,
+            "grad_norm": norm if norm == norm else None, "is_skipped": verdict == "skip",
             "row_crc": batch.row_crc,
         }  # fmt: skip
-        return figures | ({"is_skipped": True} if verdict == "skip" else {}), request
+        return figures, request
 
     def _batch(self, step: int) -> tuple[Batch, TokenCounts]:
         """This worker's rows of a step, and the counts that all workers' micro-batches share."""
@@ -294,6 +298,16 @@ class Recovery:
                 "0; a machine computes wrongly: look at it, then run the same command again, which "
                 "goes on from the last checkpoint"
             )
+
+    def _forecast(self, step: int) -> None:
+        """Every tenth of the run from a third on, tell the tracker where it will end."""
+        at = {round(share * self._total) for share in FORECAST_SHARES}
+        if self._context.rank or step not in at:
+            return
+        found = forecast_of(self.curve, self._rates)
+        if found.predicted is not None:
+            values = {"predicted": found.predicted, "low": found.low, "high": found.high}
+            self._context.metrics({f"distill/forecast_{k}": v for k, v in values.items()}, step)
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps

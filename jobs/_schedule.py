@@ -1,9 +1,19 @@
-"""How many steps a recovery has, and the learning rate of each."""
+"""How many steps a recovery has, the learning rate of each, and where its curve is going."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from conf.schema import Config
 from conf.stages import DistillConfig
+
+if TYPE_CHECKING:
+    from sparsify.forecast import Forecast  # brings torch
+
+FORECAST_SHARES = tuple(tenth / 10 for tenth in range(3, 10))
+"""shares of a run after which its end is forecast"""
+_FINAL_SHARE = 0.05  # of the steps, at the end, whose mean is forecast
 
 
 def num_steps(config: Config) -> int:
@@ -19,3 +29,23 @@ def learning_rate(settings: DistillConfig, step: int, total: int) -> float:
     left = (total - step) / max(1, total - warmup)
     least = settings.min_learning_rate_share
     return settings.learning_rate * (least + (1 - least) * left)
+
+
+def planned_rates(settings: DistillConfig, total: int) -> list[float]:
+    """The learning rate of every step."""
+    return [learning_rate(settings, step, total) for step in range(total)]
+
+
+def num_final_steps(total: int) -> int:
+    """Steps at the end whose mean is what a forecast is of."""
+    return max(1, int(_FINAL_SHARE * total))
+
+
+def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Forecast:
+    """Where the training KL of a run will end, from its steps so far."""
+    from sparsify.forecast import forecast
+
+    points = [(one["step"], one["kl"]) for one in curve if one["kl"] > 0 and not one["is_skipped"]]
+    return forecast(
+        [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
+    )

@@ -79,7 +79,18 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     curve = take_json(writer.folder / "curve.json")
     masks, pattern = masks_of(writer.folder / "model")
     gate = check_files(writer.folder / "model", masks, pattern)
-    return {**curve, "gate": gate, "is_teacher_rotated": rotation is not None}
+    return {
+        **curve, "gate": gate, "is_teacher_rotated": rotation is not None,
+        "forecast": _early_forecast(curve["steps"], context.config),
+    }  # fmt: skip
+
+
+def _early_forecast(curve: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """What the first part of the run let expect; the report draws it beside what came."""
+    from jobs._schedule import FORECAST_SHARES, forecast_of, planned_rates
+
+    rates = planned_rates(config.distill, len(curve))
+    return forecast_of(curve[: round(FORECAST_SHARES[0] * len(curve))], rates).as_dict()
 
 
 def _check_store(folder: Path, config: Config, teacher: Path) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sparsify.forecast import Forecast
 
 _EXIT_INPUT = 2
-_FINAL_SHARE = 0.05  # of the steps: a batch's KL is noisy, the mean of the last ones is predicted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,27 +62,27 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
     Raises:
         InputError: the folder has no recovery, or its steps have no such metric.
     """
+    from jobs._schedule import num_final_steps
     from sparsify.forecast import forecast
 
-    rates = planned_rates(_settings(run_dir))
+    rates = rates_of(_settings(run_dir))
     last = len(rates) if share is None else round(share * len(rates))
     points = {step: value for step, value in _points(run_dir, metric).items() if step <= last}
     steps = sorted(points)
-    num_final = max(1, int(_FINAL_SHARE * len(rates)))
     values = [points[step] for step in steps]
-    return forecast(steps, values, rates, num_final, coverage)
+    return forecast(steps, values, rates, num_final_steps(len(rates)), coverage)
 
 
-def planned_rates(settings: dict[str, Any]) -> list[float]:
+def rates_of(settings: dict[str, Any]) -> list[float]:
     """The learning rate of every step, from the part of a record that decides the weights."""
     from conf.stages import DistillConfig
-    from jobs._schedule import learning_rate
+    from jobs._schedule import planned_rates
 
     distill, data = settings["distill"], settings["data"]
     known = DistillConfig.__dataclass_fields__
     config = DistillConfig(**{key: value for key, value in distill.items() if key in known})
     total = config.num_tokens // (config.batch_size * data["sequence_length"])
-    return [learning_rate(config, step, total) for step in range(total)]
+    return planned_rates(config, total)
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:

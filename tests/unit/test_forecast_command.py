@@ -11,7 +11,7 @@ import pytest
 
 from conf.stages import DistillConfig
 from jobs._schedule import learning_rate
-from jobs.forecast import forecast_run, main, planned_rates
+from jobs.forecast import forecast_run, main, rates_of
 
 NUM_STEPS = 120
 
@@ -46,10 +46,10 @@ def finished(run_dir: Path) -> None:
     (run_dir / "distill" / "record.json").write_text(json.dumps(record))
 
 
-def test_planned_rates_are_those_of_the_training() -> None:
+def test_rates_of_are_those_of_the_training() -> None:
     config = DistillConfig(**settings()["distill"])
     expected = [learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)]
-    assert planned_rates(settings()) == expected
+    assert rates_of(settings()) == expected
 
 
 def test_run_in_progress_and_finished_run_say_the_same(tmp_path: Path) -> None:

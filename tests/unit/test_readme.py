@@ -175,7 +175,7 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     """Metrics of every stage, with the keys that the stages write."""
     layer = dict.fromkeys(["method", *(field.name for field in fields(LayerReport))], 0)
     quantized = dict.fromkeys([field.name for field in fields(QuantLayerReport)], 0)
-    step = dict.fromkeys(literal_keys("distill", "_step", "grad_norm"), 0)
+    step = dict.fromkeys(literal_keys("_recovery", "_step", "grad_norm"), 0)
     quantization = dict.fromkeys(literal_keys("quantize", "run", "group_size"), 0)
     recovery = dict.fromkeys(literal_keys("distill", "_write", "tokens_per_s"), 0)
     score = dict.fromkeys(literal_keys("evaluate", "score", "kl"), 1.0)
