@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
-from sparsify.kernels.gram import add_gram_, mirror_upper_
+from sparsify.kernels.gram import add_gram_, mirror_upper_, sum_dtype
 from sparsify.kernels.precision import float32_products
 
 _DAMPING_STEP = 10.0
@@ -28,11 +28,13 @@ _FLIP_ROWS = 512  # bounds the memory of a flipped copy
 class HessianSum:
     """Running sum of X^T X over calibration tokens; sums of several processes can be added.
 
-    Memory: one (I, I) float32 matrix, of which the upper triangle is kept up to date.
+    Memory: one (I, I) matrix, float64 on a CPU and float32 on a GPU (`kernels.gram`), of which the
+    upper triangle is kept up to date.
     """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        shape = (in_features, in_features)
+        self._sum_II = torch.zeros(shape, dtype=sum_dtype(device), device=device)
         self.num_tokens = 0
         self.weight = 0.0
         """sum of the tokens' weights, by which the mean divides"""
@@ -104,13 +106,13 @@ class HessianSum:
         if self.weight == 0:
             raise CalibrationError(f"all {self.num_tokens} calibration tokens have the weight 0")
         # One NaN or infinity in column j of X makes entry (j, j) NaN or infinite.
-        bad = (~torch.isfinite(self._sum_II.diagonal())).nonzero().flatten()
+        bad = (~torch.isfinite(self._sum_II.diagonal().float())).nonzero().flatten()
         if len(bad):
             raise NonFiniteError(
                 f"inputs hold NaN or infinity in {len(bad)} of {len(self._sum_II)} columns, first "
                 f"column {int(bad[0])}; check the weights before this layer or use a wider dtype"
             )
-        return mirror_upper_(self._sum_II / self.weight)
+        return mirror_upper_((self._sum_II / self.weight).float())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError, SingularHessianError
 from sparsify.hessian import HessianSum, InverseFactor
-from sparsify.kernels.gram import add_cross_
+from sparsify.kernels.gram import add_cross_, sum_dtype
 from sparsify.models.stops import Stop
 from sparsify.models.structure import (
     BlockInputs,
@@ -200,7 +200,7 @@ class Moments:
     def _mean_of(self, sums: dict[str, Tensor], name: str, weight: float, comm: Comm) -> Tensor:
         value = sums.pop(name)
         comm.all_reduce_(value)
-        return value.div_(weight)
+        return value.div_(weight).float()
 
 
 def _weights_for(name: str, value: Tensor, weights_BT: Tensor | None) -> Tensor | None:
@@ -224,7 +224,8 @@ def _add_product_(
         left_TL = left_TL.float() * weights_T[:, None]
     if name not in sums:
         shape = left_TL.shape[1], right_TI.shape[1]
-        sums[name] = torch.zeros(shape, dtype=torch.float32, device=right_TI.device)
+        device = right_TI.device
+        sums[name] = torch.zeros(shape, dtype=sum_dtype(device), device=device)
     add_cross_(sums[name], left_TL, right_TI)
 
 

@@ -1,4 +1,8 @@
-"""Sums of products of activations: X^T X and Y^T X over tokens, kept in float32.
+"""Sums of products of activations: X^T X and Y^T X over tokens.
+
+Products are float32, or exact products of half precision summed in float32. What they are added to
+is float64 on a CPU: there the order in which batches are added, and so the number of processes,
+decides nothing but bits that rounding to float32 takes away again. On a GPU it is float32.
 
 Shape suffixes: T tokens, I input features, L features of another tensor over the same tokens.
 """
@@ -17,13 +21,18 @@ _MIRROR_ROWS = 512  # bounds the memory of a transposed copy
 _CROSS_ROWS = 4096  # bounds the memory of a product that waits to be added
 
 
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """Type of the sums on a device."""
+    return torch.float64 if torch.device(device).type == "cpu" else torch.float32
+
+
 def add_gram_(sum_II: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False) -> None:
     """Add X^T X to the upper triangle of `sum_II`; what is below the diagonal means nothing.
 
     `mirror_upper_` completes the sum once all tokens are in.
 
     Args:
-        sum_II: float32 (I, I), contiguous.
+        sum_II: float32 or float64 (I, I), contiguous; float32 for half precision on a GPU.
         inputs_TI: (T, I), any float dtype. Half precision is multiplied exactly: the product of
             two bfloat16 or float16 numbers fits float32, in which it is summed.
         allow_tf32: True multiplies float32 inputs in TF32 on a GPU.
@@ -46,7 +55,14 @@ def add_gram_(sum_II: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False) ->
     with float32_products(allow_tf32):
         for start in range(0, num_columns, width):
             panel = slice(start, start + width)
-            sum_II[panel, start:].addmm_(inputs_TI[:, panel].T, inputs_TI[:, start:])
+            _add_product_(sum_II[panel, start:], inputs_TI[:, panel], inputs_TI[:, start:])
+
+
+def _add_product_(sum_LI: Tensor, left_TL: Tensor, right_TI: Tensor) -> None:
+    if sum_LI.dtype == right_TI.dtype:
+        sum_LI.addmm_(left_TL.T, right_TI)
+    else:
+        sum_LI += left_TL.T @ right_TI
 
 
 def mirror_upper_(matrix_II: Tensor) -> Tensor:
@@ -68,7 +84,7 @@ def add_cross_(
     """Add Y^T X to `sum_LI`.
 
     Args:
-        sum_LI: float32 (L, I).
+        sum_LI: float32 or float64 (L, I).
         left_TL: Y, (T, L), any float dtype.
         inputs_TI: X, (T, I), any float dtype. If both have the same half precision they are
             multiplied exactly and summed in float32, on a GPU by tensor cores.
@@ -81,5 +97,8 @@ def add_cross_(
             rows = slice(start, start + _CROSS_ROWS)
             sum_LI[rows] += torch.mm(left_TL[:, rows].T, inputs_TI, out_dtype=torch.float32)
         return
+    left_TL, inputs_TI = left_TL.float(), inputs_TI.float()
     with float32_products(allow_tf32):
-        sum_LI.addmm_(left_TL.float().T, inputs_TI.float())
+        for start in range(0, len(sum_LI), _CROSS_ROWS):
+            rows = slice(start, start + _CROSS_ROWS)
+            _add_product_(sum_LI[rows], left_TL[:, rows], inputs_TI)

@@ -59,6 +59,7 @@ def test_every_method_gives_the_figures_on_record(request: pytest.FixtureRequest
     expected = json.loads(RECORD.read_text(encoding="utf-8"))
     assert found.keys() == expected.keys()
     for name in expected:
-        # Another BLAS rounds differently, which can flip near ties in a mask; a flip moves a
-        # layer's error by parts in ten thousand, a wrong update or damping by tenths.
-        assert close(found[name], expected[name], rel_tol=0.01), name
+        # Another BLAS rounds differently, which can flip near ties in a mask. Measured: sums in
+        # float64 in place of float32 moved the KL of admm by 1.6 %, all else by less; a wrong
+        # update or damping moves errors by tenths.
+        assert close(found[name], expected[name], rel_tol=0.03), name
