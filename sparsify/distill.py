@@ -26,7 +26,7 @@ from sparsify.loss_terms import LossWeights, TokenCounts
 from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutput
+    pass
 
 CHUNK_TOKENS = 1024
 # Floor of SquareHead's denominator: machine epsilon of bfloat16, as in the published recipe.
@@ -74,33 +74,6 @@ def forward_kl(
     return _ForwardKL.apply(
         student_logits, teacher_logits.detach(), temperature, chunk_tokens, is_counted, num_tokens
     )
-
-
-def cross_entropy(
-    logits: torch.Tensor,
-    rows: TokenRows,
-    chunk_tokens: int = CHUNK_TOKENS,
-    num_tokens: float | None = None,
-) -> torch.Tensor:
-    """Next-token cross-entropy: token t + 1 from position t, mean over the predictions.
-
-    Positions whose next token is another document's, or in another row, predict nothing.
-
-    Args:
-        logits: (B, T, V), any float dtype.
-        rows: B rows of T tokens.
-        chunk_tokens: tokens whose float32 probabilities exist at one time.
-        num_tokens: what the sum is divided by; None: the number of predictions.
-
-    Returns:
-        float32 scalar.
-    """
-    # Marking positions without a target, rather than cutting them out, keeps the logits
-    # contiguous, so that flattening them copies nothing.
-    targets = rows.ids_NT.roll(-1, dims=1).masked_fill(~rows.has_next_NT, NO_TARGET)
-    if num_tokens is None:
-        num_tokens = int((targets != NO_TARGET).sum())
-    return _CrossEntropy.apply(logits, targets, chunk_tokens, num_tokens)
 
 
 def square_head(
@@ -187,62 +160,6 @@ def head_distillation_loss(
     return torch.stack(losses).sum(), values
 
 
-def distillation_loss(
-    student_out: CausalLMOutput,
-    teacher_out: CausalLMOutput | None,
-    rows: TokenRows,
-    weights: LossWeights,
-    counts: TokenCounts | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Weighted sum of the terms that have a weight.
-
-    The KL term covers all T positions of a row (no target is needed), cross-entropy the first
-    T - 1, both without the last position of a document that ends inside the row. SquareHead covers
-    all tokens; it is a ratio of means, so over several micro-batches it is the mean of theirs.
-
-    Args:
-        student_out: model output with `logits`, and `hidden_states` if SquareHead has a weight.
-        teacher_out: the same of the teacher, made without gradient; None if only cross-entropy has
-            a weight.
-        rows: B rows of T tokens, what both outputs were made from.
-        weights: the terms.
-        counts: what the first two terms' sums are divided by; None: the counts of `rows`.
-
-    Returns:
-        The loss (float32 scalar with gradient), and the unweighted value of each term under "kl",
-        "ce" and "square_head"; 0.0 for a term that was not computed.
-    """
-    if weights.reverse_kl:
-        raise InputError(
-            "distill.reverse_kl_weight: needs the loss from hidden states; set it to 0"
-        )
-    terms: dict[str, torch.Tensor] = {}
-    counts = counts or TokenCounts.of(rows)
-    if weights.kl:
-        student, teacher = (_required(o, "logits", "kl") for o in (student_out, teacher_out))
-        terms["kl"] = forward_kl(
-            student, teacher, weights.temperature,
-            is_counted=rows.is_taught_NT, num_tokens=counts.kl,
-        )  # fmt: skip
-    if weights.ce:
-        logits = _required(student_out, "logits", "ce")
-        terms["ce"] = cross_entropy(logits, rows, num_tokens=counts.ce)
-    if weights.square_head:
-        terms["square_head"] = square_head(
-            _required(student_out, "hidden_states", "square_head"),
-            _required(teacher_out, "hidden_states", "square_head"),
-        )
-    loss = torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
-    parts = {"kl": 0.0, "ce": 0.0, "square_head": 0.0}
-    return loss, parts | {name: term.item() for name, term in terms.items()}
-
-
-def _required(output: Any, field: str, term: str) -> Any:
-    value = getattr(output, field, None)
-    assert value is not None, f"the {term} term needs {field} in the outputs of both models"
-    return value
-
-
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     for start in range(0, num_tokens, chunk_tokens):
         yield slice(start, start + chunk_tokens)
@@ -284,38 +201,3 @@ class _ForwardKL(torch.autograd.Function):
             p = (z_t[chunk].float() / ctx.temperature).softmax(dim=-1)
             rows[chunk] = q.sub_(p).mul_(scale).masked_fill_(~counted[chunk, None], 0.0)
         return grad, None, None, None, None, None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        chunk_tokens: int,
-        num_tokens: float,
-    ) -> torch.Tensor:
-        z, flat = logits.flatten(0, -2), targets.flatten()
-        total = torch.zeros((), dtype=torch.float64, device=z.device)
-        for chunk in _chunks(len(z), chunk_tokens):
-            nll = torch.nn.functional.cross_entropy(
-                z[chunk].float(), flat[chunk], ignore_index=NO_TARGET, reduction="none"
-            )
-            total += nll.double().sum()
-        ctx.save_for_backward(logits, targets)
-        ctx.num_tokens, ctx.chunk_tokens = num_tokens, chunk_tokens
-        return (total / num_tokens).float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        logits, targets = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        z, flat, rows = logits.flatten(0, -2), targets.flatten(), grad.flatten(0, -2)
-        scale = grad_output.float() / ctx.num_tokens
-        for chunk in _chunks(len(z), ctx.chunk_tokens):
-            has_target = (flat[chunk] != NO_TARGET).float()[:, None]
-            q = z[chunk].float().softmax(dim=-1)
-            q.scatter_add_(1, flat[chunk].clamp(min=0)[:, None], -has_target)
-            rows[chunk] = q.mul_(has_target * scale)
-        return grad, None, None, None

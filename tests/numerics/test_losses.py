@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsify.distill import (
-    LossWeights,
-    TokenCounts,
-    cross_entropy,
-    distillation_loss,
-    forward_kl,
-    square_head,
-)
+from sparsify.distill import forward_kl, square_head
 from sparsify.errors import InputError
-from sparsify.text import TokenRows
+from sparsify.loss_terms import LossWeights
 
 # Measured on the cases below: at most 4.4e-7 (loss) and 3.5e-7 (largest gradient error over largest
 # gradient); float32 has a unit roundoff of 6e-8.
@@ -150,20 +140,6 @@ def test_vocabularies_must_agree():
         forward_kl(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
-def test_cross_entropy_equals_torch(chunk_tokens):
-    logits, _ = make_logits((3, 6, 40), spread=3.0, gap=0.0)
-    ids = torch.randint(40, (3, 6), generator=torch.Generator().manual_seed(1))
-    expected = loss_and_grad(
-        lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), logits
-    )
-    rows = TokenRows.whole(ids)
-    got = loss_and_grad(lambda z: cross_entropy(z, rows, chunk_tokens), logits.float())
-    assert relative_error(got[0], expected[0]) < RELATIVE
-    assert relative_error(got[1], expected[1]) < RELATIVE
-    assert got[1][:, -1].abs().max() == 0
-
-
 def test_square_head_formula():
     generator = torch.Generator().manual_seed(2)
     teacher = [torch.randn(2, 5, 8, generator=generator) * scale for scale in (9.0, 0.05, 4.0)]
@@ -184,120 +160,6 @@ def test_square_head_gives_the_student_a_gradient_only():
     assert all(h.grad is None for h in teacher)
     with pytest.raises(InputError, match="must be equal"):
         square_head(student, teacher[:1])
-
-
-def make_outputs():
-    student, teacher = (z.float() for z in make_logits((2, 5, 17), spread=1.0, gap=1.0))
-    hidden = [torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    return (
-        SimpleNamespace(logits=student.requires_grad_(), hidden_states=tuple(hidden[:2])),
-        SimpleNamespace(logits=teacher, hidden_states=tuple(hidden[2:])),
-        TokenRows.whole(torch.arange(10).view(2, 5)),
-    )
-
-
-def test_distillation_loss_is_the_weighted_sum():
-    student, teacher, rows = make_outputs()
-    weights = LossWeights(kl=0.5, ce=2.0, square_head=0.25, temperature=2.0)
-    loss, parts = distillation_loss(student, teacher, rows, weights)
-    assert parts["kl"] == forward_kl(student.logits, teacher.logits, 2.0).item()
-    assert parts["ce"] == cross_entropy(student.logits, rows).item()
-    assert parts["square_head"] == square_head(student.hidden_states, teacher.hidden_states).item()
-    expected = 0.5 * parts["kl"] + 2.0 * parts["ce"] + 0.25 * parts["square_head"]
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert loss.requires_grad
-
-
-def test_terms_without_weight_need_nothing():
-    student, teacher, rows = make_outputs()
-    student.hidden_states = teacher.hidden_states = None
-    _, parts = distillation_loss(student, teacher, rows, LossWeights())
-    assert parts["kl"] > 0
-    assert parts["ce"] == parts["square_head"] == 0.0
-    _, parts = distillation_loss(student, None, rows, LossWeights(kl=0.0, ce=1.0))
-    assert parts["ce"] > 0
-    assert parts["kl"] == 0.0
-
-
-def make_packed():
-    """Logits and rows of 4 x 6 tokens: documents of 6; 2, 4; 1, 4, 1; 5, 1 tokens."""
-    student, teacher = make_logits((4, 6, 19), spread=2.0, gap=1.0)
-    positions_NT = torch.tensor(
-        [[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3], [0, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 0]]
-    )
-    ids_NT = torch.randint(19, (4, 6), generator=torch.Generator().manual_seed(4))
-    return student, teacher, TokenRows(ids_NT, positions_NT)
-
-
-def documents_of(rows):
-    """(row, start, end) of every document."""
-    for n, positions in enumerate(rows.positions_NT.tolist()):
-        starts = [*(t for t, p in enumerate(positions) if p == 0), len(positions)]
-        yield from ((n, s, e) for s, e in itertools.pairwise(starts))
-
-
-def reference_packed(student, teacher, rows, temperature):
-    """Both terms, document by document; the row's end is no end of a document."""
-    kl, ce, num_kl, num_ce = 0.0, 0.0, 0, 0
-    for n, s, e in documents_of(rows):
-        inside = slice(s, e if e == rows.ids_NT.shape[1] else e - 1)
-        num = inside.stop - inside.start
-        if num:
-            kl = kl + num * reference_kl(student[n, inside], teacher[n, inside], temperature)
-        for t in range(s, e - 1):
-            ce = ce - student[n, t].log_softmax(-1)[rows.ids_NT[n, t + 1]]
-        num_kl, num_ce = num_kl + num, num_ce + e - 1 - s
-    return kl / num_kl, ce / num_ce, num_kl, num_ce
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
-def test_ends_of_documents_are_left_out(chunk_tokens, monkeypatch):
-    monkeypatch.setattr("sparsify.distill.CHUNK_TOKENS", chunk_tokens)
-    student, teacher, rows = make_packed()
-    expected_kl, expected_ce, num_kl, num_ce = reference_packed(student, teacher, rows, 2.0)
-    assert TokenCounts.of(rows) == TokenCounts(num_kl, num_ce) == TokenCounts(20, 16)
-    weights = LossWeights(kl=1.0, ce=0.5, temperature=2.0)
-
-    def loss(z):
-        outputs = (SimpleNamespace(logits=x) for x in (z, teacher.float()))
-        return distillation_loss(*outputs, rows, weights)
-
-    got = loss_and_grad(lambda z: loss(z)[0], student.float())
-    expected = loss_and_grad(
-        lambda z: (
-            torch.stack(reference_packed(z, teacher, rows, 2.0)[:2])
-            @ torch.tensor([1, 0.5], dtype=torch.float64)
-        ),
-        student,
-    )
-    assert relative_error(got[0], expected[0]) < RELATIVE
-    assert relative_error(got[1], expected[1]) < RELATIVE
-    assert got[1][1, 1].abs().max() == 0  # the end of a document inside its row
-    assert got[1][1, 5].abs().max() > 0  # the end of a row
-    parts = loss(student.float())[1]
-    assert parts["kl"] == pytest.approx(expected_kl.item(), rel=RELATIVE)
-    assert parts["ce"] == pytest.approx(expected_ce.item(), rel=RELATIVE)
-
-
-def test_micro_batches_average_to_the_loss_of_the_whole_batch():
-    """Rows of unequal numbers of documents: the parts' own means put the gradient off by 14%."""
-    student, teacher, rows = make_packed()
-    weights = LossWeights(kl=1.0, ce=1.0)
-    whole = TokenCounts.of(rows)
-
-    def loss(z, part, counts):
-        outputs = (SimpleNamespace(logits=x[part]) for x in (z, teacher.float()))
-        return distillation_loss(*outputs, rows[part], weights, counts)[0]
-
-    def mean_of_parts(z, counts):
-        return torch.stack([loss(z, part, counts) for part in (slice(0, 2), slice(2, 4))]).mean()
-
-    expected = loss_and_grad(lambda z: loss(z, slice(None), None), student.float())
-    got = loss_and_grad(lambda z: mean_of_parts(z, whole.shared_by(2)), student.float())
-    assert relative_error(got[0], expected[0]) < RELATIVE
-    assert relative_error(got[1], expected[1]) < RELATIVE
-    naive = loss_and_grad(lambda z: mean_of_parts(z, None), student.float())
-    assert relative_error(naive[1], expected[1]) > 0.1
 
 
 @pytest.mark.parametrize(
