@@ -151,6 +151,10 @@ class DistillConfig:
     """newest checkpoints that are kept"""
     milestone_every_steps: int | None = None
     """keep the checkpoints at multiples of this too; null = none"""
+    heldout_every_steps: int | None = None
+    """steps between two scores on held-out text, each source of a mix by itself; null = never"""
+    heldout_tokens: int = 16_384
+    """held-out tokens per source and score, at most"""
     time_limit_hours: float | None = None
     """hours after which the stage stops with a checkpoint, to go on later; null = never"""
     time_reserve_s: float = 60.0
@@ -173,10 +177,13 @@ class DistillConfig:
     def __post_init__(self) -> None:
         for name in (
             "num_tokens", "batch_size", "micro_batch_size", "zero_hpz_size", "keep_checkpoints",
-            "mask_refresh_steps",
+            "mask_refresh_steps", "heldout_tokens",
         ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), low=1)
-        for name in ("checkpoint_every_steps", "milestone_every_steps", "checksum_every_steps"):
+        for name in (
+            "checkpoint_every_steps", "milestone_every_steps", "checksum_every_steps",
+            "heldout_every_steps",
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 rules.in_range(f"distill.{name}", getattr(self, name), low=1)
         rules.in_range("distill.recompute_share", self.recompute_share, low=0, high=1)

@@ -19,7 +19,8 @@ from cluster.watchdog import Watchdog
 from jobs import _engine
 from jobs._batches import Batch, Batches
 from jobs._checkpoint import MASKS_FILE, Checkpoints, Retention
-from jobs._ledger import SAVE
+from jobs._heldout import Heldout, as_metrics
+from jobs._ledger import EVALUATE, SAVE
 from jobs._pace import Pace
 from jobs._schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rates
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
@@ -51,6 +52,7 @@ class Recovery:
         moving: lets the masks move for a part of the run; None where they stay.
         masks: keep masks to begin with.
         batches: the rows.
+        heldout: scores on the way; None for none.
         pace: the clock.
         scratch: folder of the checkpoints, shared by all workers.
         run_dir: folder of the run, where switches are looked for.
@@ -59,15 +61,17 @@ class Recovery:
     def __init__(
         self, context: WorkerContext, config: Config, engine: Any, guard: _engine.MaskGuard,
         teacher: LanguageHead, moving: MovingMasks | None, masks: dict[str, torch.Tensor],
-        batches: Batches, pace: Pace, scratch: Path, run_dir: Path,
+        batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     ) -> None:  # fmt: skip
         settings = config.distill
         self.curve: list[dict[str, Any]] = []
+        self.heldout_curve: list[dict[str, Any]] = []
         self.engine, self.masks = engine, masks
         self._context, self._settings = context, settings
         self._length = config.data.sequence_length
         self._total = num_steps(config)
         self._guard, self._moving, self._batches = guard, moving, batches
+        self._heldout = heldout
         self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
@@ -95,7 +99,7 @@ class Recovery:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         _engine.restore(self.engine, checkpoint, state["num_updates"])
-        self.curve = state["curve"]
+        self.curve, self.heldout_curve = state["curve"], state["heldout_curve"]
         self.pace.resumed(len(self.curve), state["trained_s"])
         self._set_masks(load_masks(checkpoint.folder / MASKS_FILE))
         if self._moving is not None:
@@ -127,6 +131,9 @@ class Recovery:
                 self.pace.say(step + 1, self._total, figures, self._flops)
                 self._forecast(step + 1)
                 watchdog.beat()
+                if self._is_scored(step + 1):
+                    with watchdog.allowing(None), self.pace.interval(EVALUATE):
+                        self._score(step + 1)
                 if step + 1 < self._total and self._should_save(step + 1, request):
                     with watchdog.allowing(None), self.pace.interval(SAVE):
                         self._save(step + 1, request)
@@ -187,6 +194,16 @@ class Recovery:
         self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
     ) -> torch.Tensor:  # fmt: skip
         """Gradients of one micro-batch; the figures as float64 on the device."""
+        loss, values = self._forward(rows, weights, counts)
+        self.engine.backward(loss)
+        values = {"loss": loss.detach(), **values}
+        zero = loss.new_zeros(())
+        return torch.stack([values.get(name, zero).double() for name in _FIGURES])
+
+    def _forward(
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and figures of some rows: the teacher's hidden states, then the student's loss."""
         teacher, states = None, None
         hidden = weights.square_head > 0
         if weights.uses_teacher_logits or hidden:
@@ -200,10 +217,7 @@ class Recovery:
         loss, values = self.engine(
             rows=rows, weights=weights, counts=counts, teacher=teacher, teacher_states=states
         )
-        self.engine.backward(loss)
-        values = {"loss": loss.detach(), **values}
-        zero = loss.new_zeros(())
-        return torch.stack([values.get(name, zero).double() for name in _FIGURES])
+        return loss, values
 
     def _exchange(self, step: int, sums: torch.Tensor) -> tuple[dict[str, float], Request]:
         """The step's figures over all workers, rank 0's requests, and the next step's counts."""
@@ -299,6 +313,16 @@ class Recovery:
                 "goes on from the last checkpoint"
             )
 
+    def _is_scored(self, step: int) -> bool:
+        every = self._settings.heldout_every_steps
+        return self._heldout is not None and bool(every) and step % (every or 1) == 0
+
+    def _score(self, step: int) -> None:
+        assert self._heldout is not None
+        scores = self._heldout.score(lambda *given: self._forward(*given)[1], self._summed)
+        self.heldout_curve.append({"step": step, "scores": scores})
+        self._context.metrics(as_metrics(scores), step)
+
     def _forecast(self, step: int) -> None:
         """Every tenth of the run from a third on, tell the tracker where it will end."""
         at = {round(share * self._total) for share in FORECAST_SHARES}
@@ -317,7 +341,8 @@ class Recovery:
         if self._moving is not None and not self._moving.is_frozen:
             self.masks = self._moving.masks()
         state = {
-            "curve": self.curve, "trained_s": self.pace.trained_s,
+            "curve": self.curve, "heldout_curve": self.heldout_curve,
+            "trained_s": self.pace.trained_s,
             "num_updates": _engine.num_updates(self.engine),
             "spikes": self._spikes.state_dict(), "masks_are_frozen": self._is_held,
         }  # fmt: skip

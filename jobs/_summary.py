@@ -91,7 +91,7 @@ def _run_facts(
 def _recovery(distill: dict[str, Any]) -> dict[str, Any]:
     """The curve and its speed; the forecast made on the way and the goodput, null without one."""
     kept = {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")}
-    found = ("forecast", "goodput", "teacher_float8_kl", "mask_share_moved")
+    found = ("forecast", "goodput", "heldout", "teacher_float8_kl", "mask_share_moved")
     return kept | {key: distill.get(key) for key in found}
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jobs._recovery import Recovery
     from jobs._stage import StageContext
 
-_STORE = "rows"
+_STORE, _HELDOUT = "rows", "heldout"
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -67,12 +67,14 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     store = given.absolute() if given else writer.scratch / _STORE
     if given:
         _check_store(given, context.config, teacher)
+    every = context.config.distill.heldout_every_steps
+    heldout = None if every is None else writer.scratch / _HELDOUT
     payload = {
         "config": context.worker_config, "student": student, "teacher": teacher,
         "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
-        "run_dir": context.run_dir,
+        "heldout": heldout, "run_dir": context.run_dir,
     }  # fmt: skip
-    if not (store / MANIFEST).is_file():
+    if not all((folder / MANIFEST).is_file() for folder in (store, heldout) if folder):
         context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
     with SignalRelay(context.run_dir, context.display.say):
         context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
@@ -114,20 +116,26 @@ def _check_store(folder: Path, config: Config, teacher: Path) -> None:
 
 
 def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """One task: the training text as a token store in the stage's scratch folder."""
+    """One task: training and held-out text as token stores in the stage's scratch folder."""
     import torch
 
     from jobs._artifact import disk_errors
+    from jobs._heldout import write_heldout
     from jobs._schedule import num_steps
     from jobs._sources import load_rows
     from sparsify.models.load import load_tokenizer
-    from sparsify.store import StoreSource
+    from sparsify.store import MANIFEST, StoreSource
     from sparsify.store_write import shard_name, write_manifest, write_rows
 
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["store"]
     wanted = num_steps(config) * config.distill.batch_size
     tokenizer = load_tokenizer(payload["teacher"])
+    if payload.get("heldout") is not None:
+        with disk_errors(folder):
+            write_heldout(config, tokenizer, payload["heldout"])
+    if (folder / MANIFEST).is_file():
+        return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
     if warning:
         context.warn(warning)
@@ -163,6 +171,7 @@ def _prepare(
     from jobs import _engine
     from jobs._batches import Batches
     from jobs._gate import masks_of
+    from jobs._heldout import Heldout
     from jobs._recovery import Recovery
     from jobs._teacher import load_teacher, place_teacher
     from sparsify.masks import apply_masks_, mask_gradients
@@ -183,6 +192,10 @@ def _prepare(
     batches = Batches(
         TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
         context.world_size, config.data.isolate_documents, _flops(student, teacher, context),
+    )  # fmt: skip
+    heldout = payload["heldout"] and Heldout(
+        TokenStore.open(payload["heldout"]), context.rank, context.world_size,
+        settings.micro_batch_size, context.device,
     )  # fmt: skip
     found = check_head(teacher)
     teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
@@ -205,8 +218,8 @@ def _prepare(
     guard = _engine.MaskGuard(engine, masks)
     guard.clear()
     recovery = Recovery(
-        context, config, engine, guard, found, moving, masks, batches, pace, payload["scratch"],
-        payload["run_dir"],
+        context, config, engine, guard, found, moving, masks, batches, heldout, pace,
+        payload["scratch"], payload["run_dir"],
     )  # fmt: skip
     return recovery, tokenizer, str(pattern), teacher_kl
 
@@ -262,6 +275,7 @@ def _write(
             "teacher_float8_kl": teacher_kl,
             "mask_share_moved": recovery.mask_share_moved,
             "steps": recovery.curve,
+            "heldout": recovery.heldout_curve,
         },
     )
 

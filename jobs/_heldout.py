@@ -1,0 +1,116 @@
+"""Held-out loss while a recovery runs, for every domain of its text by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from conf.rules import parse_mix
+from conf.schema import Config, DataConfig
+from jobs._builtin import BUILT_IN
+from jobs._sources import load_rows
+from sparsify.loss_terms import LossWeights, TokenCounts
+from sparsify.store import StoreSource, TokenStore
+from sparsify.store_write import shard_name, write_manifest, write_rows
+from sparsify.text import TokenRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIGURES = ("kl", "ce", "agreement")
+_WEIGHTS = LossWeights(kl=1.0, ce=1.0)
+Forward = Callable[[TokenRows, LossWeights, TokenCounts], dict[str, torch.Tensor]]
+
+
+def domains(data: DataConfig) -> dict[str, DataConfig]:
+    """Label -> the data settings whose held-out text is that domain.
+
+    Of a mix without held-out text of its own every source is a domain: the part of it that is kept
+    back. Otherwise there is one, what `jobs.evaluate` scores.
+    """
+    if not data.mix or data.heldout is not None or data.train is not None:
+        return {"heldout": data}
+    found: dict[str, DataConfig] = {}
+    for _, name in parse_mix("data.mix", data.mix):
+        is_path = name not in BUILT_IN and not name.startswith("hf:")
+        label = Path(name).name if is_path else name
+        label = label if label not in found else name
+        found[label] = replace(data, mix=[], calibration=name)
+    return found
+
+
+def write_heldout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Tokenise the held-out text of every domain into a store, one source each."""
+    folder.mkdir(exist_ok=True)
+    length = config.data.sequence_length
+    num_rows = max(1, config.distill.heldout_tokens // length)
+    sources = []
+    for index, (label, data) in enumerate(domains(config.data).items()):
+        rows, _ = load_rows(data, "heldout", tokenizer, num_rows, config.run.seed)
+        shard = write_rows(folder, shard_name(index, 0), rows, tokenizer)
+        sources.append(StoreSource(label, 1.0, shard.sha256, (shard,)))
+    write_manifest(folder, tokenizer, length, sources, {})
+
+
+class Heldout:
+    """Scores a student on held-out rows, which the workers share.
+
+    All workers make equally many forwards, as ZeRO-3 needs: up to one row per worker and domain is
+    left out where the number of workers does not divide them.
+
+    Args:
+        store: from `write_heldout`.
+        rank: this worker.
+        world_size: number of workers.
+        batch_size: rows per forward.
+        device: of the models.
+    """
+
+    def __init__(
+        self, store: TokenStore, rank: int, world_size: int, batch_size: int, device: str
+    ) -> None:
+        self._batch_size, self._device = batch_size, device
+        self._own: dict[str, TokenRows] = {}
+        first = 0
+        for source in store.sources:
+            share = max(1, source.num_rows // world_size)
+            start = first + (rank * share) % source.num_rows  # fewer rows than workers: repeated
+            self._own[source.name] = store.rows(range(start, start + share))
+            first += source.num_rows
+
+    @torch.no_grad()
+    def score(
+        self, forward: Forward, summed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """Domain -> means over its tokens of `FIGURES`; all workers call it.
+
+        Args:
+            forward: the figures of some rows, sums over tokens divided by the counts given.
+            summed: adds up a tensor over the workers.
+        """
+        one = TokenCounts(1.0, 1.0)
+        found = {}
+        for name, rows in self._own.items():
+            counts = TokenCounts.of(rows)
+            parts = [counts.kl, counts.ce]
+            sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=self._device)
+            for batch in rows.split(self._batch_size):
+                values = forward(batch.to(self._device), _WEIGHTS, one)
+                sums += torch.stack([values[figure].double() for figure in FIGURES])
+            total = torch.cat([sums, torch.tensor(parts, dtype=torch.float64).to(sums.device)])
+            kl, ce, agreement, num_kl, num_ce = summed(total).tolist()
+            found[name] = {"kl": kl / num_kl, "ce": ce / num_ce, "agreement": agreement / num_kl}
+        return found
+
+
+def as_metrics(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Flat names for the tracker."""
+    return {
+        f"distill/heldout_{figure}/{name}": value
+        for name, values in scores.items()
+        for figure, value in values.items()
+    }
