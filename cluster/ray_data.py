@@ -64,7 +64,7 @@ def map_shards(
     # One block per payload: a block is what Ray Data hands to a task, and what it does again.
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         call,
-        compute=ray.data.TaskPoolStrategy(size=spec.num_workers),
+        compute=ray.data.TaskPoolStrategy(size=min(spec.num_workers, len(payloads))),
         num_cpus=spec.cpus_per_worker,
     )
     results: list[Any] = [None] * len(payloads)

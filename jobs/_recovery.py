@@ -86,6 +86,7 @@ class Recovery:
         self._ready: Batch | None = None
         self._ready_sums = torch.zeros(3, dtype=torch.float64)
         self._flops = 0.0
+        self._is_due = False  # a checkpoint, by rank 0's clock
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one."""
@@ -226,14 +227,14 @@ class Recovery:
         request = Request()
         if context.rank == 0:
             request = self._requests.poll(self.pace.step_s)
-        asked = [request.should_save or self.pace.wants_checkpoint(step + 1), request.should_stop]
+        asked = [request.should_save, request.should_stop, self.pace.wants_checkpoint(step + 1)]
         flags = torch.tensor([float(context.rank == 0 and flag) for flag in asked])
         own = torch.zeros(3, dtype=torch.float64) if ahead is None else ahead.own
         message = torch.cat([sums, torch.cat([flags.double(), own]).to(sums.device)])
         message = self._summed(message).cpu()
         self._ready, self._ready_sums = ahead, message[-3:]
         figures = message[: len(_FIGURES)] / context.world_size
-        save, stop = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        save, stop, self._is_due = (bool(flag) for flag in message[len(_FIGURES) : -3])
         values = dict(zip(_FIGURES, figures.tolist(), strict=True))
         return values, Request(save or stop, stop, request.reason)
 
@@ -335,7 +336,7 @@ class Recovery:
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps
-        return request.should_save or bool(every and step % every == 0)
+        return request.should_save or self._is_due or bool(every and step % every == 0)
 
     def _save(self, step: int, request: Request) -> None:
         if self._moving is not None and not self._moving.is_frozen:
