@@ -25,6 +25,7 @@ _BENCHMARKS = {
     "kernel": "the sweep over a layer's columns compared with the plain column loop",
     "data": "training rows read by one process, compared with what a node of GPUs needs",
     "loss": "the loss from hidden states compared with its matrix products and with full logits",
+    "step": "a step of recovery compared with the arithmetic of its two models, and its parts",
     "model": "a whole model's time and memory from some of its blocks, phase by phase",
 }
 _EXAMPLES = (
@@ -36,6 +37,7 @@ _EXAMPLES = (
     "python -m jobs.bench kernel --device cuda --save",
     "python -m jobs.bench data --store-gb 4 --save",
     "python -m jobs.bench loss --threads 1",
+    "python -m jobs.bench step --threads 1 --save",
     "python -m jobs.bench model --shape llama-3.1-8b --blocks 3 --device cuda",
 )
 _EXIT_FAILED, _EXIT_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
