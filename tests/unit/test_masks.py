@@ -14,6 +14,7 @@ from torch import nn
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks import (
     apply_masks_,
+    has_alive,
     infer_masks,
     load_masks,
     mask_digest,
@@ -167,6 +168,46 @@ def test_non_finite_gradient_at_a_pruned_weight_becomes_zero(bad):
     inputs[0, 1] = bad  # reaches the gradient of column 1 alone
     (inputs @ model[0].weight.T).backward(torch.ones(2, 3))
     assert torch.equal(model[0].weight.grad, 2.0 * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_masked_gradient_has_the_bits_of_a_filled_one(dtype):
+    """37 x 5 elements: the last byte of the packed mask is not full."""
+    mask = random_mask(37, 5)
+    weight = nn.Parameter(torch.zeros(37, 5, dtype=dtype))
+    model = nn.Linear(5, 37, bias=False)
+    model.weight = weight
+    mask_gradients(nn.Sequential(model), {NAME: mask})
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(37, 5, generator=generator).to(dtype)
+    grad[mask.nonzero()[0][0], mask.nonzero()[0][1]] = -0.0
+    grad[:3][~mask[:3]] = float("nan")
+    for given in (grad, grad.T.contiguous().T):  # in both memory layouts
+        weight.grad = None
+        before = given.clone()
+        weight.backward(given)
+        expected = torch.where(mask, given, torch.zeros((), dtype=dtype))
+        assert torch.equal(weight.grad, expected)
+        assert torch.equal(weight.grad.signbit(), expected.signbit())
+        assert torch.equal(given.isnan(), before.isnan()), "the gradient itself is not changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_alive_is_all_but_zero_at_a_pruned_place(dtype):
+    """The smallest number there is, NaN and infinity are seen; -0 is zero, kept ones do not count."""
+    values, pruned = torch.zeros(67, dtype=dtype), random_mask(67)
+    values[~pruned] = 1.0
+    values[pruned] = -0.0
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    empty = (values[:0], pruned[:0])
+    assert not has_alive([(values, pruned), empty])
+    assert not has_alive([])
+    for bad in (smallest, -smallest, float("nan"), float("inf"), -1.0):
+        for place in pruned.nonzero()[[0, -1], 0]:
+            wrong = values.clone()
+            wrong[place] = bad
+            assert wrong[place].item() != 0
+            assert has_alive([(values, pruned), (wrong, pruned)])
 
 
 def test_zeros_survive_adamw_with_decay_clipping_and_bfloat16():
