@@ -19,6 +19,7 @@ from conf.stages import DistillConfig
 from jobs._zero import TOP_LEVEL, deepspeed_config
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.fragments import Checkpoint, Fragment
+from sparsify.masks import has_alive, pack_mask, unpack_mask
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 """names of the float32 copies of a parameter that make up the training state"""
@@ -90,7 +91,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
         groups.append({"params": others, "weight_decay": 0.0})
     optimizer = GatedAdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
-        fused=uses_gpu or None,
+        fused=True,
     )  # fmt: skip
     if config.zero_stage == 0:
         optimizer.max_grad_norm = config.max_grad_norm
@@ -228,18 +229,20 @@ class MaskGuard:
 
     Gradients are masked by hooks (`sparsify.masks.mask_gradients`), so nothing here should ever
     find work: AdamW leaves a weight with zero gradient and zero moments at exactly zero. The guard
-    proves it after every step, on the parts of the copies that this rank holds.
+    proves it after every step, on the parts of the copies that this rank holds. It keeps the masks
+    packed: a bit per weight, and one unpacked at a time.
     """
 
     def __init__(self, engine: Any, masks: dict[str, torch.Tensor]) -> None:
         self._engine = engine
         named = dict(engine.module.named_parameters())
         self._weights = {name: named[f"{name}.weight"] for name in masks}
-        self._masks = masks
+        self._packed: dict[str, torch.Tensor] = {}
+        self.set_masks(masks)
 
     def set_masks(self, masks: dict[str, torch.Tensor]) -> None:
         """Hold other masks of the same layers from here on."""
-        self._masks = {name: masks[name] for name in self._weights}
+        self._packed = {name: pack_mask(masks[name]) for name in self._weights}
 
     def check(self) -> None:
         """Look at every copy.
@@ -247,8 +250,10 @@ class MaskGuard:
         Raises:
             PatternViolationError: a pruned element is not zero; names layer and copy.
         """
+        # Multiplying by 0 would hide NaN; this does not.
+        if not has_alive((values, pruned) for _, _, values, pruned in self._copies()):
+            return
         for layer, copy, values, pruned in self._copies():
-            # Multiplying by 0 would hide NaN; counting does not.
             num_alive = int(torch.count_nonzero(values[pruned]))
             if num_alive:
                 raise PatternViolationError(
@@ -265,10 +270,22 @@ class MaskGuard:
     def _copies(self) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
         """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
         for layer, param in self._weights.items():
-            pruned = ~self._masks[layer].flatten()
+            packed, numel = self._packed[layer], param_numel(param)
+            found: dict[tuple[torch.device, int, int], torch.Tensor] = {}
             for copy, values, start in _local_copies(self._engine, param):
-                part = pruned[start : start + values.numel()].to(values.device)
-                yield layer, copy, values[: part.numel()], part
+                # Only the bits of this rank's slice, once for all copies of it.
+                where = (values.device, start, min(start + values.numel(), numel))
+                if where not in found:
+                    found[where] = _pruned(packed, *where)
+                yield layer, copy, values[: len(found[where])], found[where]
+
+
+def _pruned(packed: torch.Tensor, device: torch.device, start: int, stop: int) -> torch.Tensor:
+    """Flat bool: the elements from `start` to `stop` of a mask that are pruned."""
+    first = start // 8
+    part = packed[first : -(-stop // 8)].to(device)
+    keep = unpack_mask(part, (max(0, min(8 * len(part), stop - 8 * first)),))
+    return ~keep[start - 8 * first :]
 
 
 def _local_copies(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
