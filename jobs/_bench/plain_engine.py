@@ -38,7 +38,7 @@ class PlainEngine:
     Args:
         model: float32; its weights become bf16 if the precision is.
         config: of the recovery.
-        uses_gpu: use AdamW's fused kernel.
+        uses_gpu: whether it is on a GPU.
     """
 
     def __init__(self, model: nn.Module, config: DistillConfig, uses_gpu: bool) -> None:
@@ -55,7 +55,7 @@ class PlainEngine:
         ]
         self.optimizer = GatedAdamW(
             [group for group in groups if group["params"]], lr=config.learning_rate,
-            betas=(config.beta1, config.beta2), eps=1e-8, fused=uses_gpu or None,
+            betas=(config.beta1, config.beta2), eps=1e-8, fused=True,
         )  # fmt: skip
         self.optimizer.max_grad_norm = config.max_grad_norm
         for param, master in zip(self._params, self._masters, strict=True):

@@ -65,9 +65,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--recompute-share", 0.0, "as distill.recompute_share")
     alone = "measure the models alone too; without it there is more memory for the step"
     parser.add_argument("--baseline", action=BooleanOptionalAction, default=True, help=alone)
-    add_option(parser, "--warmup", 2, "steps that do not count")
-    add_option(parser, "--steps", 5, "steps that are timed")
-    add_option(parser, "--part-steps", 2, "further steps whose parts are timed")
+    add_option(parser, "--warmup", 1, "steps that do not count")
+    add_option(parser, "--steps", 3, "steps that are timed")
+    add_option(parser, "--part-steps", 1, "further steps whose parts are timed")
     add_threads(parser)
     add_option(parser, "--seed", 0, "random weights and tokens")
 
