@@ -146,6 +146,11 @@ class Recovery:
         """Share of the kept weights that were pruned at the start; None where masks never move."""
         return None if self._moving is None else self._moving.share_moved()
 
+    @property
+    def step_flops(self) -> float:
+        """What the rows of the last step ask for on all workers; 0 where it is not known."""
+        return self._flops
+
     # --- one step
 
     def _step(self, step: int) -> tuple[dict[str, Any] | None, Request]:

@@ -38,6 +38,8 @@ _EXAMPLES = (
     "python -m jobs.bench data --store-gb 4 --save",
     "python -m jobs.bench loss --threads 1",
     "python -m jobs.bench step --threads 1 --save",
+    "python -m jobs.bench step --shape llama-3.1-8b --layers 4 --sequence-length 8192 "
+    "--batch-size 4 --micro-batch-size 1 --device cuda --engine plain --compile --save",
     "python -m jobs.bench model --shape llama-3.1-8b --blocks 3 --device cuda",
 )
 _EXIT_FAILED, _EXIT_INPUT, _EXIT_INTERRUPTED = 1, 2, 130

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,8 +70,6 @@ class Sides:
     """the models' own forwards and the student's backward, over the rows of one step"""
     watch: Stopwatch
     """on the phases of the recovery's step and of `plain`; off"""
-    flops: float
-    """of the rows of one step"""
 
 
 def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) -> Sides:
@@ -82,7 +82,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
         num_threads: CPU threads.
 
     Raises:
-        InputError: DeepSpeed is asked for and missing, or settings that do not go together.
+        InputError: settings that do not go together.
     """
     import torch
 
@@ -101,10 +101,8 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     config = make_config(options, num_steps)
     settings = config.distill
     context: Any = Here(device, num_threads)
-    shape = llama_config(
-        options.shape, options.layers, options.sequence_length, options.vocabulary
-    )
-    teacher = random_model(shape, options.seed, torch.float32, device)
+    shape = llama_config(options.shape, options.layers, options.sequence_length, options.vocabulary)
+    teacher: Any = random_model(shape, options.seed, torch.float32, device)
     student = copy.deepcopy(teacher)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teacher.requires_grad_(False).to(dtype)
@@ -126,7 +124,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
                 compile_layers(model)
     mask_gradients(student, masks)
     wrapped = DistillStudent(student)
-    engine = _engine(wrapped, options, settings, is_gpu, folder)
+    engine = _engine(wrapped, options, settings, is_gpu)
     guard = MaskGuard(engine, masks)
     guard.clear()
     scratch = folder / "scratch"
@@ -141,7 +139,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     if plain is not None:
         first = batches.micro_batches(batches.at(0), device)
         step = _arithmetic(watch, plain, teacher, first)
-    return Sides(recovery, context, step, watch, float(batches.at(0).own[2]))
+    return Sides(recovery, context, step, watch)
 
 
 def make_config(options: Namespace, num_steps: int) -> Config:
@@ -165,32 +163,47 @@ def make_config(options: Namespace, num_steps: int) -> Config:
     )  # fmt: skip
 
 
-def _engine(model: nn.Module, options: Namespace, settings: Any, is_gpu: bool, folder: Path) -> Any:
-    """DeepSpeed with a group of one process, or AdamW alone.
-
-    Raises:
-        InputError: there is no DeepSpeed.
-    """
+@contextmanager
+def process_group(device: str, folder: Path) -> Iterator[None]:
+    """A group of this process alone, as checkpoints and DeepSpeed ask for one."""
     import torch.distributed as dist
 
-    from jobs import _engine
+    where = f"file://{(folder / 'group').absolute()}"
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=where, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
-    if not dist.is_initialized():
-        where = f"file://{(folder / 'group').absolute()}"
-        backend = "nccl" if is_gpu else "gloo"
-        dist.init_process_group(backend, init_method=where, rank=0, world_size=1)
+
+def require_engine(name: str) -> None:
+    """Check that DeepSpeed is there if it is asked for.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        is_there = importlib.util.find_spec(name) is not None if name == "deepspeed" else True
+    except ImportError:
+        is_there = False
+    if not is_there:
+        raise InputError(
+            "--engine deepspeed: DeepSpeed is not installed here; install it, or use --engine "
+            "plain, which is AdamW without it"
+        )
+
+
+def _engine(model: nn.Module, options: Namespace, settings: Any, is_gpu: bool) -> Any:
+    """DeepSpeed's engine, or AdamW alone."""
     if options.engine == "plain":
         from jobs._bench.plain_engine import PlainEngine
 
         return PlainEngine(model, settings, is_gpu)
+    from jobs import _engine
+
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    try:
-        return _engine.build_engine(model, settings, 1, is_gpu)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--engine deepspeed: {error.name} is not installed here; use --engine plain, which is "
-            "AdamW without DeepSpeed"
-        ) from None
+    return _engine.build_engine(model, settings, 1, is_gpu)
 
 
 def _recompute(model: Any, share: float) -> None:

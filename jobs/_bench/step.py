@@ -32,8 +32,8 @@ _NOTES = (
     "student's forward and backward, with the logits of all tokens and no loss, without an update; "
     "compiled and recomputed like the step's",
     "the two take turns in one run; the fastest of each counts; on a CPU times are seconds of work "
-    "of all threads, which other programs disturb less, and tokens/s are of the fastest step by "
-    "the clock",
+    "of all threads, which other programs disturb less",
+    "tokens/s, TFLOP/s and MFU are means over all timed steps, by the clock",
     "parts of a step are means of further steps, in which a GPU is waited for at every part",
     "weights and tokens are random, masks 2:4 by size; FLOPs count causal attention within "
     "documents, and nothing that is recomputed",
@@ -76,33 +76,13 @@ def run(options: Namespace) -> Outcome:
     """Run the steps and the models alone in turns.
 
     Raises:
-        InputError: an unknown shape, more layers than it has, no GPU, or no DeepSpeed.
+        InputError: options that do not go together, no GPU, or no DeepSpeed.
     """
     import torch
 
-    from jobs._bench.random_llama import SHAPES
-    from jobs._bench.side_step import build
+    from jobs._bench.side_step import build, process_group
 
-    if options.shape not in SHAPES:
-        raise InputError(f"--shape {options.shape}: use one of {', '.join(SHAPES)}")
-    most = SHAPES[options.shape]["num_hidden_layers"]
-    if not 1 <= options.layers <= most:
-        raise InputError(f"--layers {options.layers}: {options.shape} has {most} layers")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
-    if options.batch_size % options.micro_batch_size:
-        raise InputError(
-            f"--batch-size {options.batch_size}: not a multiple of --micro-batch-size "
-            f"{options.micro_batch_size}"
-        )
-    if options.engine == "plain" and options.zero_stage is not None:
-        raise InputError(
-            f"--zero-stage {options.zero_stage} with --engine plain: without DeepSpeed nothing is "
-            "split; leave one of them out"
-        )
-    for name in ("steps", "part_steps", "warmup"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    _check(options)
     is_large = options.shape.startswith("llama-3.1")
     options.vocabulary = options.vocabulary or (128256 if is_large else 8192)
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
@@ -112,8 +92,8 @@ def run(options: Namespace) -> Outcome:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     num_steps = options.warmup + options.steps + options.part_steps
-    sides = build(options, folder, num_steps, num_threads)
-    figures = measure(sides, options)
+    with process_group(options.device, folder):
+        figures = measure(build(options, folder, num_steps, num_threads), options)
     shutil.rmtree(folder)
     names = (
         "shape", "layers", "vocabulary", "sequence_length", "batch_size", "micro_batch_size",
@@ -124,6 +104,36 @@ def run(options: Namespace) -> Outcome:
     if options.engine == "deepspeed" and options.zero_stage is None:
         settings["zero_stage"] = 2
     return summarise(figures, settings, options.device, num_threads)
+
+
+def _check(options: Namespace) -> None:
+    """Refuse options that cannot be run, before anything is made."""
+    import torch
+
+    from jobs._bench.random_llama import SHAPES
+    from jobs._bench.side_step import require_engine
+
+    if options.shape not in SHAPES:
+        raise InputError(f"--shape {options.shape}: use one of {', '.join(SHAPES)}")
+    most = SHAPES[options.shape]["num_hidden_layers"]
+    if not 1 <= options.layers <= most:
+        raise InputError(f"--layers {options.layers}: {options.shape} has {most} layers")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; use --device cpu")
+    if options.engine == "plain" and options.zero_stage is not None:
+        raise InputError(
+            f"--zero-stage {options.zero_stage} with --engine plain: without DeepSpeed nothing is "
+            "split; leave one of them out"
+        )
+    for name in ("steps", "part_steps", "warmup", "batch_size", "micro_batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+    if options.batch_size % options.micro_batch_size:
+        raise InputError(
+            f"--batch-size {options.batch_size}: not a multiple of --micro-batch-size "
+            f"{options.micro_batch_size}"
+        )
+    require_engine(options.engine)
 
 
 def measure(sides: Sides, options: Namespace) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def measure(sides: Sides, options: Namespace) -> dict[str, Any]:
             name: seconds / options.part_steps for name, seconds in sides.watch.seconds.items()
         },
         "part_step_s": clock.part_step_s, "peak_bytes": clock.peak_bytes,
-        "tokens": options.batch_size * options.sequence_length, "flops": sides.flops,
+        "tokens": options.batch_size * options.sequence_length, "step_flops": clock.step_flops,
         "losses": [figures["loss"] for figures in recovery.curve],
         "num_parameters": sum(p.numel() for p in recovery.engine.module.parameters()),
     }  # fmt: skip
@@ -157,6 +167,7 @@ class _Clock:
     def __init__(self, sides: Sides, options: Namespace) -> None:
         self.step_s: list[float] = []
         self.step_wall_s: list[float] = []
+        self.step_flops: list[float] = []
         self.part_step_s: list[float] = []
         self.alone_s: list[float] = []
         self.peak_bytes = 0
@@ -182,6 +193,7 @@ class _Clock:
         elif is_warm:
             self.step_s.append(seconds)
             self.step_wall_s.append(wall_s)
+            self.step_flops.append(self._sides.recovery.step_flops)
         text = f"step {self._num_done}: {seconds:.3f} s, loss {values['distill/loss']:.5f}"
         if self._sides.plain is not None:
             alone_s = self._alone()
@@ -223,9 +235,9 @@ def summarise(
     figures: dict[str, Any], settings: dict[str, Any], device: str, num_threads: int
 ) -> Outcome:
     """Table of speed, table of parts, and the promise that the device is held to."""
-    step_s, wall_s = min(figures["step_s"]), min(figures["step_wall_s"])
-    figures["tokens_per_s"] = figures["tokens"] / wall_s
-    figures["flops_per_s"] = figures["flops"] / wall_s
+    step_s, walls_s = min(figures["step_s"]), figures["step_wall_s"]
+    figures["tokens_per_s"] = figures["tokens"] * len(walls_s) / sum(walls_s)
+    figures["flops_per_s"] = sum(figures["step_flops"]) / sum(walls_s)
     rows = [
         ("parameters", f"{figures['num_parameters']:,}"),
         ("tokens per step", f"{figures['tokens']:,}"),

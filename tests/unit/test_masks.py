@@ -182,19 +182,19 @@ def test_a_masked_gradient_has_the_bits_of_a_filled_one(dtype):
     grad = torch.randn(37, 5, generator=generator).to(dtype)
     grad[mask.nonzero()[0][0], mask.nonzero()[0][1]] = -0.0
     grad[:3][~mask[:3]] = float("nan")
-    for given in (grad, grad.T.contiguous().T):  # in both memory layouts
+    for one in (grad, grad.T.contiguous().T):  # in both memory layouts
         weight.grad = None
-        before = given.clone()
-        weight.backward(given)
-        expected = torch.where(mask, given, torch.zeros((), dtype=dtype))
+        before = one.clone()
+        weight.backward(one)
+        expected = torch.where(mask, one, torch.zeros((), dtype=dtype))
         assert torch.equal(weight.grad, expected)
         assert torch.equal(weight.grad.signbit(), expected.signbit())
-        assert torch.equal(given.isnan(), before.isnan()), "the gradient itself is not changed"
+        assert torch.equal(one.isnan(), before.isnan()), "the gradient itself is not changed"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_alive_is_all_but_zero_at_a_pruned_place(dtype):
-    """The smallest number there is, NaN and infinity are seen; -0 is zero, kept ones do not count."""
+    """The smallest number there is, NaN and infinity are seen; -0 is not, nor what is kept."""
     values, pruned = torch.zeros(67, dtype=dtype), random_mask(67)
     values[~pruned] = 1.0
     values[pruned] = -0.0
