@@ -1,0 +1,205 @@
+"""A recovery on gloo processes of its own, without Ray: what its workers do, and how to disturb it.
+
+Processes are forked from a server that has imported the heavy packages once, so that a test can
+afford to kill many of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+NUM_STEPS, BATCH, LENGTH = 12, 8, 32
+
+
+@dataclass
+class Worker:
+    """Stands in for `WorkerContext`; keeps what it is told."""
+
+    rank: int
+    world_size: int
+    said: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
+    is_node_draining: bool = False
+    name: str = "distill"
+    device: str = "cpu"
+    num_threads: int = 1
+
+    @property
+    def local_world_size(self) -> int:
+        return self.world_size
+
+    def warn(self, message: str) -> None:
+        if self.rank == 0:
+            self.said.append(message)
+
+    def alert(self, message: str) -> None:
+        self.alerts.append(message)
+
+    def progress(self, done: float, total: float, text: str = "") -> None:
+        assert text
+
+    def metrics(self, values: dict[str, Any], step: int | None = None) -> None:
+        json.dumps(values, allow_nan=False)
+
+    def is_draining(self) -> bool:
+        return self.is_node_draining
+
+
+def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
+    """A recovery as `jobs.distill` makes it, resumed from whatever is in `out`.
+
+    Args:
+        base: holds the folders `student`, `teacher` and `rows`.
+        out: the run's folder.
+        settings: of `DistillConfig`.
+    """
+    from conf.schema import Config, DataConfig
+    from conf.stages import DistillConfig
+    from jobs.distill import _prepare
+    from jobs._pace import Pace
+
+    scratch = out / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    given = {
+        "num_tokens": NUM_STEPS * BATCH * LENGTH, "batch_size": BATCH, "micro_batch_size": 2,
+        "checkpoint_every_steps": 4, "learning_rate": 1e-3, "num_warmup_steps": 3,
+        "weight_decay": 0.1, **settings,
+    }  # fmt: skip
+    config = Config(distill=DistillConfig(**given), data=DataConfig(sequence_length=LENGTH))
+    worker = Worker(dist.get_rank(), dist.get_world_size())
+    payload = {
+        "config": config, "student": base / "student", "teacher": base / "teacher",
+        "rotation": None, "folder": out, "scratch": scratch, "store": base / "rows",
+        "run_dir": out,
+    }  # fmt: skip
+    torch.manual_seed(config.run.seed)
+    pace = Pace(worker, config.distill, scratch, LENGTH)
+    recovery, *_ = _prepare(worker, payload, pace)
+    recovery.resume()
+    return recovery, worker
+
+
+def at_step(recovery: Any, step: int, act: Callable[[], None]) -> None:
+    """Call `act` on this worker before the forward of one step (from 0), once."""
+    before = recovery._step
+
+    def run(number: int) -> Any:
+        if number == step:
+            recovery._step = before
+            act()
+        return before(number)
+
+    recovery._step = run
+
+
+def log_rows(recovery: Any) -> list[tuple[int, torch.Tensor]]:
+    """(step, tokens) of every row that this worker computes gradients with, from here on."""
+    seen: list[tuple[int, torch.Tensor]] = []
+    before = recovery._backward
+
+    def run(rows: Any, *args: Any) -> Any:
+        seen.extend((len(recovery.curve), ids) for ids in rows.ids_NT.clone())
+        return before(rows, *args)
+
+    recovery._backward = run
+    return seen
+
+
+def state_hash(recovery: Any) -> str:
+    """Of all weights and moments that this worker holds, and of the weights that compute."""
+    from jobs import _engine
+
+    digest = hashlib.sha256()
+    for one in _engine.state_fragments(recovery.engine, for_saving=False):
+        digest.update(one.values.detach().contiguous().numpy().tobytes())
+    for _, param in recovery.engine.module.named_parameters():
+        held = param.ds_tensor if hasattr(param, "ds_tensor") else param
+        digest.update(held.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def results(recovery: Any) -> dict[str, Any]:
+    """What a finished run is compared by: its curve, the model's bits, this worker's state."""
+    from jobs import _engine
+
+    state = _engine.gathered_state_dict(recovery.engine)
+    model = None
+    if state is not None:
+        parts = [state[name].float().numpy().tobytes() for name in sorted(state)]
+        model = hashlib.sha256(b"".join(parts)).hexdigest()
+    return {"curve": recovery.curve, "model": model, "state": state_hash(recovery)}
+
+
+def _on_rank(rank: int, port: int, size: int, work: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank), LOCAL_SIZE=str(size),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    work(rank, *args)
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # see tests/integration/test_engine.py
+
+
+def _warm_context() -> Any:
+    context = mp.get_context("forkserver")
+    heavy = ("deepspeed", "transformers.models.llama.modeling_llama", "jobs.distill")
+    context.set_forkserver_preload([*heavy, "jobs._recovery", "jobs._teacher"])
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["DS_ACCELERATOR"]
+    return context
+
+
+def exit_codes(size: int, work: Any, *args: Any, limit_s: float = 120.0) -> list[int | None]:
+    """Run `work(rank, *args)` in `size` processes; how each ended, None if it had to be killed.
+
+    As soon as one has failed, the others get two seconds to do so too.
+    """
+    context = _warm_context()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    group: list[BaseProcess] = [
+        context.Process(target=_on_rank, args=(rank, port, size, work, args))
+        for rank in range(size)
+    ]
+    for process in group:
+        process.start()
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s and any(p.is_alive() for p in group):
+        if any(p.exitcode for p in group):
+            deadline_s = min(deadline_s, time.monotonic() + 2.0)
+        time.sleep(0.01)
+    codes = [process.exitcode for process in group]
+    for process in group:
+        if process.exitcode is None:
+            os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    return codes
+
+
+def run(size: int, work: Any, *args: Any) -> None:
+    """Run `work(rank, *args)` in `size` processes, all of which must succeed."""
+    assert exit_codes(size, work, *args) == [0] * size
