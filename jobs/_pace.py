@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jobs._ledger import Ledger, goodput, read_ledger
+from sparsify.files import write_json
 from sparsify.flops import mfu, peak_flops
 from sparsify.interval import checkpoint_interval_steps
 
@@ -51,12 +52,12 @@ class Pace:
         self._peak = peak_flops(torch.cuda.get_device_name()) if is_gpu else None
         begun = scratch / _BEGUN
         self._ledger: Ledger | None = None
+        self.begun_s = time.time()  # only rank 0 asks for it
         if context.rank == 0:
             if not begun.is_file():
-                begun.write_text(repr(time.time()), encoding="utf-8")
+                write_json(begun, self.begun_s)  # whole or absent: a kill may come here too
+            self.begun_s = float(begun.read_text("utf-8"))
             self._ledger = Ledger(scratch / LEDGER, context.warn)
-        # Only rank 0 asks for it, and only its own file system must show it.
-        self.begun_s = float(begun.read_text("utf-8")) if begun.is_file() else time.time()
 
     def interval(self, kind: str) -> AbstractContextManager[None]:
         """Around work that is no step, for the ledger."""
@@ -107,7 +108,8 @@ class Pace:
             flops: what the step's rows ask for on all workers; 0 where it is not known.
         """
         tokens_per_s = self._step_tokens / max(self._steps_s[-1], 1e-9)
-        text = f"steps, loss {figures['loss']:.4f}, {tokens_per_s:,.0f} tokens/s"
+        loss = "not finite" if figures["loss"] is None else f"{figures['loss']:.4f}"
+        text = f"steps, loss {loss}, {tokens_per_s:,.0f} tokens/s"
         speed = {"tokens_per_s": tokens_per_s}
         if flops:
             speed["tflops_per_s"] = flops / self._steps_s[-1] / 1e12

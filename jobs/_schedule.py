@@ -45,7 +45,8 @@ def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Fore
     """Where the training KL of a run will end, from its steps so far."""
     from sparsify.forecast import forecast
 
-    points = [(one["step"], one["kl"]) for one in curve if one["kl"] > 0 and not one["is_skipped"]]
+    sound = (one for one in curve if not one["is_skipped"])  # the others may have no figures
+    points = [(one["step"], one["kl"]) for one in sound if one["kl"] > 0]
     return forecast(
         [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
     )

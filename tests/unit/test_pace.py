@@ -1,0 +1,44 @@
+"""The recovery's clock: its beginning over restarts, and steps without figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from conf.stages import DistillConfig
+from jobs._pace import Pace
+from jobs._schedule import forecast_of
+
+
+def worker(rank: int, said: list[Any]) -> Any:
+    return SimpleNamespace(
+        rank=rank, world_size=2, device="cpu", warn=said.append,
+        progress=lambda *args: said.append(args), metrics=lambda *args: said.append(args),
+    )  # fmt: skip
+
+
+def test_the_beginning_is_the_first_starts_and_only_rank_0_looks_for_it(tmp_path: Path) -> None:
+    settings = DistillConfig()
+    (tmp_path / "begun").touch()  # as another worker may see it
+    Pace(worker(1, []), settings, tmp_path, 8)
+    (tmp_path / "begun").unlink()
+    first = Pace(worker(0, []), settings, tmp_path, 8).begun_s
+    assert Pace(worker(0, []), settings, tmp_path, 8).begun_s == first
+    assert not list(tmp_path.glob(".begun*"))
+
+
+def test_a_step_without_a_loss_is_said_and_not_forecast_from(tmp_path: Path) -> None:
+    said: list[Any] = []
+    pace = Pace(worker(0, said), DistillConfig(), tmp_path, 8)
+    with pace.step(1):
+        pass
+    figures = {"step": 1, "loss": None, "kl": None, "row_crc": 1, "is_skipped": True}
+    pace.say(1, 4, figures, 0.0)
+    (_, _, text), (metrics, _) = said
+    assert text.startswith("steps, loss not finite")
+    assert "distill/loss" not in metrics
+    curve = [figures, *({**figures, "step": n, "kl": 1 / n, "is_skipped": False} for n in (2, 3))]
+    assert (
+        forecast_of(curve, [1e-3] * 10).as_dict() == forecast_of(curve[1:], [1e-3] * 10).as_dict()
+    )
