@@ -74,10 +74,11 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
         "heldout": heldout, "run_dir": context.run_dir,
     }  # fmt: skip
+    cluster = context.cluster  # started before the relay: ray.init takes SIGTERM for itself
     if not all((folder / MANIFEST).is_file() for folder in (store, heldout) if folder):
-        context.cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
+        cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
     with SignalRelay(context.run_dir, context.display.say):
-        context.cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
+        cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve = take_json(writer.folder / "curve.json")
     masks, pattern = masks_of(writer.folder / "model")
     gate = check_files(writer.folder / "model", masks, pattern)
