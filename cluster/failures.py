@@ -80,7 +80,7 @@ class FailureLog:
             return Decision(
                 False,
                 f"{self._num_without_progress} failures without progress since "
-                f"{'the start' if reached < 0 else f'step {self._furthest_step}'}, "
+                f"{'the start' if self._furthest_step < 0 else f'step {self._furthest_step}'}, "
                 f"{self.max_retries} retries are allowed; not retried",
             )
         left = self.max_retries - self._num_without_progress

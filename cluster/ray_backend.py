@@ -14,7 +14,6 @@ import math
 import os
 import threading
 import time
-import traceback as traceback_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, WorkFailedError
+from cluster.failures import FailureLog
+from cluster.ray_worker import POLL_S, Board, Work, WorkerContext, guarded, is_peer_loss
 from cluster.spec import ClusterSpec
 
-Work = Callable[["WorkerContext", Any], Any]
 OnProgress = Callable[[dict[str, Any]], None]
 
-_POLL_S = 0.25
 _ENVIRONMENT = {
     # Workers do the run's work: at Ray's own niceness of 15 any other process starves them.
     "RAY_worker_niceness": "0",
@@ -45,97 +44,6 @@ _ENVIRONMENT = {
 }
 
 
-_PEER_LOST = ("connection closed", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
-
-
-def _is_peer_loss(failure: dict[str, str]) -> bool:
-    """Whether an exception only says that another worker of the group is gone."""
-    kinds = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
-    text = failure["message"].lower()
-    return failure["kind"] in kinds and any(word in text for word in _PEER_LOST)
-
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Where workers post progress, metrics and failures, and where the driver reads them."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._failure: dict[str, str] | None = None
-
-    def post(self, event: dict[str, Any]) -> None:
-        """Add one event."""
-        self._events.append(event)
-
-    def fail(self, kind: str, message: str, traceback: str) -> None:
-        """Record a failure: the first one, or the first that is not the loss of a peer."""
-        failure = {"kind": kind, "message": message, "traceback": traceback}
-        if self._failure is None or (_is_peer_loss(self._failure) and not _is_peer_loss(failure)):
-            self._failure = failure
-
-    def drain(self) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
-        """Events since the last call, and the failure if there is one."""
-        events, self._events = self._events, []
-        return events, self._failure
-
-    def clear(self) -> None:
-        """Forget everything, before the next piece of work."""
-        self._events, self._failure = [], None
-
-
-class WorkerContext:
-    """What a worker knows of where it runs."""
-
-    def __init__(
-        self, board: Any, name: str, rank: int, world_size: int, spec: ClusterSpec,
-        local_world_size: int = 1,
-    ) -> None:  # fmt: skip
-        self.name = name
-        self.rank = rank
-        self.world_size = world_size
-        self.local_world_size = local_world_size  # workers on this node
-        self.num_threads = spec.threads_per_worker
-        self.device = "cuda" if spec.uses_gpu else "cpu"
-        self._board = board
-        self._last_post_s = 0.0
-
-    def progress(self, done: float, total: float, text: str = "") -> None:
-        """Say how far this piece of work is; at most a few times a second leave the process."""
-        now_s = time.monotonic()
-        if self.rank == 0 and (done >= total or now_s - self._last_post_s >= _POLL_S):
-            self._last_post_s = now_s
-            event = {"kind": "progress", "name": self.name, "done": done, "total": total}
-            label = f"{self.name} {done:g}/{total:g}"
-            self._board.post.options(name=label).remote({**event, "text": text})
-
-    def metrics(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Send figures to the run's tracker (rank 0 only)."""
-        if self.rank == 0:
-            event = {"kind": "metrics", "name": self.name, "values": values, "step": step}
-            self._board.post.options(name=f"{self.name} metrics").remote(event)
-
-    def warn(self, message: str) -> None:
-        """Send a warning to the terminal and the report (rank 0 only)."""
-        if self.rank == 0:
-            self._board.post.remote({"kind": "warning", "name": self.name, "text": message})
-
-    def alert(self, message: str) -> None:
-        """`warn` from any worker, of something that concerns this one."""
-        text = f"{self.name}: worker {self.rank}: {message}"
-        self._board.post.remote({"kind": "warning", "name": self.name, "text": text})
-
-
-def _guarded(context: WorkerContext, work: Work, payload: Any) -> Any:
-    """Run the work; post a failure to the board before it takes the process down."""
-    try:
-        return work(context, payload)
-    except Exception as error:
-        trace = traceback_module.format_exc()
-        message = str(error) or repr(error)
-        ray.get(context._board.fail.remote(type(error).__name__, message, trace))
-        raise
-
-
 def _train_loop(loop_config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     place = ray.train.get_context()
@@ -143,11 +51,11 @@ def _train_loop(loop_config: dict[str, Any]) -> None:
         loop_config["board"], loop_config["name"], place.get_world_rank(),
         place.get_world_size(), loop_config["spec"], place.get_local_world_size(),
     )  # fmt: skip
-    _guarded(context, loop_config["work"], loop_config["payload"])
+    guarded(context, loop_config["work"], loop_config["payload"])
 
 
 def _task(board: Any, name: str, spec: ClusterSpec, work: Work, payload: Any) -> Any:
-    return _guarded(WorkerContext(board, name, 0, 1, spec), work, payload)
+    return guarded(WorkerContext(board, name, 0, 1, spec), work, payload)
 
 
 class RayCluster:
@@ -255,14 +163,16 @@ class RayCluster:
         """Run `work(context, payload)` once on every worker of the group, restarting after losses.
 
         Ray Train sets up torch.distributed (gloo, or NCCL on GPUs) and the visible devices before
-        the call. A worker that dies restarts the whole group, up to `max_failures` times; an
-        exception that the work raised itself would come again, so it stops the run.
+        the call. A worker that dies restarts the whole group, up to `max_failures` times since the
+        work last got further than before (by its `progress`); an exception that the work raised
+        itself would come again, so it stops the run.
 
         Raises:
             WorkFailedError: the work raised, or workers kept dying.
         """
-        spec = self.spec
-        for attempt in range(spec.max_failures + 1):
+        spec, failures = self.spec, FailureLog(self.spec.max_failures)
+        attempt = 0
+        while True:
             ray.get(self._board.clear.remote())
             suffix = f" (restart {attempt})" if attempt else ""
             trainer = TorchTrainer(
@@ -283,25 +193,25 @@ class RayCluster:
                     failure_config=FailureConfig(max_failures=0),
                 ),
             )  # fmt: skip
+            watch = _Watch(self._board, self._on_event)
             try:
-                with _Watch(self._board, self._on_event):
+                with watch:
                     trainer.fit()
                 return
             except Exception as error:
                 failure = ray.get(self._board.drain.remote())[1]
-                if failure is not None and not _is_peer_loss(failure):
+                if failure is not None and not is_peer_loss(failure):
                     raise WorkFailedError(**failure) from None
                 lost = f"{name}: a worker was lost ({_last_line(error)})"
                 if not isinstance(error, WorkerGroupError):
                     text = f"{name}: Ray Train failed: {_last_line(error)}; see {self.log_folder}"
                     raise WorkFailedError("RayTrainError", text, str(error)) from None
-            text = f"{lost}; restarting, {spec.max_failures - attempt} more times"
-            self._on_event({"kind": "warning", "name": name, "text": text})
-        raise WorkFailedError(
-            "WorkerLost",
-            f"{lost}, {spec.max_failures + 1} times; see Ray's logs in {self.log_folder}, then run "
-            "the same command again",
-        )
+            verdict = failures.record("worker lost", lost, watch.furthest, is_infrastructure=True)
+            if not verdict.retry:
+                text = f"{lost}; {verdict.reason}; see Ray's logs in {self.log_folder}, then run "
+                raise WorkFailedError("WorkerLost", f"{text}the same command again")
+            attempt += 1
+            self._on_event({"kind": "warning", "name": name, "text": f"{lost}; {verdict.reason}"})
 
     def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
         """Run `work(context, payload)` for each payload as Ray tasks; results in order.
@@ -369,7 +279,10 @@ def _last_line(error: BaseException) -> str:
 
 
 class _Watch:
-    """Reads the board on a thread while the work runs, and once more at the end."""
+    """Reads the board on a thread while the work runs, and once more at the end.
+
+    `furthest` is the last step that the work said to have done, None before the first.
+    """
 
     def __init__(self, board: Any, on_event: OnProgress) -> None:
         self._board = board
@@ -377,6 +290,7 @@ class _Watch:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: Exception | None = None
+        self.furthest: int | None = None
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -389,13 +303,15 @@ class _Watch:
 
     def _run(self) -> None:
         while True:
-            stopping = self._stop.wait(_POLL_S)
+            stopping = self._stop.wait(POLL_S)
             try:
                 events, _ = ray.get(self._board.drain.remote())
             except ray.exceptions.RayError:
                 return  # the board went with its cluster; the work itself reports why
             try:
                 for event in events:
+                    if event["kind"] == "progress":
+                        self.furthest = int(event["done"])
                     self._on_event(event)
             except Exception as error:  # the caller's, a full disk for one: raised at the end
                 self._error = self._error or error

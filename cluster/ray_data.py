@@ -17,7 +17,8 @@ import ray
 import ray.data
 
 from cluster.errors import WorkFailedError
-from cluster.ray_backend import RayCluster, Work, WorkerContext, _guarded, _last_line, _Watch
+from cluster.ray_backend import RayCluster, _last_line, _Watch
+from cluster.ray_worker import Work, WorkerContext, guarded
 
 
 def map_shards(
@@ -56,7 +57,7 @@ def map_shards(
             raise RuntimeError(text)
         if lost:
             context.warn(f"{name}: a worker was lost; doing its part again")
-        result = _guarded(context, work, payloads[row["index"]])
+        result = guarded(context, work, payloads[row["index"]])
         return {"index": row["index"], "result": json.dumps(result)}
 
     _quiet()

@@ -24,7 +24,7 @@ class ClusterSpec:
     threads_per_worker: int = 1
     """threads per worker for CPU maths; more than the cores makes everything slower"""
     max_failures: int = 2
-    """times a stage is restarted after a worker dies before the run stops"""
+    """restarts after lost workers, without the stage getting any further, before the run stops"""
     start_timeout_s: float = 300.0
     """seconds to wait for the cluster's resources before stopping with what is missing"""
     dashboard: bool = True

@@ -215,6 +215,14 @@ def test_falling_back_to_an_older_checkpoint_is_no_progress() -> None:
     assert not log.record("Hang", "", 45, True).retry
 
 
+def test_the_reason_names_the_furthest_step_also_when_the_last_try_made_none() -> None:
+    log = FailureLog(max_retries=1)
+    assert log.record("Hang", "", 50, True).retry
+    last = log.record("WorkerLost", "", None, True)
+    assert not last.retry
+    assert "without progress since step 50" in last.reason
+
+
 def test_what_the_user_must_mend_is_not_retried() -> None:
     assert not FailureLog(9).record("InputError", "no such file", 1, False, is_users=True).retry
 
