@@ -11,7 +11,8 @@ With Slurm, ask for signals to the batch shell alone (`--signal=B:TERM@300`) and
 driver: SIGUSR1 sent to all processes of a job would end Ray's own, which do not handle it.
 
 A node that Ray drains is known through `ray.train.get_preemption_info()`, a barrier of all workers.
-The answer to it is to save and carry on: a loop that returns has finished the run for good.
+The answer to it is to save and carry on: a loop that returns has finished the run for good. Rank 0
+says when to ask (`DrainWatch`), so that all workers do at the same step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 SAVE, STOP = "save", "stop"
 _SIGNALS = {signal.SIGTERM: STOP, signal.SIGUSR1: SAVE}
 _POLL_S = 1.0
+_DRAIN_POLL_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,34 @@ class StopRequests:
             text = (self._folder / switch).read_text(encoding="utf-8").strip()
             return f"{text or 'a user'} asked to {switch}"
         return None
+
+
+class DrainWatch:
+    """When to ask whether a node is being drained, and whether the answer is news.
+
+    Args:
+        poll_s: seconds between two questions, each a barrier of all workers.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, poll_s: float = _DRAIN_POLL_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._poll_s = poll_s
+        self._clock = clock
+        self._asked_at_s = clock()
+        self._was_draining = False
+
+    def is_due(self) -> bool:
+        """Whether it is time to ask again; only rank 0's answer counts."""
+        now_s = self._clock()
+        if now_s - self._asked_at_s < self._poll_s:
+            return False
+        self._asked_at_s = now_s
+        return True
+
+    def is_news(self, is_draining: bool) -> bool:
+        """Whether a drain has begun since the last answer: one checkpoint is enough for each."""
+        has_begun = is_draining and not self._was_draining
+        self._was_draining = is_draining
+        return has_begun

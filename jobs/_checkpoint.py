@@ -127,6 +127,10 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what this worker's last write ended with, if it has failed; waits for nothing."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -8,13 +8,14 @@ next step travel in one small sum.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from cluster.preempt import Request, StopRequests
+from cluster.preempt import DrainWatch, Request, StopRequests
 from cluster.watchdog import Watchdog
 from jobs import _engine
 from jobs._batches import Batch, Batches
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cluster.ray_backend import WorkerContext
     from conf.schema import Config
 
+_DRAINED = "a node is being drained"
 _FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
 
 
@@ -83,6 +85,8 @@ class Recovery:
         hours = settings.time_limit_hours
         deadline_s = None if hours is None else pace.begun_s + hours * 3600
         self._requests = StopRequests(run_dir, deadline_s, settings.time_reserve_s)
+        self._drains = DrainWatch()
+        self._is_due = False  # by Young's formula
         self._ready: Batch | None = None
         self._ready_sums = torch.zeros(3, dtype=torch.float64)
         self._flops = 0.0
@@ -125,13 +129,15 @@ class Recovery:
                 with self.pace.step(step + 1):
                     figures, request = self._step(step)
                 if figures is None:
-                    self._roll_back()
+                    with watchdog.allowing(None):
+                        self._roll_back()
                     continue
                 self.curve.append(figures)
                 self._check_replicas(step + 1)
                 self.pace.say(step + 1, self._total, figures, self._flops)
                 self._forecast(step + 1)
                 watchdog.beat()
+                self._checkpoints.raise_failure()
                 if self._is_scored(step + 1):
                     with watchdog.allowing(None), self.pace.interval(EVALUATE):
                         self._score(step + 1)
@@ -176,14 +182,15 @@ class Recovery:
             return None, request
         if self._is_held:
             self._guard.check()
-        norm = _engine.grad_norm(self.engine)
         done = step + 1
+        norm = _engine.grad_norm(self.engine)
+        # NaN and infinity are no JSON: a step that was left out for them says null.
+        seen = {
+            k: v if math.isfinite(v) else None for k, v in {**values, "grad_norm": norm}.items()
+        }
         figures: dict[str, Any] = {
             "step": done, "num_tokens": done * self._settings.batch_size * self._length,
-            "loss": values["loss"], "kl": values["kl"], "reverse_kl": values["reverse_kl"],
-            "ce": values["ce"], "square_head": values["square_head"],
-            "agreement": values["agreement"], "learning_rate": rate,
-            "grad_norm": norm if norm == norm else None, "is_skipped": verdict == "skip",
+            **seen, "learning_rate": rate, "is_skipped": verdict == "skip",
             "row_crc": batch.row_crc,
         }  # fmt: skip
         return figures, request
@@ -232,14 +239,20 @@ class Recovery:
         request = Request()
         if context.rank == 0:
             request = self._requests.poll(self.pace.step_s)
-        asked = [request.should_save, request.should_stop, self.pace.wants_checkpoint(step + 1)]
+        asked = [
+            self.pace.wants_checkpoint(step + 1), request.should_save, request.should_stop,
+            self._drains.is_due(),
+        ]  # fmt: skip
         flags = torch.tensor([float(context.rank == 0 and flag) for flag in asked])
         own = torch.zeros(3, dtype=torch.float64) if ahead is None else ahead.own
         message = torch.cat([sums, torch.cat([flags.double(), own]).to(sums.device)])
         message = self._summed(message).cpu()
         self._ready, self._ready_sums = ahead, message[-3:]
         figures = message[: len(_FIGURES)] / context.world_size
-        save, stop, self._is_due = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        self._is_due, save, stop, drains = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        if drains and self._drains.is_news(context.is_draining()):
+            save, request = True, Request(True, reason=request.reason or _DRAINED)
+            context.warn(f"distill: {_DRAINED}; saving, then going on")
         values = dict(zip(_FIGURES, figures.tolist(), strict=True))
         return values, Request(save or stop, stop, request.reason)
 
@@ -341,7 +354,8 @@ class Recovery:
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps
-        return request.should_save or self._is_due or bool(every and step % every == 0)
+        is_due = self._is_due or bool(every and step % every == 0)
+        return request.should_save or is_due
 
     def _save(self, step: int, request: Request) -> None:
         if self._moving is not None and not self._moving.is_frozen:

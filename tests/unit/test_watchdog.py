@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.preempt import SAVE, STOP, Request, SignalRelay, StopRequests
+from cluster.preempt import SAVE, STOP, DrainWatch, Request, SignalRelay, StopRequests
 from cluster.watchdog import EXIT_HANG, Watchdog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -251,3 +251,14 @@ def test_stop_comes_before_save_and_the_disk_is_not_asked_all_the_time(tmp_path:
     assert request == Request(True, True, "an operator asked to stop")
     requests.done(request)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drain_is_asked_for_now_and_then_and_news_once() -> None:
+    now = [0.0]
+    drains = DrainWatch(poll_s=60.0, clock=lambda: now[0])
+    due = []
+    for now[0] in (30.0, 59.0, 60.0, 61.0, 119.0, 130.0):  # noqa: B007  the clock is the target
+        due.append(drains.is_due())
+    assert due == [False, False, True, False, False, True]
+    answers = (False, True, True, False, True)
+    assert [drains.is_news(answer) for answer in answers] == [False, True, False, False, True]
