@@ -36,6 +36,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def base(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a recovery starts from, in the folders student, teacher and rows."""
+    from tests.integration.recoveries import make_base
+
+    folder = tmp_path_factory.mktemp("base")
+    make_base(folder, tiny_model_dir)
+    return folder
+
+
 Run = Callable[..., subprocess.CompletedProcess]
 
 

@@ -61,6 +61,33 @@ class Worker:
         return self.is_node_draining
 
 
+def make_base(folder: Path, dense: Path) -> None:
+    """A student with masks, its teacher, and rows of random tokens: no two of them are alike."""
+    from sparsify.masks import save_masks
+    from sparsify.models.load import load_pair, save_model
+    from sparsify.pattern import Pattern, keep_mask_from_scores
+    from sparsify.store import StoreSource
+    from sparsify.store_write import shard_name, write_manifest, write_rows
+    from sparsify.text import TokenRows
+
+    (folder / "teacher").symlink_to(dense)
+    model, tokenizer = load_pair(dense)
+    masks = {
+        name: keep_mask_from_scores(module.weight.detach().abs(), Pattern.parse("2:4"))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name
+    }
+    save_model(model, tokenizer, folder / "student")
+    save_masks(folder / "student/sparsity/masks.safetensors", masks)
+    (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(len(tokenizer), (80, LENGTH), generator=generator)
+    (folder / "rows").mkdir()
+    shard = write_rows(folder / "rows", shard_name(0, 0), TokenRows.whole(ids), tokenizer)
+    source = StoreSource("train", 1.0, shard.sha256, (shard,))
+    write_manifest(folder / "rows", tokenizer, LENGTH, [source], {})
+
+
 def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     """A recovery as `jobs.distill` makes it, resumed from whatever is in `out`.
 
@@ -71,8 +98,8 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     """
     from conf.schema import Config, DataConfig
     from conf.stages import DistillConfig
-    from jobs.distill import _prepare
     from jobs._pace import Pace
+    from jobs.distill import _prepare
 
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -98,10 +125,11 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
 def at_step(recovery: Any, step: int, act: Callable[[], None]) -> None:
     """Call `act` on this worker before the forward of one step (from 0), once."""
     before = recovery._step
+    done: list[int] = []
 
     def run(number: int) -> Any:
-        if number == step:
-            recovery._step = before
+        if number == step and not done:
+            done.append(number)
             act()
         return before(number)
 

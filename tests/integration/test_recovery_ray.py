@@ -1,0 +1,123 @@
+"""A recovery under Ray that is asked to save, asked to stop, stopped and killed: the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from jobs._checkpoint import finished_steps
+from tests.integration.recoveries import BATCH, LENGTH, make_recovery, results, run
+
+STEPS = 400
+SETTINGS = {"num_tokens": STEPS * BATCH * LENGTH, "checkpoint_every_steps": 10_000}
+
+
+def train_undisturbed(rank: int, base: Path, out: Path) -> None:
+    recovery, _ = make_recovery(base, out, **SETTINGS)
+    recovery.train()
+    torch.save(results(recovery), out / f"found-{rank}")
+
+
+class Driver:
+    """The command as its user has it before him."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
+        self._metrics = run_dir / "metrics.jsonl"
+        self._process = subprocess.Popen(
+            command, env=environment, cwd=run_dir.parent, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self._begun = self.num_steps()
+
+    def num_steps(self) -> int:
+        """Steps on record, those done twice counted twice."""
+        if not self._metrics.is_file():
+            return 0
+        return self._metrics.read_text(encoding="utf-8").count("distill/loss")
+
+    def trains(self, so_many: int = 5) -> None:
+        """Wait until some more steps are done."""
+        before = self.num_steps()
+        self.waits_for(lambda: self.num_steps() >= before + so_many)
+
+    def waits_for(self, ready: Callable[[], object]) -> None:
+        deadline_s = time.monotonic() + 200
+        while not ready():
+            assert self._process.poll() is None, self._process.communicate()[1]
+            assert time.monotonic() < deadline_s, "it never came"
+            time.sleep(0.02)
+
+    def gets(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def ends(self) -> tuple[int, str]:
+        _, stderr = self._process.communicate(timeout=300)
+        return self._process.returncode, stderr
+
+
+def workers() -> list[psutil.Process]:
+    """Of the tests' own Ray."""
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
+    base: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    scratch = run_dir / ".distill.partial/scratch"
+    settings: dict[str, Any] = {
+        **SETTINGS, "batch_size": BATCH, "micro_batch_size": 2, "learning_rate": 1e-3,
+        "num_warmup_steps": 3, "weight_decay": 0.1, "hang_after_s": 8.0,
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "jobs.distill", f"run.from={base / 'student'}",
+        f"model.teacher={base / 'teacher'}", f"data.train={base / 'rows'}", f"run.dir={run_dir}",
+        f"data.sequence_length={LENGTH}", "tracker.wandb=off",
+        *(f"distill.{name}={value}" for name, value in settings.items()),
+    ]  # fmt: skip
+
+    driver = Driver(command, environment, run_dir)
+    driver.trains()
+    driver.gets(signal.SIGUSR1)
+    driver.waits_for(lambda: finished_steps(scratch))
+    driver.trains()
+    driver.gets(signal.SIGTERM)
+    code, stderr = driver.ends()
+    assert code == 75, stderr
+    assert "with a checkpoint (SIGTERM asked to stop)" in stderr.splitlines()[-1]
+    asked, stopped = finished_steps(scratch)
+    assert asked < stopped
+    assert f"stopped after step {stopped} of {STEPS}" in stderr
+
+    driver = Driver(command, environment, run_dir)
+    driver.trains()
+    frozen = workers()[0]
+    frozen.send_signal(signal.SIGSTOP)
+    driver.waits_for(lambda: not frozen.is_running())
+    driver.trains()
+    workers()[-1].kill()
+    code, stderr = driver.ends()
+    assert code == 0, stderr
+    assert "no step for" in stderr, stderr
+    assert stderr.count("a worker was lost") == 2, stderr
+    assert stderr.count(f"carrying on after step {stopped} of {STEPS}") == 3
+
+    run(2, train_undisturbed, base, tmp_path)
+    expected = torch.load(tmp_path / "found-0")
+    record = json.loads((run_dir / "distill/record.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["steps"] == expected["curve"]
+    weights = load_file(run_dir / "distill/model/model.safetensors")
+    parts = [weights[name].float().numpy().tobytes() for name in sorted(weights)]
+    assert hashlib.sha256(b"".join(parts)).hexdigest() == expected["model"]

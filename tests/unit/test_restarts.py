@@ -1,0 +1,87 @@
+"""How often a group of workers is started again, with Ray Train and the board stood in for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train import WorkerGroupError
+
+from cluster import ray_backend
+from cluster.errors import WorkFailedError
+from cluster.spec import ClusterSpec
+
+
+class Group:
+    """Fails in the way of its script: each entry is the step that one start gets to, or a failure.
+
+    The last entry is None for a start that succeeds.
+    """
+
+    def __init__(self, script: list[Any]) -> None:
+        self.script = list(script)
+        self.num_starts = 0
+        self._answer: tuple[list[Any], Any] = ([], None)
+        self.clear = SimpleNamespace(remote=lambda: None)
+        self.drain = SimpleNamespace(remote=lambda: self._answer)
+
+    def fit(self) -> None:
+        now = self.script[self.num_starts]
+        self.num_starts += 1
+        if isinstance(now, dict):
+            self._answer = ([], now)
+        elif now is not None:
+            event = {"kind": "progress", "name": "distill", "done": now, "total": 9, "text": ""}
+            self._answer = ([event], None)
+        if now is not None:
+            raise WorkerGroupError("a worker died", {1: RuntimeError("killed")})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Run a script on a cluster that allows two failures; the group, and the warnings."""
+
+    def start(script: list[Any]) -> tuple[Group, list[str]]:
+        group, events = Group(script), []
+        monkeypatch.setattr(ray_backend, "TorchTrainer", lambda *_, **__: group)
+        monkeypatch.setattr(ray_backend.ray, "get", lambda value: value)
+        monkeypatch.setattr(ray_backend.RayCluster, "log_folder", "LOGS")
+        cluster = ray_backend.RayCluster(
+            ClusterSpec(max_failures=2), "run", tmp_path, events.append
+        )
+        cluster._board = group
+        try:
+            cluster.run_workers("distill", lambda context, payload: None, None, tmp_path)
+        finally:
+            start.warnings = [e["text"] for e in events if e["kind"] == "warning"]
+        return group, start.warnings
+
+    return start
+
+
+def test_a_run_that_gets_further_is_restarted_as_often_as_it_takes(started: Any) -> None:
+    group, warnings = started([1, 2, 3, 4, 5, None])
+    assert group.num_starts == 6
+    assert len(warnings) == 5
+    assert warnings[-1].startswith("distill: a worker was lost (")
+    assert warnings[-1].endswith("worker lost at step 5; retried, 1 more without progress")
+
+
+def test_one_that_does_not_is_given_up(started: Any) -> None:
+    with pytest.raises(WorkFailedError, match=r"3 failures without progress since step 4.*LOGS"):
+        started([4, 3, 4, None])
+    assert len(started.warnings) == 2
+
+
+def test_an_error_of_the_work_is_final(started: Any) -> None:
+    failure = {"kind": "NonFiniteError", "message": "step 3 is bad", "traceback": ""}
+    with pytest.raises(WorkFailedError, match="step 3 is bad"):
+        started([1, failure, None])
+
+
+def test_the_loss_of_a_peer_is_no_error_of_the_work(started: Any) -> None:
+    gloo = {"kind": "RuntimeError", "message": "gloo: Connection closed by peer", "traceback": ""}
+    group, _ = started([1, gloo, None])
+    assert group.num_starts == 3
