@@ -90,7 +90,6 @@ class Recovery:
         self._ready: Batch | None = None
         self._ready_sums = torch.zeros(3, dtype=torch.float64)
         self._flops = 0.0
-        self._is_due = False  # a checkpoint, by rank 0's clock
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one."""

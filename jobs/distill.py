@@ -194,7 +194,7 @@ def _prepare(
         TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
         context.world_size, config.data.isolate_documents, _flops(student, teacher, context),
     )  # fmt: skip
-    heldout = payload["heldout"] and Heldout(
+    heldout = payload.get("heldout") and Heldout(
         TokenStore.open(payload["heldout"]), context.rank, context.world_size,
         settings.micro_batch_size, context.device,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     scratch.mkdir()
     pace = Pace(context, settings, scratch, options.sequence_length)
     recovery = Recovery(
-        context, config, engine, guard, found, None, masks, batches, pace, scratch, folder
+        context, config, engine, guard, found, None, masks, batches, None, pace, scratch, folder
     )
     watch = Stopwatch(device)
     _watch_recovery(watch, recovery, wrapped)
