@@ -242,7 +242,10 @@ class MaskGuard:
 
     def set_masks(self, masks: dict[str, torch.Tensor]) -> None:
         """Hold other masks of the same layers from here on."""
-        self._packed = {name: pack_mask(masks[name]) for name in self._weights}
+        # Packed where they are, then moved: as bools they would take a byte per weight of a GPU.
+        self._packed = {
+            name: pack_mask(masks[name]).to(weight.device) for name, weight in self._weights.items()
+        }
 
     def check(self) -> None:
         """Look at every copy.

@@ -201,7 +201,6 @@ def _prepare(
     found = check_head(teacher)
     teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
     masks, pattern = masks_of(payload["student"], student, config.prune)
-    masks = {name: mask.to(context.device) for name, mask in masks.items()}
     apply_masks_(student, masks)
     prepare_student(student)
     recompute_layers(student, settings.recompute_share)
