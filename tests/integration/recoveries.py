@@ -6,6 +6,7 @@ afford to kill many of them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -226,6 +228,16 @@ def exit_codes(size: int, work: Any, *args: Any, limit_s: float = 120.0) -> list
             os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
     return codes
+
+
+def train_workers() -> list[psutil.Process]:
+    """Workers of the tests' own Ray: another one on this machine has some too."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def run(size: int, work: Any, *args: Any) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from sparsify.masks import load_masks
 from sparsify.pattern import Pattern, count_violations
+from tests.integration.recoveries import train_workers
 
 STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
 
@@ -207,8 +208,6 @@ def test_kill_9_in_each_stage_ends_in_the_same_figures(
 def test_a_killed_worker_is_replaced_and_changes_nothing(
     undisturbed: Path, environment, small, tmp_path: Path
 ) -> None:
-    import psutil
-
     run_dir = tmp_path / "lost"
     command = [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"]
     process = subprocess.Popen(
@@ -216,9 +215,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     _wait_for(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
-    # Of the tests' own Ray: another one on this machine has workers too.
-    workers = [p for p in psutil.Process().children(recursive=True)
-               if "RayTrainWorker" in " ".join(p.cmdline())]  # fmt: skip
+    workers = train_workers()
     assert len(workers) >= 2
     workers[-1].kill()
     _, stderr = process.communicate(timeout=400)

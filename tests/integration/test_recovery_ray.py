@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file
 
 from jobs._checkpoint import finished_steps
-from tests.integration.recoveries import BATCH, LENGTH, make_recovery, results, run
+from tests.integration.recoveries import BATCH, LENGTH, make_recovery, results, run, train_workers
 
 STEPS = 400
 SETTINGS = {"num_tokens": STEPS * BATCH * LENGTH, "checkpoint_every_steps": 10_000}
@@ -66,12 +65,6 @@ class Driver:
         return self._process.returncode, stderr
 
 
-def workers() -> list[psutil.Process]:
-    """Of the tests' own Ray."""
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if "RayTrainWorker" in " ".join(p.cmdline())]
-
-
 def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
     base: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -103,11 +96,11 @@ def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
 
     driver = Driver(command, environment, run_dir)
     driver.trains()
-    frozen = workers()[0]
+    frozen = train_workers()[0]
     frozen.send_signal(signal.SIGSTOP)
     driver.waits_for(lambda: not frozen.is_running())
     driver.trains()
-    workers()[-1].kill()
+    train_workers()[-1].kill()
     code, stderr = driver.ends()
     assert code == 0, stderr
     assert "no step for" in stderr, stderr
