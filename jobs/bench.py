@@ -22,6 +22,7 @@ _BENCHMARKS = {
     "scaling": "the same pruning by 1, 2, 4 processes: speed-up and equal masks",
     "memory": "prune a checkpoint larger than the memory that may be held",
     "quality": "methods side by side on real models: perplexity, one-shot and recovered",
+    "recovery": "losses and moving masks compared at equal tokens, beside a dense model continued",
     "kernel": "the sweep over a layer's columns compared with the plain column loop",
     "data": "training rows read by one process, compared with what a node of GPUs needs",
     "loss": "the loss from hidden states compared with its matrix products and with full logits",
@@ -34,6 +35,7 @@ _EXAMPLES = (
     "python -m jobs.bench scaling --workers 1 2 --reduction fixed",
     "python -m jobs.bench memory --checkpoint-gb 6 --limit-gb 3",
     "python -m jobs.bench quality --models embedded --out docs/quality.md",
+    "python -m jobs.bench recovery --models embedded --recipes kl ce dense-ce",
     "python -m jobs.bench kernel --device cuda --save",
     "python -m jobs.bench data --store-gb 4 --save",
     "python -m jobs.bench loss --threads 1",
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
         _module(name).add_arguments(one)
-        _add_common(one, has_record=name != "quality")
+        _add_common(one, has_record=name not in ("quality", "recovery"))
     return top
 
 

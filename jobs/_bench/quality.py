@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs._bench.arguments import add_option
-from jobs._bench.processes import run_logged
+from jobs._bench.commands import (
+    Model,
+    add_models,
+    markdown_table,
+    number,
+    parse_model,
+    percent,
+    results_of,
+    run_command,
+    scores_of,
+    stage_metrics,
+    summary_of,
+)
 from jobs._bench.record import Outcome, Table
-from sparsify.errors import InputError, TwofourError
+from sparsify.errors import InputError
 
 PLAIN = "twofour, not rotated"
 _OWN_RUN = {PLAIN: ["prune.method=twofour", "prune.rotation_steps=0", "prune.baselines=[]"]}
@@ -33,49 +41,16 @@ _NOTES = (
 )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model to prune and the text to calibrate it on."""
-
-    name: str
-    path: str
-    calibration: str
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    models = (
-        "models, each with its text as data.calibration of jobs.prune; 'embedded' alone is the "
-        "embedded model on stdlib"
-    )
-    metavar = "NAME=PATH:CALIBRATION"
-    add_option(parser, "--models", ["embedded"], models, nargs="+", metavar=metavar)
+    add_models(parser)
     methods = f"methods, {_REFERENCE} among them"
     add_option(parser, "--methods", list(_METHODS), methods, nargs="+")
     recover = ["magnitude", _REFERENCE, PLAIN, "twofour"]
     add_option(parser, "--recover", recover, "methods whose result is recovered", nargs="*")
     add_option(parser, "--recover-tokens", 300_000, "tokens of a recovery")
-    more = "more options for every command, such as prune.num_samples=64"
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=more)
     page = "Markdown file for the tables, such as docs/quality.md"
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
-
-
-def parse_model(text: str) -> Model:
-    """`embedded`, or NAME=PATH:CALIBRATION.
-
-    Raises:
-        InputError: any other text.
-    """
-    if text == "embedded":
-        return Model("embedded", "embedded", "stdlib")
-    name, equals, rest = text.partition("=")
-    path, colon, calibration = rest.partition(":")
-    if not (equals and colon and name and path and calibration):
-        raise InputError(f"--models {text}: write NAME=PATH:CALIBRATION, or embedded")
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"--models {text}: a name has letters, digits, '-' and '_' only")
-    return Model(name, path, calibration)
 
 
 def run(options: Namespace) -> Outcome:
@@ -101,12 +76,12 @@ def run(options: Namespace) -> Outcome:
             words = _OWN_RUN.get(method)
             run_dir = folder / (model.name if words is None else f"{model.name}-own")
             if run_dir not in run_dirs.values():
-                _call(prune_words(model, options, run_dir, words))
+                run_command(prune_words(model, options, run_dir, words))
             run_dirs[method] = run_dir
         recovered = {}
         for method in options.recover:
             target = folder / f"{model.name}-{_slug(method)}-recovered"
-            _call(recover_words(model, options, run_dirs[method], target, method))
+            run_command(recover_words(model, options, run_dirs[method], target, method))
             recovered[method] = target
         figures[model.name] = collect(run_dirs, recovered)
     settings = {
@@ -116,7 +91,7 @@ def run(options: Namespace) -> Outcome:
         "set": options.set,
     }
     tables = [table_of(name, found) for name, found in figures.items()]
-    facts = _summary(folder / models[0].name)["run"]
+    facts = summary_of(folder / models[0].name)["run"]
     settings["num_workers"] = facts["num_workers"]
     outcome = Outcome(facts["device"], 1, settings, figures, tables, [], list(_NOTES))
     if options.markdown is not None:
@@ -161,14 +136,6 @@ def recover_words(
     ]  # fmt: skip
 
 
-def _call(words: list[str]) -> None:
-    print(f"python -m {shlex.join(words)}", flush=True)
-    run_dir = next(word for word in words if word.startswith("run.dir="))
-    log = Path(run_dir.removeprefix("run.dir=")).with_suffix(".log")
-    if code := run_logged([sys.executable, "-m", *words], log):
-        raise TwofourError(f"the command ended with exit code {code}; see {log}")
-
-
 def collect(run_dirs: dict[str, Path], recovered: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Figures of the dense model and every method, from what the commands left.
 
@@ -176,19 +143,19 @@ def collect(run_dirs: dict[str, Path], recovered: dict[str, Path]) -> dict[str, 
         run_dirs: method, in the order of the table -> the run that pruned and evaluated.
         recovered: method -> the run that recovered its result.
     """
-    reference = _results(run_dirs[_REFERENCE])
+    reference = results_of(run_dirs[_REFERENCE])
     dense = reference["dense"]["perplexity"]
-    afterwards = {method: _results(folder)["recovered"] for method, folder in recovered.items()}
-    found: dict[str, dict[str, Any]] = {"dense": _scores(reference["dense"])}
+    afterwards = {method: results_of(folder)["recovered"] for method, folder in recovered.items()}
+    found: dict[str, dict[str, Any]] = {"dense": scores_of(reference["dense"])}
     for method, run_dir in run_dirs.items():
-        record = json.loads((run_dir / "prune" / "record.json").read_text(encoding="utf-8"))
-        row = _scores(_results(run_dir)[_stage_name(method)])
-        row["seconds"] = (record["metrics"].get("seconds") or {}).get(_stage_name(method))
+        row = scores_of(results_of(run_dir)[_stage_name(method)])
+        seconds = stage_metrics(run_dir, "prune").get("seconds") or {}
+        row["seconds"] = seconds.get(_stage_name(method))
         row["excess_removed"] = excess_removed(
             row["perplexity"], dense, reference[_REFERENCE]["perplexity"]
         )
         if method in afterwards:
-            row["recovered"] = _scores(afterwards[method])
+            row["recovered"] = scores_of(afterwards[method])
             if _REFERENCE in afterwards:
                 row["recovered"]["excess_removed"] = excess_removed(
                     afterwards[method]["perplexity"], dense, afterwards[_REFERENCE]["perplexity"]
@@ -208,13 +175,13 @@ def table_of(name: str, figures: dict[str, dict[str, Any]]) -> Table:
     rows = [
         (
             method,
-            _number(row["perplexity"], 3),
-            _number(row["kl"], 4),
-            _percent(row.get("excess_removed")),
-            _number(row.get("seconds"), 1),
-            _number(row.get("recovered", {}).get("perplexity"), 3),
-            _number(row.get("recovered", {}).get("kl"), 4),
-            _percent(row.get("recovered", {}).get("excess_removed")),
+            number(row["perplexity"], 3),
+            number(row["kl"], 4),
+            percent(row.get("excess_removed")),
+            number(row.get("seconds"), 1),
+            number(row.get("recovered", {}).get("perplexity"), 3),
+            number(row.get("recovered", {}).get("kl"), 4),
+            percent(row.get("recovered", {}).get("excess_removed")),
         )
         for method, row in figures.items()
     ]
@@ -233,28 +200,5 @@ def markdown(figures: dict[str, dict[str, dict[str, Any]]], command: str) -> str
         "\n".join(f"- {note}" for note in _NOTES),
     ]
     for name, found in figures.items():
-        table = table_of(name, found)
-        lines = [table.headings, ["---", *["---:"] * (len(table.headings) - 1)], *table.rows]
-        parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(f"## {name}\n\n{markdown_table(table_of(name, found))}")
     return "\n\n".join(parts) + "\n"
-
-
-def _results(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Name -> row of a run's summary."""
-    return {row["name"]: row for row in _summary(run_dir)["results"]}
-
-
-def _summary(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-
-
-def _scores(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("perplexity", "kl", "top1_agreement")}
-
-
-def _number(value: float | None, decimals: int) -> str:
-    return "" if value is None else f"{value:,.{decimals}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
