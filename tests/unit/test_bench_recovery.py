@@ -90,6 +90,15 @@ def test_the_first_recipe_is_the_default(tmp_path) -> None:
     assert load_config("prune", words[1:]).distill == load_config("prune", plain[1:]).distill
 
 
+def test_a_dense_model_continued_has_no_zeros_to_hold() -> None:
+    from sparsify.masks import infer_masks
+    from sparsify.models.load import load_model
+    from sparsify.pattern import Pattern
+
+    model = load_model("embedded")
+    assert infer_masks(model, Pattern.parse("2:4"), ["*"]) == {}
+
+
 def test_the_pruned_model_is_of_one_method(tmp_path) -> None:
     words = recovery.prune_words(EMBEDDED, options_of("--start", "wanda"), tmp_path)
     config = load_config("prune", words[1:])
@@ -100,12 +109,7 @@ def test_the_pruned_model_is_of_one_method(tmp_path) -> None:
 def test_repeated_recipes_run_with_two_seeds() -> None:
     options = options_of("--recipes", "ce", "kl", "--repeat", "kl")
     assert recovery.planned(options) == [("kl", 0), ("kl", 1), ("ce", 0)]
-
-
-def test_a_repeated_recipe_has_to_run(tmp_path, capsys) -> None:
-    words = ["recovery", "--recipes", "ce", "--repeat", "kl", "--workdir", str(tmp_path)]
-    assert bench.main(words) == 2
-    assert "--repeat kl" in capsys.readouterr().err
+    assert recovery.planned(options_of("--recipes", "ce")) == [("ce", 0)]
 
 
 def test_figures_come_from_what_the_commands_left(figures) -> None:
