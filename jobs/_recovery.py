@@ -181,16 +181,16 @@ class Recovery:
             return None, request
         if self._is_held:
             self._guard.check()
-        done = step + 1
-        norm = _engine.grad_norm(self.engine)
         # NaN and infinity are no JSON: a step that was left out for them says null.
-        seen = {
-            k: v if math.isfinite(v) else None for k, v in {**values, "grad_norm": norm}.items()
-        }
+        seen = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        norm = _engine.grad_norm(self.engine)
+        done = step + 1
         figures: dict[str, Any] = {
             "step": done, "num_tokens": done * self._settings.batch_size * self._length,
-            **seen, "learning_rate": rate, "is_skipped": verdict == "skip",
-            "row_crc": batch.row_crc,
+            "loss": seen["loss"], "kl": seen["kl"], "reverse_kl": seen["reverse_kl"],
+            "ce": seen["ce"], "square_head": seen["square_head"], "agreement": seen["agreement"],
+            "learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None,
+            "is_skipped": verdict == "skip", "row_crc": batch.row_crc,
         }  # fmt: skip
         return figures, request
 
