@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     from conf.tokenize import TokenizeJobConfig
     from jobs._entry import load_config
     from jobs._tokenize import write_store
-    from tests.unit.test_tokenize import Told, in_process
+    from tests.unit.test_tokenize_store import Told, in_process
 
     config = load_config("tokenize", overrides)
     assert isinstance(config, TokenizeJobConfig)
