@@ -16,6 +16,7 @@ from sparsify.models.load import load_tokenizer
 from sparsify.store import TokenStore
 from sparsify.text import TokenRows
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(400)]
 
 
@@ -106,7 +107,8 @@ def work(context, payload):
     return {"index": index}
 
 told = []
-with RayCluster(ClusterSpec(max_failures=1), "dying", Path.cwd(), told.append) as cluster:
+root = Path(sys.argv[2])  # what a Ray that is joined needs to import the work's helpers
+with RayCluster(ClusterSpec(max_failures=1), "dying", root, told.append) as cluster:
     payloads = [(index, sys.argv[1]) for index in range(3)]
     print(">", map_shards(cluster, "some", work, payloads[:2], "shards"))
     print(">", [event["text"] for event in told if event["kind"] == "warning"])
@@ -119,8 +121,8 @@ with RayCluster(ClusterSpec(max_failures=1), "dying", Path.cwd(), told.append) a
 
 def test_a_worker_that_dies_is_replaced_but_not_for_ever(environment, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _DYING, str(tmp_path)], env=environment, cwd=tmp_path,
-        capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", _DYING, str(tmp_path), str(REPOSITORY)], env=environment,
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
