@@ -20,6 +20,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 END_OF_TEXT = "<|endoftext|>"
 
 
+def equal(first: TokenRows, second: TokenRows) -> bool:
+    """Whether two sets of rows are the same."""
+    return torch.equal(first.ids_NT, second.ids_NT) and torch.equal(
+        first.positions_NT, second.positions_NT
+    )
+
+
+def message(error: pytest.ExceptionInfo) -> str:
+    """What an error says, which must be one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """Byte-level BPE with about 320 tokens, trained on this repository's sources."""

@@ -21,6 +21,7 @@ from sparsify.models.load import (
     load_tokenizer,
     save_model,
 )
+from tests.conftest import message
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,12 +54,6 @@ def shard(folder: Path) -> None:
     weight_map = {k: file for file, keys in parts.items() for k in keys}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / WEIGHTS).unlink()
-
-
-def message(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_sound_folder_loads(folder):

@@ -21,6 +21,7 @@ from jobs._builtin import stdlib_documents
 from jobs._sources import load_rows, open_source, source_fingerprint
 from sparsify.errors import CalibrationError, InputError
 from sparsify.text import TokenRows, is_held_out
+from tests.conftest import equal, message
 
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(60)]
 SEPARATOR = "<|endoftext|>"
@@ -32,18 +33,6 @@ def config(calibration="stdlib", **changes) -> DataConfig:
 
 def documents(name, held_out=None, seed=None, **changes) -> list[str]:
     return list(open_source(str(name), held_out, config(name, **changes), seed))
-
-
-def equal(first: TokenRows, second: TokenRows) -> bool:
-    return torch.equal(first.ids_NT, second.ids_NT) and torch.equal(
-        first.positions_NT, second.positions_NT
-    )
-
-
-def message(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from sparsify.masks import pack_mask
 from sparsify.store import MANIFEST, StoreSource, TokenStore, is_store, manifest_digest
 from sparsify.store_write import is_whole, shard_name, write_manifest, write_shard
 from sparsify.text import TokenRows, token_rows, tokenizer_digest
+from tests.conftest import equal, message
 
 LENGTH = 20  # not a multiple of 8: the starts of a row end inside a byte
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i * 5 % 7) for i in range(60)]
@@ -56,18 +57,6 @@ def write_store(folder: Path, tokenizer, parts=(STORIES[:25], STORIES[25:], ["x"
 @pytest.fixture
 def folder(tmp_path, tiny_tokenizer) -> Path:
     return write_store(tmp_path / "store", tiny_tokenizer)
-
-
-def equal(first: TokenRows, second: TokenRows) -> bool:
-    return torch.equal(first.ids_NT, second.ids_NT) and torch.equal(
-        first.positions_NT, second.positions_NT
-    )
-
-
-def message(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def edit_manifest(folder: Path, renew_digest: bool = True, **changes) -> None:
