@@ -57,8 +57,7 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """This worker's part of a step."""
-        slots = range(step * self._size, (step + 1) * self._size)
-        every = self._order.rows(slots)
+        every = self._order.batch(step, self._size)
         rows = self._store.rows(every[self._rank :: self._world_size])
         if not self._isolate:
             rows = TokenRows.whole(rows.ids_NT)

@@ -11,11 +11,10 @@ import torch
 
 from conf.rules import parse_mix
 from conf.schema import Config, DataConfig
-from jobs._builtin import BUILT_IN
-from jobs._sources import load_rows
+from jobs._sources import load_rows, source_label
 from sparsify.loss_terms import LossWeights, TokenCounts
-from sparsify.store import StoreSource, TokenStore
-from sparsify.store_write import shard_name, write_manifest, write_rows
+from sparsify.store import TokenStore
+from sparsify.store_write import write_rows
 from sparsify.text import TokenRows
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ def domains(data: DataConfig) -> dict[str, DataConfig]:
         return {"heldout": data}
     found: dict[str, DataConfig] = {}
     for _, name in parse_mix("data.mix", data.mix):
-        is_path = name not in BUILT_IN and not name.startswith("hf:")
-        label = Path(name).name if is_path else name
+        label = source_label(name)
         label = label if label not in found else name
         found[label] = replace(data, mix=[], calibration=name)
     return found
@@ -45,15 +43,13 @@ def domains(data: DataConfig) -> dict[str, DataConfig]:
 
 def write_heldout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Tokenise the held-out text of every domain into a store, one source each."""
-    folder.mkdir(exist_ok=True)
     length = config.data.sequence_length
     num_rows = max(1, config.distill.heldout_tokens // length)
-    sources = []
-    for index, (label, data) in enumerate(domains(config.data).items()):
-        rows, _ = load_rows(data, "heldout", tokenizer, num_rows, config.run.seed)
-        shard = write_rows(folder, shard_name(index, 0), rows, tokenizer)
-        sources.append(StoreSource(label, 1.0, shard.sha256, (shard,)))
-    write_manifest(folder, tokenizer, length, sources, {})
+    rows_of = {
+        label: load_rows(data, "heldout", tokenizer, num_rows, config.run.seed)[0]
+        for label, data in domains(config.data).items()
+    }
+    write_rows(folder, rows_of, tokenizer, length)
 
 
 class Heldout:

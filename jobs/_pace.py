@@ -47,7 +47,6 @@ class Pace:
         self._steps_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
         self._stall_s: float | None = None
         self._saved_at = 0
-        self._since_s = time.monotonic()
         is_gpu = context.device == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name()) if is_gpu else None
         begun = scratch / _BEGUN
@@ -66,10 +65,10 @@ class Pace:
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around step `number`, from 1."""
-        self._since_s = time.monotonic()
+        begun_s = time.monotonic()
         with self._ledger.step(number) if self._ledger else contextlib.nullcontext():
             yield
-        step_s = time.monotonic() - self._since_s
+        step_s = time.monotonic() - begun_s
         self._steps_s.append(step_s)
         self.trained_s += step_s
 

@@ -77,6 +77,7 @@ class Recovery:
         self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
+        self._forecast_at = {round(share * self._total) for share in FORECAST_SHARES}
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
         self._checkpoints = Checkpoints(scratch, retention)
         policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
@@ -343,8 +344,7 @@ class Recovery:
 
     def _forecast(self, step: int) -> None:
         """Every tenth of the run from a third on, tell the tracker where it will end."""
-        at = {round(share * self._total) for share in FORECAST_SHARES}
-        if self._context.rank or step not in at:
+        if self._context.rank or step not in self._forecast_at:
             return
         found = forecast_of(self.curve, self._rates)
         if found.predicted is not None:
@@ -353,8 +353,7 @@ class Recovery:
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps
-        is_due = self._is_due or bool(every and step % every == 0)
-        return request.should_save or is_due
+        return request.should_save or self._is_due or bool(every and step % every == 0)
 
     def _save(self, step: int, request: Request) -> None:
         if self._moving is not None and not self._moving.is_frozen:

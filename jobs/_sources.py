@@ -19,6 +19,7 @@ from conf.rules import parse_mix
 from jobs._builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
 from jobs._textfiles import existing_path, load_hub_dataset, read_source, source_files
 from sparsify.errors import CalibrationError, InputError
+from sparsify.files import file_sha256
 from sparsify.order import largest_remainder
 from sparsify.text import TokenRows, is_held_out, shuffled, split_documents, token_rows
 
@@ -119,6 +120,12 @@ def _same_source(first: str, second: str) -> bool:
     if first in named or second in named:
         return first == second
     return Path(first).resolve() == Path(second).resolve()
+
+
+def source_label(name: str) -> str:
+    """A source's name without where it lies."""
+    is_path = name not in BUILT_IN and not name.startswith("hf:")
+    return Path(name).name if is_path else name
 
 
 def training_sources(config: DataConfig) -> list[tuple[float, str, bool | None]]:
@@ -339,9 +346,9 @@ def content_fingerprint(config: DataConfig, name: str, held_out: bool | None) ->
     path = existing_path(name, BUILT_IN)
     files = source_files(path)
     if path.is_file():
-        return _file_digest(path)
+        return file_sha256(path)
     lines = (
-        f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0{_file_digest(file)}\n"
+        f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0{file_sha256(file)}\n"
         for file in files
     )
     return _digest_of(line.encode() for line in lines)
@@ -352,8 +359,3 @@ def _digest_of(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

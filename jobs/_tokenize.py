@@ -25,6 +25,7 @@ from jobs._sources import (
     gives_heldout,
     heldout_digests,
     source_fingerprint,
+    source_label,
     training_sources,
     with_absolute_paths,
 )
@@ -69,8 +70,7 @@ class _Source:
     @property
     def label(self) -> str:
         """Its name without where it lies."""
-        is_path = self.name not in BUILT_IN and not self.name.startswith("hf:")
-        return Path(self.name).name if is_path else self.name
+        return source_label(self.name)
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     from jobs._schedule import num_steps
     from jobs._sources import load_rows
     from sparsify.models.load import load_tokenizer
-    from sparsify.store import MANIFEST, StoreSource
-    from sparsify.store_write import shard_name, write_manifest, write_rows
+    from sparsify.store import MANIFEST
+    from sparsify.store_write import write_rows
 
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["store"]
@@ -141,10 +141,7 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     if warning:
         context.warn(warning)
     with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        shard = write_rows(folder, shard_name(0, 0), rows, tokenizer)
-        source = StoreSource("train", 1.0, shard.sha256, (shard,))
-        write_manifest(folder, tokenizer, config.data.sequence_length, [source], {})
+        write_rows(folder, {"train": rows}, tokenizer, config.data.sequence_length)
 
 
 def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:

@@ -79,7 +79,11 @@ class HessianSum:
 
     def is_finite(self) -> bool:
         """Whether every input so far was a number, and no square overflowed."""
-        return bool(torch.isfinite(self._sum_II.diagonal()).all())
+        return bool(self._finite_I().all())
+
+    def _finite_I(self) -> Tensor:
+        """bool (I,): columns of numbers; one NaN or infinity in column j makes entry (j, j) one."""
+        return torch.isfinite(self._sum_II.diagonal().float())
 
     def reduce(self, comm: Comm) -> None:
         """Add up the sums and token counts of all processes, on all of them."""
@@ -105,8 +109,7 @@ class HessianSum:
             raise CalibrationError("no calibration token reached this layer; use more rows")
         if self.weight == 0:
             raise CalibrationError(f"all {self.num_tokens} calibration tokens have the weight 0")
-        # One NaN or infinity in column j of X makes entry (j, j) NaN or infinite.
-        bad = (~torch.isfinite(self._sum_II.diagonal().float())).nonzero().flatten()
+        bad = (~self._finite_I()).nonzero().flatten()
         if len(bad):
             raise NonFiniteError(
                 f"inputs hold NaN or infinity in {len(bad)} of {len(self._sum_II)} columns, first "

@@ -65,12 +65,23 @@ def write_shard(
 
 
 def write_rows(
-    folder: Path, name: str, rows: TokenRows, tokenizer: PreTrainedTokenizerBase
-) -> Shard:
-    """`write_shard` of rows that are there already; a row's first token counts as a start."""
-    is_start_NT = rows.positions_NT.numpy() == 0
-    num_documents = int(is_start_NT.sum())
-    return _write(folder / name, rows.ids_NT.numpy(), is_start_NT, tokenizer, num_documents, 0)
+    folder: Path,
+    rows_of: Mapping[str, TokenRows],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+) -> None:
+    """A whole store of rows that are there already: one source of one shard for each name.
+
+    A row's first token counts as the start of a document.
+    """
+    folder.mkdir(exist_ok=True)
+    sources = []
+    for index, (name, rows) in enumerate(rows_of.items()):
+        is_start_NT = rows.positions_NT.numpy() == 0
+        path, num_documents = folder / shard_name(index, 0), int(is_start_NT.sum())
+        shard = _write(path, rows.ids_NT.numpy(), is_start_NT, tokenizer, num_documents, 0)
+        sources.append(StoreSource(name, 1.0, shard.sha256, (shard,)))
+    write_manifest(folder, tokenizer, sequence_length, sources, {})
 
 
 def _write(

@@ -68,8 +68,7 @@ def make_base(folder: Path, dense: Path) -> None:
     from sparsify.masks import save_masks
     from sparsify.models.load import load_pair, save_model
     from sparsify.pattern import Pattern, keep_mask_from_scores
-    from sparsify.store import StoreSource
-    from sparsify.store_write import shard_name, write_manifest, write_rows
+    from sparsify.store_write import write_rows
     from sparsify.text import TokenRows
 
     (folder / "teacher").symlink_to(dense)
@@ -84,10 +83,7 @@ def make_base(folder: Path, dense: Path) -> None:
     (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(len(tokenizer), (80, LENGTH), generator=generator)
-    (folder / "rows").mkdir()
-    shard = write_rows(folder / "rows", shard_name(0, 0), TokenRows.whole(ids), tokenizer)
-    source = StoreSource("train", 1.0, shard.sha256, (shard,))
-    write_manifest(folder / "rows", tokenizer, LENGTH, [source], {})
+    write_rows(folder / "rows", {"train": TokenRows.whole(ids)}, tokenizer, LENGTH)
 
 
 def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
