@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Checkpoints:
         self._token = token[0]
 
     def save(
-        self, step: int, fragments: Sequence[Fragment], masks: dict[str, torch.Tensor],
+        self, step: int, fragments: Sequence[Fragment], masks: Mapping[str, torch.Tensor],
         state: dict[str, Any],
     ) -> float:  # fmt: skip
         """Take a checkpoint after `step` steps; all workers call it with their own fragments.

@@ -19,8 +19,10 @@ from conf.stages import DistillConfig
 from jobs._zero import TOP_LEVEL, deepspeed_config
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.fragments import Checkpoint, Fragment
-from sparsify.masks import has_alive, pack_mask, unpack_mask
+from sparsify.masks import PackedMasks, has_alive, unpack_mask
 
+_Part = tuple[str, torch.device, int, int]
+"""layer, where its values are, and the first and the behind-last of its elements"""
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 """names of the float32 copies of a parameter that make up the training state"""
 
@@ -71,11 +73,11 @@ def check_names(config: dict[str, Any]) -> None:
         )
 
 
-def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_gpu: bool) -> Any:
-    """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero.
+def _started(uses_gpu: bool) -> Any:
+    """DeepSpeed, with its process group.
 
-    Over gloo DeepSpeed would compile a shared-memory kernel at first use. It is switched off: it
-    needs a compiler on every node, and a killed run leaves its segments behind in /dev/shm.
+    Over gloo it would compile a shared-memory kernel at first use. That is switched off: it needs
+    a compiler on every node, and a killed run leaves its segments behind in /dev/shm.
     """
     if not uses_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it finds
@@ -84,8 +86,45 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     if not uses_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if uses_gpu else "gloo", verbose=False)
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    return deepspeed
+
+
+class Partitioner:
+    """Splits a student's blocks over the workers one after another, before the engine is built.
+
+    Under ZeRO-3 no worker then ever holds more of the student than the block in hand; what is
+    outside the blocks is split by `build_engine`. In the other stages, which need the weights
+    whole, nothing is done. All workers call it for the same blocks in the same order.
+
+    Args:
+        config, world_size, uses_gpu: as for `build_engine`.
+    """
+
+    def __init__(self, config: DistillConfig, world_size: int, uses_gpu: bool) -> None:
+        self.is_needed = config.zero_stage == 3
+        self._config, self._world_size, self._uses_gpu = config, world_size, uses_gpu
+        self._split: Any = None  # a parameter that is split; it knows how to split others
+
+    def __call__(self, block: nn.Module) -> None:
+        """Leave this worker its slice of every parameter of `block`, those of the first worker."""
+        if not self.is_needed:
+            return
+        if self._split is not None:
+            self._split.convert_to_zero_parameters(param_list=list(block.parameters()))
+            return
+        settings = deepspeed_config(self._config, self._world_size, self._uses_gpu)
+        check_names(settings)
+        self._split = next(block.parameters())
+        zero = _started(self._uses_gpu).zero
+        zero.Init(module=block, config_dict_or_path=settings, dtype=self._split.dtype)
+
+
+def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_gpu: bool) -> Any:
+    """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero."""
+    deepspeed = _started(uses_gpu)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if _is_matrix(p)]
+    others = [p for p in trained if not _is_matrix(p)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
@@ -100,6 +139,11 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     _make_moments(engine)
     return engine
+
+
+def _is_matrix(param: Any) -> bool:
+    """Of the whole parameter: what ZeRO-3 leaves of it in place has no shape."""
+    return len(getattr(param, "ds_shape", param.shape)) >= 2
 
 
 def base_optimizer(engine: Any) -> GatedAdamW:
@@ -229,23 +273,21 @@ class MaskGuard:
 
     Gradients are masked by hooks (`sparsify.masks.mask_gradients`), so nothing here should ever
     find work: AdamW leaves a weight with zero gradient and zero moments at exactly zero. The guard
-    proves it after every step, on the parts of the copies that this rank holds. It keeps the masks
-    packed: a bit per weight, and one unpacked at a time.
+    proves it after every step, on the parts of the copies that this rank holds. It keeps the bits
+    of those parts beside them, and unpacks one at a time.
     """
 
-    def __init__(self, engine: Any, masks: dict[str, torch.Tensor]) -> None:
+    def __init__(self, engine: Any, masks: PackedMasks) -> None:
         self._engine = engine
         named = dict(engine.module.named_parameters())
         self._weights = {name: named[f"{name}.weight"] for name in masks}
         self._packed: dict[str, torch.Tensor] = {}
+        self._parts: dict[_Part, torch.Tensor] = {}
         self.set_masks(masks)
 
-    def set_masks(self, masks: dict[str, torch.Tensor]) -> None:
+    def set_masks(self, masks: PackedMasks) -> None:
         """Hold other masks of the same layers from here on."""
-        # Packed where they are, then moved: as bools they would take a byte per weight of a GPU.
-        self._packed = {
-            name: pack_mask(masks[name]).to(weight.device) for name, weight in self._weights.items()
-        }
+        self._packed, self._parts = masks.packed, {}
 
     def check(self) -> None:
         """Look at every copy.
@@ -273,22 +315,33 @@ class MaskGuard:
     def _copies(self) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
         """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
         for layer, param in self._weights.items():
-            packed, numel = self._packed[layer], param_numel(param)
-            found: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+            numel = param_numel(param)
+            found: dict[_Part, torch.Tensor] = {}
             for copy, values, start in _local_copies(self._engine, param):
                 # Only the bits of this rank's slice, once for all copies of it.
-                where = (values.device, start, min(start + values.numel(), numel))
-                if where not in found:
-                    found[where] = _pruned(packed, *where)
-                yield layer, copy, values[: len(found[where])], found[where]
+                part = (layer, values.device, start, min(start + values.numel(), numel))
+                if part not in found:
+                    found[part] = _pruned(self._bits(part), *part[2:])
+                yield layer, copy, values[: len(found[part])], found[part]
+
+    def _bits(self, part: _Part) -> torch.Tensor:
+        """The bytes of a layer's mask that hold a part of it."""
+        layer, device, start, stop = part
+        if part not in self._parts:
+            self._parts[part] = self._packed[layer][start // 8 : -(-stop // 8)].to(device)
+        return self._parts[part]
 
 
-def _pruned(packed: torch.Tensor, device: torch.device, start: int, stop: int) -> torch.Tensor:
-    """Flat bool: the elements from `start` to `stop` of a mask that are pruned."""
-    first = start // 8
-    part = packed[first : -(-stop // 8)].to(device)
-    keep = unpack_mask(part, (max(0, min(8 * len(part), stop - 8 * first)),))
-    return ~keep[start - 8 * first :]
+def _pruned(bits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Flat bool: the elements of a mask from `start` to `stop` that are pruned.
+
+    Args:
+        bits: packed, from the byte on that holds element `start`.
+        start, stop: elements of the mask.
+    """
+    first = start // 8 * 8
+    keep = unpack_mask(bits, (max(0, min(8 * len(bits), stop - first)),))
+    return ~keep[start - first :]
 
 
 def _local_copies(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:

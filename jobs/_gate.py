@@ -12,7 +12,7 @@ from safetensors import safe_open
 from conf.stages import PruneConfig
 from jobs._stage import MASKS, PACKED, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks import infer_masks, load_masks
+from sparsify.masks import PackedMasks, infer_masks, load_masks
 from sparsify.pack import load_packed
 from sparsify.pattern import Pattern, require_pattern
 
@@ -91,18 +91,24 @@ def check_weight(
 
 def masks_of(
     folder: Path, model: Any = None, fallback: PruneConfig | None = None
-) -> tuple[dict[str, Any], Pattern]:
+) -> tuple[PackedMasks, Pattern]:
     """Masks and pattern of a sparse model folder.
 
     They come from the folder's own files; a model that was pruned elsewhere has neither, and its
     masks are read from the zeros of `model`, which must fit the pattern of `fallback` exactly
     except in the layers that it skips.
     """
+    masks, pattern = own_masks(folder, fallback)
+    if masks is None:
+        masks = infer_masks(model, pattern, fallback.skip if fallback else ())
+    return masks, pattern
+
+
+def own_masks(folder: Path, fallback: PruneConfig | None) -> tuple[PackedMasks | None, Pattern]:
+    """The masks that the folder of a sparse model holds, None if it holds none; the pattern."""
     sparsity = read_sparsity(folder)
     if sparsity is None:
         assert fallback is not None, "a stage's own folder describes itself"
         sparsity = {"pattern": fallback.pattern}
     pattern = Pattern.parse(sparsity["pattern"])
-    if (folder / MASKS).is_file():
-        return load_masks(folder / MASKS), pattern
-    return infer_masks(model, pattern, fallback.skip if fallback else ()), pattern
+    return load_masks(folder / MASKS) if (folder / MASKS).is_file() else None, pattern

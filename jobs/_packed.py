@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from jobs._stage import PACKED
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,7 +50,7 @@ def save_packed_folder(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    masks: dict[str, torch.Tensor],
+    masks: Mapping[str, torch.Tensor],
     pattern: Pattern,
     quantized: dict[str, Quantized] | None,
     made_from: Path,
@@ -72,7 +74,6 @@ def save_packed_folder(
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    masks = {name: mask.cpu() for name, mask in masks.items()}
     save_packed(folder / PACKED, state, masks, pattern, quantized)
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

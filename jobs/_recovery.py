@@ -29,7 +29,7 @@ from sparsify.fragments import Checkpoint
 from sparsify.head import Teacher
 from sparsify.health import SpikeGuard, SpikePolicy, checksum
 from sparsify.loss_terms import LossWeights, TokenCounts
-from sparsify.masks import load_masks
+from sparsify.masks import PackedMasks, load_masks
 from sparsify.models.head import LanguageHead
 from sparsify.moving import MovingMasks
 from sparsify.text import TokenRows
@@ -62,7 +62,7 @@ class Recovery:
 
     def __init__(
         self, context: WorkerContext, config: Config, engine: Any, guard: _engine.MaskGuard,
-        teacher: LanguageHead, moving: MovingMasks | None, masks: dict[str, torch.Tensor],
+        teacher: LanguageHead, moving: MovingMasks | None, masks: PackedMasks,
         batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     ) -> None:  # fmt: skip
         settings = config.distill
@@ -72,7 +72,7 @@ class Recovery:
         self._context, self._settings = context, settings
         self._length = config.data.sequence_length
         self._total = num_steps(config)
-        self._guard, self._moving, self._batches = guard, moving, batches
+        self._guard, self._moving, self.batches = guard, moving, batches
         self._heldout = heldout
         self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
@@ -171,7 +171,7 @@ class Recovery:
         batch, counts = self._batch(step)
         weights = self._losses.at(step / self._total)
         sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self._context.device)
-        parts = self._batches.micro_batches(batch, self._context.device)
+        parts = self.batches.micro_batches(batch, self._context.device)
         for number, rows in enumerate(parts):
             sums += self._backward(rows, weights, counts) / len(parts)
             if number + 1 < len(parts):
@@ -198,10 +198,10 @@ class Recovery:
     def _batch(self, step: int) -> tuple[Batch, TokenCounts]:
         """This worker's rows of a step, and the counts that all workers' micro-batches share."""
         if self._ready is None or self._ready.step != step:  # the first step, or after a rollback
-            self._ready = self._batches.at(step)
+            self._ready = self.batches.at(step)
             self._ready_sums = self._summed(self._ready.own.to(self._context.device)).cpu()
         self._flops = float(self._ready_sums[2])
-        return self._ready, self._batches.shares(self._ready_sums)
+        return self._ready, self.batches.shares(self._ready_sums)
 
     def _backward(
         self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
@@ -235,7 +235,7 @@ class Recovery:
     def _exchange(self, step: int, sums: torch.Tensor) -> tuple[dict[str, float], Request]:
         """The step's figures over all workers, rank 0's requests, and the next step's counts."""
         context = self._context
-        ahead = self._batches.at(step + 1) if step + 1 < self._total else None
+        ahead = self.batches.at(step + 1) if step + 1 < self._total else None
         request = Request()
         if context.rank == 0:
             request = self._requests.poll(self.pace.step_s)
@@ -305,7 +305,7 @@ class Recovery:
         share = moving.share_moved()
         self._context.warn(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
 
-    def _set_masks(self, masks: dict[str, torch.Tensor]) -> None:
+    def _set_masks(self, masks: PackedMasks) -> None:
         self.masks = masks
         self._guard.set_masks(masks)
         if self._moving is not None:

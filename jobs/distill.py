@@ -166,71 +166,32 @@ def _prepare(
     context: WorkerContext, payload: dict[str, Any], pace: Pace
 ) -> tuple[Recovery, Any, str, float | None]:
     """Student in its engine, teacher in its place, rows: a recovery that has yet to begin."""
-    from jobs import _engine
-    from jobs._batches import Batches
-    from jobs._gate import masks_of
+    from jobs._assembly import build_recovery
+    from jobs._engine import Partitioner
     from jobs._heldout import Heldout
-    from jobs._recovery import Recovery
-    from jobs._teacher import load_teacher, place_teacher
-    from sparsify.masks import apply_masks_, mask_gradients
-    from sparsify.models.head import DistillStudent, check_head
-    from sparsify.models.load import load_pair
-    from sparsify.models.packed import check_isolation
-    from sparsify.models.training import compile_layers, prepare_student, recompute_layers
-    from sparsify.moving import MovingMasks
+    from jobs._models import load_student
+    from jobs._teacher import load_teacher
+    from sparsify.models.load import load_tokenizer
     from sparsify.store import TokenStore
 
     config: Config = payload["config"]
-    settings = config.distill
-    student, tokenizer = load_pair(payload["student"], "float32", context.device)
-    teacher = load_teacher(payload["teacher"], settings, payload["rotation"], context)
-    if config.data.isolate_documents:
-        check_isolation(student)
-        check_isolation(teacher)
-    batches = Batches(
-        TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
-        context.world_size, config.data.isolate_documents, _flops(student, teacher, context),
+    settings, store = config.distill, TokenStore.open(payload["store"])
+    split = Partitioner(settings, context.world_size, context.device == "cuda")
+    student = load_student(payload["student"], config, context, split)
+    teacher = load_teacher(
+        payload["teacher"], settings, payload["rotation"], context, store.rows([0]),
+        config.data.isolate_documents,
     )  # fmt: skip
     heldout = payload.get("heldout") and Heldout(
         TokenStore.open(payload["heldout"]), context.rank, context.world_size,
         settings.micro_batch_size, context.device,
     )  # fmt: skip
-    found = check_head(teacher)
-    teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
-    masks, pattern = masks_of(payload["student"], student, config.prune)
-    apply_masks_(student, masks)
-    prepare_student(student)
-    recompute_layers(student, settings.recompute_share)
-    if settings.compile:
-        compile_layers(student)
-        compile_layers(teacher)
-    moving = None
-    if settings.moving_share:
-        moving = MovingMasks(student, masks, pattern, settings.mask_decay)
-    else:
-        mask_gradients(student, masks)  # before ZeRO takes the parameters apart
-    wrapped = DistillStudent(student)
-    is_gpu = context.device == "cuda"
-    engine = _engine.build_engine(wrapped, settings, context.world_size, is_gpu)
-    guard = _engine.MaskGuard(engine, masks)
-    guard.clear()
-    recovery = Recovery(
-        context, config, engine, guard, found, moving, masks, batches, heldout, pace,
-        payload["scratch"], payload["run_dir"],
+    recovery = build_recovery(
+        context, config, student, teacher, store, heldout, pace, payload["scratch"],
+        payload["run_dir"],
     )  # fmt: skip
-    return recovery, tokenizer, str(pattern), teacher_kl
-
-
-def _flops(student: Any, teacher: Any, context: WorkerContext) -> Any:
-    """What both models multiply, or None, said once, where that is not known."""
-    from sparsify.errors import InputError
-    from sparsify.flops import count_flops
-
-    try:
-        return count_flops(student), count_flops(teacher)
-    except InputError as error:
-        context.warn(str(error))
-        return None
+    tokenizer = load_tokenizer(payload["student"])
+    return recovery, tokenizer, str(student.pattern), teacher.float8_kl
 
 
 def _write(
@@ -256,13 +217,12 @@ def _write(
         "dense_sha256": model_fingerprint(payload["teacher"]),
         "num_recovery_tokens": num_tokens,
     }
-    on_cpu = {name: mask.cpu() for name, mask in recovery.masks.items()}
     with disk_errors(folder):
         recovery.engine.module.model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-        save_masks(folder / MASKS, on_cpu)
+        save_masks(folder / MASKS, recovery.masks)
         carry_rotation(payload["student"], folder)
-        write_sparsity(folder, on_cpu, pattern, before.get("method", "given"), provenance)
+        write_sparsity(folder, recovery.masks, pattern, before.get("method", "given"), provenance)
     write_json(
         payload["folder"] / "curve.json",
         {

@@ -101,15 +101,54 @@ def packed_digest(packed: torch.Tensor, shape: tuple[int, ...]) -> str:
     return digest.hexdigest()
 
 
-def save_masks(path: str | Path, masks: dict[str, torch.Tensor]) -> None:
+class PackedMasks(Mapping[str, torch.Tensor]):
+    """Masks by layer name in memory, a bit per weight; what is read is unpacked, one at a time.
+
+    Args:
+        packed: layer name -> `pack_mask` of its mask.
+        shapes: layer name -> shape of its weight.
+    """
+
+    def __init__(
+        self, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.packed = dict(packed)
+        self.shapes = {name: tuple(shapes[name]) for name in packed}
+
+    @classmethod
+    def of(cls, masks: Mapping[str, torch.Tensor]) -> PackedMasks:
+        """The same masks packed; `masks` itself if they are."""
+        if isinstance(masks, PackedMasks):
+            return masks
+        packed, shapes = {}, {}
+        for name, mask in masks.items():
+            packed[name], shapes[name] = pack_mask(mask), tuple(mask.shape)
+        return cls(packed, shapes)
+
+    def within(self, prefix: str) -> PackedMasks:
+        """The masks of layers inside the module `prefix`."""
+        names = [name for name in self.packed if name.startswith(f"{prefix}.")]
+        return PackedMasks({name: self.packed[name] for name in names}, self.shapes)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return unpack_mask(self.packed[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+
+def save_masks(path: str | Path, masks: Mapping[str, torch.Tensor]) -> None:
     """Write masks (layer name -> bool tensor) as one safetensors file.
 
     The tensors are `pack_mask` of each; the metadata maps the format's name to the shapes as JSON.
 
     The same masks give the same bytes.
     """
-    packed = {name: pack_mask(mask) for name, mask in masks.items()}
-    save_packed_masks(path, packed, {name: tuple(mask.shape) for name, mask in masks.items()})
+    held = PackedMasks.of(masks)
+    save_packed_masks(path, held.packed, held.shapes)
 
 
 def save_packed_masks(
@@ -181,14 +220,13 @@ class MaskFile(Mapping[str, torch.Tensor]):
             ) from None
 
 
-def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
-    """All masks of a file in memory, one byte per weight; errors as `MaskFile`."""
-    return dict(MaskFile(path))
+def load_masks(path: str | Path) -> PackedMasks:
+    """All masks of a file in memory; errors as `MaskFile`."""
+    file = MaskFile(path)
+    return PackedMasks(file.packed(), file.shapes)
 
 
-def infer_masks(
-    model: nn.Module, pattern: Pattern, skip: Sequence[str] = ()
-) -> dict[str, torch.Tensor]:
+def infer_masks(model: nn.Module, pattern: Pattern, skip: Sequence[str] = ()) -> PackedMasks:
     """The masks of a model that was pruned elsewhere, from the zeros in its block linears.
 
     Every non-zero weight is kept. Where a group (or row) has more zeros than the pattern asks
@@ -206,9 +244,16 @@ def infer_masks(
     Raises:
         InputError: a layer does not satisfy the pattern; names layer, row and column.
     """
-    prefix, blocks = find_blocks(model)
+    name, blocks = find_blocks(model)
+    return PackedMasks.of(infer_block_masks(name, blocks, pattern, skip))
+
+
+def infer_block_masks(
+    prefix: str, block: nn.Module, pattern: Pattern, skip: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """`infer_masks` of a part of the model, whose full name is `prefix`."""
     masks = {}
-    for name, module in blocks.named_modules(prefix=prefix):
+    for name, module in block.named_modules(prefix=prefix):
         if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in skip):
             continue
         weight = module.weight.detach()
@@ -242,7 +287,7 @@ class _GradientMask:
         return bits.view(grad.dtype)
 
 
-def mask_gradients(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[RemovableHandle]:
+def mask_gradients(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[RemovableHandle]:
     """Make every backward pass give zero gradient at pruned weights.
 
     The hook runs before the gradient is accumulated, so pruned positions take no part in gradient
@@ -288,13 +333,13 @@ def has_alive(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 
 @torch.no_grad()
-def apply_masks_(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+def apply_masks_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set every pruned weight to zero, in place; arguments and errors as `mask_gradients`."""
     for weight, keep_mask in _weights(model, masks):
         weight.masked_fill_(~keep_mask.to(weight.device), 0)
 
 
-def require_masked(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+def require_masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Check that every pruned weight is exactly zero.
 
     Raises:
@@ -311,7 +356,7 @@ def require_masked(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _targets(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[nn.Parameter]:
+def _targets(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:
     """The weight of every name in `masks`, shapes checked."""
     modules = dict(model.named_modules())
     weights = []
@@ -331,13 +376,13 @@ def _targets(model: nn.Module, masks: dict[str, torch.Tensor]) -> list[nn.Parame
     return weights
 
 
-def layer_weights(model: nn.Module, masks: dict[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+def layer_weights(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
     """The weight of every layer in `masks`; errors as `mask_gradients`."""
     return dict(zip(masks, _targets(model, masks), strict=True))
 
 
 def _weights(
-    model: nn.Module, masks: dict[str, torch.Tensor]
+    model: nn.Module, masks: Mapping[str, torch.Tensor]
 ) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """Every distinct weight once, with its mask."""
     first: dict[int, str] = {}

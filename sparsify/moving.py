@@ -5,6 +5,7 @@ Shapes: O output features, I input features, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import InputError
-from sparsify.masks import layer_weights, pack_mask, unpack_mask
+from sparsify.masks import PackedMasks, layer_weights, pack_mask, unpack_mask
 from sparsify.pattern import Pattern, keep_mask_from_scores
 
 
@@ -45,22 +46,28 @@ class MovingMasks:
     """
 
     def __init__(
-        self, model: nn.Module, masks: dict[str, Tensor], pattern: Pattern, decay: float
+        self, model: nn.Module, masks: Mapping[str, Tensor], pattern: Pattern, decay: float
     ) -> None:
         self.is_frozen = False
         self._pattern, self._decay = pattern, decay
-        self._shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._layers: dict[str, nn.Linear] = {}
+        self._packed: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
         self._stale: set[str] = set()
+        self.add(model, masks)
+
+    def add(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Let the masks of more layers move; arguments and errors as of the class."""
         weights = layer_weights(model, masks)
         if len({id(weight) for weight in weights.values()}) != len(weights):
             raise InputError(
                 "distill.moving_share: two pruned layers share one weight, whose mask cannot "
                 "follow both; use distill.moving_share=0"
             )
-        self._packed = {n: pack_mask(mask.to(weights[n].device)) for n, mask in masks.items()}
-        self._first = dict(self._packed)
         for name, weight in weights.items():
+            self._shapes[name] = tuple(weight.shape)
+            self._packed[name] = self._first[name] = pack_mask(masks[name].to(weight.device))
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):
                 raise InputError(
@@ -68,8 +75,8 @@ class MovingMasks:
                     "nn.Linear can move; use distill.moving_share=0"
                 )
             self._layers[name] = layer
+            layer.forward = _Forward(self, name, layer)  # type: ignore[method-assign,assignment]
             weight.register_hook(_FrozenGradient(self, name))
-        self._stand_in()
 
     def refresh(self) -> None:
         """Let every layer take its mask anew in its next forward."""
@@ -97,14 +104,14 @@ class MovingMasks:
         """The layer's mask as it is now, bool (O, I)."""
         return unpack_mask(self._packed[name], self._shapes[name])
 
-    def masks(self) -> dict[str, Tensor]:
-        """All masks as they are now."""
-        return {name: self.mask(name) for name in self._packed}
+    def masks(self) -> PackedMasks:
+        """All masks as they are now, and stay in what is returned."""
+        return PackedMasks(self._packed, self._shapes)
 
-    def load(self, masks: dict[str, Tensor]) -> None:
+    def load(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks of a checkpoint."""
-        for name, mask in masks.items():
-            self._packed[name] = pack_mask(mask.to(self._packed[name].device))
+        for name, packed in PackedMasks.of(masks).packed.items():
+            self._packed[name] = packed.to(self._packed[name].device)
 
     def share_moved(self) -> float:
         """Share of the weights kept now that were pruned when this began."""

@@ -6,7 +6,7 @@ input features (columns), G groups of columns, R this process's rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,7 +59,7 @@ class QuantResult:
 def quantize_model(
     model: nn.Module,
     rows: TokenRows,
-    keep_masks: dict[str, Tensor],
+    keep_masks: Mapping[str, Tensor],
     params: QuantParams,
     *,
     comm: Comm,
@@ -111,7 +111,7 @@ def quantize_model(
     return result
 
 
-def _unmasked(model: nn.Module, keep_masks: dict[str, Tensor]) -> list[str]:
+def _unmasked(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> list[str]:
     """Names of the layers without a mask, after checking that every mask has its layer."""
     layers = {name: module for _, name, module in prunable_linears(model)}
     for name, keep_mask_OI in keep_masks.items():

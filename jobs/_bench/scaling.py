@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def summarise(folder: Path, workers: list[int], task: dict[str, Any]) -> Outcome
     return Outcome("cpu", 1, task, keyed, [table], targets, notes)
 
 
-def group_agreement(first: dict[str, Any], second: dict[str, Any]) -> float:
+def group_agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     """Share of groups of four consecutive columns in which two sets of keep masks are equal."""
     same = total = 0
     for name, mask_OI in first.items():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from jobs._recovery import Recovery
+    from sparsify.pattern import Pattern
     from sparsify.text import TokenRows
 
 PHASES = (
@@ -86,59 +87,51 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     """
     import torch
 
-    from jobs._batches import Batches
+    from jobs._assembly import build_recovery
     from jobs._bench.random_llama import llama_config, random_model
-    from jobs._engine import MaskGuard
+    from jobs._models import make_student
     from jobs._pace import Pace
-    from jobs._recovery import Recovery
-    from jobs._teacher import place_teacher
-    from sparsify.flops import count_flops
-    from sparsify.masks import apply_masks_, mask_gradients
-    from sparsify.models.head import DistillStudent, check_head
-    from sparsify.models.training import compile_layers, prepare_student
+    from jobs._teacher import make_teacher
+    from sparsify.masks import PackedMasks, apply_masks_
+    from sparsify.models.blocks import BlocksInMemory
+    from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+    from sparsify.pattern import Pattern
 
-    device, is_gpu = options.device, options.device == "cuda"
+    device = options.device
     config = make_config(options, num_steps)
     settings = config.distill
     context: Any = Here(device, num_threads)
     shape = llama_config(options.shape, options.layers, options.sequence_length, options.vocabulary)
-    teacher: Any = random_model(shape, options.seed, torch.float32, device)
-    student = copy.deepcopy(teacher)
+    dense: Any = random_model(shape, options.seed, torch.float32, device)
+    pruned = copy.deepcopy(dense)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    teacher.requires_grad_(False).to(dtype)
-    flops = count_flops(student), count_flops(teacher)
+    pattern = Pattern.parse("2:4")
+    masks = PackedMasks.of(_magnitude_masks(pruned, pattern))
+    apply_masks_(pruned, masks)
+    prepare_student(pruned)
+    plain = copy.deepcopy(pruned).to(dtype) if options.baseline else None
+    if plain is not None:
+        recompute_layers(plain, settings.recompute_share)
+        if settings.compile:
+            compile_layers(plain)
     store = _store(options, folder / "rows", num_steps)
+    student = make_student(BlocksInMemory(pruned), masks, pattern, config, context)
     isolate = config.data.isolate_documents
-    batches = Batches(store, settings, options.seed, 0, 1, isolate, flops)
-    found = check_head(teacher)
-    place_teacher(teacher, settings, context, batches.at(0).rows)
-    masks = _magnitude_masks(student)
-    apply_masks_(student, masks)
-    prepare_student(student)
-    plain = copy.deepcopy(student).to(dtype) if options.baseline else None
-    for model in (student, plain):
-        _recompute(model, settings.recompute_share)
-    if settings.compile:
-        for model in (student, teacher, plain):
-            if model is not None:
-                compile_layers(model)
-    mask_gradients(student, masks)
-    wrapped = DistillStudent(student)
-    engine = _engine(wrapped, options, settings, is_gpu)
-    guard = MaskGuard(engine, masks)
-    guard.clear()
+    dense_blocks = BlocksInMemory(dense.to(dtype))
+    teacher = make_teacher(dense_blocks, settings, context, store.rows([0]), isolate)
     scratch = folder / "scratch"
     scratch.mkdir()
-    pace = Pace(context, settings, scratch, options.sequence_length)
-    recovery = Recovery(
-        context, config, engine, guard, found, None, masks, batches, None, pace, scratch, folder
-    )
+    recovery = build_recovery(
+        context, config, student, teacher, store, None,
+        Pace(context, settings, scratch, options.sequence_length), scratch, folder,
+        lambda model, _, __, is_gpu: _engine(model, options, settings, is_gpu),
+    )  # fmt: skip
     watch = Stopwatch(device)
-    _watch_recovery(watch, recovery, wrapped)
+    _watch_recovery(watch, recovery, recovery.engine.module)
     step = None
     if plain is not None:
-        first = batches.micro_batches(batches.at(0), device)
-        step = _arithmetic(watch, plain, teacher, first)
+        rows = recovery.batches.micro_batches(recovery.batches.at(0), device)
+        step = _arithmetic(watch, plain, dense, rows)
     return Sides(recovery, context, step, watch)
 
 
@@ -206,13 +199,6 @@ def _engine(model: nn.Module, options: Namespace, settings: Any, is_gpu: bool) -
     return _engine.build_engine(model, settings, 1, is_gpu)
 
 
-def _recompute(model: Any, share: float) -> None:
-    from sparsify.models.training import recompute_layers
-
-    if model is not None:
-        recompute_layers(model, share)
-
-
 def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
     from jobs._bench.data import write_random_store
     from sparsify.store import ID_TYPES, id_type
@@ -224,14 +210,13 @@ def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
     return write_random_store(folder, gigabytes, length, options.vocabulary, options.seed)
 
 
-def _magnitude_masks(model: nn.Module) -> dict[str, Any]:
+def _magnitude_masks(model: nn.Module, pattern: Pattern) -> dict[str, Any]:
     """2:4 by size of every linear layer of the blocks."""
     from torch import nn
 
     from sparsify.models.structure import find_blocks
-    from sparsify.pattern import Pattern, keep_mask_from_scores
+    from sparsify.pattern import keep_mask_from_scores
 
-    pattern = Pattern.parse("2:4")
     prefix, blocks = find_blocks(model)
     return {
         name: keep_mask_from_scores(module.weight.detach().abs(), pattern)
@@ -245,8 +230,8 @@ def _watch_recovery(watch: Stopwatch, recovery: Any, student: Any) -> None:
     from jobs import _engine
 
     engine = recovery.engine
-    watch.watch(recovery._batches, "at", "data")
-    watch.watch(recovery._batches, "micro_batches", "data")
+    watch.watch(recovery.batches, "at", "data")
+    watch.watch(recovery.batches, "micro_batches", "data")
     watch.watch(recovery, "_teacher", "teacher")
     watch.watch(student, "forward", "student forward")
     watch.watch(student.loss_head, "forward", "head loss")

@@ -86,6 +86,8 @@ class StreamedBlocks:
         path: model folder, or "embedded".
         dtype: float32, bfloat16 or float16; the weights are cast to it.
         device: where open blocks, and what comes before the blocks, are.
+        with_head: also what comes after the blocks, so that the whole model can run once all
+            blocks are open; without it, a head of its own stays unread.
 
     Raises:
         InputError: see `models.load.check_checkpoint`; or the checkpoint's tensors are not named
@@ -93,8 +95,9 @@ class StreamedBlocks:
     """
 
     def __init__(
-        self, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
-    ) -> None:
+        self, path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu",
+        with_head: bool = False,
+    ) -> None:  # fmt: skip
         folder = resolve_path(path)
         reason = unstreamable(folder)
         if reason is not None:
@@ -108,6 +111,8 @@ class StreamedBlocks:
         head = {id(p) for p in _parameters_of(self.model.get_output_embeddings())}
         first = {id(p) for p in _parameters_of(self.model.get_input_embeddings())}
         unused = {name for name, p in self.model.named_parameters() if id(p) in head - first}
+        if with_head:
+            unused = set()
         outside = [name for name in self.rest_names() if name not in unused]
         self._assign(self._read(outside))
         self.model.tie_weights()
@@ -138,6 +143,8 @@ class StreamedBlocks:
         if index + 1 < len(self.blocks):
             names = self._names_of(index + 1)
             self._next = (index + 1, self._reader.submit(self._read, names))
+        else:
+            self._reader.shutdown()
         self._assign(tensors)
         prefix = f"{self.list_name}.{index}"
         check_finite(self.folder, self.blocks[index], self.dtype, prefix)
@@ -146,8 +153,6 @@ class StreamedBlocks:
     def close(self, index: int) -> None:
         """Let go of the block's weights."""
         self.blocks[index].to("meta")
-        if index + 1 == len(self.blocks):
-            self._reader.shutdown()
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the checkpoint in the model's dtype, on the CPU, one in memory at a time."""

@@ -156,14 +156,17 @@ class DistillStudent(nn.Module):
     Args:
         model: the student.
         chunk_tokens: tokens whose logits exist at one time.
+        found: what `check_head` said of it earlier; None: it is asked now, which takes all weights.
 
     Raises:
         InputError: the model's head is not what it seems (`check_head`).
     """
 
-    def __init__(self, model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(
+        self, model: Any, chunk_tokens: int = CHUNK_TOKENS, found: LanguageHead | None = None
+    ) -> None:
         super().__init__()
-        found = check_head(model)
+        found = found or check_head(model)
         self.model = model
         self.loss_head = LossHead(found)
         self._base = (found.base,)  # in a tuple: it is inside `model`, not a second child

@@ -59,6 +59,23 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best
 
 
+@contextmanager
+def first_block_alone(model: nn.Module) -> Iterator[None]:
+    """A model of one block while this lasts: its first.
+
+    What holds for how blocks are called, and for what comes before and after them, can be tried
+    this way on a model whose other blocks have no weights.
+    """
+    name, blocks = find_blocks(model)
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, nn.ModuleList([blocks[0]]))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, blocks)
+
+
 def _is_block_list(modules: nn.ModuleList) -> bool:
     classes = {type(module) for module in modules}
     return len(classes) == 1 and all(linears_of(module) for module in modules)

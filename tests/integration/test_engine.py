@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from sparsify.masks import load_masks, save_masks
+from sparsify.masks import PackedMasks, load_masks, save_masks
 from sparsify.pattern import Pattern, keep_mask_from_scores
 
 CASES = [
@@ -84,7 +84,7 @@ def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tupl
     )
     world_size = torch.distributed.get_world_size()
     engine = _engine.build_engine(model, settings, world_size, uses_gpu=False)
-    guard = _engine.MaskGuard(engine, masks)
+    guard = _engine.MaskGuard(engine, PackedMasks.of(masks))
     guard.clear()
     return engine, guard
 
@@ -216,14 +216,17 @@ def compare_placements(rank: int, folder: Path, placement: str) -> None:
     from types import SimpleNamespace
 
     from conf.stages import DistillConfig
-    from jobs._teacher import load_teacher, place_teacher
+    from jobs._teacher import load_teacher
     from sparsify.text import TokenRows
 
-    settings = DistillConfig(teacher_placement=placement)
     context: Any = SimpleNamespace(device="cpu", world_size=2, local_world_size=2)
     rows = TokenRows.whole(torch.arange(3, 67)[None])
-    whole, split = (load_teacher(folder, settings, None, context) for _ in range(2))
-    place_teacher(split, settings, context, rows)
+    whole, split = (
+        load_teacher(
+            folder, DistillConfig(teacher_placement=where), None, context, rows, True
+        ).model
+        for where in ("replicated", placement)
+    )
     weight = split.model.layers[0].mlp.up_proj.weight
     assert weight.to_local().numel() * 2 == weight.numel(), "each worker holds half of it"
     with torch.no_grad():

@@ -399,7 +399,7 @@ def move_masks(rank: int, base: Path, out: Path) -> None:
         if state is not None:
             for name, mask in recovery.masks.items():
                 check_weight(name, state[f"{name}.weight"], mask, Pattern.parse("2:4"))
-        found = {**results(recovery), "masks": recovery.masks, "share": share}
+        found = {**results(recovery), "masks": dict(recovery.masks), "share": share}
         torch.save(found, out / f"zero-{stage}" / f"found-{rank}")
 
 
