@@ -121,6 +121,7 @@ def walk_blocks(
     on_block: Callable[[int, nn.Module], None] | None = None,
     phases: Phases | None = None,
     token_weights: Tensor | None = None,
+    settle: Callable[[], None] = lambda: None,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with its statistics.
 
@@ -128,7 +129,8 @@ def walk_blocks(
         source: the model's blocks; their weights change as `solve` changes them.
         rows: calibration rows, the same on all processes; each process takes its lanes of them.
         solve: called once per layer, in the same order on all processes; sets
-            `layer.module.weight.data` in place, to the same values on all processes.
+            `layer.module.weight.data` in place, to the same values on all processes, at the latest
+            in the next `settle`.
         comm: the processes that take part, and whether they add up in a fixed order.
         batch_size: rows per forward of a block.
         wants: what `solve` needs.
@@ -142,6 +144,7 @@ def walk_blocks(
             streams stand before the next block; the block's weights are still there.
         phases: collects the time of each kind of work.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
+        settle: called before the weights of solved layers are used.
 
     Raises:
         InputError: see `models.structure`.
@@ -149,14 +152,17 @@ def walk_blocks(
         NonFiniteError: activations hold NaN or infinity; names the layer and the rows.
         SingularHessianError: as raised by `solve`, with the number of tokens added.
 
-    Cost: order "block": two forwards of every block over the rows (three with a teacher); hidden
+    Cost: order "block": two forwards of every block over the rows (three with a teacher), without
+    one the first only up to the last layer; hidden
     states of this process's rows and the moments of one block in memory. Order "layer": one
     forward (two with a teacher) where forwards are held, for which a Llama keeps its widest
     activation of these rows, once for each; about two (three and a half) where they are not. The
     moments of one input at a time; with a teacher, a second copy of the block.
     """
     linears = prunable_linears(source.model, skip)
-    walk = _Walk(source, rows, comm, batch_size, wants, store, phases or Phases(), token_weights)
+    walk = _Walk(
+        source, rows, comm, batch_size, wants, store, phases or Phases(), token_weights, settle
+    )
     was_training = source.model.training
     source.model.eval()
     try:
@@ -231,8 +237,10 @@ class _Walk:
     def __init__(
         self, source: Blocks, rows: TokenRows, comm: Comm, batch_size: int, wants: Wants,
         store: StreamStore | None, phases: Phases, token_weights: Tensor | None,
+        settle: Callable[[], None],
     ) -> None:  # fmt: skip
         self.phases = phases
+        self._settle = settle
         self._source = source
         self._rows = rows
         self._comm = comm
@@ -273,16 +281,18 @@ class _Walk:
         with self.phases.measure("statistics"):
             left_out = [name for name in linears_of(block) if prefix + name not in names]
             call = self._call(index, "pruned", self._batches[0])
-            groups = shared_input_groups(block, call, left_out)
+            row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
+            one = self._calls.call(index, row, hidden_BTD)
             stages = None
-            if self._wants.order == "layer":
-                # One row shows what calls what; the groups above need all experts to be called.
-                row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
-                stages = stages_of(block, self._calls.call(index, row, hidden_BTD), groups)
+            try:  # one row shows what calls what, unless there are experts that it does not call
+                groups = shared_input_groups(block, one, left_out)
+                stages = stages_of(block, one, groups)
+            except InputError:
+                groups = shared_input_groups(block, call, left_out)
         layers = (
-            self._layers_at_once(index, block, groups)
-            if stages is None
-            else self._layers_by_stage(index, block, stages)
+            self._layers_by_stage(index, block, stages)
+            if stages is not None and self._wants.order == "layer"
+            else self._layers_at_once(index, block, groups, stages is not None)
         )
         for relative, statistics, residual_OI in layers:
             name = prefix + relative
@@ -299,7 +309,9 @@ class _Walk:
                 type(self._source.model).__name__,
             )
 
-    def _layers_at_once(self, index: int, block: nn.Module, groups: list[list[str]]) -> _Found:
+    def _layers_at_once(
+        self, index: int, block: nn.Module, groups: list[list[str]], is_in_order: bool
+    ) -> _Found:
         """The layers, all measured in the dense block; then the pruned stream follows."""
 
         def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
@@ -311,7 +323,7 @@ class _Walk:
             else:
                 moments.add(call, weights_BT)
 
-        yield from self._measured(index, block, groups, note)
+        yield from self._measured(index, block, groups, note, is_in_order)
         self._follow(index, block, "pruned")
 
     def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
@@ -346,12 +358,12 @@ class _Walk:
 
     def _measured(
         self, index: int, block: nn.Module, groups: list[list[str]],
-        note: Callable[[Moments, Batch, Tensor | None], None],
+        note: Callable[[Moments, Batch, Tensor | None], None], is_in_order: bool = False,
     ) -> _Found:  # fmt: skip
         """The layers of some groups with the statistics of their inputs, over all rows."""
         prefix = f"{self._source.list_name}.{index}."
         with self.phases.measure("statistics"):
-            total = self._moments(index, block, groups, note)
+            total = self._moments(index, block, groups, note, is_in_order)
         with self.phases.measure("reduce"):
             try:
                 found = total.reduce(self._comm)
@@ -365,15 +377,16 @@ class _Walk:
         for group in groups:
             for name in group:
                 yield name, found.statistics[group[0]], found.residuals.get(name)
+        self._settle()
 
     def _moments(
         self, index: int, block: nn.Module, groups: list[list[str]],
-        note: Callable[[Moments, Batch, Tensor | None], None],
+        note: Callable[[Moments, Batch, Tensor | None], None], is_in_order: bool,
     ) -> Moments:  # fmt: skip
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
         tree: list[tuple[int, Moments]] = []
         for lane in self._lanes:
-            moments = Moments(block, groups, with_teacher=self._wants.teacher)
+            moments = Moments(block, groups, self._wants.teacher, is_in_order)
             for batch in lane:
                 weights_BT = None
                 if self._token_weights is not None:

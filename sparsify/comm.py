@@ -6,6 +6,7 @@ nothing of who started the processes or where they run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +109,19 @@ class Comm:
         if self.world_size > 1:
             dist.barrier()
 
-    def gather_rows(self, local_rows: Tensor, num_rows: int) -> Tensor:
-        """Put the shares of all processes together again, on all of them.
+    def gather_rows(self, local_rows: Tensor, num_rows: int) -> Callable[[], Tensor]:
+        """Begin to put the shares of all processes together again, on all of them.
 
         Args:
             local_rows: rows `row_slice(num_rows)` of the whole; any dtype.
             num_rows: rows of the whole.
 
         Returns:
-            Tensor of `num_rows` rows, bit for bit what the processes held.
+            What waits for it and returns the tensor of `num_rows` rows, bit for bit what the
+            processes held. Work that does not need them can be done before.
         """
         if self.world_size == 1:
-            return local_rows
+            return lambda: local_rows
         sizes = [
             len(range(*_slice_of(rank, self.world_size, num_rows).indices(num_rows)))
             for rank in range(self.world_size)
@@ -129,10 +131,16 @@ class Comm:
         # Raw bytes travel, so that bool and bfloat16 need nothing of the backend.
         as_bytes = padded.reshape(-1).view(torch.uint8)
         received = [torch.empty_like(as_bytes) for _ in sizes]
-        dist.all_gather(received, as_bytes)
-        parts = [part.view(padded.dtype).reshape(padded.shape)[:size]
-                 for part, size in zip(received, sizes, strict=True)]  # fmt: skip
-        return torch.cat(parts)
+        begun = dist.all_gather(received, as_bytes, async_op=True)
+
+        def wait() -> Tensor:
+            begun.wait()
+            return torch.cat(
+                [part.view(padded.dtype).reshape(padded.shape)[:size]
+                 for part, size in zip(received, sizes, strict=True)]
+            )  # fmt: skip
+
+        return wait
 
 
 def _slice_of(index: int, num_shares: int, num_items: int) -> slice:

@@ -5,6 +5,7 @@ Shape suffixes: B rows of a batch, T tokens of a row, I input features, D hidden
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from sparsify.kernels.gram import add_cross_, sum_dtype
 from sparsify.models.stops import Stop
 from sparsify.models.structure import (
     BlockInputs,
+    Enough,
     ResidualAdds,
     linears_of,
     run_block,
@@ -44,10 +46,16 @@ class Moments:
         block: with its dense weights.
         groups: its layers by shared input (`models.structure.shared_input_groups`).
         with_teacher: also sums with the dense model's inputs and residual stream, by `add_pair`.
+        is_in_order: every forward calls the groups once each, in their order, so that `add` can end
+            it at the last one: nobody needs that layer's product, a fifth of a Llama's block.
     """
 
-    def __init__(self, block: nn.Module, groups: list[list[str]], with_teacher: bool) -> None:
+    def __init__(
+        self, block: nn.Module, groups: list[list[str]], with_teacher: bool,
+        is_in_order: bool = False,
+    ) -> None:  # fmt: skip
         linears = linears_of(block)
+        self._last = groups[-1][0] if is_in_order else None
         self._block = block
         self._members = {group[0]: group for group in groups}
         self._watched = {group[0]: linears[group[0]] for group in groups}
@@ -71,8 +79,10 @@ class Moments:
 
         def note(name: str, value: Tensor) -> None:
             self._add_input(name, value, weights_BT)
+            if name == self._last:
+                raise Enough
 
-        with watch_linears(self._watched, note):
+        with watch_linears(self._watched, note), contextlib.suppress(Enough):
             run_block(self._block, call)
 
     def add_pair(

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,6 +294,7 @@ class _Run:
         self._skip = skip
         self._masks: dict[str, Tensor] = {}
         self._reports: list[LayerReport] = []
+        self._pending: Callable[[], None] | None = None
 
     def walk(
         self, rows: TokenRows, batch_size: int, on_block: Callable[[int, nn.Module], None],
@@ -309,7 +311,7 @@ class _Run:
         walk_blocks(
             self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,
             skip=self._skip, store=store, first_block=first_block, on_block=on_block,
-            phases=self.phases, token_weights=token_weights,
+            phases=self.phases, token_weights=token_weights, settle=self._settle,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -322,12 +324,14 @@ class _Run:
         return masks, reports
 
     def _solve(self, layer: Layer) -> None:
-        """Solve this process's rows, gather all of them into the module, measure the damage."""
+        """Solve this process's rows, measure the damage, and begin to gather those of all.
+
+        They are gathered while the next layer is solved, and put into the module behind that.
+        """
         hessian_II = layer.statistics.hessian_II
         weight_OI = layer.module.weight.data
-        num_rows, num_columns = weight_OI.shape
-        mine = self._comm.row_slice(num_rows)
-        dense_RI = weight_OI[mine]
+        num_rows = len(weight_OI)
+        dense_RI = weight_OI[self._comm.row_slice(num_rows)]
         with self.phases.measure("solve"):
             solution = self._solve_rows(layer, weight_OI)
             sums = torch.stack(
@@ -337,11 +341,30 @@ class _Run:
                     *_large_kept(dense_RI, solution.keep_mask_OI),
                 ]
             )
+        self._settle()
         with self.phases.measure("gather"):
-            self._comm.all_reduce_(sums)
-            weight_OI.copy_(self._comm.gather_rows(solution.weight_OI, num_rows))
-            keep_mask_OI = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
+            weights = self._comm.gather_rows(solution.weight_OI, num_rows)
+            keep_masks = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
+        self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks)
+
+    def _settle(self) -> None:
+        """Put the layer that was solved last into its module, if it is not there yet."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending()
+
+    def _finish(
+        self, layer: Layer, solution: Solution, sums: Tensor, weights: Callable[[], Tensor],
+        keep_masks: Callable[[], Tensor],
+    ) -> None:  # fmt: skip
+        """Take over the rows of all processes, and report."""
+        weight_OI = layer.module.weight.data
+        num_rows, num_columns = weight_OI.shape
+        with self.phases.measure("gather"):
+            weight_OI.copy_(weights())
+            keep_mask_OI = keep_masks()
             packed = pack_mask(keep_mask_OI).cpu()
+            self._comm.all_reduce_(sums)
         require_pattern([(layer.name, weight_OI)], self._pattern)
         error, total, num_large_kept, num_large = sums.tolist()
         factor = layer.statistics.known_factor(self._params.damping)

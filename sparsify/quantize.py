@@ -147,8 +147,8 @@ def _quantize_layer(
     ).double()
     comm.all_reduce_(energies)
     error, total = energies.tolist()
-    codes_OI = comm.gather_rows(mine.codes_OI, num_rows)
-    scales_OG = comm.gather_rows(mine.scales_OG, num_rows)
+    codes_OI = comm.gather_rows(mine.codes_OI, num_rows)()
+    scales_OG = comm.gather_rows(mine.scales_OG, num_rows)()
     weight_OI.copy_(dequantize(codes_OI, scales_OG, params.group_size, weight_OI.dtype))
     report = QuantLayerReport(
         name=layer.name,

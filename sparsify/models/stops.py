@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import InputError
 from sparsify.models.structure import (
     BlockInputs,
+    Enough,
     ResidualAdds,
     linears_of,
     run_block,
@@ -29,10 +30,6 @@ from sparsify.models.structure import (
 )
 
 BLOCK_INPUT = -1
-
-
-class _Enough(Exception):
-    """Ends a forward that has come as far as it was wanted."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ class StoppingBlock:
                 self._forward(forward)
             else:
                 held.resume()
-        except _Enough:
+        except Enough:
             pass
         finally:
             self._current = None
@@ -246,7 +243,7 @@ class StoppingBlock:
         if forward.to_end:
             return
         if forward.held is None:
-            raise _Enough
+            raise Enough
         forward.held.stand()
 
     def _left(self, name: str, output: Tensor) -> None:
@@ -276,7 +273,7 @@ class _Held:
             if not self._is_abandoned:
                 with torch.no_grad():
                     self._run(self.forward)
-        except _Enough:
+        except Enough:
             pass
         except BaseException as error:  # handed to the caller of `resume`
             self._failure = error
@@ -295,7 +292,7 @@ class _Held:
         self._back.release()
         self._go.acquire()
         if self._is_abandoned:
-            raise _Enough
+            raise Enough
 
     def abandon(self) -> None:
         """End the forward where it stands, if it has not ended by itself."""

@@ -28,8 +28,8 @@ class BlockInputs:
     kwargs: dict[str, Any]
 
 
-class _Enough(Exception):
-    """Ends a forward that has shown all it was run for."""
+class Enough(Exception):
+    """Ends a forward that has come as far as it was wanted."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -161,7 +161,7 @@ class BlockCalls:
                 )
             if at == index:
                 found.append(call)
-                raise _Enough
+                raise Enough
             assert self._is_known, "learn() comes before call()"
             # A new tensor each time, so that the check above knows whose output came in.
             passed = call.hidden_BTD.view_as(call.hidden_BTD)
@@ -177,7 +177,7 @@ class BlockCalls:
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
             rows = rows.to(device)
             self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-        except _Enough:
+        except Enough:
             return found[0]
         finally:
             for block in self._blocks:

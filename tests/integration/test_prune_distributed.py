@@ -63,7 +63,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
         for dtype in (torch.bfloat16, torch.bool, torch.float32):
             share = whole.to(dtype)[fast.row_slice(num_rows)]
             found["gathered"].append(
-                torch.equal(fast.gather_rows(share, num_rows), whole.to(dtype))
+                torch.equal(fast.gather_rows(share, num_rows)(), whole.to(dtype))
             )
     for name, comm in (("fast", fast), ("fixed", fixed)):
         total = HessianSum(2, "cpu")

@@ -284,3 +284,29 @@ def test_bad_activations_name_layer_and_rows_and_leave_nothing_running() -> None
         )  # fmt: skip
     assert not any(thread.name == "held forward" for thread in threading.enumerate())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "Phi", "OPT"])
+def test_measuring_a_block_at_once_ends_at_its_last_layer(family: str) -> None:
+    """What nobody needs is not computed: that layer runs once per batch, when the rows go on."""
+    model = tiny(family)
+    _, blocks = find_blocks(model)
+    last = FAMILIES[family][-1][-1]
+    calls = [0] * len(blocks)
+
+    def count(index: int) -> None:
+        calls[index] += 1
+
+    for index, block in enumerate(blocks):
+        layer = linears_of(block)[last]
+        layer.register_forward_hook(lambda *_, index=index: count(index))
+    found: dict[str, Tensor] = {}
+    walk_blocks(
+        BlocksInMemory(model), token_rows(NUM_ROWS), halve(found), comm=Comm.single(),
+        batch_size=4, wants=Wants(order="block"),
+    )  # fmt: skip
+    num_batches = -(-NUM_ROWS // 4)
+    num_looks = 2  # at one row: which layers share an input, and in which order they come
+    assert calls == [1 + num_looks + num_batches, num_looks + num_batches, num_looks]
+    assert len(found) == len(blocks) * len(linears_of(blocks[0]))
