@@ -177,6 +177,7 @@ def _prepare(
     from sparsify.models.load import load_pair
     from sparsify.models.packed import check_isolation
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+    from sparsify.models.varlen import choose_attention
     from sparsify.moving import MovingMasks
     from sparsify.store import TokenStore
 
@@ -187,6 +188,8 @@ def _prepare(
     if config.data.isolate_documents:
         check_isolation(student)
         check_isolation(teacher)
+    isolate, in_half = config.data.isolate_documents, settings.precision == "bf16"
+    choose_attention((student, teacher), settings.attention, isolate, in_half, context.warn)
     batches = Batches(
         TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
         context.world_size, config.data.isolate_documents, _flops(student, teacher, context),

@@ -96,6 +96,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     from sparsify.masks import apply_masks_, mask_gradients
     from sparsify.models.head import DistillStudent, check_head
     from sparsify.models.training import compile_layers, prepare_student
+    from sparsify.models.varlen import choose_attention
 
     device, is_gpu = options.device, options.device == "cuda"
     config = make_config(options, num_steps)
@@ -109,6 +110,8 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     flops = count_flops(student), count_flops(teacher)
     store = _store(options, folder / "rows", num_steps)
     isolate = config.data.isolate_documents
+    in_half = settings.precision == "bf16"
+    choose_attention((student, teacher), settings.attention, isolate, in_half, context.warn)
     batches = Batches(store, settings, options.seed, 0, 1, isolate, flops)
     found = check_head(teacher)
     place_teacher(teacher, settings, context, batches.at(0).rows)
@@ -157,8 +160,8 @@ def make_config(options: Namespace, num_steps: int) -> Config:
             micro_batch_size=options.micro_batch_size, precision=options.precision,
             zero_stage=2 if options.zero_stage is None else options.zero_stage,
             compile=options.compile, recompute_share=options.recompute_share,
-            teacher_dtype=options.teacher_dtype, checkpoint_every_steps=num_steps + 1,
-            hang_after_s=3600.0, learning_rate=1e-5,
+            teacher_dtype=options.teacher_dtype, attention=options.attention,
+            checkpoint_every_steps=num_steps + 1, hang_after_s=3600.0, learning_rate=1e-5,
         ),
     )  # fmt: skip
 

@@ -333,6 +333,19 @@ def test_layers_compile_whole_and_serve_every_batch(share, on_gpu):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_compiled_layers_run_one_document_after_another_uncompiled(share):
+    masked, model = pair("Mistral")
+    model.train()
+    recompute_layers(model, share)
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
+    for number, lengths in enumerate([LENGTHS, [(4, 20), (12, 12), (1, 23)], [(24,)] * 3]):
+        assert_same_model(masked, model, packed_rows(lengths, seed=number))
+    torch._dynamo.reset()
+
+
 def test_a_kernel_that_computes_something_else_is_refused(kernels, monkeypatch):
     """A model held in float32 that is to train in bfloat16: only then the kernel is asked."""
     monkeypatch.setattr(varlen, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
