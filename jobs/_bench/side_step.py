@@ -89,7 +89,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
 
     from jobs._assembly import build_recovery
     from jobs._bench.random_llama import llama_config, random_model
-    from jobs._models import make_student
+    from jobs._models import make_student, prove
     from jobs._pace import Pace
     from jobs._teacher import make_teacher
     from sparsify.masks import PackedMasks, apply_masks_
@@ -109,14 +109,15 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     masks = PackedMasks.of(_magnitude_masks(pruned, pattern))
     apply_masks_(pruned, masks)
     prepare_student(pruned)
+    isolate = config.data.isolate_documents
     plain = copy.deepcopy(pruned).to(dtype) if options.baseline else None
     if plain is not None:
+        prove(BlocksInMemory(plain), settings, isolate, context)  # attends as the student does
         recompute_layers(plain, settings.recompute_share)
         if settings.compile:
             compile_layers(plain)
     store = _store(options, folder / "rows", num_steps)
     student = make_student(BlocksInMemory(pruned), masks, pattern, config, context)
-    isolate = config.data.isolate_documents
     dense_blocks = BlocksInMemory(dense.to(dtype))
     teacher = make_teacher(dense_blocks, settings, context, store.rows([0]), isolate)
     scratch = folder / "scratch"
@@ -150,8 +151,8 @@ def make_config(options: Namespace, num_steps: int) -> Config:
             micro_batch_size=options.micro_batch_size, precision=options.precision,
             zero_stage=2 if options.zero_stage is None else options.zero_stage,
             compile=options.compile, recompute_share=options.recompute_share,
-            teacher_dtype=options.teacher_dtype, checkpoint_every_steps=num_steps + 1,
-            hang_after_s=3600.0, learning_rate=1e-5,
+            teacher_dtype=options.teacher_dtype, attention=options.attention,
+            checkpoint_every_steps=num_steps + 1, hang_after_s=3600.0, learning_rate=1e-5,
         ),
     )  # fmt: skip
 
