@@ -24,15 +24,18 @@ def identity(context: StageContext) -> dict[str, Any]:
     """What decides the recovered weights."""
     from jobs._sources import source_fingerprint
     from jobs._stage import fingerprints, given_masks, heldout_inputs
+    from jobs._teacher import open_cache
     from sparsify.store import TokenStore
 
     config = context.config
     student = context.models.student("distill")
     given = given_store(config)
     train = TokenStore.open(given).digest if given else source_fingerprint(config.data, "train")
+    cache, settings = open_cache(config), context.settings("distill", "data")
+    settings["distill"].pop("teacher_cache")  # where it lies; what it holds is an input
     return {
         "config": {
-            **context.settings("distill", "data"),
+            **settings,
             **given_masks(config, student),
             "run.seed": config.run.seed,
         },
@@ -40,6 +43,7 @@ def identity(context: StageContext) -> dict[str, Any]:
             **heldout_inputs(context),
             **fingerprints({"student": student, "teacher": context.models.dense}),
             "train": train,
+            **({} if cache is None else {"teacher_cache": cache.digest}),
         },
     }
 
@@ -58,6 +62,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from jobs._artifact import take_json
     from jobs._gate import check_files, masks_of
     from jobs._rotation import teacher_rotation
+    from jobs._teacher import open_cache, verify_file
     from sparsify.store import MANIFEST
 
     student, teacher = context.models.student("distill"), context.models.dense
@@ -67,16 +72,20 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     store = given.absolute() if given else writer.scratch / _STORE
     if given:
         _check_store(given, context.config, teacher)
+    cache = open_cache(context.config)
     every = context.config.distill.heldout_every_steps
     heldout = None if every is None else writer.scratch / _HELDOUT
     payload = {
         "config": context.worker_config, "student": student, "teacher": teacher,
         "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
-        "heldout": heldout, "run_dir": context.run_dir,
+        "heldout": heldout, "run_dir": context.run_dir, "cache": cache,
     }  # fmt: skip
     cluster = context.cluster  # started before the relay: ray.init takes SIGTERM for itself
     if not all((folder / MANIFEST).is_file() for folder in (store, heldout) if folder):
         cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
+    if cache is not None:
+        files = [(cache, index) for index in range(len(cache.shards))]
+        cluster.run_tasks("distill", verify_file, files, "files of the teacher's cache read")
     with SignalRelay(context.run_dir, context.display.say):
         cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve = take_json(writer.folder / "curve.json")
@@ -171,39 +180,37 @@ def _prepare(
     from jobs._gate import masks_of
     from jobs._heldout import Heldout
     from jobs._recovery import Recovery
-    from jobs._teacher import load_teacher, place_teacher
+    from jobs._teacher import place_teacher
     from sparsify.masks import apply_masks_, mask_gradients
     from sparsify.models.head import DistillStudent, check_head
-    from sparsify.models.load import load_pair
-    from sparsify.models.packed import check_isolation
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
     from sparsify.moving import MovingMasks
     from sparsify.store import TokenStore
 
     config: Config = payload["config"]
     settings = config.distill
-    student, tokenizer = load_pair(payload["student"], "float32", context.device)
-    teacher = load_teacher(payload["teacher"], settings, payload["rotation"], context)
-    if config.data.isolate_documents:
-        check_isolation(student)
-        check_isolation(teacher)
+    student, tokenizer, teacher = _load_models(context, payload)
     batches = Batches(
         TokenStore.open(payload["store"]), settings, config.run.seed, context.rank,
         context.world_size, config.data.isolate_documents, _flops(student, teacher, context),
+        payload.get("cache"),
     )  # fmt: skip
     heldout = payload.get("heldout") and Heldout(
         TokenStore.open(payload["heldout"]), context.rank, context.world_size,
-        settings.micro_batch_size, context.device,
+        settings.micro_batch_size, context.device, teacher is not None,
     )  # fmt: skip
-    found = check_head(teacher)
-    teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
+    found, teacher_kl = None, None
+    if teacher is not None:
+        found = check_head(teacher)
+        teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
     masks, pattern = masks_of(payload["student"], student, config.prune)
     apply_masks_(student, masks)
     prepare_student(student)
     recompute_layers(student, settings.recompute_share)
     if settings.compile:
         compile_layers(student)
-        compile_layers(teacher)
+        if teacher is not None:
+            compile_layers(teacher)
     moving = None
     if settings.moving_share:
         moving = MovingMasks(student, masks, pattern, settings.mask_decay)
@@ -221,13 +228,34 @@ def _prepare(
     return recovery, tokenizer, str(pattern), teacher_kl
 
 
+def _load_models(context: WorkerContext, payload: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The student, its tokenizer, and the teacher: None where a cache stands for it."""
+    from jobs._teacher import check_words, load_teacher
+    from sparsify.models.load import load_pair
+    from sparsify.models.packed import check_isolation
+
+    config: Config = payload["config"]
+    student, tokenizer = load_pair(payload["student"], "float32", context.device)
+    cache, teacher = payload.get("cache"), None
+    if cache is not None:
+        check_words(cache, student)
+    else:
+        rotation = payload["rotation"]
+        teacher = load_teacher(payload["teacher"], config.distill, rotation, context)
+    if config.data.isolate_documents:
+        check_isolation(student)
+        if teacher is not None:
+            check_isolation(teacher)
+    return student, tokenizer, teacher
+
+
 def _flops(student: Any, teacher: Any, context: WorkerContext) -> Any:
-    """What both models multiply, or None, said once, where that is not known."""
+    """What the models multiply, or None, said once, where that is not known."""
     from sparsify.errors import InputError
     from sparsify.flops import count_flops
 
     try:
-        return count_flops(student), count_flops(teacher)
+        return count_flops(student), None if teacher is None else count_flops(teacher)
     except InputError as error:
         context.warn(str(error))
         return None
