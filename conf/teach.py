@@ -16,7 +16,7 @@ class TeachConfig:
 
     out: str = "runs/teacher"
     """folder of the cache"""
-    num_samples: int = 64
+    num_samples: int = 16
     """token ids drawn per token; the cache takes 8 bytes for each and 4 more per token"""
     temperature: float = 1.0
     """softmax temperature; the same as distill.temperature of the recoveries"""

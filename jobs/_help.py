@@ -52,7 +52,7 @@ _EXAMPLES = {
     ),
     "teach": (
         "python -m jobs.teach model.path=/models/8b data.train=/data/tokens",
-        "python -m jobs.teach data.train=/data/tokens teach.num_samples=16 --dry-run",
+        "python -m jobs.teach data.train=/data/tokens teach.num_samples=64 --dry-run",
     ),
     "pretrain": ("python -m jobs.pretrain out=models/small seed=1",),
 }
