@@ -10,6 +10,7 @@ progress as their name, so the Ray dashboard shows them as they happen.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -216,6 +217,8 @@ class RayCluster:
     def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
         """Run `work(context, payload)` for each payload as Ray tasks; results in order.
 
+        At most one per worker of the spec runs at a time, whatever else the cluster has.
+
         Args:
             name: stage, for the dashboard and the progress.
             work: a module-level function.
@@ -230,21 +233,27 @@ class RayCluster:
         remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
         results: list[Any] = [None] * len(payloads)
         with _Watch(self._board, self._on_event):
-            pending = {}
-            for index, payload in enumerate(payloads):
-                options = remote.options(
-                    name=f"{name} {index + 1}/{len(payloads)}",
-                    num_cpus=self.spec.cpus_per_worker,
-                    num_gpus=self.spec.gpus_per_worker,
-                    max_retries=self.spec.max_failures,
-                )
-                reference = options.remote(self._board, name, self.spec, work, payload)
-                pending[reference] = index
+            pending: dict[Any, int] = {}
+            waiting = iter(enumerate(payloads))
+
+            def start(number: int) -> None:
+                for index, payload in itertools.islice(waiting, number):
+                    options = remote.options(
+                        name=f"{name} {index + 1}/{len(payloads)}",
+                        num_cpus=self.spec.cpus_per_worker,
+                        num_gpus=self.spec.gpus_per_worker,
+                        max_retries=self.spec.max_failures,
+                    )
+                    reference = options.remote(self._board, name, self.spec, work, payload)
+                    pending[reference] = index
+
+            start(self.spec.num_workers)
             done = 0
             while pending:
                 ready, _ = ray.wait(list(pending), num_returns=1)
                 results[pending.pop(ready[0])] = self._result(ready[0], name, list(pending))
                 done += 1
+                start(1)
                 event = {"kind": "progress", "name": name, "done": done, "total": len(payloads)}
                 self._on_event({**event, "text": what})
         return results

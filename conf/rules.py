@@ -15,6 +15,7 @@ from sparsify.errors import InputError
 if TYPE_CHECKING:
     from cluster.spec import ClusterSpec
     from conf.stages import DistillConfig
+    from sparsify.loss_terms import LossSchedule
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -215,6 +216,40 @@ def batch_fits_workers(distill: DistillConfig, num_workers: int) -> None:
             f"distill.micro_batch_size={distill.micro_batch_size} x cluster.num_workers="
             f"{num_workers}; use {nearest_multiples(distill.batch_size, unit)}, "
             "or a smaller distill.micro_batch_size"
+        )
+
+
+def cache_fits(distill: DistillConfig, losses: LossSchedule) -> None:
+    """Require that a sample of the teacher is all that the recovery asks of the teacher."""
+    field = f"distill.teacher_cache={distill.teacher_cache}"
+    not_blank("distill.teacher_cache", distill.teacher_cache, optional=True)
+    if distill.teacher_cache is None:
+        return
+    for name, why in (
+        ("reverse_kl", "says nothing of tokens that it does not hold"),
+        ("square_head", "has no hidden states"),
+    ):
+        if losses.peak(name):
+            raise InputError(
+                f"{field}: a sample of the teacher {why}; set distill.{name}_weight=0 and leave it "
+                "out of distill.schedule, or leave distill.teacher_cache out"
+            )
+    if not losses.peak("kl"):
+        raise InputError(
+            f"{field}: only the KL term reads it, and distill.kl_weight=0; set that weight, or "
+            "leave distill.teacher_cache out"
+        )
+    ramp = losses.ramps.get("temperature")
+    if ramp is not None and ramp.end != distill.temperature:
+        raise InputError(
+            f"{field}: is drawn at one temperature, and distill.schedule moves it from "
+            f"{distill.temperature:g} to {ramp.end:g}; leave it out of the schedule, or leave "
+            "distill.teacher_cache out"
+        )
+    if distill.teacher_dtype is not None:
+        raise InputError(
+            f"distill.teacher_dtype={distill.teacher_dtype} with {field}: no teacher is loaded; "
+            "leave one of the two out"
         )
 
 

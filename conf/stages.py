@@ -143,9 +143,12 @@ class DistillConfig:
     """over rows of several documents: varlen (within each document), masked (over the whole row) or
     auto: varlen for a model that is found to compute the same with it, else masked"""
     teacher_placement: str = "replicated"
-    """the teacher on every worker (replicated), split over a node's (node) or over all (sharded)"""
+    """the teacher on every worker (replicated), split over a node's (node) or over all (sharded);
+    with distill.teacher_cache there is none to place"""
     teacher_dtype: str | None = None
     """type of the teacher's weights: float32, bfloat16 or float8; null = as distill.precision"""
+    teacher_cache: str | None = None
+    """folder of jobs.teach over the rows of data.train: no teacher is loaded; null = the teacher"""
     checkpoint_every_steps: int | None = 50
     """steps between two checkpoints; null = by Young's formula from the measured stall"""
     mtbf_hours: float = 24.0
@@ -221,7 +224,7 @@ class DistillConfig:
                 "distill: every loss weight is 0, so nothing is learned; set at least one of "
                 + ", ".join(f"distill.{name}" for name in weights)
             )
-        self.losses()
+        rules.cache_fits(self, self.losses())
         rules.in_range("distill.min_learning_rate_share", self.min_learning_rate_share, 0, 1)
         rules.in_range("distill.beta1", self.beta1, low=0, below=1)
         rules.in_range("distill.beta2", self.beta2, low=0, below=1)

@@ -11,7 +11,9 @@ from torch import nn
 from jobs import _engine
 from jobs._batches import Batches
 from jobs._recovery import Recovery
+from sparsify.flops import ModelFlops
 from sparsify.models.head import DistillStudent
+from sparsify.sample_store import SampleCache
 from sparsify.store import TokenStore
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ EngineMaker = Callable[[nn.Module, "DistillConfig", int, bool], Any]
 
 
 def build_recovery(
-    context: WorkerContext, config: Config, student: Student, teacher: TeacherModel,
+    context: WorkerContext, config: Config, student: Student, teacher: TeacherModel | SampleCache,
     store: TokenStore, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     make_engine: EngineMaker = _engine.build_engine,
 ) -> Recovery:  # fmt: skip
@@ -36,7 +38,8 @@ def build_recovery(
     Args:
         context: this worker.
         config: of the run.
-        student, teacher: from `load_student` and `load_teacher`.
+        student: from `load_student`.
+        teacher: from `load_teacher`, or the samples that stand for it.
         store: the training rows.
         heldout: scores on the way; None for none.
         pace: the clock.
@@ -44,18 +47,25 @@ def build_recovery(
         run_dir: folder of the run, where switches are looked for.
         make_engine: `_engine.build_engine`, or what takes its place.
     """
-    flops = None
-    if student.flops is not None and teacher.flops is not None:
-        flops = student.flops, teacher.flops
+    flops: tuple[ModelFlops, ModelFlops | None] | None = None
+    cache, head = None, None
+    if isinstance(teacher, SampleCache):
+        cache = teacher
+        if student.flops is not None:
+            flops = student.flops, None
+    else:
+        head = teacher.head
+        if student.flops is not None and teacher.flops is not None:
+            flops = student.flops, teacher.flops
     batches = Batches(
         store, config.distill, config.run.seed, context.rank, context.world_size,
-        config.data.isolate_documents, flops,
+        config.data.isolate_documents, flops, cache,
     )  # fmt: skip
     wrapped = DistillStudent(student.model, found=student.head)
     engine = make_engine(wrapped, config.distill, context.world_size, context.device == "cuda")
     guard = _engine.MaskGuard(engine, student.masks)
     guard.clear()
     return Recovery(
-        context, config, engine, guard, teacher.head, student.moving, student.masks, batches,
+        context, config, engine, guard, head, student.moving, student.masks, batches,
         heldout, pace, scratch, run_dir,
     )  # fmt: skip

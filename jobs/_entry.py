@@ -15,6 +15,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from conf.schema import ALIASES, Config, PretrainConfig, to_dict
+from conf.teach import TeachJobConfig
 from conf.tokenize import TokenizeJobConfig
 from jobs import _help
 from jobs._options import CONF_DIR, Override, config_class, parse_overrides
@@ -23,7 +24,7 @@ from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 if TYPE_CHECKING:
     from pathlib import Path
 
-AnyConfig = Config | PretrainConfig | TokenizeJobConfig
+AnyConfig = Config | PretrainConfig | TokenizeJobConfig | TeachJobConfig
 
 _FLAGS = ("--help", "-h", "--print-config", "--dry-run", "--version")
 _TYPE_WORDS = {
@@ -90,7 +91,10 @@ def load_config(job: str, overrides: list[str]) -> AnyConfig:
             composed: Any = OmegaConf.to_container(
                 compose(job, overrides=words), resolve=True, throw_on_missing=True
             )
-        if schema is TokenizeJobConfig:  # presets and prune.yaml set other groups too
+        if schema in (
+            TokenizeJobConfig,
+            TeachJobConfig,
+        ):  # presets and prune.yaml set other groups too
             used = {field.name for field in fields(schema)}
             composed = {key: value for key, value in composed.items() if key in used}
         typed = OmegaConf.merge(OmegaConf.structured(schema), _field_names(composed))
@@ -135,6 +139,10 @@ def _start(job: str, config: AnyConfig) -> Path | str:
         from jobs import tokenize
 
         return tokenize.run(config)
+    if isinstance(config, TeachJobConfig):
+        from jobs import teach
+
+        return teach.run(config)
     from jobs import pipeline
 
     return pipeline.run_pipeline(config, job)
@@ -159,6 +167,10 @@ def _plan(config: AnyConfig) -> list[str]:
             f"  rows: {config.data.sequence_length} tokens each",
             f"  output: {config.tokenize.out}",
         ]
+    if isinstance(config, TeachJobConfig):
+        from jobs import _teach
+
+        return _teach.describe_plan(config)
     from jobs import pipeline
 
     return pipeline.describe_plan(config)

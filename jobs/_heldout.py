@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIGURES = ("kl", "ce", "agreement")
-_WEIGHTS = LossWeights(kl=1.0, ce=1.0)
 Forward = Callable[[TokenRows, LossWeights, TokenCounts], dict[str, torch.Tensor]]
 
 
@@ -64,11 +63,16 @@ class Heldout:
         world_size: number of workers.
         batch_size: rows per forward.
         device: of the models.
+        has_teacher: False where a cache stands for the teacher, which has no held-out rows: then
+            cross-entropy is all there is.
     """
 
     def __init__(
-        self, store: TokenStore, rank: int, world_size: int, batch_size: int, device: str
-    ) -> None:
+        self, store: TokenStore, rank: int, world_size: int, batch_size: int, device: str,
+        has_teacher: bool = True,
+    ) -> None:  # fmt: skip
+        self._figures = FIGURES if has_teacher else ("ce",)
+        self._weights = LossWeights(kl=float(has_teacher), ce=1.0)
         self._batch_size, self._device = batch_size, device
         self._own: dict[str, TokenRows] = {}
         first = 0
@@ -81,32 +85,37 @@ class Heldout:
     @torch.no_grad()
     def score(
         self, forward: Forward, summed: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[str, dict[str, float]]:
+    ) -> dict[str, dict[str, float | None]]:
         """Domain -> means over its tokens of `FIGURES`; all workers call it.
+
+        What needs a teacher is None without one.
 
         Args:
             forward: the figures of some rows, sums over tokens divided by the counts given.
             summed: adds up a tensor over the workers.
         """
         one = TokenCounts(1.0, 1.0)
-        found = {}
+        found: dict[str, dict[str, float | None]] = {}
         for name, rows in self._own.items():
             counts = TokenCounts.of(rows)
-            parts = [counts.kl, counts.ce]
-            sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=self._device)
+            sums = torch.zeros(len(self._figures), dtype=torch.float64, device=self._device)
             for batch in rows.split(self._batch_size):
-                values = forward(batch.to(self._device), _WEIGHTS, one)
-                sums += torch.stack([values[figure].double() for figure in FIGURES])
-            total = torch.cat([sums, torch.tensor(parts, dtype=torch.float64).to(sums.device)])
-            kl, ce, agreement, num_kl, num_ce = summed(total).tolist()
-            found[name] = {"kl": kl / num_kl, "ce": ce / num_ce, "agreement": agreement / num_kl}
+                values = forward(batch.to(self._device), self._weights, one)
+                sums += torch.stack([values[figure].double() for figure in self._figures])
+            parts = torch.tensor([counts.kl, counts.ce], dtype=torch.float64)
+            *totals, num_kl, num_ce = summed(torch.cat([sums, parts.to(sums.device)])).tolist()
+            means: dict[str, float | None] = dict.fromkeys(FIGURES)
+            for figure, value in zip(self._figures, totals, strict=True):
+                means[figure] = value / (num_ce if figure == "ce" else num_kl)
+            found[name] = means
         return found
 
 
-def as_metrics(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Flat names for the tracker."""
+def as_metrics(scores: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+    """Flat names for the tracker, of what there is."""
     return {
         f"distill/heldout_{figure}/{name}": value
         for name, values in scores.items()
         for figure, value in values.items()
+        if value is not None
     }

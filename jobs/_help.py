@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import spec
-from conf import rules, schema, stages, tokenize
+from conf import rules, schema, stages, teach, tokenize
 from jobs._options import CONF_DIR, JOBS, Option, cluster_names, job_options
 from sparsify.errors import InputError
 
@@ -26,6 +26,7 @@ _SUMMARIES = {
     "quantize": "Quantize the model of run.from and leave every zero where it is.",
     "export": "Write the model of run.from as files to deploy.",
     "tokenize": "Turn training text into a store of token rows, once for many recoveries.",
+    "teach": "Sample a dense model's predictions of a token store, once for many recoveries.",
     "pretrain": "Train the small embedded model from scratch.",
 }
 _FROM = "run.from=runs/first"
@@ -48,6 +49,10 @@ _EXAMPLES = {
         "python -m jobs.tokenize model.path=/models/8b data.train=/data/text",
         "python -m jobs.tokenize 'data.mix=[7 a.jsonl,3 b.parquet]' tokenize.out=mix",
         "python -m jobs.tokenize data.train=/data/text --dry-run",
+    ),
+    "teach": (
+        "python -m jobs.teach model.path=/models/8b data.train=/data/tokens",
+        "python -m jobs.teach data.train=/data/tokens teach.num_samples=64 --dry-run",
     ),
     "pretrain": ("python -m jobs.pretrain out=models/small seed=1",),
 }
@@ -108,7 +113,8 @@ def _usage(job: str) -> str:
     words = "[KEY=VALUE]... [FLAG]"
     if job == "pretrain":
         return words
-    required = "" if job in ("prune", "tokenize") else "run.from=PATH "
+    needed = {"prune": "", "tokenize": "", "teach": "data.train=PATH "}
+    required = needed.get(job, "run.from=PATH ")
     return f"{required}[+cluster=NAME] {words}"
 
 
@@ -168,7 +174,7 @@ def _option_lines(options: list[Option], defaults: dict[str, Any]) -> list[str]:
 def _documentation() -> dict[tuple[str, str], str]:
     """(class, field) -> the string under the field; (class, '') -> first line of the class."""
     found: dict[tuple[str, str], str] = {}
-    for module in (schema, stages, tokenize, spec):
+    for module in (schema, stages, tokenize, teach, spec):
         tree = ast.parse(Path(module.__file__ or "").read_text(encoding="utf-8"))
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):

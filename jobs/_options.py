@@ -15,6 +15,7 @@ from typing import get_type_hints
 
 from conf import schema
 from conf.schema import Config, PretrainConfig, written_name
+from conf.teach import TeachJobConfig
 from conf.tokenize import TokenizeJobConfig
 from sparsify.errors import InputError
 
@@ -31,14 +32,21 @@ JOBS: dict[str, tuple[str, ...]] = {
         "data.text_field", "data.separator", "data.heldout_share", "data.sequence_length",
         "tokenize", "cluster",
     ),
+    "teach": (
+        "model.path", "model.dtype", "data.train", "data.isolate_documents", "teach", "cluster",
+    ),
     "pretrain": tuple(field.name for field in fields(PretrainConfig)),
 }  # fmt: skip
 """Job -> the groups and single options it uses; all others are refused on its command line."""
 
-_SCHEMAS = {"pretrain": PretrainConfig, "tokenize": TokenizeJobConfig}
+_SCHEMAS = {
+    "pretrain": PretrainConfig, "tokenize": TokenizeJobConfig, "teach": TeachJobConfig,
+}  # fmt: skip
 
 
-def config_class(job: str) -> type[Config] | type[PretrainConfig] | type[TokenizeJobConfig]:
+def config_class(
+    job: str,
+) -> type[Config] | type[PretrainConfig] | type[TokenizeJobConfig] | type[TeachJobConfig]:
     """The dataclass of a job's whole config."""
     return _SCHEMAS.get(job, Config)
 
@@ -119,7 +127,10 @@ def parse_overrides(job: str, words: list[str]) -> tuple[str | None, list[Overri
 def _split(job: str, word: str) -> tuple[str, str]:
     key, equals, text = word.partition("=")
     bare = key.lstrip("+~")
-    examples = {"pretrain": "seed=1", "tokenize": "tokenize.out=runs/tokens"}
+    examples = {
+        "pretrain": "seed=1", "tokenize": "tokenize.out=runs/tokens",
+        "teach": "teach.out=runs/teacher",
+    }  # fmt: skip
     example = examples.get(job, "run.dir=runs/first")
     if key.startswith("~"):
         raise InputError(

@@ -27,6 +27,7 @@ from jobs._schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rate
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
 from sparsify.fragments import Checkpoint
 from sparsify.head import Teacher
+from sparsify.head_terms import Sample
 from sparsify.health import SpikeGuard, SpikePolicy, checksum
 from sparsify.loss_terms import LossWeights, TokenCounts
 from sparsify.masks import PackedMasks, load_masks
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _DRAINED = "a node is being drained"
 _FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
+_NOT_SAMPLED = ("reverse_kl", "square_head", "agreement")  # what a teacher's samples do not say
 
 
 class Recovery:
@@ -50,7 +52,7 @@ class Recovery:
         config: of the run.
         engine: what `jobs._engine` made of the student.
         guard: holds the zeros.
-        teacher: the dense model, without gradients, in its two parts.
+        teacher: the dense model, without gradients, in its two parts; None: batches have samples.
         moving: lets the masks move for a part of the run; None where they stay.
         masks: keep masks to begin with.
         batches: the rows.
@@ -62,7 +64,7 @@ class Recovery:
 
     def __init__(
         self, context: WorkerContext, config: Config, engine: Any, guard: _engine.MaskGuard,
-        teacher: LanguageHead, moving: MovingMasks | None, masks: PackedMasks,
+        teacher: LanguageHead | None, moving: MovingMasks | None, masks: PackedMasks,
         batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     ) -> None:  # fmt: skip
         settings = config.distill
@@ -74,7 +76,9 @@ class Recovery:
         self._total = num_steps(config)
         self._guard, self._moving, self.batches = guard, moving, batches
         self._heldout = heldout
-        self._teacher, self._teacher_head = teacher.base, teacher.plain()
+        self._unknown = () if teacher else _NOT_SAMPLED
+        if teacher is not None:
+            self._teacher, self._teacher_head = teacher.base, teacher.plain()
         self._scratch = scratch
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
         self._forecast_at = {round(share * self._total) for share in FORECAST_SHARES}
@@ -172,8 +176,9 @@ class Recovery:
         weights = self._losses.at(step / self._total)
         sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self._context.device)
         parts = self.batches.micro_batches(batch, self._context.device)
-        for number, rows in enumerate(parts):
-            sums += self._backward(rows, weights, counts) / len(parts)
+        samples = self.batches.samples(batch, self._context.device)
+        for number, (rows, sample) in enumerate(zip(parts, samples, strict=True)):
+            sums += self._backward(rows, weights, counts, sample) / len(parts)
             if number + 1 < len(parts):
                 self.engine.step()
         values, request = self._exchange(step, sums)
@@ -184,6 +189,7 @@ class Recovery:
             self._guard.check()
         # NaN and infinity are no JSON: a step that was left out for them says null.
         seen = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        seen |= dict.fromkeys(self._unknown)
         norm = _engine.grad_norm(self.engine)
         done = step + 1
         figures: dict[str, Any] = {
@@ -204,22 +210,24 @@ class Recovery:
         return self._ready, self.batches.shares(self._ready_sums)
 
     def _backward(
-        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
-    ) -> torch.Tensor:  # fmt: skip
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts, sample: Sample | None
+    ) -> torch.Tensor:
         """Gradients of one micro-batch; the figures as float64 on the device."""
-        loss, values = self._forward(rows, weights, counts)
+        loss, values = self._forward(rows, weights, counts, sample)
         self.engine.backward(loss)
         values = {"loss": loss.detach(), **values}
         zero = loss.new_zeros(())
         return torch.stack([values.get(name, zero).double() for name in _FIGURES])
 
     def _forward(
-        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts,
+        sample: Sample | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
         """Loss and figures of some rows: the teacher's hidden states, then the student's loss."""
-        teacher, states = None, None
+        teacher: Teacher | Sample | None = sample
+        states = None
         hidden = weights.square_head > 0
-        if weights.uses_teacher_logits or hidden:
+        if sample is None and (weights.uses_teacher_logits or hidden):
             with torch.no_grad():
                 output = self._teacher(
                     input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False,

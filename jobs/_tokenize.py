@@ -8,7 +8,6 @@ manifest is written.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs._artifact import differences, write_json
 from jobs._builtin import BUILT_IN, SPLIT_BY_NAME, text_digest
 from jobs._fileparts import Part, cut_source, read_part
+from jobs._shards import begin, begun_records, read_record, require_same, write_record
 from jobs._sources import (
     content_fingerprint,
     gives_heldout,
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 MapShards = Callable[[Callable[..., Any], list[Any]], None]
 
 STATE = ".tokenize"
-_BEGUN = "begun.json"
 _HELD = "heldout.bin"
 _DIGEST_BYTES = 32
 _MIN_DOCUMENTS = 20  # fewer are split at the end of every document, as everywhere
@@ -120,7 +118,7 @@ def write_store(
     names = [[shard_name(i, j) for j in range(len(s.shards))] for i, s in enumerate(sources)]
     missing = {name for row in names for name in row if name not in done}
     if missing or not (out / MANIFEST).is_file():
-        _begin(out, settings, done)
+        begin(out, state, settings, [asdict(shard) for shard in done.values()])
         if any(source.is_filtered for source in sources):
             _write_digests(state / _HELD, heldout_digests(data))
         tasks = [
@@ -214,42 +212,12 @@ def _finished_shards(out: Path, settings: dict[str, Any]) -> dict[str, Shard]:
     """
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
-        _same_settings(out, manifest["settings"], settings, "the store")
+        require_same("tokenize.out", out, manifest["settings"], settings, "the store")
         shards = [Shard(**shard) for s in manifest["sources"] for shard in s["shards"]]
     else:
-        begun = out / STATE / _BEGUN
-        if begun.is_file():
-            was = json.loads(begun.read_text(encoding="utf-8"))
-            _same_settings(out, was, settings, "the interrupted store")
-        elif any(out.glob("[!.]*")):
-            raise InputError(
-                f"tokenize.out={out}: holds other files and no store; choose an empty folder"
-            )
-        records = sorted((out / STATE).glob("*.shard.json"))
-        shards = [Shard(**json.loads(path.read_text(encoding="utf-8"))) for path in records]
+        records = begun_records("tokenize.out", out, out / STATE, settings, "store")
+        shards = [Shard(**record) for record in records]
     return {shard.file: shard for shard in shards if is_whole(out, shard)}
-
-
-def _same_settings(out: Path, old: Any, new: dict[str, Any], what: str) -> None:
-    if changes := differences(old, new):
-        raise InputError(
-            f"tokenize.out={out}: {what} was made from something else ({'; '.join(changes)}); use "
-            "another tokenize.out=, go back to the old values, or remove the folder"
-        )
-
-
-def _begin(out: Path, settings: dict[str, Any], done: dict[str, Shard]) -> None:
-    """Turn the folder into one that is being written, if it is not."""
-    state = out / STATE
-    state.mkdir(exist_ok=True)
-    for shard in done.values():  # of a store with damaged shards, whose manifest goes now
-        _write_record(state, shard)
-    write_json(state / _BEGUN, settings)
-    (out / MANIFEST).unlink(missing_ok=True)
-
-
-def _write_record(state: Path, shard: Shard) -> None:
-    write_json(state / f"{shard.file}.shard.json", asdict(shard))
 
 
 # --- on the workers
@@ -263,7 +231,7 @@ def tokenize_shard(context: WorkerContext, task: ShardTask) -> dict[str, Any]:
     documents = _shard_documents(task)
     length = task.data.sequence_length
     shard = write_shard(task.folder, task.file, documents, tokenizer, length)
-    _write_record(task.folder / STATE, shard)
+    write_record(task.folder / STATE, asdict(shard))
     return asdict(shard)
 
 
@@ -315,8 +283,7 @@ def _finish(
     state = out / STATE
     made = []
     for source, row in zip(sources, names, strict=True):
-        records = [(state / f"{name}.shard.json").read_text(encoding="utf-8") for name in row]
-        shards = tuple(Shard(**json.loads(record)) for record in records)
+        shards = tuple(Shard(**read_record(state, name)) for name in row)
         made.append(StoreSource(source.label, source.weight, source.fingerprint, shards))
         dropped = sum(shard.num_dropped_tokens for shard in shards)
         if dropped > _DROPPED_SHARE * (dropped + made[-1].num_tokens):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jobs._pace import Pace
     from jobs._recovery import Recovery
     from jobs._stage import StageContext
+    from jobs._teacher import TeacherModel
+    from sparsify.sample_store import SampleCache
 
 _STORE, _HELDOUT = "rows", "heldout"
 
@@ -24,15 +26,18 @@ def identity(context: StageContext) -> dict[str, Any]:
     """What decides the recovered weights."""
     from jobs._sources import source_fingerprint
     from jobs._stage import fingerprints, given_masks, heldout_inputs
+    from jobs._teacher_cache import open_cache
     from sparsify.store import TokenStore
 
     config = context.config
     student = context.models.student("distill")
     given = given_store(config)
     train = TokenStore.open(given).digest if given else source_fingerprint(config.data, "train")
+    cache, settings = open_cache(config), context.settings("distill", "data")
+    settings["distill"].pop("teacher_cache")  # where it lies; what it holds is an input
     return {
         "config": {
-            **context.settings("distill", "data"),
+            **settings,
             **given_masks(config, student),
             "run.seed": config.run.seed,
         },
@@ -40,6 +45,7 @@ def identity(context: StageContext) -> dict[str, Any]:
             **heldout_inputs(context),
             **fingerprints({"student": student, "teacher": context.models.dense}),
             "train": train,
+            **({} if cache is None else {"teacher_cache": cache.digest}),
         },
     }
 
@@ -58,6 +64,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from jobs._artifact import take_json
     from jobs._gate import check_files, masks_of
     from jobs._rotation import teacher_rotation
+    from jobs._teacher_cache import open_cache, verify_file
     from sparsify.store import MANIFEST
 
     student, teacher = context.models.student("distill"), context.models.dense
@@ -67,16 +74,20 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     store = given.absolute() if given else writer.scratch / _STORE
     if given:
         _check_store(given, context.config, teacher)
+    cache = open_cache(context.config)
     every = context.config.distill.heldout_every_steps
     heldout = None if every is None else writer.scratch / _HELDOUT
     payload = {
         "config": context.worker_config, "student": student, "teacher": teacher,
         "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
-        "heldout": heldout, "run_dir": context.run_dir,
+        "heldout": heldout, "run_dir": context.run_dir, "cache": cache,
     }  # fmt: skip
     cluster = context.cluster  # started before the relay: ray.init takes SIGTERM for itself
     if not all((folder / MANIFEST).is_file() for folder in (store, heldout) if folder):
         cluster.run_tasks("distill", prepare_rows, [payload], "sources tokenised")
+    if cache is not None:
+        files = [(cache, index) for index in range(len(cache.shards))]
+        cluster.run_tasks("distill", verify_file, files, "files of the teacher's cache read")
     with SignalRelay(context.run_dir, context.display.say):
         cluster.run_workers("distill", distill_on_worker, payload, writer.train_storage)
     curve = take_json(writer.folder / "curve.json")
@@ -171,6 +182,7 @@ def _prepare(
     from jobs._heldout import Heldout
     from jobs._models import load_student
     from jobs._teacher import load_teacher
+    from jobs._teacher_cache import check_words
     from sparsify.models.load import load_tokenizer
     from sparsify.store import TokenStore
 
@@ -178,20 +190,28 @@ def _prepare(
     settings, store = config.distill, TokenStore.open(payload["store"])
     split = Partitioner(settings, context.world_size, context.device == "cuda")
     student = load_student(payload["student"], config, context, split)
-    teacher = load_teacher(
-        payload["teacher"], settings, payload["rotation"], context, store.rows([0]),
-        config.data.isolate_documents,
-    )  # fmt: skip
+    cache: SampleCache | None = payload.get("cache")
+    teacher_kl: float | None = None
+    teacher: TeacherModel | SampleCache
+    if cache is not None:
+        check_words(cache, student.model)
+        teacher = cache
+    else:
+        teacher = load_teacher(
+            payload["teacher"], settings, payload["rotation"], context, store.rows([0]),
+            config.data.isolate_documents,
+        )  # fmt: skip
+        teacher_kl = teacher.float8_kl
     heldout = payload.get("heldout") and Heldout(
         TokenStore.open(payload["heldout"]), context.rank, context.world_size,
-        settings.micro_batch_size, context.device,
+        settings.micro_batch_size, context.device, cache is None,
     )  # fmt: skip
     recovery = build_recovery(
         context, config, student, teacher, store, heldout, pace, payload["scratch"],
         payload["run_dir"],
     )  # fmt: skip
     tokenizer = load_tokenizer(payload["student"])
-    return recovery, tokenizer, str(student.pattern), teacher.float8_kl
+    return recovery, tokenizer, str(student.pattern), teacher_kl
 
 
 def _write(

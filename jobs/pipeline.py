@@ -233,6 +233,7 @@ def _check_inputs(config: Config, models: _stage.Models) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from jobs._sources import source_fingerprint
+    from jobs._teacher_cache import check_cache
     from sparsify.calibrate import prunable_linears
     from sparsify.models.load import (
         check_checkpoint,
@@ -251,6 +252,8 @@ def _check_inputs(config: Config, models: _stage.Models) -> None:
         model = AutoModelForCausalLM.from_config(model_config)
     check_vocabulary(model, tokenizer, str(models.dense))
     source_fingerprint(config.data, "calibration")
+    if "distill" in config.stages:
+        check_cache(config, models.dense)
     if "prune" in config.stages:
         pattern = Pattern.parse(config.prune.pattern)
         for _, name, module in prunable_linears(model, config.prune.skip):

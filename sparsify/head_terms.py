@@ -50,6 +50,13 @@ class Sample:
     temperature: float
     """divisor of the teacher's logits when it was drawn"""
 
+    def to(self, device: torch.device | str) -> Sample:
+        """The same sample on `device`."""
+        return Sample(
+            self.ids_NK.to(device), self.weights_NK.to(device), self.entropy_N.to(device),
+            self.temperature,
+        )  # fmt: skip
+
 
 class TokenTerms:
     """The terms of one call of `head_loss`, chunk by chunk.

@@ -186,6 +186,15 @@ class TokenStore:
         """Tokens of all rows."""
         return len(self) * self.sequence_length
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """All its files, in the order in which their rows are numbered."""
+        return tuple(self._shards)
+
+    def shard_rows(self, index: int) -> range:
+        """The numbers of the rows of one of `shards`."""
+        return range(int(self._first_rows[index]), int(self._first_rows[index + 1]))
+
     def order(self, seed: int) -> TrainingOrder:
         """The training order over the store's sources by their weights; its rows are `rows`'s."""
         num_rows = [source.num_rows for source in self.sources]
@@ -200,9 +209,13 @@ class TokenStore:
         Cost: reads the whole store once.
         """
         for shard in self._shards:
-            self._data_start(shard)
-            if file_sha256(self.folder / shard.file) != shard.sha256:
-                raise self._damaged(shard, "its SHA-256 changed since it was written")
+            self.verify_shard(shard)
+
+    def verify_shard(self, shard: Shard) -> None:
+        """`verify` for one of `shards`."""
+        self._data_start(shard)
+        if file_sha256(self.folder / shard.file) != shard.sha256:
+            raise self._damaged(shard, "its SHA-256 changed since it was written")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
         """Require the tokenizer that made the store.

@@ -1,5 +1,7 @@
 """A teacher's predictions as a few random token ids per position, for runs that share a teacher.
 
+How they are kept on disk is in `sparsify.sample_store`.
+
 K ids are drawn per token and weighted so that the sample stands for the teacher's distribution
 without bias: for every v, E[sum_k weight_k [id_k = v]] = p_v. So the gradient of the forward KL is
 right on average, which keeping the K likeliest ids cannot give (Random Sampling KD, Anshumann et
@@ -10,18 +12,13 @@ vocabulary, K samples.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sparsify.errors import InputError
-from sparsify.files import write_tensors
-from sparsify.head import CHUNK_TOKENS, Teacher, chunks
+from sparsify.head import CHUNK_TOKENS, HeadProducts, Teacher, chunks
 from sparsify.head_terms import Sample
-
-_FORMAT = "twofour teacher sample 1"
+from sparsify.kernels.precision import float32_products
 
 
 @torch.no_grad()
@@ -49,8 +46,8 @@ def draw(
     Raises:
         InputError: a setting out of range.
 
-    Cost: the teacher's head once, with about four buffers of a chunk's logits. A file of it takes
-    8 K + 4 bytes per token.
+    Cost: the teacher's head once, with about four buffers of a chunk's logits in float32; half
+    precision on a GPU is multiplied on tensor cores. A file of it takes 8 K + 4 bytes per token.
     """
     if num_samples < 1:
         raise InputError(f"teacher sample: {num_samples} samples per token; draw at least 1")
@@ -59,10 +56,16 @@ def draw(
             f"teacher sample: temperature {temperature} and flatness {flatness}; the first must be "
             "over 0, the second at least 1"
         )
-    hidden_ND = teacher.hidden_ND.flatten(0, -2)
+    head = teacher.head
+    dtype = torch.promote_types(teacher.hidden_ND.dtype, torch.float32)
+    products = HeadProducts(teacher.hidden_ND, head.weight_VD, dtype)
     ids, weights, entropies = [], [], []
-    for tokens in chunks(len(hidden_ND), chunk_tokens):
-        log_p_CV = (teacher.head.logits(hidden_ND[tokens]) / temperature).log_softmax(-1)
+    for tokens in chunks(len(products.hidden_ND), chunk_tokens):
+        hidden_CD = products.chunk(tokens)
+        z_CV = hidden_CD.new_empty((len(hidden_CD), len(head.weight_VD)), dtype=dtype)
+        with float32_products():
+            products.logits_(z_CV, hidden_CD, head.bias_V)
+        log_p_CV = head.transform.apply_(z_CV).div_(temperature).log_softmax(-1)
         p_CV = log_p_CV.exp()
         # 0 log 0 is 0: a capped or very cold teacher gives some ids no chance in float32.
         entropies.append(-(p_CV * log_p_CV).nan_to_num(0.0).sum(-1))
@@ -80,43 +83,3 @@ def rows_of(sample: Sample, tokens: Tensor | slice) -> Sample:
         sample.ids_NK[tokens], sample.weights_NK[tokens], sample.entropy_N[tokens],
         sample.temperature,
     )  # fmt: skip
-
-
-def save_sample(path: Path, sample: Sample, rows_sha256: str) -> None:
-    """Write a sample as safetensors: int32 ids, float32 weights and entropies.
-
-    Args:
-        path: the file; it is the old one or the whole new one, whatever happens.
-        sample: of all tokens, row after row.
-        rows_sha256: hash of the rows that the teacher read, checked when it is loaded.
-    """
-    tensors = {
-        "ids": sample.ids_NK.cpu().to(torch.int32).contiguous(),
-        "weights": sample.weights_NK.cpu().float().contiguous(),
-        "entropy": sample.entropy_N.cpu().float().contiguous(),
-    }
-    metadata = {"format": _FORMAT, "rows_sha256": rows_sha256}
-    write_tensors(path, tensors, metadata | {"temperature": repr(sample.temperature)})
-
-
-def load_sample(path: Path, rows_sha256: str, tokens: slice = slice(None)) -> Sample:
-    """Read a sample, or the part of some consecutive tokens, without reading the rest.
-
-    Raises:
-        InputError: no such file, not a sample, or one of other rows.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file; draw a sample of the teacher first")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise InputError(f"{path}: not a sample of a teacher ({_FORMAT!r}); draw one")
-        if metadata["rows_sha256"] != rows_sha256:
-            raise InputError(
-                f"{path}: drawn for other rows (hash {metadata['rows_sha256'][:12]}, these are "
-                f"{rows_sha256[:12]}); draw a sample for these"
-            )
-        return Sample(
-            file.get_slice("ids")[tokens].long(), file.get_slice("weights")[tokens],
-            file.get_slice("entropy")[tokens], float(metadata["temperature"]),
-        )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
-JOBS = ("prune", "distill", "evaluate", "quantize", "export", "tokenize", "pretrain")
+JOBS = ("prune", "distill", "evaluate", "quantize", "export", "tokenize", "teach", "pretrain")
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -96,11 +96,12 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     Args:
         base: holds the folders `student`, `teacher` and `rows`.
         out: the run's folder.
-        settings: of `DistillConfig`.
+        settings: of `DistillConfig`; with `heldout_every_steps`, the rows are held out too.
     """
     from conf.schema import Config, DataConfig
     from conf.stages import DistillConfig
     from jobs._pace import Pace
+    from jobs._teacher_cache import open_cache
     from jobs.distill import _prepare
 
     scratch = out / "scratch"
@@ -115,7 +116,8 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     payload = {
         "config": config, "student": base / "student", "teacher": base / "teacher",
         "rotation": None, "folder": out, "scratch": scratch, "store": base / "rows",
-        "run_dir": out,
+        "run_dir": out, "cache": open_cache(config),
+        "heldout": base / "rows" if config.distill.heldout_every_steps else None,
     }  # fmt: skip
     torch.manual_seed(config.run.seed)
     pace = Pace(worker, config.distill, scratch, LENGTH)

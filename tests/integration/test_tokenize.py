@@ -91,7 +91,7 @@ def test_a_bad_record_on_a_worker_is_one_line(run_job, overrides, tmp_path: Path
 
 
 _DYING = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from cluster.errors import WorkFailedError
 from cluster.ray_backend import RayCluster
@@ -106,12 +106,19 @@ def work(context, payload):
         os._exit(9)
     return {"index": index}
 
+def nap(context, payload):
+    begun_s = time.time()
+    time.sleep(0.2)
+    return begun_s, time.time()
+
 told = []
 root = Path(sys.argv[2])  # what a Ray that is joined needs to import the work's helpers
-with RayCluster(ClusterSpec(max_failures=1), "dying", root, told.append) as cluster:
+with RayCluster(ClusterSpec(num_workers=1, max_failures=1), "dying", root, told.append) as cluster:
     payloads = [(index, sys.argv[1]) for index in range(3)]
     print(">", map_shards(cluster, "some", work, payloads[:2], "shards"))
     print(">", [event["text"] for event in told if event["kind"] == "warning"])
+    naps = cluster.run_tasks("naps", nap, range(4), "naps")
+    print(">", all(end <= begin for (_, end), (begin, _) in zip(naps, naps[1:])))
     try:
         map_shards(cluster, "some", work, payloads[2:], "shards")
     except WorkFailedError as error:
@@ -126,7 +133,10 @@ def test_a_worker_that_dies_is_replaced_but_not_for_ever(environment, tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
-    results, warnings, failure = lines  # Ray itself has something to say between them
+    results, warnings, is_one_at_a_time, failure = (
+        lines  # Ray itself has something to say between them
+    )
     assert results == "[{'index': 0}, {'index': 1}]"
     assert warnings == "['some: a worker was lost; doing its part again']"
+    assert is_one_at_a_time == "True", "one worker, whatever the cores of the cluster"
     assert failure.startswith("WorkerLost some: workers kept dying, 2 times at one of the shards")

@@ -1,4 +1,4 @@
-"""Samples of a teacher: unbiased gradients where the likeliest ids alone are biased, and files."""
+"""Samples of a teacher: unbiased gradients where the likeliest ids alone are biased."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsify.errors import InputError
 from sparsify.head import Head, Teacher, head_loss
 from sparsify.head_terms import Sample
 from sparsify.loss_terms import LossWeights, TokenCounts
-from sparsify.teacher_cache import draw, load_sample, rows_of, save_sample
+from sparsify.teacher_cache import draw
 
 NUM_TOKENS, NUM_WORDS, WIDTH, NUM_SAMPLES = 6, 40, 8, 4
 COUNTS = TokenCounts(kl=float(NUM_TOKENS), ce=0.0)
@@ -97,23 +97,6 @@ def test_draws_depend_on_the_generator_alone_and_weights_add_up():
     assert torch.allclose(one.weights_NK, torch.full((NUM_TOKENS, 5), 0.2))
     expected = whole(teacher).entropy_N
     assert torch.allclose(one.entropy_N, expected, rtol=1e-5)
-
-
-def test_files_give_back_what_was_drawn(tmp_path):
-    _, _, teacher = problem()
-    sample = draw(teacher, 5, torch.Generator().manual_seed(3), temperature=2.0, flatness=1.5)
-    path = tmp_path / "sample.safetensors"
-    save_sample(path, sample, "a" * 64)
-    found = load_sample(path, "a" * 64)
-    part = load_sample(path, "a" * 64, slice(2, 5))
-    for field in ("ids_NK", "weights_NK", "entropy_N"):
-        assert torch.equal(getattr(found, field), getattr(sample, field))
-        assert torch.equal(getattr(part, field), getattr(rows_of(sample, slice(2, 5)), field))
-    assert found.temperature == part.temperature == 2.0
-    with pytest.raises(InputError, match="drawn for other rows"):
-        load_sample(path, "b" * 64)
-    with pytest.raises(InputError, match="there is no such file"):
-        load_sample(tmp_path / "other", "a" * 64)
 
 
 def test_what_a_sample_cannot_do_is_refused():

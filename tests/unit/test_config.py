@@ -27,6 +27,7 @@ from conf.schema import (
     default_run_dir,
     to_dict,
 )
+from conf.teach import TeachConfig, TeachJobConfig
 from conf.tokenize import TokenizeConfig, TokenizeJobConfig
 from jobs._entry import load_config
 from jobs._options import CONF_DIR, JOBS, cluster_names, job_options
@@ -47,6 +48,11 @@ def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def cached(**settings: Any) -> DistillConfig:
+    """A recovery from the cache `c`."""
+    return DistillConfig(**{"teacher_cache": "c", **settings})
+
+
 # --- YAML and schema describe the same options
 
 
@@ -63,6 +69,12 @@ def test_tokenize_yaml_covers_the_block_of_its_own() -> None:
     written = read_yaml(CONF_DIR / "tokenize.yaml")
     assert written["tokenize"] == to_dict(TokenizeConfig())
     assert set(written) == {"defaults", "tokenize"}
+
+
+def test_teach_yaml_covers_the_block_of_its_own() -> None:
+    written = read_yaml(CONF_DIR / "teach.yaml")
+    assert written["teach"] == to_dict(TeachConfig())
+    assert set(written) == {"defaults", "teach"}
 
 
 @pytest.mark.parametrize("name", cluster_names())
@@ -83,7 +95,9 @@ def test_no_defaults_list_names_a_cluster(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
-@pytest.mark.parametrize("job", [job for job in JOBS if job not in ("pretrain", "tokenize")])
+@pytest.mark.parametrize(
+    "job", [job for job in JOBS if job not in ("pretrain", "tokenize", "teach")]
+)
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     config = load_config(job, [f"+cluster={cluster}", *([] if job == "prune" else [FROM])])
     assert isinstance(config, Config)
@@ -100,6 +114,17 @@ def test_tokenize_composes_on_every_cluster(cluster: str) -> None:
     whole = load_config("prune", [f"+cluster={cluster}"])
     assert isinstance(whole, Config)
     assert config.data == whole.data
+
+
+@pytest.mark.parametrize("cluster", cluster_names())
+def test_teach_composes_on_every_cluster(cluster: str) -> None:
+    config = load_config("teach", [f"+cluster={cluster}", "data.train=tokens", "teach.seed=5"])
+    assert isinstance(config, TeachJobConfig)
+    assert config.cluster.name == cluster
+    assert config.teach == TeachConfig(seed=5)
+    whole = load_config("prune", [f"+cluster={cluster}"])
+    assert isinstance(whole, Config)
+    assert config.model == whole.model, "GPUs hold the teacher in bfloat16"
 
 
 def test_composed_config_holds_only_plain_values() -> None:
@@ -281,6 +306,27 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: QuantizeConfig(damping=0), ["quantize.damping=0"]),
         (lambda: TrackerConfig(wandb="on"), ["tracker.wandb=on", "auto, online, offline, off"]),
         (lambda: TrackerConfig(project="a/b"), ["tracker.project=a/b", "refuses /"]),
+        # teach, and what its cache cannot say
+        (lambda: TeachConfig(out=" "), ["teach.out", "empty"]),
+        (lambda: TeachConfig(num_samples=0), ["teach.num_samples=0", "at least 1"]),
+        (lambda: TeachConfig(batch_size=0), ["teach.batch_size=0", "at least 1"]),
+        (lambda: TeachConfig(temperature=0.0), ["teach.temperature=0.0", "more than 0"]),
+        (lambda: TeachConfig(flatness=0.5), ["teach.flatness=0.5", "at least 1"]),
+        (lambda: TeachConfig(seed=-1), ["teach.seed=-1", "at least 0"]),
+        (lambda: TeachJobConfig(), ["data.train: is required", "jobs.tokenize"]),
+        (lambda: cached(teacher_cache=" "), ["distill.teacher_cache", "is empty"]),
+        (lambda: cached(reverse_kl_weight=1.0), ["teacher_cache=c", "reverse_kl_weight=0"]),
+        (lambda: cached(square_head_weight=1.0), ["no hidden states", "square_head_weight=0"]),
+        (
+            lambda: cached(schedule=["square_head_weight:1@0.5"]),
+            ["square_head_weight=0", "distill.schedule"],
+        ),
+        (lambda: cached(kl_weight=0.0, ce_weight=1.0), ["only the KL term reads it"]),
+        (
+            lambda: cached(schedule=["temperature:2@0.5"]),
+            ["one temperature", "from 1 to 2", "leave it out of the schedule"],
+        ),
+        (lambda: cached(teacher_dtype="float8"), ["teacher_dtype=float8", "no teacher is loaded"]),
         # tokenize
         (lambda: TokenizeConfig(out=" "), ["tokenize.out", "empty"]),
         (lambda: TokenizeConfig(shard_bytes=0), ["tokenize.shard_bytes=0", "at least 1"]),

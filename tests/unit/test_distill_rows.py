@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,13 @@ from conf.schema import Config, DataConfig
 from conf.stages import DistillConfig
 from jobs._batches import Batches
 from jobs.distill import prepare_rows
+from sparsify.flops import count_flops
+from sparsify.head_terms import Sample
 from sparsify.loss_terms import TokenCounts
+from sparsify.models.load import load_model, load_tokenizer
+from sparsify.sample_store import SampleCache, SampleFacts, write_sample_manifest, write_samples
 from sparsify.store import TokenStore
+from sparsify.store_write import write_rows
 from sparsify.text import TokenRows
 
 
@@ -61,3 +67,37 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
             assert (whole.kl, whole.ce) == (8 * 16, 8 * 15)
         assert rows.ids_NT.dtype == rows.positions_NT.dtype == torch.int64
     assert sorted(seen) == list(range(24)), "every row once"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_samples_are_those_of_the_rows_and_the_teacher_costs_nothing(
+    world_size: int, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_model_dir)
+    generator = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(len(tokenizer), (24, 16), generator=generator)
+    write_rows(tmp_path / "rows", {"train": TokenRows.whole(ids_NT)}, tokenizer, 16)
+    store = TokenStore.open(tmp_path / "rows")
+    # The sample of a token is the token itself, so that the two can be held against each other.
+    facts = SampleFacts(store.digest, "", "float32", 1, 1.0, 1.0, 0, True, 16, len(tokenizer))
+    one, entropy = torch.ones(16, 1), torch.zeros(16)
+    samples = (Sample(row[:, None], one, entropy, 1.0) for row in ids_NT)
+    shard = write_samples(tmp_path / "samples", samples, 24, facts)
+    write_sample_manifest(tmp_path, facts, [shard])
+    cache = SampleCache.open(tmp_path)
+    settings = DistillConfig(num_tokens=384, batch_size=8, micro_batch_size=2)
+    flops = count_flops(load_model(tiny_model_dir))
+    for rank in range(world_size):
+        worker = Batches(store, settings, 0, rank, world_size, True, (flops, None), cache)
+        taught = Batches(store, settings, 0, rank, world_size, True, (flops, flops))
+        for step in range(3):
+            batch = worker.at(step)
+            parts, drawn = worker.micro_batches(batch, "cpu"), worker.samples(batch, "cpu")
+            assert len(parts) == len(drawn) == 4 // world_size
+            for rows, sample in zip(parts, drawn, strict=True):
+                assert sample is not None
+                assert torch.equal(sample.ids_NK[:, 0], rows.ids_NT.flatten())
+            plain = taught.at(step)
+            assert taught.samples(plain, "cpu") == [None] * len(parts)
+            # Three forwards of the student in place of four of two equal models.
+            assert 4 * batch.own[2] == 3 * plain.own[2]

@@ -94,6 +94,11 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("tokenize", ["tokenize.shard_byte=1"], ["did you mean tokenize.shard_bytes"]),
         ("tokenize", ["tokenize.shard_bytes"], ["give it a value"]),
         ("tokenize", ["foo"], ["such as tokenize.out=runs/tokens"]),
+        ("teach", [], ["data.train: is required", "python -m jobs.tokenize"]),
+        ("teach", ["teach.num_sample=1"], ["did you mean teach.num_samples"]),
+        ("teach", ["distill.temperature=2"], ["not used by jobs.teach", "teach"]),
+        ("teach", ["foo"], ["such as teach.out=runs/teacher"]),
+        ("teach", ["data.train=x", "model.dtype=float16"], ["needs GPUs"]),
         ("distill", [FROM, "stages=[distill]"], ["its one stage", "jobs.prune 'stages=[...]'"]),
         # syntax
         ("prune", ["foo"], ["foo: is not key=value"]),
@@ -342,7 +347,7 @@ def test_every_example_in_help_is_accepted(run: Any, pipeline: Any) -> None:
         for example in examples:
             python, flag, module, *argv = shlex.split(example)
             assert (python, flag, module) == ("python", "-m", f"jobs.{job}")
-            if job not in ("pretrain", "tokenize"):  # those two do not go through the pipeline
+            if job not in ("pretrain", "tokenize", "teach"):  # those do not go through the pipeline
                 assert run(job, *argv).code == 0, example
             else:
                 load_config(job, [word for word in argv if word != "--dry-run"])

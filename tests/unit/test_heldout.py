@@ -69,6 +69,14 @@ def test_scores_are_means_over_each_domain_on_any_number_of_workers(
         expected = rows.ids_NT[rows.is_taught_NT].double().sum()
         assert sums[0] == expected, name
         assert sums[3] == rows.is_taught_NT.sum()
+    if world_size == 1:  # without a teacher
+        values = {"ce": torch.tensor(6.0)}
+        scored = Heldout(store, 0, 1, 100, "cpu", has_teacher=False).score(
+            lambda rows, weights, counts: values if weights.kl == 0 else {}, lambda sums: sums
+        )
+        num_ce = int(store.rows(range(8)).has_next_NT.sum())
+        assert scored["cats.txt"] == {"kl": None, "ce": 6.0 / num_ce, "agreement": None}
+        assert sorted(as_metrics(scored)) == [f"distill/heldout_ce/{n}" for n in scored]
     if world_size == 1:
         found = Heldout(store, 0, 1, 3, "cpu").score(forward, lambda values: values)
         rows = store.rows(range(8))

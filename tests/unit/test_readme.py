@@ -35,8 +35,8 @@ BLOCKS = _FENCE.findall(README)
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _FENCE.sub("", README))]
 LINES = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [text for text in (*LINES, *SPANS) if text.startswith("python -m ")]
-GROUPS = [*(field.name for field in fields(Config)), "tokenize"]
-OPTIONS = {**job_options("prune"), **job_options("tokenize")}
+GROUPS = [*(field.name for field in fields(Config)), "tokenize", "teach"]
+OPTIONS = {**job_options("prune"), **job_options("tokenize"), **job_options("teach")}
 
 
 def no_duplicates(texts: list[str]) -> list[str]:

@@ -195,7 +195,7 @@ def test_killed_anywhere_and_started_again(job, tmp_path, monkeypatch, phase, nu
     if phase == "write_manifest":
         kill_in(_tokenize, "write_manifest", after=0)
     elif phase == "before record":
-        kill_in(_tokenize, "_write_record")
+        kill_in(_tokenize, "write_record")
     else:
         kill_in(store_write, "write_tensors")
     folder = tmp_path / "killed"
