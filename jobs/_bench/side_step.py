@@ -59,6 +59,10 @@ class Here:
 
     alert = warn
 
+    def is_draining(self) -> bool:
+        """Whether the node is being taken away: there is none."""
+        return False
+
 
 @dataclass
 class Sides:
