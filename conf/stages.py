@@ -161,6 +161,8 @@ class DistillConfig:
     """seconds before that limit in which no step is begun any more"""
     hang_after_s: float = 120.0
     """least seconds without a step after which a worker counts as hung and is restarted"""
+    pause_limit_s: float = 3600.0
+    """seconds without an end after which a save, a rollback or a held-out score counts as hung"""
     checksum_every_steps: int | None = 100
     """steps between two comparisons of the workers' copies of the weights; null = never"""
     on_bad_step: str = "rollback"
@@ -207,6 +209,7 @@ class DistillConfig:
             rules.in_range(f"distill.{name}", getattr(self, name), low=0)
         for name in (
             "learning_rate", "max_grad_norm", "temperature", "mtbf_hours", "hang_after_s",
+            "pause_limit_s",
         ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), above=0)
         weights = ("kl_weight", "reverse_kl_weight", "ce_weight", "square_head_weight")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,22 @@ def test_a_stopped_worker_ends_the_others_with_word_of_where_they_waited(base, t
     assert "the limit is 3.0 s" in stacks
     assert "_recovery.py" in stacks
     assert finished_steps(tmp_path / "scratch") == [4]
+
+
+def train_with_a_dead_disk(rank: int, base: Path, out: Path) -> None:
+    """The second save waits for the write of the first, which never ends."""
+    recovery, _ = make_recovery(base, out, pause_limit_s=1.0, checkpoint_every_steps=2)
+    _checkpoint.write_fragments = lambda *_: threading.Event().wait()
+    recovery.train()
+
+
+def test_a_save_that_hangs_ends_its_worker_with_word_of_where_it_waited(base, tmp_path) -> None:
+    codes = exit_codes(2, train_with_a_dead_disk, base, tmp_path)
+    assert codes == [EXIT_HANG] * 2
+    stacks = (tmp_path / "scratch/stacks-rank-00000.txt").read_text(encoding="utf-8")
+    assert "the limit is 1.0 s" in stacks
+    assert "in _save" in stacks
+    assert finished_steps(tmp_path / "scratch") == []
 
 
 def train_with_faults(rank: int, base: Path, out: Path) -> None:
