@@ -12,7 +12,7 @@ from safetensors import safe_open
 from conf.stages import PruneConfig
 from jobs._stage import MASKS, PACKED, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks import infer_masks, load_masks
+from sparsify.masks import infer_masks, load_masks, masks_of_largest
 from sparsify.pack import load_packed
 from sparsify.pattern import Pattern, require_pattern
 
@@ -90,13 +90,16 @@ def check_weight(
 
 
 def masks_of(
-    folder: Path, model: Any = None, fallback: PruneConfig | None = None
+    folder: Path,
+    model: Any = None,
+    fallback: PruneConfig | None = None,
+    may_be_dense: bool = False,
 ) -> tuple[dict[str, Any], Pattern]:
     """Masks and pattern of a sparse model folder.
 
     They come from the folder's own files; a model that was pruned elsewhere has neither, and its
     masks are read from the zeros of `model`, which must fit the pattern of `fallback` exactly
-    except in the layers that it skips.
+    except in the layers that it skips; or where it may be dense, from its largest weights.
     """
     sparsity = read_sparsity(folder)
     if sparsity is None:
@@ -105,4 +108,5 @@ def masks_of(
     pattern = Pattern.parse(sparsity["pattern"])
     if (folder / MASKS).is_file():
         return load_masks(folder / MASKS), pattern
-    return infer_masks(model, pattern, fallback.skip if fallback else ()), pattern
+    find = masks_of_largest if may_be_dense else infer_masks
+    return find(model, pattern, fallback.skip if fallback else ()), pattern

@@ -294,8 +294,9 @@ class Recovery:
         moving, settings = self._moving, self._settings
         if moving is None or moving.is_frozen:
             return
-        if step < round(settings.moving_share * self._total):
-            if step % settings.mask_refresh_steps == 0:
+        # One step at least with masks that stay, and so with zeros that are proven.
+        if step < min(round(settings.moving_share * self._total), self._total - 1):
+            if step and step % settings.mask_refresh_steps == 0:
                 moving.refresh()
             return
         moving.freeze()

@@ -61,8 +61,9 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from sparsify.store import MANIFEST
 
     student, teacher = context.models.student("distill"), context.models.dense
-    weight = context.config.distill.losses().peak("square_head")
-    rotation = teacher_rotation(student, teacher, weight)
+    settings = context.config.distill
+    weight = settings.losses().peak("square_head")
+    rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
     given = given_store(context.config)
     store = given.absolute() if given else writer.scratch / _STORE
     if given:
@@ -168,13 +169,12 @@ def _prepare(
     """Student in its engine, teacher in its place, rows: a recovery that has yet to begin."""
     from jobs import _engine
     from jobs._batches import Batches
-    from jobs._gate import masks_of
     from jobs._heldout import Heldout
     from jobs._recovery import Recovery
+    from jobs._start import first_masks_, load_student
     from jobs._teacher import load_teacher, place_teacher
-    from sparsify.masks import apply_masks_, mask_gradients
+    from sparsify.masks import mask_gradients
     from sparsify.models.head import DistillStudent, check_head
-    from sparsify.models.load import load_pair
     from sparsify.models.packed import check_isolation
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
     from sparsify.moving import MovingMasks
@@ -182,8 +182,9 @@ def _prepare(
 
     config: Config = payload["config"]
     settings = config.distill
-    student, tokenizer = load_pair(payload["student"], "float32", context.device)
-    teacher = load_teacher(payload["teacher"], settings, payload["rotation"], context)
+    folder, rotation = payload["student"], payload["rotation"]
+    student, tokenizer = load_student(config, folder, payload["teacher"], rotation, context.device)
+    teacher = load_teacher(payload["teacher"], settings, rotation, context)
     if config.data.isolate_documents:
         check_isolation(student)
         check_isolation(teacher)
@@ -197,8 +198,7 @@ def _prepare(
     )  # fmt: skip
     found = check_head(teacher)
     teacher_kl = place_teacher(teacher, settings, context, batches.at(0).rows)
-    masks, pattern = masks_of(payload["student"], student, config.prune)
-    apply_masks_(student, masks)
+    masks, pattern = first_masks_(config, folder, student, context)
     prepare_student(student)
     recompute_layers(student, settings.recompute_share)
     if settings.compile:
@@ -213,7 +213,8 @@ def _prepare(
     is_gpu = context.device == "cuda"
     engine = _engine.build_engine(wrapped, settings, context.world_size, is_gpu)
     guard = _engine.MaskGuard(engine, masks)
-    guard.clear()
+    if moving is None:
+        guard.clear()
     recovery = Recovery(
         context, config, engine, guard, found, moving, masks, batches, heldout, pace,
         payload["scratch"], payload["run_dir"],

@@ -206,22 +206,55 @@ def infer_masks(
     Raises:
         InputError: a layer does not satisfy the pattern; names layer, row and column.
     """
-    prefix, blocks = find_blocks(model)
     masks = {}
-    for name, module in blocks.named_modules(prefix=prefix):
-        if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in skip):
-            continue
-        weight = module.weight.detach()
-        check_divides(name, weight.shape[1], pattern)
+    for name, weight in _block_weights(model, pattern, skip):
         violation = find_violation(weight, pattern)
         if violation is not None:
             row, column = violation
             raise InputError(
                 f"{name}: not pruned to {pattern} (row {row}, from column {column}: too many "
-                "non-zero weights); prune the model first, or skip this layer"
+                "non-zero weights); prune the model first, skip this layer, or let masks move from "
+                "dense weights (distill.moving_share)"
             )
         masks[name] = keep_mask_from_scores(weight.abs(), pattern)
     return masks
+
+
+def masks_of_largest(
+    model: nn.Module, pattern: Pattern, skip: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Masks that keep the largest |W| of every group (or row) of a model's block linears.
+
+    Of a model that satisfies the pattern they are those of `infer_masks`; of any other one the
+    weights behind them are alive. Arguments and result as there.
+
+    Raises:
+        InputError: a layer's width does not divide into groups.
+    """
+    return {
+        name: keep_mask_from_scores(weight.abs(), pattern)
+        for name, weight in _block_weights(model, pattern, skip)
+    }
+
+
+def num_alive(model: nn.Module, masks: dict[str, torch.Tensor]) -> int:
+    """Weights behind the masks that are not zero; arguments and errors as `mask_gradients`."""
+    return sum(
+        int(torch.count_nonzero(weight.detach().masked_fill(keep_mask.to(weight.device), 0)))
+        for weight, keep_mask in _weights(model, masks)
+    )
+
+
+def _block_weights(
+    model: nn.Module, pattern: Pattern, skip: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(full layer name, weight) of the block linears that are not skipped, widths checked."""
+    prefix, blocks = find_blocks(model)
+    for name, module in blocks.named_modules(prefix=prefix):
+        if isinstance(module, nn.Linear) and not any(fnmatchcase(name, glob) for glob in skip):
+            weight = module.weight.detach()
+            check_divides(name, weight.shape[1], pattern)
+            yield name, weight
 
 
 class _GradientMask:
