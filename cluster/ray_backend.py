@@ -174,12 +174,12 @@ class RayCluster:
         spec, failures = self.spec, FailureLog(self.spec.max_failures)
         attempt = 0
         while True:
-            ray.get(self._board.clear.remote())
+            board = self.cleared_board()
             suffix = f" (restart {attempt})" if attempt else ""
             trainer = TorchTrainer(
                 _train_loop,
                 train_loop_config={
-                    "board": self._board, "name": name, "spec": spec, "work": work,
+                    "board": board, "name": name, "spec": spec, "work": work,
                     "payload": payload,
                 },
                 torch_config=TorchConfig(backend="nccl" if spec.uses_gpu else "gloo"),
@@ -194,7 +194,7 @@ class RayCluster:
                     failure_config=FailureConfig(max_failures=0),
                 ),
             )  # fmt: skip
-            watch = _Watch(self._board, self._on_event)
+            watch = self.watch()
             try:
                 with watch:
                     trainer.fit()
@@ -228,11 +228,11 @@ class RayCluster:
         Raises:
             WorkFailedError: a task raised, or its worker kept dying.
         """
-        ray.get(self._board.clear.remote())
+        board = self.cleared_board()
         # A GPU's memory is free again only when the process that used it has ended.
         remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
         results: list[Any] = [None] * len(payloads)
-        with _Watch(self._board, self._on_event):
+        with self.watch():
             pending: dict[Any, int] = {}
             waiting = iter(enumerate(payloads))
 
@@ -244,7 +244,7 @@ class RayCluster:
                         num_gpus=self.spec.gpus_per_worker,
                         max_retries=self.spec.max_failures,
                     )
-                    reference = options.remote(self._board, name, self.spec, work, payload)
+                    reference = options.remote(board, name, self.spec, work, payload)
                     pending[reference] = index
 
             start(self.spec.num_workers)
@@ -254,8 +254,7 @@ class RayCluster:
                 results[pending.pop(ready[0])] = self._result(ready[0], name, list(pending))
                 done += 1
                 start(1)
-                event = {"kind": "progress", "name": name, "done": done, "total": len(payloads)}
-                self._on_event({**event, "text": what})
+                self.tell_done(name, done, len(payloads), what)
         return results
 
     def _result(self, reference: Any, name: str, others: list[Any]) -> Any:
@@ -264,11 +263,29 @@ class RayCluster:
         except ray.exceptions.RayError as error:
             for other in others:
                 ray.cancel(other, force=True)
-            failure = ray.get(self._board.drain.remote())[1]
-            if failure is not None:
-                raise WorkFailedError(**failure) from None
-            text = f"{name}: a worker was lost ({_last_line(error)}); see {self.log_folder}"
-            raise WorkFailedError("WorkerLost", text) from None
+            raise self.failure_behind(name, error) from None
+
+    def cleared_board(self) -> Any:
+        """The board, everything on it forgotten: before a piece of work, whose calls post to it."""
+        ray.get(self._board.clear.remote())
+        return self._board
+
+    def watch(self) -> Watch:
+        """Around a piece of work: what is posted to the board goes to `on_event` as it comes."""
+        return Watch(self._board, self._on_event)
+
+    def tell_done(self, name: str, done: int, total: int, what: str) -> None:
+        """Progress of work that the driver counts itself: `done` of `total` `what`."""
+        event = {"kind": "progress", "name": name, "done": done, "total": total}
+        self._on_event({**event, "text": what})
+
+    def failure_behind(self, name: str, error: BaseException) -> WorkFailedError:
+        """What to raise for a call that Ray says has failed: the work's own error, or its loss."""
+        failure = ray.get(self._board.drain.remote())[1]
+        if failure is not None:
+            return WorkFailedError(**failure)
+        text = f"{name}: a worker was lost ({_last_line(error)}); see {self.log_folder}"
+        return WorkFailedError("WorkerLost", text)
 
     def _resources(self) -> dict[str, float]:
         resources: dict[str, float] = {"CPU": self.spec.cpus_per_worker}
@@ -287,7 +304,7 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else repr(error)
 
 
-class _Watch:
+class Watch:
     """Reads the board on a thread while the work runs, and once more at the end.
 
     `furthest` is the last step that the work said to have done, None before the first.

@@ -16,8 +16,7 @@ from typing import Any
 import ray
 import ray.data
 
-from cluster.errors import WorkFailedError
-from cluster.ray_backend import RayCluster, _last_line, _Watch
+from cluster.ray_backend import RayCluster
 from cluster.ray_worker import Work, WorkerContext, guarded
 
 
@@ -42,9 +41,7 @@ def map_shards(
     Raises:
         WorkFailedError: a call raised, or its worker kept dying.
     """
-    spec, board = cluster.spec, cluster._board
-    ray.get(board.clear.remote())
-
+    spec, board = cluster.spec, cluster.cleared_board()
     attempts: Any = _Attempts.options(num_cpus=0).remote()  # type: ignore[attr-defined]
     log_folder = cluster.log_folder
 
@@ -70,19 +67,14 @@ def map_shards(
     )
     results: list[Any] = [None] * len(payloads)
     done = 0
-    with _Watch(board, cluster._on_event):
+    with cluster.watch():
         try:
             for row in dataset.iter_rows():
                 results[row["index"]] = json.loads(row["result"])
                 done += 1
-                event = {"kind": "progress", "name": name, "done": done, "total": len(payloads)}
-                cluster._on_event({**event, "text": what})
+                cluster.tell_done(name, done, len(payloads), what)
         except (ray.exceptions.RayError, RuntimeError) as error:
-            failure = ray.get(board.drain.remote())[1]
-            if failure is not None:
-                raise WorkFailedError(**failure) from None
-            text = f"{name}: a worker was lost ({_last_line(error)}); see {log_folder}"
-            raise WorkFailedError("WorkerLost", text) from None
+            raise cluster.failure_behind(name, error) from None
     return results
 
 

@@ -75,7 +75,7 @@ class Watchdog:
         self._steps_s: deque[float] = deque(maxlen=_NUM_REMEMBERED)
         self._lock = threading.Lock()
         self._since_s = 0.0
-        self._limit_s: float | None = start_limit_s
+        self._limit_s = start_limit_s
         self._file: TextIO | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -110,8 +110,8 @@ class Watchdog:
         self._arm(self.limit_s)
 
     @contextlib.contextmanager
-    def allowing(self, limit_s: float | None) -> Iterator[None]:
-        """Around work that is no step (a save, an evaluation): another limit, None for none.
+    def allowing(self, limit_s: float) -> Iterator[None]:
+        """Around work that is no step (a save, an evaluation): another limit.
 
         The next step's time counts from the end of it.
         """
@@ -121,13 +121,11 @@ class Watchdog:
         finally:
             self._arm(self.limit_s)
 
-    def _arm(self, limit_s: float | None) -> None:
+    def _arm(self, limit_s: float) -> None:
         with self._lock:
             self._since_s = time.monotonic()
             self._limit_s = limit_s
-        if limit_s is None or not self._ends_process:
-            faulthandler.cancel_dump_traceback_later()
-        else:
+        if self._ends_process:
             timeout_s = limit_s + self._backstop_s
             faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._open_file())
 
@@ -140,7 +138,7 @@ class Watchdog:
         while not self._stop.wait(poll_s):
             with self._lock:
                 over_s, limit_s = time.monotonic() - self._since_s, self._limit_s
-            if limit_s is not None and over_s > limit_s:
+            if over_s > limit_s:
                 self._hang(over_s, limit_s)
                 return
 
@@ -148,9 +146,10 @@ class Watchdog:
         text = f"no step for {over_s:.1f} s, the limit is {limit_s:.1f} s"
         if len(self._steps_s) >= _NUM_KNOWN:
             text += f" (median step {statistics.median(self._steps_s):.2f} s)"
-        # stderr may be closed or a pipe that nobody reads: it must not keep the process alive.
+        # Neither must keep the process alive: stderr may be closed or a pipe that nobody reads, and
+        # the file may lie on the very disk that hangs.
         _in_time(lambda: self._dump(sys.stderr, text))
-        self._dump(self._open_file(), text)
+        _in_time(lambda: self._dump(self._open_file(), text))
         if self._on_hang is not None:
             on_hang = self._on_hang
             _in_time(lambda: on_hang(f"{text}; stacks in {self._path}"))

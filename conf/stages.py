@@ -167,6 +167,8 @@ class DistillConfig:
     """seconds before that limit in which no step is begun any more"""
     hang_after_s: float = 120.0
     """least seconds without a step after which a worker counts as hung and is restarted"""
+    pause_limit_s: float = 3600.0
+    """seconds without an end after which a save, a rollback or a held-out score counts as hung"""
     checksum_every_steps: int | None = 100
     """steps between two comparisons of the workers' copies of the weights; null = never"""
     on_bad_step: str = "rollback"
@@ -175,6 +177,9 @@ class DistillConfig:
     """bad steps in a row that are only left out, before the run goes back or stops"""
     moving_share: float = 0.0
     """share of the steps in which masks follow the weights (SR-STE); 0 = they never move"""
+    moving_start: str = "given"
+    """weights to begin with where masks move: those of run.from (given, which may be dense), or the
+    dense model's behind the masks of run.from (dense)"""
     mask_refresh_steps: int = 10
     """steps between two choices of the masks while they move"""
     mask_decay: float = 2e-4
@@ -210,10 +215,18 @@ class DistillConfig:
             rules.in_range("distill.time_limit_hours", self.time_limit_hours, above=0)
         rules.one_of("distill.on_bad_step", self.on_bad_step, ("skip", "rollback", "stop"))
         rules.in_range("distill.moving_share", self.moving_share, low=0, below=1)
+        rules.one_of("distill.moving_start", self.moving_start, ("given", "dense"))
+        if self.moving_start == "dense" and not self.moving_share:
+            raise InputError(
+                "distill.moving_start=dense with distill.moving_share=0: masks that stay cut the "
+                "dense weights before the first step; set distill.moving_share=0.25, or use "
+                "distill.moving_start=given"
+            )
         for name in ("time_reserve_s", "max_bad_steps", "mask_decay"):
             rules.in_range(f"distill.{name}", getattr(self, name), low=0)
         for name in (
             "learning_rate", "max_grad_norm", "temperature", "mtbf_hours", "hang_after_s",
+            "pause_limit_s",
         ):  # fmt: skip
             rules.in_range(f"distill.{name}", getattr(self, name), above=0)
         weights = ("kl_weight", "reverse_kl_weight", "ce_weight", "square_head_weight")

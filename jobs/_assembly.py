@@ -38,7 +38,7 @@ def build_recovery(
     Args:
         context: this worker.
         config: of the run.
-        student: from `load_student`.
+        student: from `jobs._start.load_student`.
         teacher: from `load_teacher`, or the samples that stand for it.
         store: the training rows.
         heldout: scores on the way; None for none.
@@ -64,7 +64,8 @@ def build_recovery(
     wrapped = DistillStudent(student.model, found=student.head)
     engine = make_engine(wrapped, config.distill, context.world_size, context.device == "cuda")
     guard = _engine.MaskGuard(engine, student.masks)
-    guard.clear()
+    if student.moving is None:
+        guard.clear()
     return Recovery(
         context, config, engine, guard, head, student.moving, student.masks, batches,
         heldout, pace, scratch, run_dir,

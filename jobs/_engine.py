@@ -19,7 +19,8 @@ from conf.stages import DistillConfig
 from jobs._zero import TOP_LEVEL, deepspeed_config
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.fragments import Checkpoint, Fragment
-from sparsify.masks import PackedMasks, has_alive, unpack_mask
+from sparsify.masking import has_alive
+from sparsify.masks import PackedMasks, unpack_mask
 
 _Part = tuple[str, torch.device, int, int]
 """layer, where its values are, and the first and the behind-last of its elements"""
@@ -271,7 +272,7 @@ def settle(engine: Any) -> None:
 class MaskGuard:
     """Holds pruned weights at zero in the weights, the fp32 masters and both Adam moments.
 
-    Gradients are masked by hooks (`sparsify.masks.mask_gradients`), so nothing here should ever
+    Gradients are masked by hooks (`sparsify.masking.mask_gradients`), so nothing here should ever
     find work: AdamW leaves a weight with zero gradient and zero moments at exactly zero. The guard
     proves it after every step, on the parts of the copies that this rank holds. It keeps the bits
     of those parts beside them, and unpacks one at a time.

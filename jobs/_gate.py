@@ -12,7 +12,8 @@ from safetensors import safe_open
 from conf.stages import PruneConfig
 from jobs._stage import MASKS, PACKED, read_sparsity
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks import PackedMasks, infer_masks, load_masks
+from sparsify.masking import infer_masks
+from sparsify.masks import PackedMasks, load_masks
 from sparsify.pack import load_packed
 from sparsify.pattern import Pattern, require_pattern
 
@@ -90,17 +91,18 @@ def check_weight(
 
 
 def masks_of(
-    folder: Path, model: Any = None, fallback: PruneConfig | None = None
-) -> tuple[PackedMasks, Pattern]:
+    folder: Path, model: Any = None, fallback: PruneConfig | None = None,
+    may_be_dense: bool = False,
+) -> tuple[PackedMasks, Pattern]:  # fmt: skip
     """Masks and pattern of a sparse model folder.
 
     They come from the folder's own files; a model that was pruned elsewhere has neither, and its
     masks are read from the zeros of `model`, which must fit the pattern of `fallback` exactly
-    except in the layers that it skips.
+    except in the layers that it skips; or where it may be dense, from its largest weights.
     """
     masks, pattern = own_masks(folder, fallback)
     if masks is None:
-        masks = infer_masks(model, pattern, fallback.skip if fallback else ())
+        masks = infer_masks(model, pattern, fallback.skip if fallback else (), may_be_dense)
     return masks, pattern
 
 

@@ -6,6 +6,7 @@ read and split block by block: no worker ever holds the whole of a model that wo
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jobs._gate import own_masks
 from sparsify.errors import InputError
 from sparsify.flops import ModelFlops, count_flops
-from sparsify.masks import PackedMasks, apply_masks_, infer_block_masks, mask_gradients
+from sparsify.masking import apply_masks_, infer_block_masks, mask_gradients, num_alive
+from sparsify.masks import PackedMasks
 from sparsify.models.blocks import Blocks, BlocksInMemory, StreamedBlocks, unstreamable
 from sparsify.models.head import LanguageHead, check_head
-from sparsify.models.load import check_vocabulary, load_model, load_tokenizer
+from sparsify.models.load import load_model
 from sparsify.models.packed import check_isolation
 from sparsify.models.structure import first_block_alone
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
@@ -100,33 +101,25 @@ def prove(
     return found
 
 
-def load_student(path: Path, config: Config, context: WorkerContext, split: Partitioner) -> Student:
-    """The student of a model folder, ready for the engine.
-
-    Args:
-        path: model folder of a pruned model; its masks are its own, or what its zeros say.
-        config: of the run.
-        context: this worker.
-        split: splits the blocks over the workers; where it has to, they are read one by one.
-
-    Raises:
-        InputError: no masks and no zeros that fit prune.pattern; or the model, its head or its
-            masks are not what a recovery can train.
-    """
-    dtype = "float32"
-    if split.is_needed and config.distill.precision == "bf16":
-        dtype = "bfloat16"  # split weights have the type of the arithmetic from the start
-    source = open_blocks(path, dtype, context, split.is_needed, "distill.zero_stage=3")
-    check_vocabulary(source.model, load_tokenizer(path), str(path))  # type: ignore[arg-type]
-    masks, pattern = own_masks(path, config.prune)
-    return make_student(source, masks, pattern, config, context, split)
-
-
 def make_student(
     source: Blocks, masks: PackedMasks | None, pattern: Pattern, config: Config,
-    context: WorkerContext, split: Partitioner | None = None,
+    context: WorkerContext, split: Partitioner | None = None, is_cut: bool = True,
 ) -> Student:  # fmt: skip
-    """`load_student` of blocks; masks are read from zeros where they are None."""
+    """Make a student of blocks, one after another.
+
+    Args:
+        source: of the model.
+        masks: keep masks; None: read from the zeros of the weights, or where they are not to be
+            cut, those of their largest.
+        pattern: of the masks.
+        config: of the run.
+        context: this worker.
+        split: called with every block when it is ready; None: the blocks stay whole.
+        is_cut: whether weights behind the masks are set to zero; else they stay, and masks move.
+
+    Raises:
+        InputError: see `prove`, `infer_masks` and `mask_gradients`.
+    """
     settings, model = config.distill, source.model
     flops = flops_of(model, context)
     model.requires_grad_(True)
@@ -137,16 +130,20 @@ def make_student(
         moving = MovingMasks(model, {}, pattern, settings.mask_decay)
     held: dict[str, torch.Tensor] = {}
     shapes: dict[str, Any] = {}
-    found = None
+    found, num_kept_alive = None, 0
     for index in range(len(source.blocks)):
         block = source.open(index).requires_grad_(True)
         found = found or prove(source, settings, config.data.isolate_documents, context)
         prefix = f"{source.list_name}.{index}"
         if masks is None:
-            own = PackedMasks.of(infer_block_masks(prefix, block, pattern, config.prune.skip))
+            skip = config.prune.skip
+            own = PackedMasks.of(infer_block_masks(prefix, block, pattern, skip, not is_cut))
         else:
             own = masks.within(prefix)
-        apply_masks_(model, own)
+        if is_cut:
+            apply_masks_(model, own)
+        else:
+            num_kept_alive += num_alive(model, own)
         if moving is not None:
             moving.add(model, own)
         else:
@@ -160,6 +157,12 @@ def make_student(
         raise InputError(
             f"mask of layer {name}: the model has no such layer in its blocks; masks and model are "
             "of different runs"
+        )
+    if num_kept_alive:
+        share = num_kept_alive / sum(math.prod(shape) for shape in shapes.values())
+        context.warn(
+            f"distill: begins with dense weights: {share:.1%} of those of {len(held)} layers are "
+            "alive behind their masks, and are cut when masks stay"
         )
     if settings.compile:
         compile_layers(model)

@@ -125,7 +125,7 @@ class Recovery:
         """
         settings, context = self._settings, self._context
         stacks = self._scratch / f"stacks-rank-{context.rank:05d}.txt"
-        floor_s = settings.hang_after_s
+        floor_s, pause_s = settings.hang_after_s, settings.pause_limit_s
         with Watchdog(stacks, floor_s=floor_s, start_limit_s=max(1800.0, floor_s),
                       on_hang=context.alert) as watchdog:  # fmt: skip
             while (step := len(self.curve)) < self._total:
@@ -133,7 +133,7 @@ class Recovery:
                 with self.pace.step(step + 1):
                     figures, request = self._step(step)
                 if figures is None:
-                    with watchdog.allowing(None):
+                    with watchdog.allowing(pause_s):
                         self._roll_back()
                     continue
                 self.curve.append(figures)
@@ -143,12 +143,12 @@ class Recovery:
                 watchdog.beat()
                 self._checkpoints.raise_failure()
                 if self._is_scored(step + 1):
-                    with watchdog.allowing(None), self.pace.interval(EVALUATE):
+                    with watchdog.allowing(pause_s), self.pace.interval(EVALUATE):
                         self._score(step + 1)
                 if step + 1 < self._total and self._should_save(step + 1, request):
-                    with watchdog.allowing(None), self.pace.interval(SAVE):
+                    with watchdog.allowing(pause_s), self.pace.interval(SAVE):
                         self._save(step + 1, request)
-            with watchdog.allowing(None):
+            with watchdog.allowing(pause_s):
                 self._checkpoints.wait()
 
     @property
@@ -302,8 +302,9 @@ class Recovery:
         moving, settings = self._moving, self._settings
         if moving is None or moving.is_frozen:
             return
-        if step < round(settings.moving_share * self._total):
-            if step % settings.mask_refresh_steps == 0:
+        # One step at least with masks that stay, and so with zeros that are proven.
+        if step < min(round(settings.moving_share * self._total), self._total - 1):
+            if step and step % settings.mask_refresh_steps == 0:
                 moving.refresh()
             return
         moving.freeze()
@@ -374,6 +375,7 @@ class Recovery:
         }  # fmt: skip
         fragments = _engine.state_fragments(self.engine, for_saving=True)
         stall_s = self._checkpoints.save(step, fragments, self.masks, state)
+        dist.barrier()  # whose disk is quick waits here, not in a step, whose limit is short
         self.pace.saved(step, stall_s)
         if not request.should_save:
             return

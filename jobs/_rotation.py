@@ -56,11 +56,16 @@ def carry_rotation(source: Path, target: Path) -> dict[str, str]:
     return facts
 
 
-def teacher_rotation(student: Path, teacher: Path, square_head_weight: float) -> Path | None:
-    """The rotation to fold into the teacher, so that its hidden states compare to the student's.
+def teacher_rotation(
+    student: Path, teacher: Path, square_head_weight: float, moving_start: str = "given"
+) -> Path | None:
+    """The rotation that brings the teacher into the student's basis.
+
+    Wanted where hidden states of the two are compared (`distill.square_head_weight`), and where
+    the student begins with the dense model's weights (`distill.moving_start=dense`).
 
     Returns:
-        The file; None when both are in one basis already, or nothing compares hidden states.
+        The file; None when both are in one basis already, or neither is the case.
 
     Raises:
         InputError: no rotation that is known brings the teacher into the student's basis; or the
@@ -68,7 +73,14 @@ def teacher_rotation(student: Path, teacher: Path, square_head_weight: float) ->
 
     Cost: reads the teacher's files once when the student is rotated.
     """
-    if not square_head_weight or read_sparsity(student) is None:
+    asking = {}
+    if square_head_weight:
+        asking[f"distill.square_head_weight={square_head_weight:g}"] = (
+            "distill.square_head_weight=0"
+        )
+    if moving_start == "dense":
+        asking["distill.moving_start=dense"] = "distill.moving_start=given"
+    if not asking or read_sparsity(student) is None:
         return None  # whoever pruned it elsewhere and names a teacher answers for the two
     ours, theirs = _facts_of(student), _facts_of(teacher)
     if ours == theirs:
@@ -77,9 +89,9 @@ def teacher_rotation(student: Path, teacher: Path, square_head_weight: float) ->
         return _checked_file(student, ours)
     source = f"the model with fingerprint {ours[_MODEL_KEY][:12]}" if ours else "one not rotated"
     raise InputError(
-        f"model.teacher={teacher}: its hidden states lie in another basis than those of {student}, "
-        f"which distill.square_head_weight={square_head_weight:g} compares (prune.rotation_steps "
-        f"turned one of them); the teacher must be {source}, or set distill.square_head_weight=0"
+        f"model.teacher={teacher}: its hidden states lie in another basis than those of {student} "
+        f"(prune.rotation_steps turned one of them), and {' and '.join(asking)} needs one basis; "
+        f"the teacher must be {source}, or set {' and '.join(asking.values())}"
     )
 
 

@@ -31,7 +31,7 @@ _ONLY_SPEED = {
     "zero_stage", "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
     "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
     "heldout_every_steps", "heldout_tokens", "time_limit_hours", "time_reserve_s", "hang_after_s",
-    "checksum_every_steps", "attention",
+    "pause_limit_s", "checksum_every_steps", "attention",
 }  # fmt: skip
 """options that change memory and speed, and a result by rounding at most"""
 

@@ -62,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
         _module(name).add_arguments(one)
-        _add_common(one, has_record=name not in ("quality", "recovery"))
+        _add_common(one, has_out=name not in ("quality", "recovery"))
     return top
 
 
-def _add_common(one: argparse.ArgumentParser, has_record: bool) -> None:
-    """Where files go; without `has_record`, the benchmark's own --out is something else."""
+def _add_common(one: argparse.ArgumentParser, has_out: bool) -> None:
+    """Where files go; the record is --record where --out is something else (not `has_out`)."""
     where = one.add_argument_group("files")
-    if has_record:
-        record = "the record (default: a dated name in the folder of --workdir)"
-        where.add_argument("--out", type=Path, metavar="FILE.json", help=record)
+    record = "the record (default: a dated name in the folder of --workdir)"
+    flag = "--out" if has_out else "--record"
+    where.add_argument(flag, type=Path, dest="record", metavar="FILE.json", help=record)
     saved = "put the record into docs/results, under a dated name"
     where.add_argument("--save", action="store_true", help=saved)
     kept = "models, environments, logs and records; used again by later runs (default: %(default)s)"
@@ -110,7 +110,7 @@ def _run(options: argparse.Namespace) -> None:
     record = build_record(options.benchmark, options.command, outcome, begun_s)
     print("\n" + render(outcome))
     folder = Path("docs/results") if options.save else options.workdir
-    path = getattr(options, "out", None) or folder / default_name(record)
+    path = options.record or folder / default_name(record)
     write_record(record, path)
     print(f"\nrecord: {path}")
 

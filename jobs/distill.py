@@ -68,8 +68,9 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from sparsify.store import MANIFEST
 
     student, teacher = context.models.student("distill"), context.models.dense
-    weight = context.config.distill.losses().peak("square_head")
-    rotation = teacher_rotation(student, teacher, weight)
+    settings = context.config.distill
+    weight = settings.losses().peak("square_head")
+    rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
     given = given_store(context.config)
     store = given.absolute() if given else writer.scratch / _STORE
     if given:
@@ -180,7 +181,7 @@ def _prepare(
     from jobs._assembly import build_recovery
     from jobs._engine import Partitioner
     from jobs._heldout import Heldout
-    from jobs._models import load_student
+    from jobs._start import load_student
     from jobs._teacher import load_teacher
     from jobs._teacher_cache import check_words
     from sparsify.models.load import load_tokenizer
@@ -189,7 +190,9 @@ def _prepare(
     config: Config = payload["config"]
     settings, store = config.distill, TokenStore.open(payload["store"])
     split = Partitioner(settings, context.world_size, context.device == "cuda")
-    student = load_student(payload["student"], config, context, split)
+    student = load_student(
+        payload["student"], payload["teacher"], payload["rotation"], config, context, split
+    )
     cache: SampleCache | None = payload.get("cache")
     teacher_kl: float | None = None
     teacher: TeacherModel | SampleCache

@@ -39,7 +39,8 @@ def heldout_fingerprint(context: StageContext) -> str:
 
 def _models(context: StageContext) -> dict[str, Path]:
     models = context.models
-    found = {"dense": models.dense, **models.pruned}
+    pruned = {name: path for name, path in models.pruned.items() if path != models.dense}
+    found = {"dense": models.dense, **pruned}
     if models.recovered is not None:
         found["recovered"] = models.recovered
     return found

@@ -26,11 +26,6 @@ def young_interval_s(stall_s: float, mtbf_s: float) -> float:
     return math.sqrt(2 * stall_s * mtbf_s)
 
 
-def lost_share(interval_s: float, stall_s: float, mtbf_s: float) -> float:
-    """Share of the time that checkpoints every `interval_s` and the failures' replays take."""
-    return stall_s / interval_s + interval_s / (2 * mtbf_s)
-
-
 def checkpoint_interval_steps(
     stall_s: float, step_s: float, mtbf_s: float, least: int = 1, most: int | None = None
 ) -> int:

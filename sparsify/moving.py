@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import InputError
-from sparsify.masks import PackedMasks, layer_weights, pack_mask, unpack_mask
+from sparsify.masking import layer_weights
+from sparsify.masks import PackedMasks, pack_mask, unpack_mask
 from sparsify.pattern import Pattern, keep_mask_from_scores
 
 
@@ -27,8 +28,10 @@ class MovingMasks:
 
     and M keeps the largest |W| of every group, taken anew after `refresh` (Zhou et al. 2021, arXiv
     2102.04010, equation 7; there M is taken anew in every step). The optimizer sees the sum as the
-    gradient, so AdamW rescales the decay with it. After `freeze` the gradients of pruned weights
-    are zero, as with masks that never moved; zeroing the weights and moments is the caller's part.
+    gradient, so AdamW rescales the decay with it. The weights behind the first masks are zero where
+    a pruned model begins, or alive where a dense one does. After `freeze` the gradients of pruned
+    weights are zero, as with masks that never moved; zeroing the weights and moments is the
+    caller's part.
 
     Make it before a distributed engine takes the parameters over. Masks are taken inside the
     layers' own forward, where the whole weight is at hand also under ZeRO-3.

@@ -203,13 +203,6 @@ class TrainingOrder:
         start = step * batch_size
         return self.rows(range(start + rank, start + batch_size, world_size))
 
-    def num_used(self, num_slots: int) -> list[int]:
-        """Rows of each source in the first `num_slots` slots, repeats counted."""
-        blocks, rest = divmod(num_slots, BLOCK_SLOTS)
-        source_N, _ = self._local(np.arange(blocks * BLOCK_SLOTS, blocks * BLOCK_SLOTS + rest))
-        last = np.bincount(source_N, minlength=len(self.num_rows))
-        return [blocks * n + int(m) for n, m in zip(self.block_counts, last, strict=True)]
-
     def _epoch_keys(self, source: int, epoch_N: Ints) -> Words:
         if (epoch_N == epoch_N[0]).all():
             epoch_N = epoch_N[:1]  # the usual case: the keys of the rounds are made once

@@ -1,8 +1,9 @@
 """Recipes of the recovery side by side: losses, masks that stay or move, a dense model continued.
 
-All start from one pruned model, train on as many tokens in the same order, and are evaluated on the
-same held-out text, by the ordinary commands. The dense model continued on those tokens shows what
-the text alone gives, without any pruning.
+All start from one pruned model (or from dense weights in its basis, behind its masks), train on as
+many tokens in the same order, and are evaluated on the same held-out text, by the ordinary
+commands. The dense model continued on those tokens shows what the text alone gives, without any
+pruning.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from jobs._bench.commands import (
 from jobs._bench.record import Outcome, Table
 from sparsify.errors import InputError
 
-_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _NOTES = (
     "perplexity per token and KL(dense, model) in nats per token, on held-out text",
     "gap recovered: (ln pruned - ln ppl) / (ln pruned - ln dense); over 100 % is better than dense",
@@ -58,10 +58,10 @@ def _losses(**weights: float) -> tuple[str, ...]:
     return tuple(f"distill.{name}_weight={weights.get(name, 0.0)}" for name in names)
 
 
-def _moving(share: float) -> tuple[str, ...]:
+def _moving(share: float, start: str = "given") -> tuple[str, ...]:
     """Masks that are taken anew in every step of that share, as SR-STE's authors do."""
     moving = (f"distill.moving_share={share}", "distill.mask_refresh_steps=1")
-    return (*_losses(kl=1.0), *moving)
+    return (*_losses(kl=1.0), *moving, f"distill.moving_start={start}")
 
 
 _WANING = "distill.schedule=[square_head_weight:0@0.1]"
@@ -78,6 +78,8 @@ _RECIPES = {
     "ce-squarehead": Recipe("CE + SquareHead", _losses(ce=1.0, square_head=1.0)),
     "kl-moving": Recipe("KL, masks move for a quarter", _moving(0.25)),
     "kl-moving-half": Recipe("KL, masks move for a half", _moving(0.5)),
+    "kl-moving-dense": Recipe("KL, from dense, masks move for a quarter", _moving(0.25, "dense")),
+    "kl-moving-dense-half": Recipe("KL, from dense, masks move for a half", _moving(0.5, "dense")),
     "dense-ce": Recipe("dense continued, CE", _losses(ce=1.0), is_dense=True),
     "dense-ce-low": Recipe(
         "dense continued, CE, a tenth of the rate",
@@ -98,10 +100,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--start", "sparsegpt", start)
     add_option(parser, "--tokens", 300_000, "tokens of every recipe")
     page = (
-        f"Markdown file for the tables, such as docs/recovery.md; where it has the lines {_BEGIN} "
-        f"and {_END}, only what is between them is replaced"
+        "Markdown file for the tables, such as docs/recovery.md; where it has the lines "
+        "<!-- PLACE: begin --> and <!-- PLACE: end -->, only what is between them is replaced"
     )
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
+    add_option(parser, "--place", "tables", "place of the tables in that file")
 
 
 def run(options: Namespace) -> Outcome:
@@ -116,15 +119,15 @@ def run(options: Namespace) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
-        start = folder / model.name
+        start = folder / f"{model.name}-{options.start}"
         run_command(prune_words(model, options, start))
         found = {}
         for name, seed in planned(options):
-            target = folder / f"{model.name}-{name}-seed{seed}"
+            target = folder / f"{start.name}-{name}-seed{seed}"
             run_command(recover_words(model, options, start, target, name, seed))
             found[name, seed] = target
         figures[model.name] = collect(start, options.start, found)
-    facts = summary_of(folder / models[0].name)["run"]
+        facts = summary_of(start)["run"]
     settings = {
         "models": [vars(model) for model in models],
         "recipes": {name: list(_RECIPES[name].words) for name in options.recipes},
@@ -135,7 +138,7 @@ def run(options: Namespace) -> Outcome:
     }
     tables = [table_of(name, found) for name, found in figures.items()]
     if options.markdown is not None:
-        write_page(options.markdown, markdown(figures, options.command))
+        write_page(options.markdown, markdown(figures, options.command), options.place)
     return Outcome(facts["device"], 1, settings, figures, tables, [], list(_NOTES))
 
 
@@ -244,20 +247,22 @@ def markdown(figures: dict[str, dict[str, Any]], command: str) -> str:
     return "\n\n".join(parts)
 
 
-def write_page(path: Path, tables: str) -> None:
-    """Put the tables between the two marks of a page; what stands around them stays.
+def write_page(path: Path, tables: str, place: str) -> None:
+    """Put the tables between the two marks of their place on a page; what is around them stays.
 
     Raises:
         InputError: the file is there and has not both marks, in this order.
     """
-    page = f"# Recipes of the recovery compared\n\n{_BEGIN}\n{_END}\n"
+    first, last = f"<!-- {place}: begin -->", f"<!-- {place}: end -->"
+    page = f"# Recipes of the recovery compared\n\n{first}\n{last}\n"
     if path.is_file():
         page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
         raise InputError(
-            f"--out {path}: has no lines {_BEGIN} and {_END} to put the tables between"
+            f"--out {path}: has no lines {first} and {last} to put the tables between; add them, "
+            "or name another --place"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{_BEGIN}\n\n{tables}\n\n{_END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{first}\n\n{tables}\n\n{last}{after}", encoding="utf-8")

@@ -96,7 +96,8 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     from jobs._models import make_student, prove
     from jobs._pace import Pace
     from jobs._teacher import make_teacher
-    from sparsify.masks import PackedMasks, apply_masks_
+    from sparsify.masking import apply_masks_
+    from sparsify.masks import PackedMasks
     from sparsify.models.blocks import BlocksInMemory
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
     from sparsify.pattern import Pattern

@@ -71,7 +71,7 @@ def two_processes(work: Any, *args: Any) -> None:
 def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tuple[Any, Any]:
     from conf.stages import DistillConfig
     from jobs import _engine
-    from sparsify.masks import apply_masks_, mask_gradients
+    from sparsify.masking import apply_masks_, mask_gradients
     from sparsify.models.load import load_model
 
     model = load_model(folder).train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sparsify.errors import (
     StoppedEarlyError,
     TwofourError,
 )
+from sparsify.masking import num_alive
 from sparsify.pattern import Pattern
 from tests.integration.recoveries import (
     BATCH,
@@ -300,6 +302,22 @@ def test_a_stopped_worker_ends_the_others_with_word_of_where_they_waited(base, t
     assert finished_steps(tmp_path / "scratch") == [4]
 
 
+def train_with_a_dead_disk(rank: int, base: Path, out: Path) -> None:
+    """The second save waits for the write of the first, which never ends."""
+    recovery, _ = make_recovery(base, out, pause_limit_s=1.0, checkpoint_every_steps=2)
+    _checkpoint.write_fragments = lambda *_: threading.Event().wait()
+    recovery.train()
+
+
+def test_a_save_that_hangs_ends_its_worker_with_word_of_where_it_waited(base, tmp_path) -> None:
+    codes = exit_codes(2, train_with_a_dead_disk, base, tmp_path)
+    assert codes == [EXIT_HANG] * 2
+    stacks = (tmp_path / "scratch/stacks-rank-00000.txt").read_text(encoding="utf-8")
+    assert "the limit is 1.0 s" in stacks
+    assert "in _save" in stacks
+    assert finished_steps(tmp_path / "scratch") == []
+
+
 def train_with_faults(rank: int, base: Path, out: Path) -> None:
     """What ends in one line or in a warning, in one process group."""
     for stage in (0, 2):
@@ -381,9 +399,9 @@ def test_faults_end_in_one_line_or_in_the_same_run(base, tmp_path) -> None:
 # masks that move --------------------------------------------------------------------------------
 
 
-def moving(base: Path, out: Path, stage: int) -> tuple[Any, Worker]:
+def moving(base: Path, out: Path, stage: int, share: float = 0.5) -> tuple[Any, Worker]:
     return make_recovery(
-        base, out / f"zero-{stage}", zero_stage=stage, moving_share=0.5, mask_refresh_steps=2,
+        base, out / f"zero-{stage}", zero_stage=stage, moving_share=share, mask_refresh_steps=2,
         mask_decay=0.3, learning_rate=1e-2, checkpoint_every_steps=3,
     )  # fmt: skip
 
@@ -416,6 +434,39 @@ def move_until_killed(rank: int, base: Path, out: Path, stage: int) -> None:
 
 
 def test_moving_masks_killed_on_the_way_end_in_the_same_bits(base, tmp_path) -> None:
+    compare_killed_with_undisturbed(base, tmp_path)
+
+
+def count_alive(rank: int, base: Path, out: Path) -> None:
+    """Weights behind the masks, before each step: dense ones, until masks stay for the last."""
+    recovery, worker = moving(base, out, 2, share=0.97)
+    alive = []
+    for step in range(NUM_STEPS):
+        at_step(
+            recovery,
+            step,
+            lambda: alive.append(num_alive(recovery.engine.module.model, recovery.masks)),
+        )
+    recovery.train()
+    # Half of every group at first. Every weight moves, so that none is zero by chance.
+    assert alive == [sum(mask.numel() for mask in recovery.masks.values()) // 2] * 11 + [0]
+    assert any("50.0% of those of 14 layers are alive" in line for line in worker.said) == (
+        rank == 0
+    )
+    recovery._guard.check()
+
+
+def test_dense_weights_behind_moving_masks_end_in_the_pattern(base, tmp_path) -> None:
+    """The student is the dense model, without masks; the same when killed before masks stay."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    for name, target in (("student", "teacher"), ("teacher", "teacher"), ("rows", "rows")):
+        (dense / name).symlink_to(base / target)
+    compare_killed_with_undisturbed(dense, tmp_path)
+    run(2, count_alive, dense, tmp_path / "to the last")
+
+
+def compare_killed_with_undisturbed(base: Path, tmp_path: Path) -> None:
     run(2, move_masks, base, tmp_path / "straight")
     for stage in (2, 3):
         codes = exit_codes(2, move_until_killed, base, tmp_path / "killed", stage)

@@ -93,6 +93,41 @@ def test_recovery_alone_from_a_copied_model_is_the_same(
     assert losses_of(tmp_path / "out") == losses_of(undisturbed)
 
 
+def test_dense_weights_in_the_students_basis_end_in_the_pattern(
+    undisturbed: Path, run_job, options, tmp_path: Path
+) -> None:
+    words = [w for w in options if w.startswith(("data.", "distill.", "tracker."))]
+    dense = [
+        "distill.moving_share=0.25", "distill.moving_start=dense", "distill.mask_refresh_steps=1",
+    ]  # fmt: skip
+    start = [f"run.from={undisturbed / PRUNED}", f"run.dir={tmp_path / 'out'}"]
+    done = run_job("distill", *words, "distill.square_head_weight=0", *dense, *start)
+    assert done.returncode == 0, done.stderr
+    metrics, before = metrics_of(tmp_path / "out", "distill"), metrics_of(undisturbed, "distill")
+    assert metrics["is_teacher_rotated"]
+    assert metrics["gate"]["num_violations"] == 0
+    assert metrics["gate"]["num_weights"] == before["gate"]["num_weights"]
+    assert metrics["mask_share_moved"] > 0
+    rotation = (undisturbed / PRUNED / ROTATION).read_bytes()
+    assert (tmp_path / "out" / MODEL / ROTATION).read_bytes() == rotation
+
+
+def test_a_dense_model_alone_becomes_one_with_the_pattern(
+    run_job, options, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    words = [w for w in options if w.startswith(("data.", "distill.", "tracker.", "evaluate."))]
+    start = [f"run.from={tiny_model_dir}", f"model.teacher={tiny_model_dir}", "prune.pattern=1:4"]
+    start += ["stages=[distill,evaluate]", f"run.dir={tmp_path / 'out'}"]
+    done = run_job("prune", *words, *start, "distill.moving_share=0.25")
+    assert done.returncode == 0, done.stderr
+    assert "75.0% of those of 14 layers are alive behind their masks" in done.stderr
+    results = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["results"]
+    assert [(row["name"], row["violations"]) for row in results] == [
+        ("dense", None), ("recovered", 0),
+    ]  # fmt: skip
+    assert metrics_of(tmp_path / "out", "distill")["gate"]["num_violations"] == 0
+
+
 def test_another_teacher_is_refused_in_one_line(
     undisturbed: Path, run_job, options, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     """Count what a worker holds of both models while they are read."""
     from conf.schema import Config, DataConfig
     from conf.stages import DistillConfig
-    from jobs import _engine, _models, _teacher
+    from jobs import _engine, _models, _start, _teacher
     from sparsify.models.blocks import StreamedBlocks
     from sparsify.text import TokenRows
 
@@ -78,7 +78,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     teachers: list[Any] = []
     _models.StreamedBlocks = Watched
     split = _engine.Partitioner(settings, 2, False)
-    student = _models.load_student(base / "student", config, context, split)
+    student = _start.load_student(base / "student", base / "teacher", None, config, context, split)
     assert all(hasattr(p, "ds_tensor") for p in student.model.model.layers.parameters())
 
     made = _models.open_blocks

@@ -80,7 +80,9 @@ def test_recipes_are_what_their_names_say(tmp_path) -> None:
     assert losses.at(0.0).square_head == 1
     assert losses.at(0.1).square_head == 0
     shares = [distill(name).moving_share for name in recovery._RECIPES]
-    assert sum(share > 0 for share in shares) == 2
+    assert sum(share > 0 for share in shares) == 4
+    dense = [name for name in recovery._RECIPES if distill(name).moving_start == "dense"]
+    assert dense == ["kl-moving-dense", "kl-moving-dense-half"]
     assert distill("dense-ce-low").learning_rate * 10 == distill("dense-ce").learning_rate
 
 
@@ -91,7 +93,7 @@ def test_the_first_recipe_is_the_default(tmp_path) -> None:
 
 
 def test_a_dense_model_continued_has_no_zeros_to_hold() -> None:
-    from sparsify.masks import infer_masks
+    from sparsify.masking import infer_masks
     from sparsify.models.load import load_model
     from sparsify.pattern import Pattern
 
@@ -137,13 +139,13 @@ def test_nothing_lost_is_no_division_by_zero() -> None:
 
 def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path, figures) -> None:
     page = tmp_path / "docs" / "recovery.md"
-    recovery.write_page(page, recovery.markdown({"embedded": figures}, "python -m x"))
+    recovery.write_page(page, recovery.markdown({"embedded": figures}, "python -m x"), "tables")
     text = page.read_text()
     assert "```\npython -m x\n```" in text
     assert "| KL, seed 1 | 4.000 | 0.1000 | 50.0 % | 100.0 % | 100.0 % |  | 3 |" in text
     assert "| pruned, sparsegpt | 16.000 |" in text
     page.write_text(f"before\n{text}after\n")
-    recovery.write_page(page, recovery.markdown({"other": figures}, "python -m y"))
+    recovery.write_page(page, recovery.markdown({"other": figures}, "python -m y"), "tables")
     changed = page.read_text()
     assert changed == f"before\n{text}after\n".replace("python -m x", "python -m y").replace(
         "embedded", "other"
@@ -154,5 +156,15 @@ def test_a_page_without_its_marks_is_refused(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text("by hand\n")
     with pytest.raises(InputError, match="tables: begin"):
-        recovery.write_page(page, "table")
+        recovery.write_page(page, "table", "tables")
     assert page.read_text() == "by hand\n"
+
+
+def test_every_place_of_a_page_has_tables_of_its_own(tmp_path) -> None:
+    page = tmp_path / "page.md"
+    recovery.write_page(page, "first", "tables")
+    page.write_text(f"{page.read_text()}<!-- twofour: begin -->\n<!-- twofour: end -->\n")
+    recovery.write_page(page, "second", "twofour")
+    recovery.write_page(page, "third", "tables")
+    words = [line for line in page.read_text().split("\n") if line and line[0] not in "#<"]
+    assert words == ["third", "second"]

@@ -18,7 +18,8 @@ from jobs._bench import side_step, step, stopwatch
 from jobs._bench.plain_engine import PlainEngine
 from jobs._bench.side_step import PHASES
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks import PackedMasks, apply_masks_, mask_gradients, pack_mask
+from sparsify.masking import apply_masks_, mask_gradients
+from sparsify.masks import PackedMasks, pack_mask
 from sparsify.models.varlen import VARLEN
 from tests.conftest import REPOSITORY
 

@@ -273,6 +273,14 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         ),
         (lambda: DistillConfig(schedule=["rate:0@1"]), ["distill.schedule", "'rate'"]),
         (lambda: DistillConfig(kl_weight=0), ["every loss weight is 0", "distill.ce_weight"]),
+        (
+            lambda: DistillConfig(moving_start="dense"),
+            ["distill.moving_start=dense", "distill.moving_share=0", "moving_start=given"],
+        ),
+        (
+            lambda: DistillConfig(moving_start="denes", moving_share=0.1),
+            ["distill.moving_start=denes", "did you mean dense?"],
+        ),
         (lambda: DistillConfig(ce_weight=-1), ["distill.ce_weight=-1", "at least 0"]),
         (lambda: DistillConfig(precision="fp16"), ["distill.precision=fp16", "fp32, bf16"]),
         (

@@ -13,7 +13,7 @@ import torch
 from cluster.failures import FailureLog
 from sparsify.errors import InputError
 from sparsify.health import SpikeGuard, SpikePolicy, checksum
-from sparsify.interval import checkpoint_interval_steps, lost_share, young_interval_s
+from sparsify.interval import checkpoint_interval_steps, young_interval_s
 
 
 def losses(seed: int = 0) -> Iterator[float]:
@@ -228,6 +228,11 @@ def test_what_the_user_must_mend_is_not_retried() -> None:
 
 
 # how often to save ------------------------------------------------------------------------------
+
+
+def lost_share(interval_s: float, stall_s: float, mtbf_s: float) -> float:
+    """Share of the time that checkpoints and the replays behind failures take."""
+    return stall_s / interval_s + interval_s / (2 * mtbf_s)
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks import (
-    apply_masks_,
-    has_alive,
-    infer_masks,
-    load_masks,
-    mask_digest,
-    mask_gradients,
-    pack_mask,
-    require_masked,
-    save_masks,
-    unpack_mask,
-)
+from sparsify.masking import apply_masks_, has_alive, infer_masks, mask_gradients, require_masked
+from sparsify.masks import load_masks, mask_digest, pack_mask, save_masks, unpack_mask
 from sparsify.pattern import Pattern, keep_mask_from_scores
 
 NAME = "0"

@@ -161,13 +161,6 @@ def test_shares_are_exact_in_every_block_and_even_inside(weights: list[float]) -
     assert not torch.equal(sources[0], sources[1])
 
 
-def test_used_rows_are_counted() -> None:
-    order = TrainingOrder([50, 20], [0.7, 0.3], seed=1)
-    for num_slots in (0, 1, 999, 1000, 2345):
-        sources = order.places(range(num_slots)).source_N
-        assert order.num_used(num_slots) == torch.bincount(sources, minlength=2).tolist()
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_a_global_batch_is_the_same_at_any_world_size(world_size: int) -> None:
     order = TrainingOrder([300, 200], [0.5, 0.5], seed=11)

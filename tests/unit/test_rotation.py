@@ -60,6 +60,8 @@ def test_models_in_one_basis_are_left_alone(
     assert teacher_rotation(again, tiny_model_dir, 1.0) == again / ROTATION
     turned_twice = sparse_model(tmp_path / "twice", rotated, some_rotation(1))
     assert teacher_rotation(turned_twice, rotated, 1.0) == turned_twice / ROTATION
+    assert teacher_rotation(again, tiny_model_dir, 0.0, "dense") == again / ROTATION
+    assert teacher_rotation(plain, tiny_model_dir, 0.0, "dense") is None
 
 
 def test_a_teacher_in_another_basis_is_refused_unless_nothing_compares_hidden_states(
@@ -80,6 +82,11 @@ def test_a_teacher_in_another_basis_is_refused_unless_nothing_compares_hidden_st
         assert message.endswith("or set distill.square_head_weight=0")
         assert "\n" not in message
         assert teacher_rotation(student, teacher, 0.0) is None
+        with pytest.raises(InputError, match=r"or set distill\.moving_start=given$"):
+            teacher_rotation(student, teacher, 0.0, "dense")
+        both = r"or set distill\.square_head_weight=0 and distill\.moving_start=given$"
+        with pytest.raises(InputError, match=both):
+            teacher_rotation(student, teacher, 1.0, "dense")
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])

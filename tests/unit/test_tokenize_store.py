@@ -311,4 +311,4 @@ def test_rows_in_training_order_come_from_both_sources(job, tmp_path) -> None:
     order = store.order(seed=0)
     rows: TokenRows = store.rows(order.batch(0, 40))
     assert rows.ids_NT.shape == (40, LENGTH)
-    assert order.num_used(1000) == [750, 250]
+    assert torch.bincount(order.places(range(1000)).source_N).tolist() == [750, 250]
