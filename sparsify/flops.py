@@ -173,7 +173,7 @@ def count_flops(model: nn.Module) -> ModelFlops:
         if module is not head
     )
     return ModelFlops(
-        weights, head.weight.numel(), heads * size, _windows(config, num_layers, name)
+        weights, head.weight.numel(), heads * size, attention_windows(config, num_layers, name)
     )
 
 
@@ -218,8 +218,17 @@ def _active_share_of_list(where: str, config: Any) -> float:
     raise _unknown(where, "it is an expert, and the config does not say of how many")
 
 
-def _windows(config: Any, num_layers: int, name: str) -> tuple[int | None, ...]:
-    """The attention window of every layer."""
+def attention_windows(config: Any, num_layers: int, name: str) -> tuple[int | None, ...]:
+    """The attention window of every layer in tokens; None: the whole document.
+
+    Args:
+        config: of the text model.
+        num_layers: of the model.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: a layer is neither full nor windowed attention.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
