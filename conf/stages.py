@@ -139,6 +139,9 @@ class DistillConfig:
     """torch.compile every decoder layer of student and teacher: faster, a few minutes to start"""
     recompute_share: float = 0.0
     """share of the decoder layers recomputed in the backward pass: less memory, slower; 0 to 1"""
+    attention: str = "auto"
+    """over rows of several documents: varlen (within each document), masked (over the whole row) or
+    auto: varlen for a model that is found to compute the same with it, else masked"""
     teacher_placement: str = "replicated"
     """the teacher on every worker (replicated), split over a node's (node) or over all (sharded)"""
     teacher_dtype: str | None = None
@@ -187,6 +190,7 @@ class DistillConfig:
             if getattr(self, name) is not None:
                 rules.in_range(f"distill.{name}", getattr(self, name), low=1)
         rules.in_range("distill.recompute_share", self.recompute_share, low=0, high=1)
+        rules.one_of("distill.attention", self.attention, ("auto", "varlen", "masked"))
         rules.one_of(
             "distill.teacher_placement", self.teacher_placement, ("replicated", "node", "sharded")
         )

@@ -23,12 +23,14 @@ from sparsify.models.load import check_vocabulary, load_model, load_tokenizer
 from sparsify.models.packed import check_isolation
 from sparsify.models.structure import first_block_alone
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+from sparsify.models.varlen import choose_attention
 from sparsify.moving import MovingMasks
 from sparsify.pattern import Pattern
 
 if TYPE_CHECKING:
     from cluster.ray_backend import WorkerContext
     from conf.schema import Config
+    from conf.stages import DistillConfig
     from jobs._engine import Partitioner
 
 
@@ -70,23 +72,30 @@ def open_blocks(
     return BlocksInMemory(load_model(path, dtype, context.device))
 
 
-def prove(source: Blocks, isolate: bool) -> LanguageHead:
-    """The head of a causal language model, when at least its first block is open.
+def prove(
+    source: Blocks, settings: DistillConfig, isolate: bool, context: WorkerContext
+) -> LanguageHead:
+    """The head of a causal language model, when at least its first block is open; and how the model
+    keeps documents apart from now on.
 
     All blocks of a model in memory take part, of one that is read block by block the first.
 
     Args:
         source: of the model.
+        settings: its attention.
         isolate: whether documents of a row have to be kept apart: proved too.
+        context: this worker; told why a model does not attend by document.
 
     Raises:
-        InputError: see `check_head` and `check_isolation`.
+        InputError: see `check_head`, `check_isolation` and `choose_attention`.
     """
     is_streamed = isinstance(source, StreamedBlocks)
     with first_block_alone(source.model) if is_streamed else nullcontext():
         found = check_head(source.model)
         if isolate:
             check_isolation(source.model)
+        in_half = settings.precision == "bf16"
+        choose_attention(source.model, settings.attention, isolate, in_half, context.warn)
     return found
 
 
@@ -130,7 +139,7 @@ def make_student(
     found = None
     for index in range(len(source.blocks)):
         block = source.open(index).requires_grad_(True)
-        found = found or prove(source, config.data.isolate_documents)
+        found = found or prove(source, settings, config.data.isolate_documents, context)
         prefix = f"{source.list_name}.{index}"
         if masks is None:
             own = PackedMasks.of(infer_block_masks(prefix, block, pattern, config.prune.skip))

@@ -85,7 +85,7 @@ def make_teacher(
     found = None
     for index in range(len(source.blocks)):
         block = source.open(index)
-        found = found or prove(source, isolate)
+        found = found or prove(source, settings, isolate, context)
         if mesh is not None:
             _shard(block, mesh)
     assert found is not None, "a list of blocks is never empty"

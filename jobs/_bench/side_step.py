@@ -59,6 +59,10 @@ class Here:
 
     alert = warn
 
+    def is_draining(self) -> bool:
+        """Whether the node is being taken away: there is none."""
+        return False
+
 
 @dataclass
 class Sides:
@@ -95,11 +99,12 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     from sparsify.masks import PackedMasks, apply_masks_
     from sparsify.models.blocks import BlocksInMemory
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+    from sparsify.models.varlen import choose_attention
     from sparsify.pattern import Pattern
 
     device = options.device
     config = make_config(options, num_steps)
-    settings = config.distill
+    settings, isolate = config.distill, config.data.isolate_documents
     context: Any = Here(device, num_threads)
     shape = llama_config(options.shape, options.layers, options.sequence_length, options.vocabulary)
     dense: Any = random_model(shape, options.seed, torch.float32, device)
@@ -112,11 +117,12 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     plain = copy.deepcopy(pruned).to(dtype) if options.baseline else None
     if plain is not None:
         recompute_layers(plain, settings.recompute_share)
+        in_half = settings.precision == "bf16"
+        choose_attention(plain, settings.attention, isolate, in_half, context.warn)
         if settings.compile:
             compile_layers(plain)
     store = _store(options, folder / "rows", num_steps)
     student = make_student(BlocksInMemory(pruned), masks, pattern, config, context)
-    isolate = config.data.isolate_documents
     dense_blocks = BlocksInMemory(dense.to(dtype))
     teacher = make_teacher(dense_blocks, settings, context, store.rows([0]), isolate)
     scratch = folder / "scratch"
@@ -150,8 +156,8 @@ def make_config(options: Namespace, num_steps: int) -> Config:
             micro_batch_size=options.micro_batch_size, precision=options.precision,
             zero_stage=2 if options.zero_stage is None else options.zero_stage,
             compile=options.compile, recompute_share=options.recompute_share,
-            teacher_dtype=options.teacher_dtype, checkpoint_every_steps=num_steps + 1,
-            hang_after_s=3600.0, learning_rate=1e-5,
+            teacher_dtype=options.teacher_dtype, attention=options.attention,
+            checkpoint_every_steps=num_steps + 1, hang_after_s=3600.0, learning_rate=1e-5,
         ),
     )  # fmt: skip
 

@@ -63,6 +63,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--teacher-dtype", None, "as distill.teacher_dtype", choices=types)
     parser.add_argument("--compile", action="store_true", help="as distill.compile")
     add_option(parser, "--recompute-share", 0.0, "as distill.recompute_share")
+    kinds = ["auto", "varlen", "masked"]
+    add_option(parser, "--attention", "auto", "as distill.attention", choices=kinds)
     alone = "measure the models alone too; without it there is more memory for the step"
     parser.add_argument("--baseline", action=BooleanOptionalAction, default=True, help=alone)
     add_option(parser, "--warmup", 1, "steps that do not count")
@@ -98,7 +100,7 @@ def run(options: Namespace) -> Outcome:
     names = (
         "shape", "layers", "vocabulary", "sequence_length", "batch_size", "micro_batch_size",
         "whole_rows", "engine", "zero_stage", "precision", "teacher_dtype", "compile",
-        "recompute_share", "warmup", "steps", "part_steps", "seed",
+        "recompute_share", "attention", "warmup", "steps", "part_steps", "seed",
     )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
     if options.engine == "deepspeed" and options.zero_stage is None:

@@ -64,7 +64,8 @@ class Worker:
 
 
 def make_base(folder: Path, dense: Path) -> None:
-    """A student with masks, its teacher, and rows of random tokens: no two of them are alike."""
+    """A student with masks, its teacher, and rows of two documents of random tokens: no two rows
+    are alike."""
     from sparsify.masks import save_masks
     from sparsify.models.load import load_pair, save_model
     from sparsify.pattern import Pattern, keep_mask_from_scores
@@ -83,7 +84,10 @@ def make_base(folder: Path, dense: Path) -> None:
     (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(len(tokenizer), (80, LENGTH), generator=generator)
-    write_rows(folder / "rows", {"train": TokenRows.whole(ids)}, tokenizer, LENGTH)
+    begins = 1 + torch.arange(len(ids))[:, None] % (LENGTH - 1)
+    places = torch.arange(LENGTH).expand(len(ids), -1)
+    rows = TokenRows(ids, torch.where(places < begins, places, places - begins))
+    write_rows(folder / "rows", {"train": rows}, tokenizer, LENGTH)
 
 
 def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:

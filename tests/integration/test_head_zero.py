@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sparsify.head import Teacher
 from sparsify.loss_terms import LossWeights, TokenCounts
 from sparsify.models.head import DistillStudent, find_head
+from sparsify.models.varlen import VARLEN, choose_attention
 from sparsify.text import TokenRows
 from tests.families import in_two_documents, tiny, token_rows
 from tests.integration.test_engine import two_processes
@@ -94,6 +95,9 @@ def train(rank: int, stage: int, tied: bool) -> tuple[list[float], dict[str, tor
     from jobs import _engine
 
     model, teacher = pair(tied)
+    for one in (model, teacher):
+        choose_attention(one, "auto", True, False, lambda said: None)
+    assert (model.config._attn_implementation == VARLEN) == (not tied), "Gemma 2 is refused"
     student = DistillStudent(model, chunk_tokens=32)
     settings = DistillConfig(
         zero_stage=stage, batch_size=ROWS, micro_batch_size=MICRO, weight_decay=0.1,

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsify.masks import load_masks
+from sparsify.models.varlen import VARLEN
 from sparsify.pattern import Pattern, count_violations
 from tests.integration.recoveries import train_workers
 
@@ -111,6 +112,8 @@ def test_the_export_loads_as_it_is_and_says_nothing_of_quantisation(undisturbed:
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
+    recovered_config = (undisturbed / "distill/model/config.json").read_text(encoding="utf-8")
+    assert VARLEN not in recovered_config, "how it attended in training is no part of a model"
     ids = AutoTokenizer.from_pretrained(folder)("def main", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
     recovered = load_file(undisturbed / "distill" / "model" / "model.safetensors")

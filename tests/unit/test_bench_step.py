@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.preempt import DrainWatch
 from conf.stages import DistillConfig
 from jobs import _engine, bench
-from jobs._bench import step, stopwatch
+from jobs._bench import side_step, step, stopwatch
 from jobs._bench.plain_engine import PlainEngine
 from jobs._bench.side_step import PHASES
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks import PackedMasks, apply_masks_, mask_gradients, pack_mask
+from sparsify.models.varlen import VARLEN
 from tests.conftest import REPOSITORY
 
 TINY = [
@@ -56,6 +58,30 @@ def test_the_measured_recovery_is_the_same_with_and_without_the_other_side(tmp_p
     assert both["losses"] == one["losses"]
     assert "ratio" in both
     assert "ratio" not in one
+
+
+def test_a_run_that_is_long_enough_to_ask_for_drains_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(DrainWatch, "is_due", lambda self: True)
+    assert len(run_tiny(tmp_path, "--no-baseline").figures["losses"]) == 1 + 2 + 1
+
+
+def test_both_sides_attend_alike(tmp_path, monkeypatch):
+    """The ratio compares a step with its arithmetic, so both have to attend in the same way."""
+    seen = []
+
+    def arithmetic(watch, student, teacher, parts):
+        seen.append([model.config._attn_implementation for model in (student, teacher)])
+        return plain(watch, student, teacher, parts)
+
+    plain = side_step._arithmetic
+    monkeypatch.setattr(side_step, "_arithmetic", arithmetic)
+    losses = [
+        run_tiny(tmp_path, "--attention", kind).figures["losses"]
+        for kind in ("auto", "varlen", "masked")
+    ]
+    assert seen == [[VARLEN] * 2, [VARLEN] * 2, ["sdpa"] * 2]
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
 @pytest.mark.parametrize(

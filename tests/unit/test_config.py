@@ -250,6 +250,10 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: DistillConfig(kl_weight=0), ["every loss weight is 0", "distill.ce_weight"]),
         (lambda: DistillConfig(ce_weight=-1), ["distill.ce_weight=-1", "at least 0"]),
         (lambda: DistillConfig(precision="fp16"), ["distill.precision=fp16", "fp32, bf16"]),
+        (
+            lambda: DistillConfig(attention="flash"),
+            ["distill.attention=flash", "auto, varlen, masked"],
+        ),
         (lambda: DistillConfig(zero_stage=4), ["distill.zero_stage=4", "at most 3"]),
         (lambda: DistillConfig(checkpoint_every_steps=0), ["distill.checkpoint_every_steps=0"]),
         (
