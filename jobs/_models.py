@@ -97,7 +97,7 @@ def prove(
         if isolate:
             check_isolation(source.model)
         in_half = settings.precision == "bf16"
-        choose_attention((source.model,), settings.attention, isolate, in_half, context.warn)
+        choose_attention(source.model, settings.attention, isolate, in_half, context.warn)
     return found
 
 

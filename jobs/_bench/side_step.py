@@ -100,11 +100,12 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     from sparsify.masks import PackedMasks
     from sparsify.models.blocks import BlocksInMemory
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+    from sparsify.models.varlen import choose_attention
     from sparsify.pattern import Pattern
 
     device = options.device
     config = make_config(options, num_steps)
-    settings = config.distill
+    settings, isolate = config.distill, config.data.isolate_documents
     context: Any = Here(device, num_threads)
     shape = llama_config(options.shape, options.layers, options.sequence_length, options.vocabulary)
     dense: Any = random_model(shape, options.seed, torch.float32, device)
@@ -119,6 +120,8 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     if plain is not None:
         prove(BlocksInMemory(plain), settings, isolate, context)  # attends as the student does
         recompute_layers(plain, settings.recompute_share)
+        in_half = settings.precision == "bf16"
+        choose_attention(plain, settings.attention, isolate, in_half, context.warn)
         if settings.compile:
             compile_layers(plain)
     store = _store(options, folder / "rows", num_steps)

@@ -6,8 +6,7 @@ config names `varlen_attention`, so transformers' layers call it, and no mask is
 that the masks do not know. Where documents begin is found once per call of the model, by a hook,
 and travels in keyword arguments that transformers passes down for flash kernels (`cu_seq_lens_q`,
 `max_length_q`); so recomputed layers get what belongs to their own rows. On GPUs in half precision
-PyTorch's `varlen_attn` computes, elsewhere `scaled_dot_product_attention`, one length of documents
-after another.
+PyTorch's `varlen_attn` computes, elsewhere `scaled_dot_product_attention`, length by length.
 
 A model that wants what is not here (capped scores, sinks, masks of its own) is refused, and every
 model is compared with its masked self before it is trusted. Shape suffixes: N rows, T tokens of a
@@ -18,7 +17,7 @@ K = documents + 1, L tokens of a document.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -135,13 +134,9 @@ def _require_plain(
         raise _refusal(module, "its keys come from a cache")
     if dropout:
         raise _refusal(module, f"it drops out {dropout} of the scores")
-    odd = [
-        name
-        for name, given in others.items()
-        if name not in _WITHOUT_EFFECT and given is not None and given is not False
-    ]
-    if odd:
-        raise _refusal(module, f"it uses {', '.join(sorted(odd))}")
+    for name, given in others.items():
+        if name not in _WITHOUT_EFFECT and given is not None and given is not False:
+            raise _refusal(module, f"it uses {name}")
 
 
 def _refusal(module: nn.Module, why: str) -> InputError:
@@ -195,36 +190,35 @@ def _by_document(
 
 
 def choose_attention(
-    models: Iterable[Any], wanted: str, is_packed: bool, in_half: bool, warn: Callable[[str], None]
+    model: Any, wanted: str, is_packed: bool, in_half: bool, warn: Callable[[str], None]
 ) -> None:
-    """Let models attend by document if that is wanted, or if it helps and the model allows it.
+    """Let a model attend by document if that is wanted, or if it helps and the model allows it.
 
     Call it before weights are split over workers or layers compiled.
 
     Args:
-        models: causal LMs of transformers, each judged by itself.
+        model: a causal LM of transformers.
         wanted: varlen, masked, or auto: varlen where rows hold several documents, unless the model
             is refused. Rows of one document need no mask to begin with.
         is_packed: whether rows hold several documents.
-        in_half: whether the models will compute in half precision, whatever they are held in now.
-        warn: told why a model stays with its mask under auto.
+        in_half: whether the model will compute in half precision, whatever it is held in now.
+        warn: told why the model stays with its mask under auto.
 
     Raises:
-        InputError: varlen is wanted and a model is refused.
+        InputError: varlen is wanted and the model is refused.
 
-    Cost: that of `check_varlen` for every model.
+    Cost: that of `check_varlen`.
     """
     if wanted == "masked" or (wanted == "auto" and not is_packed):
         return
-    for model in models:
-        try:
-            check_varlen(model, in_half)
-        except InputError as error:
-            if wanted == "varlen":
-                raise InputError(f"distill.attention=varlen: {error}; use masked or auto") from None
-            warn(f"{error}; a mask keeps its documents apart, which is slower")
-        else:
-            use_varlen(model)
+    try:
+        check_varlen(model, in_half)
+    except InputError as error:
+        if wanted == "varlen":
+            raise InputError(f"distill.attention=varlen: {error}; use masked or auto") from None
+        warn(f"{error}; a mask keeps its documents apart, which is slower")
+    else:
+        use_varlen(model)
 
 
 def use_varlen(model: Any) -> None:
@@ -240,11 +234,12 @@ def _hand_over_documents(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a model's forward: find the documents once for all of its layers."""
-    name = type(base).__name__
     given = [key for key in ("attention_mask", "past_key_values") if kwargs.get(key) is not None]
     if len(args) > 1 or given:
-        what = ", ".join(given) or "more than one argument without its name"
-        raise InputError(f"{name}: attends by document, and was given {what}; give position_ids")
+        what = ", ".join(given) or "arguments without names"
+        raise InputError(
+            f"{type(base).__name__}: attends by document, and was given {what}; give position_ids"
+        )
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs["inputs_embeds"] if tokens is None else tokens
     num_rows, length = tokens.shape[:2]
@@ -283,7 +278,7 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
     mask. On a GPU, the kernel is compared with one document after another, gradients too.
 
     Args:
-        model: a causal LM; left as it was. It may be short of its last blocks.
+        model: a causal LM, left as it was; in `first_block_alone`, if all of its layers are alike.
         in_half: see `choose_attention`.
 
     Raises:
@@ -293,11 +288,7 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
     """
     name = type(model).__name__
     config = model.config.get_text_config()
-    num_layers = len(find_blocks(model)[1])
-    try:
-        windows = attention_windows(config, config.num_hidden_layers, name)[:num_layers]
-    except InputError:
-        raise InputError(f"{name}: has layers of a kind that is not known here") from None
+    windows = _known_windows(config, len(find_blocks(model)[1]), name)
     embedding = model.get_input_embeddings()
     rows = _probe_rows(embedding.num_embeddings).to(embedding.weight.device)
     was_training, before = model.training, config._attn_implementation
@@ -324,6 +315,17 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
             _check_kernel(call, rows.ids_NT.device, name)
 
 
+def _known_windows(config: Any, num_blocks: int, name: str) -> tuple[int | None, ...]:
+    """What the config says of the blocks that are there: all, or the first for all of its kind."""
+    try:
+        windows = attention_windows(config, config.num_hidden_layers, name)
+    except InputError:
+        raise InputError(f"{name}: has layers of a kind that is not known here") from None
+    if num_blocks < len(windows) and len(set(windows)) > 1:
+        raise InputError(f"{name}: its layers differ, and weights are there for {num_blocks} alone")
+    return windows[:num_blocks]
+
+
 def _probe_rows(vocabulary: int) -> TokenRows:
     rows = [torch.cat([torch.arange(length) for length in row]) for row in _PROBE_LENGTHS]
     positions_NT = torch.stack(rows)
@@ -334,8 +336,8 @@ def _probe_rows(vocabulary: int) -> TokenRows:
 
 @torch.no_grad()
 def _logits(model: Any, rows: TokenRows) -> Tensor:
-    output = model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-    return output.logits
+    inputs = {"input_ids": rows.ids_NT, "position_ids": rows.positions_NT}
+    return cast(Tensor, model(**inputs, use_cache=False).logits)
 
 
 def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_Call]]:
@@ -368,11 +370,10 @@ def _check_kernel(call: _Call, device: torch.device, name: str) -> None:
     """Compare the kernel with one document after another, outputs and gradients."""
     window = None if call.window is None else _KERNEL_WINDOW
     cu_seqlens_K = torch.tensor((0, *_KERNEL_LENGTHS)).cumsum(0).to(torch.int32)
-    num_tokens = sum(_KERNEL_LENGTHS)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        numbers = torch.randn(num_tokens, *shape, generator=generator)
+        numbers = torch.randn(sum(_KERNEL_LENGTHS), *shape, generator=generator)
         return numbers.to(device, torch.bfloat16)
 
     heads = [
@@ -393,8 +394,6 @@ def _check_kernel(call: _Call, device: torch.device, name: str) -> None:
         raise InputError(f"{name}: varlen_attn cannot compute its attention ({reason})") from None
     expected = run([tensor.float() for tensor in heads], _by_document, cu_seqlens_K)
     for got, right in zip(found, expected, strict=True):
-        if not (got - right).norm() <= _KERNEL_RELATIVE * right.norm():
-            raise InputError(
-                f"{name}: varlen_attn of torch {torch.__version__} on this device is off by "
-                f"{((got - right).norm() / right.norm()).item():.3g} of the size"
-            )
+        off = ((got - right).norm() / right.norm()).item()
+        if not off <= _KERNEL_RELATIVE:
+            raise InputError(f"{name}: varlen_attn is off by {off:.3g} of its output or gradient")

@@ -219,7 +219,7 @@ def compare_placements(rank: int, folder: Path, placement: str) -> None:
     from jobs._teacher import load_teacher
     from sparsify.text import TokenRows
 
-    context: Any = SimpleNamespace(device="cpu", world_size=2, local_world_size=2, warn=print)
+    context: Any = SimpleNamespace(device="cpu", world_size=2, local_world_size=2, warn=pytest.fail)
     rows = TokenRows.whole(torch.arange(3, 67)[None])
     whole, split = (
         load_teacher(

@@ -95,7 +95,8 @@ def train(rank: int, stage: int, tied: bool) -> tuple[list[float], dict[str, tor
     from jobs import _engine
 
     model, teacher = pair(tied)
-    choose_attention((model, teacher), "auto", True, False, lambda said: None)
+    for one in (model, teacher):
+        choose_attention(one, "auto", True, False, lambda said: None)
     assert (model.config._attn_implementation == VARLEN) == (not tied), "Gemma 2 is refused"
     student = DistillStudent(model, chunk_tokens=32)
     settings = DistillConfig(

@@ -55,7 +55,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     from sparsify.text import TokenRows
 
     context: Any = SimpleNamespace(
-        device="cpu", world_size=2, local_world_size=2, rank=rank, warn=print
+        device="cpu", world_size=2, local_world_size=2, rank=rank, warn=pytest.fail
     )
     settings = DistillConfig(zero_stage=3, teacher_placement="sharded")
     config = Config(distill=settings, data=DataConfig(sequence_length=LENGTH))
