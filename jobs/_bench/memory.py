@@ -131,7 +131,10 @@ def summarise(
         ("peak of mapped files", gigabytes(finished.peak_file), ""),
         ("time", f"{finished.seconds:.1f} s", ""),
     ]  # fmt: skip
-    targets = [Target.at_most("peak held / limit", 1.0, peak.held / limit_bytes)]
+    targets = [
+        Target.at_most("exit code of the command", 0, abs(finished.returncode)),
+        Target.at_most("peak held / limit", 1.0, peak.held / limit_bytes),
+    ]
     if finished.num_kills is not None:
         targets.append(Target.at_most("killed at the limit", 0, finished.num_kills))
     table = Table(("", "memory", "of the limit"), rows)

@@ -7,6 +7,7 @@ model, so that a model is pruned on a device, or a machine, that it does not fit
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,6 +136,7 @@ class StreamedBlocks:
         Raises:
             InputError: a weight is NaN or infinite.
         """
+        _give_back_freed_memory()
         if self._next is not None and self._next[0] == index:
             tensors = self._next[1].result()
         else:
@@ -184,6 +186,18 @@ class StreamedBlocks:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
                 module._buffers[leaf] = value
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc return what earlier blocks left free to the system; nothing elsewhere.
+
+    It keeps freed tensors of less than 32 MB for later ones, between others that are still held:
+    a process that goes through many blocks grew by up to a block with each (measured: 60 blocks of
+    26 MB, of which half was kept, took 3.4 GB in place of 1.7).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def unstreamable(path: str | Path) -> str | None:
