@@ -404,8 +404,14 @@ def test_the_peak_is_held_against_the_limit() -> None:
     finished = processes.Finished(0, 12.0, use, peak_file=5 * 10**9, num_kills=0)
     found = memory.summarise(finished, 6 * 10**9, 4 * 10**9, {})
     assert found.figures["peak_held_bytes"] == 3 * 10**9
-    assert [target.is_met for target in found.targets] == [True, True]
+    assert [target.is_met for target in found.targets] == [True, True, True]
     assert "0.75" in found.tables[0].render()
+
+
+def test_a_command_that_failed_meets_no_limit() -> None:
+    finished = processes.Finished(-9, 12.0, processes.MemoryUse(), peak_file=0, num_kills=None)
+    found = memory.summarise(finished, 6 * 10**9, 4 * 10**9, {})
+    assert [target.is_met for target in found.targets] == [False, True]
 
 
 # Quality
