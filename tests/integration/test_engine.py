@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from sparsify.masks import PackedMasks, load_masks, save_masks
 from sparsify.pattern import Pattern, keep_mask_from_scores
+from tests.integration.recoveries import run
 
 CASES = [
     (0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"),
@@ -35,37 +32,6 @@ def sparse_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     save_model(model, tokenizer, folder)
     save_masks(folder / "masks" / "masks.safetensors", masks)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def on_rank(rank: int, port: int, size: int, work: Any, *args: Any) -> None:
-    """Set up one of `size` processes and run the work in it."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size),
-        LOCAL_RANK=str(rank), LOCAL_SIZE=str(size),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    work(rank, *args)
-    torch.distributed.destroy_process_group()
-    # DeepSpeed keeps its process groups, so their threads live on. One that lets go of a tensor
-    # while the interpreter shuts down aborts the process (torch 2.13), with the work long done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def processes(size: int, work: Any, *args: Any) -> None:
-    mp.spawn(on_rank, args=(free_port(), size, work, *args), nprocs=size)
-
-
-def two_processes(work: Any, *args: Any) -> None:
-    processes(2, work, *args)
 
 
 def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tuple[Any, Any]:
@@ -125,7 +91,7 @@ def train_and_check(rank: int, folder: Path, stage: int, precision: str) -> None
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 def test_pruned_weights_stay_zero_in_every_copy(sparse_dir, stage, precision) -> None:
-    two_processes(train_and_check, sparse_dir, stage, precision)
+    run(2, train_and_check, sparse_dir, stage, precision)
 
 
 def train_without_hooks(rank: int, folder: Path, stage: int) -> None:
@@ -139,7 +105,7 @@ def train_without_hooks(rank: int, folder: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_guard_sees_a_mask_that_was_not_held(sparse_dir, stage) -> None:
-    two_processes(train_without_hooks, sparse_dir, stage)
+    run(2, train_without_hooks, sparse_dir, stage)
 
 
 def load(engine: Any, out: Path) -> dict[str, Any]:
@@ -202,7 +168,7 @@ def test_four_then_two_then_four_workers_carry_every_element_over(
     sizes = {name: p.numel() for name, p in load_model(sparse_dir).named_parameters()}
     states = []
     for number, (size, stage) in enumerate(zip((4, 2, 4), stages, strict=True)):
-        processes(size, train_on, sparse_dir, stage, "bf16", tmp_path, number)
+        run(size, train_on, sparse_dir, stage, "bf16", tmp_path, number)
         states.append(whole_state(tmp_path / name_of(number + 1), sizes))
         if number:
             loaded = whole_state(tmp_path / "again" / name_of(number), sizes)
@@ -237,4 +203,4 @@ def compare_placements(rank: int, folder: Path, placement: str) -> None:
 
 @pytest.mark.parametrize("placement", ["node", "sharded"])
 def test_a_split_teacher_is_the_teacher_to_the_bit(tiny_model_dir, placement) -> None:
-    two_processes(compare_placements, tiny_model_dir, placement)
+    run(2, compare_placements, tiny_model_dir, placement)

@@ -15,7 +15,7 @@ from sparsify.models.head import DistillStudent, find_head
 from sparsify.models.varlen import VARLEN, choose_attention
 from sparsify.text import TokenRows
 from tests.families import in_two_documents, tiny, token_rows
-from tests.integration.test_engine import two_processes
+from tests.integration.recoveries import run
 
 CASES = [(0, False), (2, False), (3, False), (3, True)]
 NUM_STEPS, ROWS, MICRO = 3, 16, 4
@@ -150,7 +150,7 @@ def train_all(rank: int, out: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    two_processes(train_all, folder)
+    run(2, train_all, folder)
     return folder
 
 
