@@ -23,13 +23,13 @@ from sparsify.sample_store import (
     SampleFacts,
     SampleShard,
     facts_of,
-    is_whole_file,
     read_sample_manifest,
     sample_name,
     write_sample_manifest,
     write_samples,
 )
 from sparsify.store import MANIFEST, TokenStore, is_store
+from sparsify.store_write import is_whole
 
 if TYPE_CHECKING:
     from cluster.ray_backend import WorkerContext
@@ -178,7 +178,7 @@ def _finished_files(out: Path, settings: dict[str, Any]) -> dict[str, SampleShar
     else:
         records = begun_records("teach.out", out, out / STATE, settings, "teacher cache")
     shards = [SampleShard(**record) for record in records]
-    return {shard.file: shard for shard in shards if is_whole_file(out, shard)}
+    return {shard.file: shard for shard in shards if is_whole(out, shard)}
 
 
 # --- on the workers

@@ -168,15 +168,15 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     torch.manual_seed(config.run.seed)
     pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
     with pace.interval(START):
-        recovery, tokenizer, pattern, teacher_kl = _prepare(context, payload, pace)
+        recovery, pattern, teacher_kl = _prepare(context, payload, pace)
         recovery.resume()
     recovery.train()
-    _write(payload, recovery, tokenizer, pattern, teacher_kl)
+    _write(payload, recovery, pattern, teacher_kl)
 
 
 def _prepare(
     context: WorkerContext, payload: dict[str, Any], pace: Pace
-) -> tuple[Recovery, Any, str, float | None]:
+) -> tuple[Recovery, str, float | None]:
     """Student in its engine, teacher in its place, rows: a recovery that has yet to begin."""
     from jobs._assembly import build_recovery
     from jobs._engine import Partitioner
@@ -184,7 +184,6 @@ def _prepare(
     from jobs._start import load_student
     from jobs._teacher import load_teacher
     from jobs._teacher_cache import check_words
-    from sparsify.models.load import load_tokenizer
     from sparsify.store import TokenStore
 
     config: Config = payload["config"]
@@ -213,20 +212,19 @@ def _prepare(
         context, config, student, teacher, store, heldout, pace, payload["scratch"],
         payload["run_dir"],
     )  # fmt: skip
-    tokenizer = load_tokenizer(payload["student"])
-    return recovery, tokenizer, str(student.pattern), teacher_kl
+    return recovery, str(student.pattern), teacher_kl
 
 
 def _write(
-    payload: dict[str, Any], recovery: Recovery, tokenizer: Any, pattern: str,
-    teacher_kl: float | None,
-) -> None:  # fmt: skip
+    payload: dict[str, Any], recovery: Recovery, pattern: str, teacher_kl: float | None
+) -> None:
     """Rank 0 writes the recovered model and the loss curve."""
     from jobs import _engine
     from jobs._artifact import disk_errors, model_fingerprint, write_json
     from jobs._rotation import carry_rotation
     from jobs._stage import MASKS, read_sparsity, write_sparsity
     from sparsify.masks import save_masks
+    from sparsify.models.load import load_tokenizer
 
     state = _engine.gathered_state_dict(recovery.engine)
     if state is None:
@@ -242,7 +240,7 @@ def _write(
     }
     with disk_errors(folder):
         recovery.engine.module.model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(payload["student"]).save_pretrained(folder)
         save_masks(folder / MASKS, recovery.masks)
         carry_rotation(payload["student"], folder)
         write_sparsity(folder, recovery.masks, pattern, before.get("method", "given"), provenance)

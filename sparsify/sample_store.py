@@ -118,14 +118,6 @@ def write_samples(
     return SampleShard(path.name, num_rows, path.stat().st_size, file_sha256(path))
 
 
-def is_whole_file(folder: Path, shard: SampleShard) -> bool:
-    """Whether the file is there with the size and the hash that were written."""
-    path = folder / shard.file
-    if not path.is_file() or path.stat().st_size != shard.num_bytes:
-        return False
-    return file_sha256(path) == shard.sha256
-
-
 def write_sample_manifest(folder: Path, facts: SampleFacts, shards: Sequence[SampleShard]) -> None:
     """Make a folder of files a cache.
 

@@ -32,6 +32,8 @@ from sparsify.text import TokenRows, token_stream, tokenizer_digest, vocabulary_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from sparsify.sample_store import SampleShard
+
 
 def shard_name(source: int, index: int) -> str:
     """File name of shard `index` of source `source`."""
@@ -101,7 +103,7 @@ def _write(
     )  # fmt: skip
 
 
-def is_whole(folder: Path, shard: Shard) -> bool:
+def is_whole(folder: Path, shard: Shard | SampleShard) -> bool:
     """Whether the shard's file is there with the size and the hash that were written."""
     path = folder / shard.file
     if not path.is_file() or path.stat().st_size != shard.num_bytes:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from jobs._recovery import Recovery
-    from sparsify.pattern import Pattern
     from sparsify.text import TokenRows
 
 PHASES = (
@@ -96,8 +95,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     from jobs._models import make_student, prove
     from jobs._pace import Pace
     from jobs._teacher import make_teacher
-    from sparsify.masking import apply_masks_
-    from sparsify.masks import PackedMasks
+    from sparsify.masking import apply_masks_, infer_masks
     from sparsify.models.blocks import BlocksInMemory
     from sparsify.models.training import compile_layers, prepare_student, recompute_layers
     from sparsify.models.varlen import choose_attention
@@ -112,7 +110,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     pruned = copy.deepcopy(dense)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     pattern = Pattern.parse("2:4")
-    masks = PackedMasks.of(_magnitude_masks(pruned, pattern))
+    masks = infer_masks(pruned, pattern, may_be_dense=True)
     apply_masks_(pruned, masks)
     prepare_student(pruned)
     isolate = config.data.isolate_documents
@@ -217,21 +215,6 @@ def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
     num_rows = max(64, num_steps * options.batch_size)
     gigabytes = (num_rows + 0.5) * row_bytes / 1e9
     return write_random_store(folder, gigabytes, length, options.vocabulary, options.seed)
-
-
-def _magnitude_masks(model: nn.Module, pattern: Pattern) -> dict[str, Any]:
-    """2:4 by size of every linear layer of the blocks."""
-    from torch import nn
-
-    from sparsify.models.structure import find_blocks
-    from sparsify.pattern import keep_mask_from_scores
-
-    prefix, blocks = find_blocks(model)
-    return {
-        name: keep_mask_from_scores(module.weight.detach().abs(), pattern)
-        for name, module in blocks.named_modules(prefix=prefix)
-        if isinstance(module, nn.Linear)
-    }
 
 
 def _watch_recovery(watch: Stopwatch, recovery: Any, student: Any) -> None:

@@ -66,19 +66,16 @@ class Worker:
 def make_base(folder: Path, dense: Path) -> None:
     """A student with masks, its teacher, and rows of two documents of random tokens: no two rows
     are alike."""
+    from sparsify.masking import infer_masks
     from sparsify.masks import save_masks
     from sparsify.models.load import load_pair, save_model
-    from sparsify.pattern import Pattern, keep_mask_from_scores
+    from sparsify.pattern import Pattern
     from sparsify.store_write import write_rows
     from sparsify.text import TokenRows
 
     (folder / "teacher").symlink_to(dense)
     model, tokenizer = load_pair(dense)
-    masks = {
-        name: keep_mask_from_scores(module.weight.detach().abs(), Pattern.parse("2:4"))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
-    }
+    masks = infer_masks(model, Pattern.parse("2:4"), may_be_dense=True)
     save_model(model, tokenizer, folder / "student")
     save_masks(folder / "student/sparsity/masks.safetensors", masks)
     (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')

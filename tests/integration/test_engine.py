@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparsify.masking import infer_masks
 from sparsify.masks import PackedMasks, load_masks, save_masks
-from sparsify.pattern import Pattern, keep_mask_from_scores
+from sparsify.pattern import Pattern
 from tests.integration.recoveries import run
 
 CASES = [
@@ -24,11 +25,7 @@ def sparse_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     folder = tmp_path_factory.mktemp("sparse")
     model, tokenizer = load_pair(tiny_model_dir)
-    masks = {
-        name: keep_mask_from_scores(module.weight.detach().abs(), Pattern.parse("2:4"))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
-    }
+    masks = infer_masks(model, Pattern.parse("2:4"), may_be_dense=True)
     save_model(model, tokenizer, folder)
     save_masks(folder / "masks" / "masks.safetensors", masks)
     return folder

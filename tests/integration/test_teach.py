@@ -95,9 +95,10 @@ def make_models(base: Path, folder: Path, is_rotated: bool) -> Path:
 
     A rotated student is in another basis than its teacher, as method=twofour leaves one.
     """
+    from sparsify.masking import infer_masks
     from sparsify.masks import save_masks
     from sparsify.models.load import load_pair, save_model
-    from sparsify.pattern import Pattern, keep_mask_from_scores
+    from sparsify.pattern import Pattern
     from sparsify.rotation import Rotation, fold_rotation
 
     folder.mkdir()
@@ -109,11 +110,7 @@ def make_models(base: Path, folder: Path, is_rotated: bool) -> Path:
         generator = torch.Generator().manual_seed(5)
         turn_DD = torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q
         fold_rotation(model, Rotation(turn_DD, []))
-    masks = {
-        name: keep_mask_from_scores(module.weight.detach().abs(), Pattern.parse("2:4"))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
-    }
+    masks = infer_masks(model, Pattern.parse("2:4"), may_be_dense=True)
     save_model(model, tokenizer, folder / "student")
     save_masks(folder / "student/sparsity/masks.safetensors", masks)
     (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')

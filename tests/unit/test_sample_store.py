@@ -16,11 +16,11 @@ from sparsify.head_terms import Sample
 from sparsify.sample_store import (
     SampleCache,
     SampleFacts,
-    is_whole_file,
     sample_name,
     write_sample_manifest,
     write_samples,
 )
+from sparsify.store_write import is_whole
 from tests.conftest import message
 
 LENGTH, K = 5, 3
@@ -98,7 +98,7 @@ def test_damage_is_named(folder: Path) -> None:
         path.unlink()
         if data is not None:
             path.write_bytes(data)
-        assert not is_whole_file(folder, shard)
+        assert not is_whole(folder, shard)
         with pytest.raises(InputError) as error:
             SampleCache.open(folder)
         text = message(error)
@@ -110,7 +110,7 @@ def test_damage_is_named(folder: Path) -> None:
     assert "is missing" in refused(None)
     assert f"{len(whole) - 1:,} bytes, the manifest says {len(whole):,}" in refused(whole[:-1])
     assert "its header differs" in refused(whole.replace(b"weights", b"weighty"))
-    assert is_whole_file(folder, shard)
+    assert is_whole(folder, shard)
     cache.verify_shard(shard)
     changed = bytearray(whole)
     changed[-20] ^= 1  # seen by the hash alone
