@@ -18,6 +18,7 @@ import torch
 from conf.rules import parse_mix
 from jobs._builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
 from jobs._textfiles import existing_path, load_hub_dataset, read_source, source_files
+from sparsify.crops import crop_rows
 from sparsify.errors import CalibrationError, InputError
 from sparsify.files import file_sha256
 from sparsify.order import largest_remainder
@@ -177,7 +178,9 @@ def load_rows(
 
     Calibration and training take the documents in an order shuffled by `seed`; held-out documents
     come in one shuffled order that is always the same, so that a part of them stands for all.
-    Documents are read and tokenised only as far as they are needed.
+    Calibration takes its rows from all over the text (`sparsify.crops`), or, where a source has
+    less than about twice the text that it needs, from the beginning. Documents are read and
+    tokenised only as far as they are needed.
     A training source that is too short is repeated, in a new order every time, each pass packed by
     itself. A document equal to a held-out one is never used for calibration or training.
     A mix gives rows of each of its sources in proportion to the weights, in an order that depends
@@ -295,9 +298,18 @@ class _Reader:
 
     def _pass(self, name: str, held_out: bool | None, num_rows: int, epoch: int) -> TokenRows:
         # Not the run's seed for held-out text: scores of runs with different seeds are comparable.
-        seed = 0 if self.which == "heldout" else self.seed
-        texts = self._documents(name, held_out, _order_seed(self.which, seed, epoch))
-        return token_rows(texts, self._tokenizer, self.config.sequence_length, num_rows)
+        seed = _order_seed(self.which, 0 if self.which == "heldout" else self.seed, epoch)
+        length = self.config.sequence_length
+
+        def texts() -> Iterator[str]:
+            return self._documents(name, held_out, seed)
+
+        rows = None
+        if self.which == "calibration":
+            rows = crop_rows(texts(), self._tokenizer, length, num_rows, seed)
+        if rows is None:
+            rows = token_rows(texts(), self._tokenizer, length, num_rows)
+        return rows
 
     def _documents(self, name: str, held_out: bool | None, order_seed: int | None) -> Iterator[str]:
         """The documents; for calibration and training without those equal to a held-out one."""
