@@ -50,7 +50,7 @@ class PruneConfig:
     fisher: bool = False
     """count calibration tokens by how strongly predictions depend on them (one backward pass)"""
     rotation_steps: int | None = None
-    """steps of the search for rotations to fold into the weights first; 0 for none; null: 20 with
+    """steps of the search for rotations to fold into the weights first; 0 for none; null: 40 with
     method=twofour, where the model allows it and its files have at most 32 GB"""
     budget: str | None = None
     """size:S or latency:S: leave layers dense up to the share S of the dense cost; null for none"""

@@ -1,8 +1,8 @@
 """Options of the prune stage that look at the whole dense model first: weights of tokens, folded
 rotations, and which layers stay dense under a budget.
 
-Each is worked out once, by rank 0, and put into the run's scratch folder, where all workers read it
-and a run that is carried on finds it again.
+Each is worked out once, rotations by all workers and the rest by rank 0, and put into the run's
+scratch folder, where all workers read it and a run that is carried on finds it again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
 
 _ROTATION_FACTS = "rotation.json"
-_DEFAULT_STEPS = 20
+_DEFAULT_STEPS = 40
 _LARGEST_BYTES = 32 * 10**9  # of a model that is held whole without being asked to
 # Of the calibration, for the search for rotations. On two small models the share of importance
 # that pruning loses on other rows was then within 0.5 % of that with four times the tokens.
@@ -42,8 +42,14 @@ _TOKENS_PER_FEATURE = 64
 Say = Callable[[float, float, str], None]
 
 
-def once(path: Path, comm: Comm, make: Callable[[], None]) -> float:
-    """Have rank 0 make `path` unless it is there; all processes go on when it is.
+def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = False) -> float:
+    """Make `path` unless it is there; all processes go on when it is.
+
+    Args:
+        path: file or folder, on a disk that all processes see.
+        comm: the processes.
+        make: makes it, on rank 0 alone; or where it `is_shared` on all processes, and then has what
+            it raises on one of them raised on all.
 
     Returns:
         The seconds that it took, by this run or by the one that this run carries on.
@@ -52,19 +58,20 @@ def once(path: Path, comm: Comm, make: Callable[[], None]) -> float:
         What `make` raises, on all processes.
     """
     marker = path.with_name(f"{path.name}.seconds.json")
-    failure: Exception | None = None
-    if comm.rank == 0 and not marker.exists():
-        try:
-            if path.is_dir():  # made, and killed before that was noted
-                shutil.rmtree(path)
-            begun_s = time.perf_counter()
+
+    def is_made() -> bool:
+        if comm.rank == 0 and not marker.exists() and path.is_dir():
+            shutil.rmtree(path)  # made, and killed before that was noted
+        return marker.exists()
+
+    if not comm.share(comm.together(is_made))[0]:  # as rank 0 sees it
+        begun_s = time.perf_counter()
+        if is_shared:
             make()
-            write_json(marker, time.perf_counter() - begun_s)
-        except Exception as error:  # handed to all, so that none waits for ever
-            failure = error
-    failure = comm.share(failure)[0]
-    if failure is not None:
-        raise failure
+        else:
+            comm.together(lambda: make() if comm.rank == 0 else None)
+        seconds = time.perf_counter() - begun_s
+        comm.together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
     return float(json.loads(marker.read_text(encoding="utf-8")))
 
 
@@ -115,55 +122,80 @@ def rotated_model(
         InputError: the steps were asked for, and the model cannot be rotated.
     """
     folder = scratch / "rotated"
-    steps = wanted_rotation_steps(config, dense)
-
-    def make() -> None:
-        from sparsify.models.stream_sites import find_rotation_sites
-        from sparsify.pattern import Pattern
-        from sparsify.rotate import rotate_model
-
-        partial = scratch / ".rotated.tmp"
-        if partial.exists():
-            shutil.rmtree(partial)
-        model = load_model(dense, config.model.dtype, device)
-        try:
-            sites = find_rotation_sites(model)
-        except InputError as error:
-            if config.prune.rotation_steps is not None:
-                raise
-            partial.mkdir()
-            write_json(partial / _ROTATION_FACTS, {"refused": str(error)})
-            partial.rename(folder)
-            return
-        is_tied = sites.head.weight is sites.embedding.weight
-        width = model.config.get_text_config().hidden_size
-        wanted = math.ceil(_TOKENS_PER_FEATURE * width / rows.ids_NT.shape[1])
-        # Spread over all rows: they lie source by source.
-        few = rows[:: max(1, len(rows) // wanted)]
-        report = rotate_model(
-            model, few, steps=steps, seed=config.run.seed,
-            batch_size=config.prune.batch_size, pattern=Pattern.parse(config.prune.pattern),
-            use_value_rotation=bool(sites.values),
-            on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
-        )  # fmt: skip
-        save_model(model, None, partial)
-        report.rotation.save(partial / ROTATION)
-        facts = {
-            "num_tokens": few.num_tokens,
-            "steps": steps,
-            "has_value_rotations": bool(sites.values),
-            "untied_bytes": sites.head.weight.nbytes if is_tied else 0,
-            "entropy": [report.entropy_before, report.entropy_after],
-            "pruned_share": [report.pruned_share_before, report.pruned_share_after],
-            "max_logit_difference": report.max_logit_difference,
-        }
-        write_json(partial / _ROTATION_FACTS, facts)
-        partial.rename(folder)
-
-    seconds = once(folder, comm, make)
+    seconds = once(
+        folder, comm, lambda: _rotate(dense, rows, config, folder, comm, device, say),
+        is_shared=True,
+    )  # fmt: skip
     facts = json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8"))
     facts["seconds"] = seconds
     return (None if "refused" in facts else folder), facts
+
+
+def _rotate(
+    dense: Path, rows: TokenRows, config: Config, folder: Path, comm: Comm, device: str, say: Say
+) -> None:
+    """Make the folder of the rotated model, or of why there is none; all processes together."""
+    from sparsify.models.stream_sites import RotationSites, find_rotation_sites
+    from sparsify.pattern import Pattern
+    from sparsify.rotate import rotate_model
+
+    steps = wanted_rotation_steps(config, dense)
+
+    def load() -> tuple[Any, RotationSites | str]:
+        model = load_model(dense, config.model.dtype, device)
+        try:
+            return model, find_rotation_sites(model)
+        except InputError as error:
+            if config.prune.rotation_steps is not None:
+                raise
+            return model, str(error)
+
+    model, sites = comm.together(load)
+    if isinstance(sites, str):
+        refused = {"refused": sites}
+        comm.together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
+        return
+    is_tied = sites.head.weight is sites.embedding.weight
+    width = model.config.get_text_config().hidden_size
+    wanted = math.ceil(_TOKENS_PER_FEATURE * width / rows.ids_NT.shape[1])
+    # Spread over all rows: they lie source by source.
+    few = rows[:: max(1, len(rows) // wanted)]
+    report = rotate_model(
+        model, few, steps=steps, seed=config.run.seed, batch_size=config.prune.batch_size,
+        pattern=Pattern.parse(config.prune.pattern), use_value_rotation=bool(sites.values),
+        on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
+        comm=comm,
+    )  # fmt: skip
+    facts = {
+        "num_tokens": few.num_tokens,
+        "steps": steps,
+        "has_value_rotations": bool(sites.values),
+        "untied_bytes": sites.head.weight.nbytes if is_tied else 0,
+        "entropy": [report.entropy_before, report.entropy_after],
+        "pruned_share": [report.pruned_share_before, report.pruned_share_after],
+        "max_logit_difference": report.max_logit_difference,
+    }
+
+    def fill(partial: Path) -> None:
+        save_model(model, None, partial)
+        report.rotation.save(partial / ROTATION)
+
+    comm.together(lambda: _write_rotated(folder, facts, fill, comm))
+
+
+def _write_rotated(
+    folder: Path, facts: dict[str, Any], fill: Callable[[Path], None], comm: Comm
+) -> None:
+    """Rank 0 makes the folder, whole or not at all."""
+    if comm.rank != 0:
+        return
+    partial = folder.with_name(".rotated.tmp")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    fill(partial)
+    write_json(partial / _ROTATION_FACTS, facts)
+    partial.rename(folder)
 
 
 def dense_layers(

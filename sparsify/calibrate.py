@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.comm import Comm
+from sparsify.comm import Comm, sum_lanes
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.models.blocks import Blocks
 from sparsify.models.packed import require_isolation
@@ -208,7 +208,7 @@ def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
         raise CalibrationError(
             f"calibration rows have shape {tuple(rows.ids_NT.shape)}; expected (rows, tokens)"
         )
-    num_lanes = comm.NUM_LANES if comm.is_fixed else comm.world_size
+    num_lanes = comm.num_lanes
     if len(rows) < num_lanes:
         what = "lanes of a fixed order" if comm.is_fixed else "workers"
         raise CalibrationError(
@@ -384,20 +384,17 @@ class _Walk:
         note: Callable[[Moments, Batch, Tensor | None], None], is_in_order: bool,
     ) -> Moments:  # fmt: skip
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
-        tree: list[tuple[int, Moments]] = []
-        for lane in self._lanes:
+
+        def of(lane: list[Batch]) -> Moments:
             moments = Moments(block, groups, self._wants.teacher, is_in_order)
             for batch in lane:
                 weights_BT = None
                 if self._token_weights is not None:
                     weights_BT = self._token_weights[index, batch.where]
                 note(moments, batch, weights_BT)
-            tree.append((0, moments))
-            while len(tree) > 1 and tree[-1][0] == tree[-2][0]:
-                (level, right), (_, left) = tree.pop(), tree.pop()
-                left.merge(right)
-                tree.append((level + 1, left))
-        return tree[0][1]
+            return moments
+
+        return sum_lanes(map(of, self._lanes), Moments.merge)
 
     def _call(self, index: int, stream: str, batch: Batch) -> BlockInputs:
         hidden_BTD = self._store.get(stream, batch.number)

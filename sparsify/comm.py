@@ -6,15 +6,17 @@ nothing of who started the processes or where they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sparsify.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Comm:
 
     NUM_LANES = 8
     """pieces that work is cut into when the order is fixed"""
+
+    @property
+    def num_lanes(self) -> int:
+        """Shares that work is cut into over all processes; see `lanes`."""
+        return self.NUM_LANES if self.is_fixed else self.world_size
 
     def __post_init__(self) -> None:
         if self.is_fixed and self.NUM_LANES % self.world_size:
@@ -82,10 +89,9 @@ class Comm:
         They are contiguous, and sizes differ by at most one. There is one, or with a fixed order
         NUM_LANES over all processes, whatever their number.
         """
-        num_lanes = self.NUM_LANES if self.is_fixed else self.world_size
-        per_process = num_lanes // self.world_size
-        first = self.rank * per_process
-        return [_slice_of(lane, num_lanes, num_items) for lane in range(first, first + per_process)]
+        per_process = self.num_lanes // self.world_size
+        mine = range(self.rank * per_process, (self.rank + 1) * per_process)
+        return [_slice_of(lane, self.num_lanes, num_items) for lane in mine]
 
     def row_slice(self, num_rows: int) -> slice:
         """This process's share of `num_rows` rows: contiguous, sizes differ by at most one."""
@@ -103,6 +109,25 @@ class Comm:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Have every process do its part, which exchanges nothing, and return what its own gave.
+
+        Raises:
+            What the part of the lowest rank that failed raised, on all processes, so that none
+            waits for ever for one that is gone.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        failures = self.share(failure)
+        failures[self.rank] = failure  # where it happened, with its traceback
+        for found in failures:
+            if found is not None:
+                raise found
+        return cast(T, result)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -141,6 +166,25 @@ class Comm:
             )  # fmt: skip
 
         return wait
+
+
+def sum_lanes(lanes: Iterable[T], merge: Callable[[T, T], Any]) -> T:
+    """Add up a process's lanes as the leaves of a binary tree; `Comm.all_reduce_` continues it.
+
+    Args:
+        lanes: sums of one lane each, at least one; asked for one by one.
+        merge: adds its second argument to its first, in place.
+
+    Memory: 1 + log2(number of lanes) sums at a time.
+    """
+    tree: list[tuple[int, T]] = []
+    for lane in lanes:
+        tree.append((0, lane))
+        while len(tree) > 1 and tree[-1][0] == tree[-2][0]:
+            (level, right), (_, left) = tree.pop(), tree.pop()
+            merge(left, right)
+            tree.append((level + 1, left))
+    return tree[0][1]
 
 
 def _slice_of(index: int, num_shares: int, num_items: int) -> slice:

@@ -9,35 +9,21 @@ and columns of a weight, H key-value heads, Q query heads of one of them, K widt
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.models.stream_sites import (
-    RotationSites,
-    StreamMoments,
-    find_rotation_sites,
-    stream_moments,
-)
-from sparsify.pattern import Pattern, check_divides, keep_mask_from_scores
-from sparsify.rotation import (
-    Rotation,
-    fold_gains,
-    logits_of,
-    require_same,
-    rotate_columns,
-    rotate_rows,
-    turn,
-)
+from sparsify.comm import Comm
+from sparsify.errors import CalibrationError, InputError
+from sparsify.models.stream_moments import stream_moments
+from sparsify.models.stream_sites import RotationSites, find_rotation_sites
+from sparsify.pattern import Pattern, check_divides
+from sparsify.rotation import Rotation, fold_gains, logits_of, require_same, turn
+from sparsify.rotation_search import RotationSearch
 from sparsify.text import TokenRows
-
-LEARNING_RATE = 0.03  # of Adam; 20 steps get as far as 50 with 0.01
-_NOISE = 1e-3  # off the identity, where a gradient may vanish by symmetry
-_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -68,6 +54,7 @@ def rotate_model(
     dense_names: Collection[str] = (),
     use_value_rotation: bool = True,
     on_step: Callable[[int, int, float], None] | None = None,
+    comm: Comm | None = None,
 ) -> RotationReport:
     """Fold the norms' gains and the best rotations found into the weights, in place.
 
@@ -83,18 +70,20 @@ def rotate_model(
     Args:
         model: a pre-norm decoder with RMSNorm; see `find_rotation_sites`.
         rows: calibration rows.
-        steps: of Adam; 0 folds the gains alone. 100 to 400 is usual.
+        steps: of the search, see `RotationSearch`; 0 folds the gains alone. 40 is usual.
         seed: of the small random matrix that moves the start off the identity.
         batch_size: rows per forward.
         pattern: what the model will be pruned to; None rotates for no pattern in particular.
         dense_names: linears that will not be pruned: rotated like all, but not counted.
         use_value_rotation: False: R1 alone.
         on_step: called as on_step(steps done, steps, what is minimised, mean over rows).
+        comm: the processes that take part, each with the whole model and all rows; None: this one
+            alone. They share the rows and the matrices, and all fold in the same rotations.
 
     Returns:
         `RotationReport`.
 
-    Raises:
+    Raises, on all processes:
         InputError: the model cannot be folded (before anything is changed), or it can not after
             all: its logits came out different, and the changed weights are of no use.
         CalibrationError: no rows.
@@ -106,38 +95,53 @@ def rotate_model(
     are rotated. The objective for a pattern is our own: on two small models it lowered the KL
     after SparseGPT by 0.12 and 0.15 nats more than the entropy did.
 
-    Cost: one forward over the rows, and two over the first for the check. A step is about
-    6 D operations per weight of the blocks and a QR of (D, D) with its backward. Memory: one
-    (D, D) float32 per norm, the largest matrix in float32 a few times over, R1 and Adam's state.
+    Cost: one forward over the rows, and two over the first for the check. A step is about 4 D
+    operations per weight of the blocks, shared by the processes, and about 9 D^3 for the turn, on
+    each of them. Memory: one (D, D) per norm (`stream_moments`), of which each process keeps those
+    of its matrices; the largest matrix in float32 a few times over; a dozen of R1.
     """
     if steps < 0 or batch_size < 1:
         raise InputError(f"steps={steps}, batch_size={batch_size}: 0 or more, and at least 1")
     if len(rows) == 0:
         raise CalibrationError("rotation: no calibration row; give more text")
-    sites = find_rotation_sites(model)
+    comm = comm or Comm.single()
+    sites = comm.together(lambda: find_rotation_sites(model))
     if use_value_rotation and not sites.values:
         raise InputError(
             f"rotation: {type(model).__name__} has no v_proj and o_proj to rotate values in; use "
             "use_value_rotation=False"
         )
     counted = _counted(sites, dense_names, pattern)
+    check = rows[:1]
+
+    @torch.no_grad()
+    def fold() -> Tensor:
+        before = logits_of(model, check)
+        fold_gains(model, sites)
+        return before
+
+    @torch.no_grad()
+    def finish() -> float:
+        turn(sites, rotation)
+        return require_same(model, check, before)
+
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            check = rows[:1]
-            before = logits_of(model, check)
-            fold_gains(model, sites)
-            moments = stream_moments(model, sites, rows, batch_size)
+        before = comm.together(fold)
+        moments = stream_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
-        search = _Search(sites, moments, noise, counted, pattern, use_value_rotation)
+        start = partial(
+            RotationSearch, sites, moments, counted, pattern, use_values=use_value_rotation,
+            noise=noise, comm=comm,
+        )  # fmt: skip
+        search = comm.together(start)
+        del start, moments  # the search holds those that this process works with
         entropy_before, pruned_before = search.measure()
         search.run(steps, on_step)
-        entropy_after, pruned_after = search.measure()
         rotation = search.found()
-        with torch.no_grad():
-            turn(sites, rotation)
-            difference = require_same(model, check, before)
+        entropy_after, pruned_after = search.measure()
+        difference = comm.together(finish)
     finally:
         model.train(was_training)
     return RotationReport(
@@ -160,132 +164,3 @@ def _counted(
         for name in sorted(counted):
             check_divides(name, linears[name].in_features, pattern)
     return counted
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Q of the QR decomposition with a positive diagonal of R, which makes it unique and smooth."""
-    q, r = torch.linalg.qr(matrix)
-    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-
-
-class _Search:
-    """The rotations being looked for, as Q of QR of free matrices."""
-
-    def __init__(
-        self,
-        sites: RotationSites,
-        moments: StreamMoments,
-        noise: torch.Generator | None,
-        counted: set[str],
-        pattern: Pattern | None,
-        use_values: bool,
-    ) -> None:
-        self._sites = sites
-        self._moments = moments
-        self._pattern = pattern
-        self._counted = counted
-
-        def start(*shape: int) -> Tensor:
-            free = torch.eye(shape[-1]).repeat(*shape[:-2], 1, 1)
-            if noise is not None:
-                free += torch.randn(shape, generator=noise) * _NOISE
-            return free.to(sites.head.weight.device).requires_grad_(True)
-
-        width = sites.embedding.weight.shape[1]
-        self._stream = start(width, width)
-        used = sites.values if use_values else []
-        self._values = [start(s.num_kv_heads, s.head_dim, s.head_dim) for s in used]
-        self._value_of = {id(s.value): i for i, s in enumerate(used)}
-        self._output_of = {id(s.output): i for i, s in enumerate(used)}
-        groups = [*(site.readers for site in sites.norms[:-1]), sites.writers]
-        self._num_rows = sum(
-            linear.out_features
-            for group in groups
-            for name, linear in group.items()
-            if name in counted
-        )
-
-    @torch.no_grad()
-    def measure(self) -> tuple[float, float | None]:
-        """Mean over rows of the entropy and, given a pattern, of the pruned share."""
-        entropy = pruned = 0.0
-        rotations = _orthogonal(self._stream), [_orthogonal(free) for free in self._values]
-        for scores_OI in self._scores(*rotations):
-            entropy += float(_entropy(scores_OI))
-            if self._pattern is not None:
-                pruned += float(_pruned_share(scores_OI, self._pattern))
-        rows = self._num_rows
-        return entropy / rows, None if self._pattern is None else pruned / rows
-
-    def run(self, steps: int, on_step: Callable[[int, int, float], None] | None) -> None:
-        """Adam on the free matrices. One matrix's graph exists at a time."""
-        free = [self._stream, *self._values]
-        adam = torch.optim.Adam(free, lr=LEARNING_RATE)
-        for step in range(steps):
-            rotations = [_orthogonal(matrix) for matrix in free]
-            leaves = [rotation.detach().requires_grad_(True) for rotation in rotations]
-            total = 0.0
-            for scores_OI in self._scores(leaves[0], leaves[1:]):
-                if self._pattern is None:
-                    loss = _entropy(scores_OI)
-                else:
-                    loss = _pruned_share(scores_OI, self._pattern)
-                loss.backward()
-                total += loss.item()
-            if not math.isfinite(total):
-                raise NonFiniteError(f"rotation: the loss is {total} at step {step}")
-            adam.zero_grad()
-            used = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
-            torch.autograd.backward([rotations[i] for i in used], [leaves[i].grad for i in used])
-            adam.step()
-            if on_step is not None:
-                on_step(step + 1, steps, total / self._num_rows)
-
-    def _scores(self, stream_DD: Tensor, values: list[Tensor]) -> Iterator[Tensor]:
-        """Importance of the weights, (O, I), of one matrix of the blocks after another."""
-        for site, moment_DD in zip(self._sites.norms, self._moments.norms, strict=False):
-            for name, linear in site.readers.items():
-                if name not in self._counted:
-                    continue
-                importance_D = ((moment_DD @ stream_DD) * stream_DD).sum(0)
-                weight_OD = linear.weight.detach().float()
-                weight_OD = self._reader(linear, weight_OD, stream_DD, values)
-                yield weight_OD.square() * importance_D
-        for name, linear in self._sites.writers.items():
-            if name not in self._counted:
-                continue
-            weight_DI = stream_DD.T @ linear.weight.detach().float()
-            importance_I = self._moments.diagonals[name]
-            index = self._output_of.get(id(linear))
-            if index is not None:
-                weight_DI = rotate_columns(weight_DI, values[index])
-                blocks = self._moments.values[id(linear)]
-                turned = values[index].unsqueeze(1)
-                importance_I = ((blocks @ turned) * turned).sum(-2).flatten()
-            yield weight_DI.square() * importance_I
-
-    def _reader(
-        self, linear: nn.Linear, weight_OD: Tensor, stream_DD: Tensor, values: list[Tensor]
-    ) -> Tensor:
-        weight_OD = weight_OD @ stream_DD
-        index = self._value_of.get(id(linear))
-        return weight_OD if index is None else rotate_rows(weight_OD, values[index])
-
-    @torch.no_grad()
-    def found(self) -> Rotation:
-        """The rotations as they are now, orthogonal to float64's precision."""
-        values = [_orthogonal(free.double()) for free in self._values]
-        return Rotation(_orthogonal(self._stream.double()), values)
-
-
-def _entropy(scores_OI: Tensor) -> Tensor:
-    """Summed over rows: entropy in nats of the shares of the row's importance."""
-    shares_OI = scores_OI / scores_OI.sum(1, keepdim=True).clamp_min(_TINY)
-    return -(shares_OI * (shares_OI + _TINY).log()).sum()
-
-
-def _pruned_share(scores_OI: Tensor, pattern: Pattern) -> Tensor:
-    """Share of importance lost when each group (unstructured: row) keeps its largest, times O."""
-    # Comparing the members of a group takes half the time of sorting them and its backward.
-    is_lost_OI = ~keep_mask_from_scores(scores_OI.detach(), pattern)
-    return len(scores_OI) * (scores_OI * is_lost_OI).sum() / scores_OI.sum().clamp_min(_TINY)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.hessian import HessianSum
 from sparsify.models.structure import find_blocks, linears_of
-from sparsify.text import TokenRows
 
 
 @dataclass(frozen=True)
@@ -219,72 +217,3 @@ def _require_known(
                 f"rotation: {name} of {type(model).__name__}, shape {tuple(parameter.shape)}, is "
                 "no part of a pre-norm decoder of linear layers; leave rotation out for this model"
             )
-
-
-@dataclass
-class StreamMoments:
-    """Moments of the linears' inputs in the dense model, gains folded."""
-
-    norms: list[Tensor]
-    """(D, D) float32 per norm but the last"""
-    diagonals: dict[str, Tensor]
-    """writer -> (I,) float32"""
-    values: dict[int, Tensor]
-    """id of an output projection -> float32 (H, Q, K, K), the blocks of its heads"""
-
-
-def stream_moments(
-    model: nn.Module, sites: RotationSites, rows: TokenRows, batch_size: int
-) -> StreamMoments:
-    """Means over the tokens of `rows`, of all blocks in one forward.
-
-    Raises:
-        NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`.
-    """
-    device = sites.head.weight.device
-    width = sites.embedding.weight.shape[1]
-    sums = [HessianSum(width, device) for _ in sites.norms[:-1]]
-    diagonals = {
-        name: torch.zeros(linear.in_features, device=device)
-        for name, linear in sites.writers.items()
-    }
-    heads = {id(site.output): site for site in sites.values}
-    values = {
-        key: torch.zeros(site.num_kv_heads, site.num_queries, site.head_dim, site.head_dim,
-                         device=device)
-        for key, site in heads.items()
-    }  # fmt: skip
-
-    def note_writer(name: str, linear: nn.Linear, value: Tensor) -> None:
-        flat_TI = value.reshape(-1, value.shape[-1]).float()
-        diagonals[name] += flat_TI.square().sum(0)
-        if id(linear) in heads:
-            site = heads[id(linear)]
-            split = flat_TI.reshape(-1, site.num_kv_heads, site.num_queries, site.head_dim)
-            values[id(linear)] += torch.einsum("thqk,thql->hqkl", split, split)
-
-    handles = [
-        next(iter(site.readers.values())).register_forward_pre_hook(
-            lambda _, args, total=total: total.add(args[0])
-        )
-        for site, total in zip(sites.norms, sums, strict=False)
-    ]
-    handles += [
-        linear.register_forward_pre_hook(
-            lambda module, args, name=name: note_writer(name, module, args[0])
-        )
-        for name, linear in sites.writers.items()
-    ]
-    try:
-        for batch in rows.split(batch_size):
-            batch = batch.to(device)
-            model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    num_tokens = rows.num_tokens
-    return StreamMoments(
-        [total.mean() for total in sums],
-        {name: diagonal / num_tokens for name, diagonal in diagonals.items()},
-        {key: moment / num_tokens for key, moment in values.items()},
-    )
