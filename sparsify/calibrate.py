@@ -36,7 +36,7 @@ from sparsify.models.structure import (
     run_block,
     shared_input_groups,
 )
-from sparsify.moments import Moments, share_factors
+from sparsify.moments import Moments, TargetShares, share_factors
 from sparsify.phases import Phases
 from sparsify.statistics import Statistics
 from sparsify.streams import StreamStore
@@ -56,9 +56,10 @@ class Layer:
     """index of the decoder block"""
     statistics: Statistics
     """moments of its input; layers that share an input share them"""
-    residual_OI: Tensor | None = None
-    """float32 mean of (r_dense - r) x^T, r being the residual stream that the layer adds to; None
-    unless the teacher was asked for and the layer adds to one"""
+    wanted_OI: Tensor | None = None
+    """float32 mean of (a W y + b (r_dense - r)) x^T for a layer that adds to a residual stream r: W
+    is its dense weight, y its input in the dense model, x its own, a and b are the shares asked
+    for; None if they were not, if the layer adds to none, or where `cross_II` has no pairs"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class Wants:
     """What a solver needs of the walk."""
 
     teacher: bool = False
-    """follow the dense model too, for `cross_II` and `residual_OI`"""
+    """follow the dense model too, for `cross_II`"""
+    target_shares: TargetShares | None = None
+    """with a teacher: `wanted_OI` of layers that write to the residual stream, with these shares.
+    Their statistics have no `cross_II` then, unless another kind of layer shares them"""
     factor_damping: float | None = None
     """compute the factors with this damping, each on one process, before handing out the layers"""
     order: Order = "block"
@@ -227,8 +231,8 @@ def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
 
 
 _Found = Iterator[tuple[str, Statistics, Tensor | None]]
-"""(name relative to the block, moments of its input, `Layer.residual_OI`) of one layer after
-another, each of which has to be solved before the next is asked for"""
+"""(name relative to the block, moments of its input, `Layer.wanted_OI`) of one layer after another,
+each of which has to be solved before the next is asked for"""
 
 
 class _Walk:
@@ -283,20 +287,19 @@ class _Walk:
             call = self._call(index, "pruned", self._batches[0])
             row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
             one = self._calls.call(index, row, hidden_BTD)
-            stages = None
             try:  # one row shows what calls what, unless there are experts that it does not call
                 groups = shared_input_groups(block, one, left_out)
-                stages = stages_of(block, one, groups)
             except InputError:
                 groups = shared_input_groups(block, call, left_out)
+            stages = stages_of(block, one, groups)
         layers = (
             self._layers_by_stage(index, block, stages)
-            if stages is not None and self._wants.order == "layer"
-            else self._layers_at_once(index, block, groups, stages is not None)
+            if stages.is_in_order and self._wants.order == "layer"
+            else self._layers_at_once(index, block, stages)
         )
-        for relative, statistics, residual_OI in layers:
+        for relative, statistics, wanted_OI in layers:
             name = prefix + relative
-            solve(Layer(name, names[name], index, statistics, residual_OI))
+            solve(Layer(name, names[name], index, statistics, wanted_OI))
 
     def _learn(self, block: nn.Module) -> None:
         """See how blocks are called, and that they keep documents apart."""
@@ -309,9 +312,7 @@ class _Walk:
                 type(self._source.model).__name__,
             )
 
-    def _layers_at_once(
-        self, index: int, block: nn.Module, groups: list[list[str]], is_in_order: bool
-    ) -> _Found:
+    def _layers_at_once(self, index: int, block: nn.Module, stages: Stages) -> _Found:
         """The layers, all measured in the dense block; then the pruned stream follows."""
 
         def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
@@ -323,17 +324,21 @@ class _Walk:
             else:
                 moments.add(call, weights_BT)
 
-        yield from self._measured(index, block, groups, note, is_in_order)
+        yield from self._measured(index, block, stages, stages.groups, note)
         self._follow(index, block, "pruned")
 
     def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
         """The layers, each measured behind the solved ones; the streams follow as they go."""
         hold = self._store.is_on_device
+        shares = self._wants.target_shares
+        needs_outputs = shares is not None and shares.teacher > 0
         last = len(stages.groups) - 1
         with contextlib.ExitStack() as stack:
             if self._wants.teacher:
                 # Its layers stay dense while those of the block are solved.
-                dense = stack.enter_context(StoppingBlock(deepcopy(block), stages, hold=hold))
+                dense = stack.enter_context(
+                    StoppingBlock(deepcopy(block), stages, hold=hold, with_outputs=needs_outputs)
+                )
             pruned = stack.enter_context(StoppingBlock(block, stages, hold=hold))
             for stage, group in enumerate(stages.groups):
 
@@ -349,7 +354,7 @@ class _Walk:
                     if teacher is not None and teacher.output_BTD is not None:
                         self._put("dense", batch, teacher.output_BTD, index + 1)
 
-                yield from self._measured(index, block, [group], note)
+                yield from self._measured(index, block, stages, [group], note)
             if index + 1 < len(self._source.blocks):
                 with self.phases.measure("forward"):
                     for batch in self._batches:
@@ -357,13 +362,17 @@ class _Walk:
                         self._put("pruned", batch, pruned.end(batch.number, call), index + 1)
 
     def _measured(
-        self, index: int, block: nn.Module, groups: list[list[str]],
-        note: Callable[[Moments, Batch, Tensor | None], None], is_in_order: bool = False,
+        self, index: int, block: nn.Module, stages: Stages, groups: list[list[str]],
+        note: Callable[[Moments, Batch, Tensor | None], None],
     ) -> _Found:  # fmt: skip
         """The layers of some groups with the statistics of their inputs, over all rows."""
         prefix = f"{self._source.list_name}.{index}."
         with self.phases.measure("statistics"):
-            total = self._moments(index, block, groups, note, is_in_order)
+            new = partial(
+                Moments, block, groups, self._wants.teacher, self._wants.target_shares,
+                stages.streams, stages.is_in_order,
+            )  # fmt: skip
+            total = self._moments(index, new, note)
         with self.phases.measure("reduce"):
             try:
                 found = total.reduce(self._comm)
@@ -376,17 +385,17 @@ class _Walk:
                 share_factors(named, self._wants.factor_damping, self._comm)
         for group in groups:
             for name in group:
-                yield name, found.statistics[group[0]], found.residuals.get(name)
+                yield name, found.statistics[group[0]], found.wanted.get(name)
         self._settle()
 
     def _moments(
-        self, index: int, block: nn.Module, groups: list[list[str]],
-        note: Callable[[Moments, Batch, Tensor | None], None], is_in_order: bool,
+        self, index: int, new: Callable[[], Moments],
+        note: Callable[[Moments, Batch, Tensor | None], None],
     ) -> Moments:  # fmt: skip
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
 
         def of(lane: list[Batch]) -> Moments:
-            moments = Moments(block, groups, self._wants.teacher, is_in_order)
+            moments = new()
             for batch in lane:
                 weights_BT = None
                 if self._token_weights is not None:

@@ -27,6 +27,7 @@ from sparsify.files import write_json
 from sparsify.masks import pack_mask, packed_digest, save_packed_masks, unpack_mask
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, ShardWriter, StreamedBlocks
+from sparsify.moments import TargetShares
 from sparsify.pattern import Pattern, check_divides, require_pattern
 from sparsify.phases import Phases
 from sparsify.streams import Placement, StreamStore
@@ -302,10 +303,11 @@ class _Run:
         token_weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
-        method = self._method
+        method, params = self._method, self._params
         wants = Wants(
             teacher=method.needs_teacher,
-            factor_damping=self._params.damping if method.needs_factor else None,
+            target_shares=TargetShares(params.teacher_share, params.residual_share),
+            factor_damping=params.damping if method.needs_factor else None,
             order=self._order,
         )
         walk_blocks(
@@ -395,12 +397,12 @@ class _Run:
             if len(rows_RI) == 0:
                 continue
             allowed_RI = None if self._existing == "ignore" else rows_RI != 0
-            residual_OI = layer.residual_OI
+            wanted_OI = layer.wanted_OI
             problem = Problem(
                 layer.name,
                 rows_RI,
                 layer.statistics,
-                None if residual_OI is None else residual_OI[share],
+                None if wanted_OI is None else wanted_OI[share],
                 allowed_RI,
                 is_mask_fixed=self._existing == "keep",
             )

@@ -5,10 +5,12 @@ Shape suffixes: O output features (rows), I input features (columns).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparsify.kernels.precision import float32_products
 from sparsify.methods._base import Problem, PruneParams, working_weight
+from sparsify.statistics import Statistics
 
 _TOKENS_PER_COLUMN = 15.0  # at which a measured target counts half
 
@@ -32,16 +34,19 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
 
         mean || T x - (W x + a W (y - x) + b (r' - r)) ||^2  +  l || T - W ||^2,
 
-    so, with H = mean x x^T, G = mean y x^T, C = mean (r' - r) x^T and H_l = H + l I,
+    so, with H = mean x x^T, P = mean (a W y + b (r' - r)) x^T and H_l = H + l I,
 
-        T = W + [a W (G - H) + b C] H_l^-1.
+        T = W + [P - a W H] H_l^-1.
 
     a = 0 and b = 0 give the layer's own dense output, that is T = W. The damping l draws T to W.
-    The inverse is U^T U from the factor, applied as two products.
+    The inverse is U^T U from the factor, applied as two products. A layer that adds to no residual
+    stream has b = 0, and all layers of its input share G = mean y x^T, of which P = a W G.
 
     Args:
-        problem: with statistics that have `cross_II`; `residual_OI` may be None, which is b = 0.
-        params: damping; a = teacher_share and b = residual_share, both times `shrinkage`.
+        problem: with P in `wanted_OI`, measured with the shares of `params`; or, where it is None,
+            with statistics that have G in `cross_II`.
+        params: damping; a = teacher_share, b = residual_share. What they add is multiplied by
+            `shrinkage`.
 
     Returns:
         T (O, I), float32 or float64; zero in dead columns, whose input says nothing.
@@ -53,22 +58,31 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
     Reference: the asymmetric calibration of GPTAQ (arXiv:2504.02692) and QEP (arXiv:2504.09629)
     for y; the residual term is a deviation, and so is the shrinkage.
 
-    Cost: three products of (O, I) with (I, I) and one (I, I) matrix, for a = 0 one less.
+    Cost: three products of (O, I) with (I, I), for a = 0 one less; an (I, I) matrix with G.
     """
     statistics = problem.statistics
     assert statistics is not None, f"{problem.name}: the target needs calibration"
-    assert statistics.cross_II is not None, f"{problem.name}: the target needs the dense model"
+    assert problem.wanted_OI is not None or statistics.cross_II is not None, (
+        f"{problem.name}: the target needs the dense model"
+    )
     target_OI = working_weight(problem.weight_OI, problem.name)
     factor = statistics.factor(params.damping, problem.name)
-    trust = shrinkage(statistics.num_tokens, target_OI.shape[1])
-    pull_OI = target_OI.new_zeros(target_OI.shape)
-    if params.teacher_share > 0:
-        gap_II = (statistics.cross_II - statistics.hessian_II).to(target_OI.dtype)
-        pull_OI.addmm_(target_OI, gap_II, alpha=trust * params.teacher_share)
-    if params.residual_share > 0 and problem.residual_OI is not None:
-        residual_OI = problem.residual_OI.to(target_OI.dtype)
-        pull_OI.add_(residual_OI, alpha=trust * params.residual_share)
+    pull_OI = _pull(problem, statistics, target_OI, params.teacher_share)
+    pull_OI.mul_(shrinkage(statistics.num_tokens, target_OI.shape[1]))
     upper_II = factor.upper_II.to(target_OI.dtype)
     target_OI.addmm_(pull_OI @ upper_II.T, upper_II)
     target_OI[:, factor.dead_columns] = 0.0
     return target_OI
+
+
+def _pull(problem: Problem, statistics: Statistics, weight_OI: Tensor, share: float) -> Tensor:
+    """P - a W H of `teacher_target` for a given share a."""
+    if problem.wanted_OI is not None:
+        pull_OI = problem.wanted_OI.to(weight_OI.dtype, copy=True)
+        hessian_II = statistics.hessian_II.to(weight_OI.dtype)
+        return pull_OI if share == 0 else pull_OI.addmm_(weight_OI, hessian_II, alpha=-share)
+    if share == 0:
+        return torch.zeros_like(weight_OI)
+    assert statistics.cross_II is not None
+    gap_II = (statistics.cross_II - statistics.hessian_II).to(weight_OI.dtype)
+    return (weight_OI @ gap_II).mul_(share)

@@ -61,9 +61,11 @@ class Problem:
     """dense weight, any float dtype"""
     statistics: Statistics | None = None
     """moments of the layer's input; None for methods that look at the weight alone"""
-    residual_OI: Tensor | None = None
-    """float32 mean of (r_dense - r) x^T, r being the residual stream that the layer's output is
-    added to; None where it is not added to one, or when it was not asked for"""
+    wanted_OI: Tensor | None = None
+    """float32 mean of (a W y + b (r_dense - r)) x^T, the part of these rows: y is the layer's input
+    in the dense model, r the residual stream that its output is added to, a and b are
+    teacher_share and residual_share; None where it is added to none, or for methods without a
+    teacher"""
     allowed_OI: Tensor | None = None
     """bool, False = must stay zero; None = no such restriction"""
     is_mask_fixed: bool = False
@@ -112,7 +114,8 @@ class Method:
     needs_factor: bool = False
     """True: `solve` reads `statistics.factor(params.damping)`, which is then computed once"""
     needs_teacher: bool = False
-    """True: `solve` reads `cross_II` and `residual_OI`, for which the dense model runs beside"""
+    """True: `solve` reads `wanted_OI`, or `cross_II` where there is none, for which the dense model
+    runs beside"""
     order: Literal["layer", "block"] = "block"
     """how its inputs are measured unless asked otherwise, see `calibrate.Wants`"""
 
@@ -129,8 +132,8 @@ def check_problem(problem: Problem, pattern: Pattern) -> None:
     if problem.statistics is not None:
         expected = (shape[1], shape[1])
         assert problem.statistics.hessian_II.shape == expected, problem.name
-    if problem.residual_OI is not None:
-        assert problem.residual_OI.shape == shape, problem.name
+    if problem.wanted_OI is not None:
+        assert problem.wanted_OI.shape == shape, problem.name
     if problem.allowed_OI is None:
         assert not problem.is_mask_fixed, f"{problem.name}: a fixed mask that is not given"
         return

@@ -17,8 +17,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Find T, the dense weight for the dense model's output; sweep from T and refit to T.
 
     Args:
-        problem: the weight, statistics with `cross_II`, `residual_OI` where the layer writes to
-            the residual stream, and the allowed mask if there is one.
+        problem: the weight, `wanted_OI` or statistics with `cross_II`, and the allowed mask if
+            there is one.
         pattern: any; see `kernels.sweep.sweep`.
         params: damping, block_size, refit_iterations, teacher_share, residual_share.
 

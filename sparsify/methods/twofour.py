@@ -33,8 +33,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Find the teacher target T, the mask by ADMM on T, the kept weights by refit to T.
 
     Args:
-        problem: the weight, statistics with `cross_II`, `residual_OI` where the layer writes to
-            the residual stream, and the allowed mask if there is one.
+        problem: the weight, `wanted_OI` or statistics with `cross_II`, and the allowed mask if
+            there is one.
         pattern: any.
         params: damping, admm_iterations, refit_iterations, teacher_share, residual_share.
 

@@ -41,38 +41,39 @@ class Stages:
     streams: dict[str, int]
     """layer that writes to the residual stream -> which tensor it is added to: the result of this
     add to the stream, counted from 0, or BLOCK_INPUT"""
+    is_in_order: bool = True
+    """every forward comes to the groups one after another, once each, so that it can stop there"""
 
 
 @dataclass
 class Stop:
-    """What a forward has when it stands before a group of layers."""
+    """What a forward has when it stands before a group of layers, or behind it."""
 
     inputs: Tensor
     """(..., I) of the group"""
     streams: dict[str, Tensor]
     """layer of the group -> the residual stream (B, T, D) that its output will be added to"""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """the same layers -> what they put out (..., D), if it was asked for"""
     output_BTD: Tensor | None = None
     """what the block put out, if the forward was let run to its end"""
 
 
-def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> Stages | None:
+def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> Stages:
     """Whether a block's layers can be solved one group after another, and its residual stream.
+
+    They cannot in a block with a list of modules inside (a mixture of experts), whose layers are
+    not called by every token, nor where the call comes to a layer not once.
 
     Args:
         block: a decoder block.
         call: one call of it.
         groups: from `shared_input_groups`.
-
-    Returns:
-        None for a block with a list of modules inside (a mixture of experts), whose layers are
-        not called by every token, and where a layer is called more than once.
     """
     linears = linears_of(block)
     lists = [name for name, module in block.named_modules() if isinstance(module, nn.ModuleList)]
-    for group in groups:
-        if any(name.startswith(f"{outer}.") for name in group for outer in lists):
-            return None
     counts = {name: 0 for group in groups for name in group}
+    has_list = any(name.startswith(f"{outer}.") for name in counts for outer in lists)
 
     def count(name: str, _: Tensor) -> None:
         counts[name] += 1
@@ -82,9 +83,12 @@ def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> S
     adding = writers_of(watched, call.hidden_BTD.shape[-1])
     with watch_linears(watched, count), watch_outputs(adding, adds.saw), adds:
         run_block(block, call)
-    if any(count != 1 for count in counts.values()):
-        return None
-    return Stages(groups, _streams(adds, call.hidden_BTD))
+    streams = _streams(adds, call.hidden_BTD)
+    return Stages(
+        groups,
+        {name: source for name, source in streams.items() if counts[name] == 1},
+        is_in_order=not has_list and all(count == 1 for count in counts.values()),
+    )
 
 
 def _streams(adds: ResidualAdds, hidden_BTD: Tensor) -> dict[str, int]:
@@ -126,30 +130,36 @@ class StoppingBlock:
 
     Args:
         block: whose layers may change while forwards stand before them.
-        stages: from `stages_of`.
+        stages: from `stages_of`, in order.
         hold: True holds every forward where it stands, in a thread of its own of which never more
             than one runs. False begins it anew for each stage.
+        with_outputs: stops have `outputs`. A layer that writes to the residual stream and has its
+            input for itself then has the forward stand behind it, so it must not change; one that
+            shares its input is computed a second time.
     """
 
-    def __init__(self, block: nn.Module, stages: Stages, *, hold: bool) -> None:
+    def __init__(
+        self, block: nn.Module, stages: Stages, *, hold: bool, with_outputs: bool = False
+    ) -> None:
         self._block = block
+        self._linears = linears_of(block)
         self._stages = stages
         self._hold = hold
+        self._with_outputs = with_outputs
         self._current: _Forward | None = None
         self._held: dict[int, _Held] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        linears = linears_of(self._block)
         for stage, group in enumerate(self._stages.groups):
             self._handles.append(
-                linears[group[0]].register_forward_pre_hook(
+                self._linears[group[0]].register_forward_pre_hook(
                     lambda _, args, stage=stage: self._reached(stage, args[0])
                 )
             )
         for name in self._stages.streams:
             self._handles.append(
-                linears[name].register_forward_hook(
+                self._linears[name].register_forward_hook(
                     lambda _, __, out, name=name: self._left(name, out)
                 )
             )
@@ -164,7 +174,7 @@ class StoppingBlock:
     def stop_at(
         self, stage: int, batch: int, call: Callable[[], BlockInputs], *, to_end: bool = False
     ) -> Stop:
-        """What the forward of a batch has before a stage; stages come in order.
+        """What the forward of a batch has at a stage; stages come in order.
 
         Args:
             stage: index into `Stages.groups`.
@@ -232,23 +242,43 @@ class StoppingBlock:
         forward = self._current
         if forward is None or stage != forward.wanted:
             return
-        streams = {}
-        for name in self._stages.groups[stage]:
-            source = self._stages.streams.get(name)
+        forward.found = stop = Stop(inputs, {})
+        group = self._stages.groups[stage]
+        writers = [name for name in group if name in self._stages.streams]
+        for name in writers:
+            source = self._stages.streams[name]
             if source == BLOCK_INPUT:
-                streams[name] = forward.call.hidden_BTD
-            elif source is not None and source < len(forward.adds.sums):
-                streams[name] = forward.adds.sums[source]
-        forward.found = Stop(inputs, streams)
+                stop.streams[name] = forward.call.hidden_BTD
+            elif source < len(forward.adds.sums):
+                stop.streams[name] = forward.adds.sums[source]
+        if self._with_outputs and writers == group and len(group) == 1:
+            return  # to stand behind it
+        if self._with_outputs:
+            # The next stage may begin before the last of these, so the forward cannot go on to it.
+            for name in writers:
+                layer = self._linears[name]
+                stop.outputs[name] = nn.functional.linear(inputs, layer.weight, layer.bias)
+        self._stand(forward)
+
+    def _left(self, name: str, output: Tensor) -> None:
+        forward = self._current
+        if forward is None:
+            return
+        forward.adds.saw(name, output)
+        stop, stage = forward.found, forward.wanted
+        if not self._with_outputs or stop is None or stage is None:
+            return
+        if self._stages.groups[stage] == [name]:
+            # A copy, for the block may add the residual stream to it in place.
+            stop.outputs[name] = output.clone()
+            self._stand(forward)
+
+    def _stand(self, forward: _Forward) -> None:
         if forward.to_end:
             return
         if forward.held is None:
             raise Enough
         forward.held.stand()
-
-    def _left(self, name: str, output: Tensor) -> None:
-        if self._current is not None:
-            self._current.adds.saw(name, output)
 
 
 class _Held:

@@ -31,7 +31,8 @@ def make_problem(
     dead: tuple[int, ...] = (),
     num_tokens: int | None = None,
 ) -> Problem:
-    """A float64 layer with strongly correlated inputs x, dense inputs y near x, and a residual."""
+    """A float64 layer that writes to the residual stream, with strongly correlated inputs x, dense
+    inputs y near x, and a residual."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,8 +44,8 @@ def make_problem(
     y = x + 0.2 * normal(count, num_columns)
     gap = 0.2 * normal(count, num_rows)
     x[:, list(dead)] = 0.0
-    statistics = Statistics(x.T @ x / count, 20 * num_columns, y.T @ x / count)
-    return Problem("layer", weight, statistics, gap.T @ x / count)
+    statistics = Statistics(x.T @ x / count, 20 * num_columns)
+    return Problem("layer", weight, statistics, (y @ weight.T + gap).T @ x / count)
 
 
 def statistics_of(problem: Problem) -> Statistics:
@@ -54,14 +55,12 @@ def statistics_of(problem: Problem) -> Statistics:
 
 def with_hessian(problem: Problem, hessian: Tensor) -> Problem:
     """The problem without a teacher's gap on another Hessian."""
-    return replace(problem, statistics=Statistics(hessian, 960, hessian), residual_OI=None)
+    return replace(problem, statistics=Statistics(hessian, 960, hessian), wanted_OI=None)
 
 
 def rows_of(problem: Problem, rows: slice) -> Problem:
-    assert problem.residual_OI is not None
-    return replace(
-        problem, weight_OI=problem.weight_OI[rows], residual_OI=problem.residual_OI[rows]
-    )
+    assert problem.wanted_OI is not None
+    return replace(problem, weight_OI=problem.weight_OI[rows], wanted_OI=problem.wanted_OI[rows])
 
 
 def with_patterns(*texts: str) -> pytest.MarkDecorator:
@@ -128,11 +127,9 @@ class TestLaws:
         problem = make_problem(dead=(5,))
         one = method.solve(problem, TWO_FOUR, PruneParams())
         known = statistics_of(problem)
-        assert known.cross_II is not None and problem.residual_OI is not None
-        scaled = Statistics(
-            known.hessian_II * 2.0**-30, known.num_tokens, known.cross_II * 2.0**-30
-        )
-        other = replace(problem, statistics=scaled, residual_OI=problem.residual_OI * 2.0**-30)
+        assert problem.wanted_OI is not None
+        scaled = Statistics(known.hessian_II * 2.0**-30, known.num_tokens)
+        other = replace(problem, statistics=scaled, wanted_OI=problem.wanted_OI * 2.0**-30)
         found = method.solve(other, TWO_FOUR, PruneParams())
         assert torch.equal(one.keep_mask_OI, found.keep_mask_OI)
         same(found.weight_OI, one.weight_OI)

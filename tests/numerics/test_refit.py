@@ -139,15 +139,21 @@ class TestTeacherTarget:
         noise = torch.randn(200, 12, generator=generator, dtype=torch.float64)
         return weight, dense + 0.3 * noise + 0.1 * dense.roll(1, 1), dense, gap
 
-    def problem(self, weight: Tensor, x: Tensor, y: Tensor, gap: Tensor | None) -> Problem:
-        statistics = Statistics(x.T @ x / 200, 200, y.T @ x / 200)
-        return Problem("layer", weight, statistics, None if gap is None else gap.T @ x / 200)
+    def problem(
+        self, weight: Tensor, x: Tensor, y: Tensor, gap: Tensor | None,
+        a: float = 1.0, b: float = 1.0,
+    ) -> Problem:  # fmt: skip
+        """Of a layer that writes to the residual stream; without a gap, of another one."""
+        if gap is None:
+            return Problem("layer", weight, Statistics(x.T @ x / 200, 200, y.T @ x / 200))
+        wanted = a * y @ weight.double().T + b * gap
+        return Problem("layer", weight, Statistics(x.T @ x / 200, 200), wanted.T @ x / 200)
 
     @pytest.mark.parametrize(("teacher", "residual"), [(1.0, 1.0), (0.3, 0.8), (0, 1), (1, 0)])
     def test_is_the_least_squares_solution(self, teacher: float, residual: float) -> None:
         weight, x, y, gap = self.tokens()
         params = PruneParams(damping=0.05, teacher_share=teacher, residual_share=residual)
-        found = teacher_target(self.problem(weight, x, y, gap), params)
+        found = teacher_target(self.problem(weight, x, y, gap, teacher, residual), params)
         trust = shrinkage(200, 12)
         assert trust == pytest.approx(200 / (200 + 15 * 12))
         # Stated objective, written as one tall system: the tokens, then the ridge's rows.
@@ -160,10 +166,26 @@ class TestTeacherTarget:
         # Measured 3e-15.
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
+    @pytest.mark.parametrize(("a", "b"), [(0.7, 0.3), (1.0, 0.0), (0.0, 0.6)])
+    def test_is_the_formula_of_three_moments(self, a: float, b: float) -> None:
+        """T = W + [a W (G - H) + b C] H_l^-1; b = 0 for a layer that adds to no stream."""
+        weight, x, y, gap = self.tokens()
+        params = PruneParams(teacher_share=a, residual_share=b)
+        hessian, cross, residual = x.T @ x / 200, y.T @ x / 200, gap.T @ x / 200
+        inverse = damped_hessian(hessian, params.damping, torch.float64).inverse()
+        for of, share in ((gap, b), (None, 0.0)):
+            found = teacher_target(self.problem(weight, x, y, of, a, b), params)
+            pull = a * weight @ (cross - hessian) + share * residual
+            expected = weight + shrinkage(200, 12) * pull @ inverse
+            # Measured 1.4e-15.
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
     def test_without_shares_or_without_a_gap_it_is_the_weight(self) -> None:
         weight, x, y, gap = self.tokens()
         none = PruneParams(teacher_share=0.0, residual_share=0.0)
-        assert torch.equal(teacher_target(self.problem(weight, x, y, gap), none), weight)
+        for of in (gap, None):
+            problem = self.problem(weight, x, y, of, 0.0, 0.0)
+            assert torch.equal(teacher_target(problem, none), weight)
         same = teacher_target(self.problem(weight, x, x, None), PruneParams())
         assert torch.equal(same, weight)
 
