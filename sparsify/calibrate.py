@@ -12,7 +12,6 @@ Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O ou
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsify.batches import Batch, share_of
 from sparsify.comm import Comm, sum_lanes
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.models.blocks import Blocks
@@ -157,11 +157,11 @@ def walk_blocks(
         SingularHessianError: as raised by `solve`, with the number of tokens added.
 
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
-    one the first only up to the last layer; hidden
-    states of this process's rows and the moments of one block in memory. Order "layer": one
-    forward (two with a teacher) where forwards are held, for which a Llama keeps its widest
-    activation of these rows, once for each; about two (three and a half) where they are not. The
-    moments of one input at a time; with a teacher, a second copy of the block.
+    one the first only up to the last layer; hidden states of this process's rows and the moments of
+    one block in memory. Order "layer": one forward (two with a teacher) where forwards are held,
+    for which a Llama keeps its widest activation of these rows, once for each; about two (three and
+    a half) where they are not. The moments of one input at a time; with a teacher, a second copy of
+    the block.
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
@@ -191,48 +191,11 @@ def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
         raise SingularHessianError(f"{error} ({tokens} calibration tokens were used)") from error
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some consecutive calibration rows."""
-
-    number: int
-    """the same for every number of processes"""
-    where: slice
-    """in all rows"""
-    rows: TokenRows
-
-
-def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
-    """This process's lanes of batches.
-
-    The batches and their numbers are the same for every number of processes, as long as there are
-    as many of them as lanes.
-    """
-    if rows.ids_NT.ndim != 2 or rows.ids_NT.shape[1] == 0:
-        raise CalibrationError(
-            f"calibration rows have shape {tuple(rows.ids_NT.shape)}; expected (rows, tokens)"
-        )
-    num_lanes = comm.num_lanes
-    if len(rows) < num_lanes:
-        what = "lanes of a fixed order" if comm.is_fixed else "workers"
-        raise CalibrationError(
-            f"{len(rows)} calibration rows for {num_lanes} {what}: each needs at least one; "
-            "raise prune.num_samples, or use fewer workers"
-        )
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: must be at least 1")
-    num_batches = max(-(-len(rows) // batch_size), num_lanes)
-    edges = [index * len(rows) // num_batches for index in range(num_batches + 1)]
-    batches = [
-        Batch(number, slice(start, stop), rows[start:stop])
-        for number, (start, stop) in enumerate(itertools.pairwise(edges))
-    ]
-    return [batches[lane] for lane in comm.lanes(num_batches)]
-
-
 _Found = Iterator[tuple[str, Statistics, Tensor | None]]
 """(name relative to the block, moments of its input, `Layer.wanted_OI`) of one layer after another,
 each of which has to be solved before the next is asked for"""
+_Note = Callable[[Moments, Batch, Tensor | None], None]
+"""adds a batch with its token weights to the moments"""
 
 
 class _Walk:
@@ -331,14 +294,12 @@ class _Walk:
         """The layers, each measured behind the solved ones; the streams follow as they go."""
         hold = self._store.is_on_device
         shares = self._wants.target_shares
-        needs_outputs = shares is not None and shares.teacher > 0
+        has_target = shares is not None and shares.teacher > 0
         last = len(stages.groups) - 1
         with contextlib.ExitStack() as stack:
-            if self._wants.teacher:
-                # Its layers stay dense while those of the block are solved.
-                dense = stack.enter_context(
-                    StoppingBlock(deepcopy(block), stages, hold=hold, with_outputs=needs_outputs)
-                )
+            if self._wants.teacher:  # its layers stay dense while those of the block are solved
+                twin = StoppingBlock(deepcopy(block), stages, hold=hold, with_outputs=has_target)
+                dense = stack.enter_context(twin)
             pruned = stack.enter_context(StoppingBlock(block, stages, hold=hold))
             for stage, group in enumerate(stages.groups):
 
@@ -362,9 +323,8 @@ class _Walk:
                         self._put("pruned", batch, pruned.end(batch.number, call), index + 1)
 
     def _measured(
-        self, index: int, block: nn.Module, stages: Stages, groups: list[list[str]],
-        note: Callable[[Moments, Batch, Tensor | None], None],
-    ) -> _Found:  # fmt: skip
+        self, index: int, block: nn.Module, stages: Stages, groups: list[list[str]], note: _Note
+    ) -> _Found:
         """The layers of some groups with the statistics of their inputs, over all rows."""
         prefix = f"{self._source.list_name}.{index}."
         with self.phases.measure("statistics"):
@@ -388,10 +348,7 @@ class _Walk:
                 yield name, found.statistics[group[0]], found.wanted.get(name)
         self._settle()
 
-    def _moments(
-        self, index: int, new: Callable[[], Moments],
-        note: Callable[[Moments, Batch, Tensor | None], None],
-    ) -> Moments:  # fmt: skip
+    def _moments(self, index: int, new: Callable[[], Moments], note: _Note) -> Moments:
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
 
         def of(lane: list[Batch]) -> Moments:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, Order, Wants, prunable_linears, share_of, walk_blocks
+from sparsify.batches import share_of
+from sparsify.calibrate import Layer, Order, Wants, prunable_linears, walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.files import write_json
