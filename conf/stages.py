@@ -41,11 +41,11 @@ class PruneConfig:
     """how far layers are fitted to the dense model's outputs on its own inputs; 0 to 1"""
     residual_share: float = 1.0
     """how far layers make up for errors of the residual stream they add to; 0 to 1"""
-    refit_iterations: int = 20
+    refit_iterations: int = 10
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
     descent_sweeps: int = 3
     """sweeps of the descent over groups of columns; 0 for none"""
-    admm_iterations: int = 30
+    admm_iterations: int = 20
     """iterations of method admm"""
     fisher: bool = False
     """count calibration tokens by how strongly predictions depend on them (one backward pass)"""

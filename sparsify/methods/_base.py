@@ -31,11 +31,11 @@ class PruneParams:
     """how far a layer is fitted to what the dense model computes from its own inputs; 0 to 1"""
     residual_share: float = 1.0
     """how far it also makes up for the error of the residual stream that it adds to; 0 to 1"""
-    refit_iterations: int = 20
+    refit_iterations: int = 10
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
     descent_sweeps: int = 3
     """sweeps of the descent over groups; 0 for none"""
-    admm_iterations: int = 30
+    admm_iterations: int = 20
     """iterations of ADMM"""
 
     def __post_init__(self) -> None:
