@@ -11,7 +11,6 @@ Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O ou
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from sparsify.comm import Comm, sum_lanes
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.models.blocks import Blocks
 from sparsify.models.packed import require_isolation
-from sparsify.models.stops import Stages, StoppingBlock, stages_of
+from sparsify.models.stops import Stages, Stop, StoppingBlock, pass_stages, stages_of
 from sparsify.models.structure import (
     BlockCalls,
     BlockInputs,
@@ -293,27 +292,18 @@ class _Walk:
     def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
         """The layers, each measured behind the solved ones; the streams follow as they go."""
         hold = self._store.is_on_device
-        shares = self._wants.target_shares
-        has_target = shares is not None and shares.teacher > 0
-        last = len(stages.groups) - 1
-        with contextlib.ExitStack() as stack:
-            if self._wants.teacher:  # its layers stay dense while those of the block are solved
-                twin = StoppingBlock(deepcopy(block), stages, hold=hold, with_outputs=has_target)
-                dense = stack.enter_context(twin)
-            pruned = stack.enter_context(StoppingBlock(block, stages, hold=hold))
+        dense = self._dense_stops(index, block, stages) if self._wants.teacher else None
+        with StoppingBlock(block, stages, hold=hold) as pruned:
             for stage, group in enumerate(stages.groups):
 
                 def note(
                     moments: Moments, batch: Batch, weights_BT: Tensor | None, stage: int = stage
                 ) -> None:
                     call = partial(self._call, index, "pruned", batch)
-                    mine, teacher = pruned.stop_at(stage, batch.number, call), None
-                    if self._wants.teacher:
-                        call = partial(self._call, index, "dense", batch)
-                        teacher = dense.stop_at(stage, batch.number, call, to_end=stage == last)
-                    moments.add_stop(mine, teacher, weights_BT)
-                    if teacher is not None and teacher.output_BTD is not None:
-                        self._put("dense", batch, teacher.output_BTD, index + 1)
+                    # The dense model goes first: its layers are those of the block until one is
+                    # solved.
+                    teacher = None if dense is None else dense(stage, batch)
+                    moments.add_stop(pruned.stop_at(stage, batch.number, call), teacher, weights_BT)
 
                 yield from self._measured(index, block, stages, [group], note)
             if index + 1 < len(self._source.blocks):
@@ -321,6 +311,37 @@ class _Walk:
                     for batch in self._batches:
                         call = partial(self._call, index, "pruned", batch)
                         self._put("pruned", batch, pruned.end(batch.number, call), index + 1)
+
+    def _dense_stops(
+        self, index: int, block: nn.Module, stages: Stages
+    ) -> Callable[[int, Batch], Stop]:
+        """What the dense model has at a stage, for one stage after another.
+
+        Where there is room, each batch passes the block once, before any layer is solved, and what
+        later stages ask for is kept. Elsewhere it passes a copy of the block for every stage.
+        """
+        shares = self._wants.target_shares
+        with_outputs = shares is not None and shares.teacher > 0
+        hold = self._store.is_on_device
+        twin = block if hold else deepcopy(block)
+        kept: dict[tuple[int, int], Stop] = {}
+        final = len(stages.groups) - 1
+
+        def at(stage: int, batch: Batch) -> Stop:
+            if stage == 0 or not hold:
+                call = self._call(index, "dense", batch)
+                last = None if hold or stage == final else stage
+                stops, output_BTD = pass_stages(
+                    twin, stages, call, with_outputs=with_outputs, last=last
+                )
+                if output_BTD is not None:
+                    self._put("dense", batch, output_BTD, index + 1)
+                if not hold:
+                    return stops[stage]
+                kept.update({(number, batch.number): stop for number, stop in enumerate(stops)})
+            return kept.pop((stage, batch.number))
+
+        return at
 
     def _measured(
         self, index: int, block: nn.Module, stages: Stages, groups: list[list[str]], note: _Note

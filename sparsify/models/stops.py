@@ -45,19 +45,28 @@ class Stages:
     is_in_order: bool = True
     """every forward comes to the groups one after another, once each, so that it can stop there"""
 
+    def streams_at(self, stage: int, call: BlockInputs, adds: ResidualAdds) -> dict[str, Tensor]:
+        """What a forward's layers of a stage will be added to; see `Stop.streams`."""
+        found = {}
+        for name in self.groups[stage]:
+            source = self.streams.get(name)
+            if source == BLOCK_INPUT:
+                found[name] = call.hidden_BTD
+            elif source is not None and source < len(adds.sums):
+                found[name] = adds.sums[source]
+        return found
+
 
 @dataclass
 class Stop:
-    """What a forward has when it stands before a group of layers, or behind it."""
+    """What a forward has when it stands before a group of layers, or has passed it."""
 
     inputs: Tensor
     """(..., I) of the group"""
     streams: dict[str, Tensor]
     """layer of the group -> the residual stream (B, T, D) that its output will be added to"""
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """the same layers -> what they put out (..., D), if it was asked for"""
-    output_BTD: Tensor | None = None
-    """what the block put out, if the forward was let run to its end"""
+    """the same layers -> what they put out (..., D), if the forward has passed them"""
 
 
 def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> Stages:
@@ -117,7 +126,6 @@ class _Forward:
     adds: ResidualAdds = field(default_factory=ResidualAdds)
     wanted: int | None = None
     """stage that is looked for; None: the end alone"""
-    to_end: bool = False
     found: Stop | None = None
     output_BTD: Tensor | None = None
     held: _Held | None = None
@@ -134,19 +142,13 @@ class StoppingBlock:
         stages: from `stages_of`, in order.
         hold: True holds every forward where it stands, in a thread of its own of which never more
             than one runs. False begins it anew for each stage.
-        with_outputs: stops have `outputs`. A layer that writes to the residual stream and has its
-            input for itself then has the forward stand behind it, so it must not change; one that
-            shares its input is computed a second time.
     """
 
-    def __init__(
-        self, block: nn.Module, stages: Stages, *, hold: bool, with_outputs: bool = False
-    ) -> None:
+    def __init__(self, block: nn.Module, stages: Stages, *, hold: bool) -> None:
         self._block = block
         self._linears = linears_of(block)
         self._stages = stages
         self._hold = hold
-        self._with_outputs = with_outputs
         self._current: _Forward | None = None
         self._held: dict[int, _Held] = {}
         self._handles: list[Any] = []
@@ -172,37 +174,26 @@ class StoppingBlock:
         for handle in self._handles:
             handle.remove()
 
-    def stop_at(
-        self, stage: int, batch: int, call: Callable[[], BlockInputs], *, to_end: bool = False
-    ) -> Stop:
+    def stop_at(self, stage: int, batch: int, call: Callable[[], BlockInputs]) -> Stop:
         """What the forward of a batch has at a stage; stages come in order.
 
         Args:
             stage: index into `Stages.groups`.
             batch: its number.
             call: the block's call for the batch, asked for when a forward begins.
-            to_end: let the forward run on to its end, where all weights are final already.
 
         Raises:
             InputError: the forward did not come to the stage.
         """
-        forward = self._run(batch, call, stage, to_end)
-        stop = forward.found
+        forward = self._run(batch, call, stage)
+        stop, forward.found = forward.found, None
         if stop is None:
-            name = self._stages.groups[stage][0]
-            raise InputError(
-                f"layer {name} of a {type(self._block).__name__} is not called in one order for "
-                "every batch of calibration rows; use prune.order=block"
-            )
-        forward.found = None
-        stop.output_BTD = forward.output_BTD
-        if to_end:
-            self._let_go(batch)
+            raise _not_in_order(self._block, self._stages.groups[stage][0])
         return stop
 
     def end(self, batch: int, call: Callable[[], BlockInputs]) -> Tensor:
         """The block's output for a batch, (B, T, D), with the weights as they are now."""
-        output_BTD = self._run(batch, call, None, True).output_BTD
+        output_BTD = self._run(batch, call, None).output_BTD
         assert output_BTD is not None
         self._let_go(batch)
         return output_BTD
@@ -215,14 +206,12 @@ class StoppingBlock:
             held.abandon()
             held.forward.held = None
 
-    def _run(
-        self, batch: int, call: Callable[[], BlockInputs], wanted: int | None, to_end: bool
-    ) -> _Forward:
+    def _run(self, batch: int, call: Callable[[], BlockInputs], wanted: int | None) -> _Forward:
         held = self._held.get(batch)
         forward = _Forward(call()) if held is None else held.forward
         if held is None and self._hold:
             held = self._held[batch] = forward.held = _Held(self._forward, forward)
-        forward.wanted, forward.to_end = wanted, to_end
+        forward.wanted = wanted
         self._current = forward
         try:
             if held is None:
@@ -243,43 +232,82 @@ class StoppingBlock:
         forward = self._current
         if forward is None or stage != forward.wanted:
             return
-        forward.found = stop = Stop(inputs, {})
-        group = self._stages.groups[stage]
-        writers = [name for name in group if name in self._stages.streams]
-        for name in writers:
-            source = self._stages.streams[name]
-            if source == BLOCK_INPUT:
-                stop.streams[name] = forward.call.hidden_BTD
-            elif source < len(forward.adds.sums):
-                stop.streams[name] = forward.adds.sums[source]
-        if self._with_outputs and writers == group and len(group) == 1:
-            return  # to stand behind it
-        if self._with_outputs:
-            # The next stage may begin before the last of these, so the forward cannot go on to it.
-            for name in writers:
-                layer = self._linears[name]
-                stop.outputs[name] = nn.functional.linear(inputs, layer.weight, layer.bias)
-        self._stand(forward)
-
-    def _left(self, name: str, output: Tensor) -> None:
-        forward = self._current
-        if forward is None:
-            return
-        forward.adds.saw(name, output)
-        stop, stage = forward.found, forward.wanted
-        if not self._with_outputs or stop is None or stage is None:
-            return
-        if self._stages.groups[stage] == [name]:
-            # A copy, for the block may add the residual stream to it in place.
-            stop.outputs[name] = output.clone()
-            self._stand(forward)
-
-    def _stand(self, forward: _Forward) -> None:
-        if forward.to_end:
-            return
+        forward.found = Stop(inputs, self._stages.streams_at(stage, forward.call, forward.adds))
         if forward.held is None:
             raise Enough
         forward.held.stand()
+
+    def _left(self, name: str, output: Tensor) -> None:
+        if self._current is not None:
+            self._current.adds.saw(name, output)
+
+
+def pass_stages(
+    block: nn.Module, stages: Stages, call: BlockInputs, *, with_outputs: bool,
+    last: int | None = None,
+) -> tuple[list[Stop], Tensor | None]:  # fmt: skip
+    """One forward that does not stand anywhere, and what it had at the stages on its way.
+
+    Args:
+        block: whose layers do not change meanwhile.
+        stages: from `stages_of`, in order.
+        call: of the block.
+        with_outputs: stops have the outputs of layers that write to the residual stream, and of
+            groups of such layers alone no inputs, but a tensor of their shape without values.
+        last: the forward ends at this stage, or behind its outputs; None lets it run to its end.
+
+    Returns:
+        A stop for each stage passed; and what the block put out, (B, T, D), or None.
+
+    Raises:
+        InputError: the forward did not come to the stages in their order.
+    """
+    linears, writers = linears_of(block), stages.streams
+    stops: list[Stop] = []
+    adds = ResidualAdds()
+
+    def enter(name: str, value: Tensor) -> None:
+        stage = len(stops)
+        if stage == len(stages.groups) or stages.groups[stage][0] != name:
+            raise _not_in_order(block, name)
+        group = stages.groups[stage]
+        if with_outputs and all(member in writers for member in group):
+            value = value.new_empty(()).expand(value.shape)
+        stops.append(Stop(value, stages.streams_at(stage, call, adds)))
+        finish(stage)
+
+    def leave(name: str, output: Tensor) -> None:
+        adds.saw(name, output)
+        if not with_outputs:
+            return
+        stage = next(i for i, group in enumerate(stages.groups) if name in group)
+        # A copy, for the block may add the residual stream to it in place.
+        stops[stage].outputs[name] = output.clone()
+        finish(stage)
+
+    def finish(stage: int) -> None:
+        wanted = [name for name in stages.groups[stage] if name in writers and with_outputs]
+        if stage == last and len(stops[stage].outputs) == len(wanted):
+            raise Enough
+
+    firsts = {group[0]: linears[group[0]] for group in stages.groups}
+    adding = {name: linears[name] for name in writers}
+    output_BTD = None
+    with watch_linears(firsts, enter), watch_outputs(adding, leave), adds:
+        try:
+            output_BTD = run_block(block, call)
+        except Enough:
+            return stops, None
+    if len(stops) < len(stages.groups):
+        raise _not_in_order(block, stages.groups[len(stops)][0])
+    return stops, output_BTD
+
+
+def _not_in_order(block: nn.Module, name: str) -> InputError:
+    return InputError(
+        f"layer {name} of a {type(block).__name__} is not called in one order for every batch of "
+        "calibration rows; use prune.order=block"
+    )
 
 
 class _Held:

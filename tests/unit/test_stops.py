@@ -15,7 +15,7 @@ from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.methods import Problem, PruneParams, get_method
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.models.stops import BLOCK_INPUT, Stages, StoppingBlock, stages_of
+from sparsify.models.stops import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
 from sparsify.models.structure import (
     BlockCalls,
     BlockInputs,
@@ -102,33 +102,54 @@ def test_streams_are_what_the_layers_are_added_to(family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("family", ["Llama", "OPT"])
-def test_outputs_are_those_of_layers_that_write(
-    family: str, hold: bool, monkeypatch: pytest.MonkeyPatch
+def test_passing_a_block_shows_what_stopping_in_it_does(
+    family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a held forward computes no layer twice for them."""
+    """And the outputs of the layers that write, without computing any layer twice for them."""
     block, batches, stages = first_block(family)
     expected: dict[str, Tensor] = {}
     with watch_outputs(linears_of(block), expected.__setitem__):
         result = run_block(block, batches[0])
-    products: list[Tensor] = []
+    with StoppingBlock(block, stages, hold=False) as stopping:
+        there = [stopping.stop_at(i, 0, lambda: batches[0]) for i in range(len(stages.groups))]
+    calls: list[Tensor] = []
     linear = nn.functional.linear
     monkeypatch.setattr(
-        nn.functional, "linear", lambda x, *rest: products.append(x) or linear(x, *rest)
+        nn.functional, "linear", lambda x, *rest: calls.append(x) or linear(x, *rest)
     )
-    last = len(stages.groups) - 1
-    with StoppingBlock(block, stages, hold=hold, with_outputs=True) as stopping:
-        for stage, group in enumerate(stages.groups):
-            stop = stopping.stop_at(stage, 0, lambda: batches[0], to_end=stage == last)
-            assert set(stop.outputs) == set(stop.streams) == set(group) & set(stages.streams)
-            for name, output in stop.outputs.items():
-                assert torch.equal(output, expected[name])
-        assert stop.output_BTD is not None and torch.equal(stop.output_BTD, result)
-    assert len(stages.streams) == 2
-    if hold:
-        assert len(products) == len(linears_of(block))
-    assert not any(thread.name == "held forward" for thread in threading.enumerate())
+    stops, output = pass_stages(block, stages, batches[0], with_outputs=True)
+    assert len(calls) == len(linears_of(block))
+    assert output is not None and torch.equal(output, result)
+    assert len(stops) == len(there) and len(stages.streams) == 2
+    for stop, other, group in zip(stops, there, stages.groups, strict=True):
+        assert stop.inputs.shape == other.inputs.shape
+        if not set(group) <= set(stages.streams):
+            assert torch.equal(stop.inputs, other.inputs)
+        assert set(stop.outputs) == set(stop.streams) == set(group) & set(stages.streams)
+        for name, stream in other.streams.items():
+            assert torch.equal(stop.streams[name], stream)
+            assert torch.equal(stop.outputs[name], expected[name])
+    plain, _ = pass_stages(block, stages, batches[0], with_outputs=False)
+    for stop, other in zip(plain, there, strict=True):
+        assert torch.equal(stop.inputs, other.inputs) and not stop.outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_outputs", [True, False])
+def test_passing_a_block_ends_behind_what_is_wanted(with_outputs: bool) -> None:
+    block, batches, stages = first_block("Llama")
+    for last, group in enumerate(stages.groups):
+        called: list[str] = []
+        with watch_linears(linears_of(block), lambda name, _, to=called: to.append(name)):
+            stops, output = pass_stages(
+                block, stages, batches[0], with_outputs=with_outputs, last=last
+            )
+        assert output is None and len(stops) == last + 1
+        assert called == [name for group in stages.groups[:last] for name in group] + group[:1]
+        assert set(stops[last].outputs) == (
+            set(stages.streams) & set(group) if with_outputs else set()
+        )
 
 
 @torch.no_grad()
@@ -154,6 +175,8 @@ def test_a_layer_that_a_batch_does_not_reach_is_named(hold: bool) -> None:
             stopping.stop_at(stage, 0, lambda: batches[0])
         with pytest.raises(InputError, match=r"layer mlp.gate_proj .* use prune.order=block"):
             stopping.stop_at(2, 0, lambda: batches[0])
+    with pytest.raises(InputError, match=r"layer mlp.gate_proj .* use prune.order=block"):
+        pass_stages(block, stages, batches[0], with_outputs=True)
 
 
 @torch.no_grad()
@@ -400,16 +423,14 @@ def test_a_layer_that_writes_and_shares_its_input_has_both(hold: bool) -> None:
     at_once.add_pair(mine, dense, None)
     one = at_once.reduce(Comm.single())
     statistics, wanted = {}, {}
-    with (
-        StoppingBlock(block, stages, hold=hold) as pruned,
-        StoppingBlock(block, stages, hold=hold, with_outputs=True) as teacher,
-    ):
+    with StoppingBlock(block, stages, hold=hold) as pruned:
         for stage, group in enumerate(stages.groups):
             moments = Moments(block, [group], True, SHARES, stages.streams)
             here = pruned.stop_at(stage, 0, lambda: mine)
-            moments.add_stop(
-                here, teacher.stop_at(stage, 0, lambda: dense, to_end=stage == 1), None
+            there, _ = pass_stages(
+                block, stages, dense, with_outputs=True, last=None if hold else stage
             )
+            moments.add_stop(here, there[stage], None)
             found = moments.reduce(Comm.single())
             statistics.update(found.statistics)
             wanted.update(found.wanted)
