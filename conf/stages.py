@@ -34,7 +34,8 @@ class PruneConfig:
     """glob patterns of linear layers left dense, such as [*.down_proj]"""
     order: str = "auto"
     """when inputs are measured: layer (each behind the pruned layers before it in the block), block
-    (all of a block at once, as SparseGPT's authors do), or auto, as is best for the method"""
+    (all of a block at once, as SparseGPT's authors do), dense (as if nothing was pruned: one pass,
+    no method with a teacher), or auto, as is best for the method"""
     existing: str = "ignore"
     """zeros that the model has: ignore, extend (they stay, others join them) or keep (the mask)"""
     teacher_share: float = 1.0
@@ -76,7 +77,7 @@ class PruneConfig:
         for name in ("teacher_share", "residual_share"):
             rules.in_range(f"prune.{name}", getattr(self, name), low=0, high=1)
         rules.budget_syntax("prune.budget", self.budget)
-        rules.one_of("prune.order", self.order, ("auto", "layer", "block"))
+        rules.one_of("prune.order", self.order, ("auto", "layer", "block", "dense"))
         rules.one_of("prune.existing", self.existing, ("ignore", "extend", "keep"))
         if self.rotation_steps and self.existing != "ignore":
             raise InputError(

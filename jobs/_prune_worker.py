@@ -41,7 +41,8 @@ from sparsify.models.load import (
 from sparsify.models.moe import fused_experts
 from sparsify.pack import packed_num_bytes
 from sparsify.pattern import Pattern
-from sparsify.prune import LayerReport, PruneResult, prune_checkpoint, prune_model
+from sparsify.prune import PruneResult, prune_checkpoint, prune_model
+from sparsify.prune_state import LayerReport
 from sparsify.streams import Placement
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Pruning:
         streams = bytes_per_feature * config.hidden_size
         widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         held = 2 * streams + bytes_per_feature * widest
-        if self._order(method.name) == "block":
+        if self._order(method.name) != "layer":
             held = 0
         workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here

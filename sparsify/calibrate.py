@@ -41,7 +41,7 @@ from sparsify.statistics import Statistics
 from sparsify.streams import StreamStore
 from sparsify.text import TokenRows
 
-Order = Literal["layer", "block"]
+Order = Literal["layer", "block", "dense"]
 
 
 @dataclass
@@ -74,7 +74,8 @@ class Wants:
     """compute the factors with this damping, each on one process, before handing out the layers"""
     order: Order = "block"
     """layer: measure a layer's input when the layers before it are solved; block: when the blocks
-    before it are. Blocks that `models.stops.stages_of` refuses are measured in the latter order"""
+    before it are; dense: as it is in the dense model, without a teacher. Where layer is asked for,
+    blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
 
 
 def prunable_linears(
@@ -157,10 +158,10 @@ def walk_blocks(
 
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
     one the first only up to the last layer; hidden states of this process's rows and the moments of
-    one block in memory. Order "layer": one forward (two with a teacher) where forwards are held,
-    for which a Llama keeps its widest activation of these rows, once for each; about two (three and
-    a half) where they are not. The moments of one input at a time; with a teacher, a second copy of
-    the block.
+    one block in memory. Order "dense": one forward, and the same memory. Order "layer": one forward
+    (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
+    these rows, and with a teacher three times the hidden states; about two (four) and a second copy
+    of the block where they are not. The moments of one input at a time.
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
@@ -275,7 +276,12 @@ class _Walk:
             )
 
     def _layers_at_once(self, index: int, block: nn.Module, stages: Stages) -> _Found:
-        """The layers, all measured in the dense block; then the pruned stream follows."""
+        """The layers, all measured in the dense block; then the pruned stream follows.
+
+        In the order dense it is the dense block's output that flows on, from the same forward.
+        """
+        is_dense = self._wants.order == "dense"
+        to_end = is_dense and index + 1 < len(self._source.blocks)
 
         def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
             call = self._call(index, "pruned", batch)
@@ -283,11 +289,14 @@ class _Walk:
                 hidden_BTD = self._store.get("dense", batch.number)
                 teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
                 self._put("dense", batch, moments.add_pair(call, teacher, weights_BT), index + 1)
-            else:
-                moments.add(call, weights_BT)
+                return
+            output_BTD = moments.add(call, weights_BT, to_end=to_end)
+            if output_BTD is not None:
+                self._put("pruned", batch, output_BTD, index + 1)
 
         yield from self._measured(index, block, stages, stages.groups, note)
-        self._follow(index, block, "pruned")
+        if not is_dense:
+            self._follow(index, block, "pruned")
 
     def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
         """The layers, each measured behind the solved ones; the streams follow as they go."""

@@ -110,21 +110,26 @@ class Moments:
         }
         self._unpaired: set[str] = set()
 
-    def add(self, call: BlockInputs, weights_BT: Tensor | None) -> None:
+    def add(
+        self, call: BlockInputs, weights_BT: Tensor | None, to_end: bool = False
+    ) -> Tensor | None:
         """Run the block on one batch and add what its layers received.
 
         Args:
             call: of the block.
             weights_BT: how much each token counts; None: all the same.
+            to_end: run on behind the last layer, and return the block's output (B, T, D).
         """
 
         def note(name: str, value: Tensor) -> None:
             self._add_input(name, value, weights_BT)
-            if name == self._last:
+            if name == self._last and not to_end:
                 raise Enough
 
         with watch_linears(self._watched, note), contextlib.suppress(Enough):
-            run_block(self._block, call)
+            output_BTD = run_block(self._block, call)
+            return output_BTD if to_end else None
+        return None
 
     def add_pair(
         self, call: BlockInputs, teacher: BlockInputs, weights_BT: Tensor | None

@@ -9,13 +9,12 @@ Shape suffixes: O output features (rows of a weight), I input features, R rows o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,54 +23,20 @@ from sparsify.batches import share_of
 from sparsify.calibrate import Layer, Order, Wants, prunable_linears, walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
-from sparsify.files import write_json
 from sparsify.masks import pack_mask, packed_digest, save_packed_masks, unpack_mask
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, ShardWriter, StreamedBlocks
 from sparsify.moments import TargetShares
 from sparsify.pattern import Pattern, check_divides, require_pattern
 from sparsify.phases import Phases
+from sparsify.prune_state import LayerReport, PruneState
 from sparsify.streams import Placement, StreamStore
 from sparsify.text import TokenRows
 
 Existing = Literal["ignore", "keep", "extend"]
 EXISTING: tuple[Existing, ...] = ("ignore", "keep", "extend")
 _LARGE_SHARE = 0.01
-_PROGRESS = "progress.json"
-
-
-@dataclass
-class LayerReport:
-    """What pruning did to one layer."""
-
-    name: str
-    """full dotted name, without ".weight\""""
-    block: int
-    """index of the decoder block"""
-    shape: tuple[int, int]
-    """(output features, input features)"""
-    num_tokens: int
-    """calibration tokens behind the Hessian"""
-    tokens_per_column: float
-    """the same for each input column; below about ten, the Hessian is mostly noise"""
-    error: float
-    """tr((W - Z) H (W - Z)^T): mean square output error per calibration token, summed over rows"""
-    relative_error: float
-    """error / tr(W H W^T); 0 when the layer's output was zero anyway"""
-    sparsity: float
-    """share of the weights that were pruned"""
-    damping: float | None
-    """damping that was used; larger than asked for when the Hessian needed it; None: no damping"""
-    num_dead_columns: int
-    """input columns that were zero on every calibration token"""
-    condition: float | None
-    """estimate of the damped Hessian's condition number; None where no factor was computed"""
-    large_kept: float
-    """share of the largest hundredth of each row, by absolute value, that survived"""
-    keep_mask_sha256: str
-    """of the layer's mask, see `masks.mask_digest`"""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """time by phase; what was done for the block as a whole is divided over its layers"""
+_NUM_PANELS = 8  # of the Hessian, where only half of it is multiplied
 
 
 @dataclass
@@ -199,7 +164,7 @@ def prune_checkpoint(
     source = StreamedBlocks(path, dtype, device)
     run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
     num_batches = sum(comm.share(sum(map(len, share_of(rows, comm, batch_size)))))
-    state = _State(out, comm, len(source.blocks), num_batches)
+    state = PruneState(out, comm, len(source.blocks), num_batches)
     store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
@@ -229,51 +194,6 @@ def prune_checkpoint(
     return PruneResult(layers=state.reports())
 
 
-class _State:
-    """How far a checkpoint's pruning is: blocks done, and their reports."""
-
-    def __init__(self, out: Path, comm: Comm, num_blocks: int, num_batches: int) -> None:
-        self._path = out / _PROGRESS
-        self._comm = comm
-        self._sizes = {"num_blocks": num_blocks, "num_batches": num_batches}
-        out.mkdir(parents=True, exist_ok=True)
-        self._layers: list[dict[str, Any]] = []
-        self.num_done = 0
-        if comm.rank == 0 and self._path.is_file():
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            if found["num_blocks"] != num_blocks:
-                raise InputError(
-                    f"{out}: holds {found['num_blocks']} blocks, the model has {num_blocks}; use "
-                    "another folder"
-                )
-            if found["num_batches"] != num_batches:
-                raise InputError(
-                    f"{out}: begun with the rows cut into {found['num_batches']} batches, now into "
-                    f"{num_batches}; go on with the prune.batch_size (and, with few rows, the "
-                    "number of workers) that it was begun with"
-                )
-            self.num_done, self._layers = found["num_done"], found["layers"]
-        self.num_done, self._layers = comm.share((self.num_done, self._layers))[0]
-
-    def keep(self, reports: list[LayerReport]) -> None:
-        """Add a block's reports to the next commit."""
-        self._layers += [asdict(report) for report in reports]
-
-    def commit(self, num_done: int, reports: list[LayerReport], store: StreamStore) -> None:
-        """Everything up to here is on the disk on every process: say so, then clean up."""
-        self.keep(reports)
-        self._comm.barrier()
-        if self._comm.rank == 0:
-            value = {"num_done": num_done, **self._sizes, "layers": self._layers}
-            write_json(self._path, value)
-            store.drop(keep_block=num_done)
-        self._comm.barrier()
-
-    def reports(self) -> list[LayerReport]:
-        """Of all blocks, in order."""
-        return [LayerReport(**{**v, "shape": tuple(v["shape"])}) for v in self._layers]
-
-
 class _Run:
     """One method on one model: solves layers as the walk hands them out, and takes notes."""
 
@@ -293,6 +213,11 @@ class _Run:
         self._comm = comm
         self._existing = existing
         self._order = order or method.order
+        if self._order == "dense" and method.needs_teacher:
+            raise InputError(
+                f"prune.order=dense: {method.name} makes up for what was pruned before, which that "
+                "order does not look at; use prune.order=layer or block, or prune.method=admm"
+            )
         self._skip = skip
         self._masks: dict[str, Tensor] = {}
         self._reports: list[LayerReport] = []
@@ -422,9 +347,20 @@ class _Run:
 
 
 def _energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
-    """tr(D H D^T) for rows D, as a float64 scalar: mean square output per token of D."""
+    """tr(D H D^T) for rows D, as a float64 scalar: mean square output per token of D.
+
+    H is symmetric, so panels of its rows count twice to the right of the diagonal and not at all to
+    the left of it, which is 9/16 of the product.
+    """
     change_RI = change_RI.to(hessian_II.dtype)
-    return ((change_RI @ hessian_II) * change_RI).sum(dtype=torch.float64)
+    energy = torch.zeros((), dtype=torch.float64, device=change_RI.device)
+    width = -(-len(hessian_II) // _NUM_PANELS)
+    for start in range(0, len(hessian_II), width):
+        panel = slice(start, start + width)
+        product = change_RI[:, panel] @ hessian_II[panel, start:]
+        product[:, width:] *= 2
+        energy += (product.mul_(change_RI[:, start:])).sum(dtype=torch.float64)
+    return energy
 
 
 def _large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:

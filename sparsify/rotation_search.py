@@ -22,8 +22,10 @@ from sparsify.pattern import Pattern
 from sparsify.rotation import Rotation
 from sparsify.rotation_loss import Objective, Readers, Turns, Writer, entropy, pruned_share
 
-LEARNING_RATE = 0.03
-"""of Adam on angles: about the largest angle in radians that one entry turns in a step"""
+LEARNING_RATE = 0.4
+"""of Adam on the angles of N x N matrices, times N^-1/2, about the radians that a step turns by: a
+skew matrix of N^2 steps of one size and any sign has a norm of 2 N^1/2 of them. Of 0.2 to 0.8 the
+best at N = 1024, and within 2 % of the best at 64, 128 and 160"""
 
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-8
@@ -111,29 +113,28 @@ class RotationSearch:
             total = self._add_gradient(objective, gradient)
             if not math.isfinite(total):
                 raise NonFiniteError(f"rotation: the loss is {total} at step {step - 1}")
-            self._comm.together(partial(self._turn, gradient, first, second, step))
+            self._turn(gradient, first, second, step)
             if on_step is not None:
                 on_step(step, steps, total / self._num_rows)
 
     def _add_gradient(self, objective: Objective, gradient: Turns) -> float:
         """What is minimised, summed over all matrices; its derivatives go to `gradient`."""
-        losses = []
 
         def lanes() -> Iterator[Tensor]:
             for lane in self._lanes:
                 mine = self._turns.over(torch.zeros_like(gradient.flat))
                 found = [unit.add_gradient(self._turns, objective, mine) for unit in lane]
-                losses.append(float(sum(found)))
-                yield mine.flat
+                yield torch.cat([mine.flat, mine.flat.new_tensor([float(sum(found))])])
 
-        def work() -> None:
+        def work() -> Tensor:
             # A step this rough may be: what is folded in the end is orthogonal all the same.
             with float32_products(allow_tf32=True):
-                gradient.flat.copy_(sum_lanes(lanes(), Tensor.add_))
+                return sum_lanes(lanes(), Tensor.add_)
 
-        self._comm.together(work)
-        self._comm.all_reduce_(gradient.flat)
-        return sum(loss for process in self._comm.share(losses) for loss in process)
+        both = self._comm.together(work)  # one sum for the derivatives and the loss behind them
+        self._comm.all_reduce_(both)
+        gradient.flat.copy_(both[:-1])
+        return float(both[-1])
 
     @float32_products()
     def _turn(self, gradient: Turns, first: Tensor, second: Tensor, step: int) -> None:
@@ -145,9 +146,9 @@ class RotationSearch:
         first.lerp_(angles, 1 - _BETAS[0])
         second.lerp_(angles.square(), 1 - _BETAS[1])
         scale = (second / (1 - _BETAS[1] ** step)).sqrt_().add_(_EPSILON)
-        moves = gradient.over(first / (1 - _BETAS[0] ** step) / scale * LEARNING_RATE)
+        moves = gradient.over(first / (1 - _BETAS[0] ** step) / scale)
         for matrix, move in zip(self._turns.matrices, moves.matrices, strict=True):
-            matrix.copy_(matrix @ cayley(move))
+            matrix.copy_(matrix @ cayley(move * (LEARNING_RATE / math.sqrt(move.shape[-1]))))
 
     @torch.no_grad()
     def found(self) -> Rotation:

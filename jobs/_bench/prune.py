@@ -58,8 +58,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--repeats", 1, "runs of each side, in turn; the median counts")
     walk = "this project's walk: the model in memory, or streamed from its files"
     add_option(parser, "--walk", "memory", walk, choices=["memory", "streamed"])
-    order = "this project's order: block, as the other side has it, or layer, in one pass"
-    add_option(parser, "--order", "block", order, choices=["block", "layer"])
+    order = "this project's order: block, as the other side has it; layer or dense, in one pass"
+    add_option(parser, "--order", "block", order, choices=["block", "layer", "dense"])
 
 
 def run(options: Namespace) -> Outcome:

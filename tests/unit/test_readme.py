@@ -25,7 +25,7 @@ from jobs._summary import _num_parameters, build_summary
 from jobs._tracking import METRICS_FILE
 from sparsify.forecast import Forecast
 from sparsify.models.load import embedded_path
-from sparsify.prune import LayerReport
+from sparsify.prune_state import LayerReport
 from sparsify.quantize import QuantLayerReport
 
 ROOT = Path(__file__).resolve().parents[2]

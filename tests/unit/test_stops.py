@@ -247,6 +247,46 @@ def test_hessians_are_those_of_all_layers_before(family: str, rows: TokenRows) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_hessians_of_the_order_dense_are_those_of_the_dense_model(family: str) -> None:
+    """X^T X / n of what a layer receives when nothing is solved, from one forward of each block."""
+    model, twin, rows = tiny(family), tiny(family), token_rows(NUM_ROWS)
+    found: dict[str, Tensor] = {}
+    last = linears_of(find_blocks(model)[1][0])[FAMILIES[family][-1][0]]
+    calls: list[int] = []
+    last.register_forward_hook(lambda _, args, __: calls.append(args[0].numel()))
+    walk_blocks(
+        BlocksInMemory(model), rows, halve(found), comm=Comm.single(), batch_size=4,
+        wants=Wants(order="dense"),
+    )  # fmt: skip
+    # Behind two probes of one row, to see what calls what.
+    assert [size // calls[0] for size in calls] == [1, 1, 1, 3, 3]
+    list_name, blocks = find_blocks(twin)
+    for index, block in enumerate(blocks):
+        for group in FAMILIES[family]:
+            inputs: list[Tensor] = []
+            handle = linears_of(block)[group[0]].register_forward_pre_hook(
+                lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2).double())
+            )
+            twin(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+            handle.remove()
+            expected = inputs[0].T @ inputs[0] / len(inputs[0])
+            for name in group:
+                hessian = found[f"{list_name}.{index}.{name}"].double()
+                # The same bound as above.
+                atol = 3e-6 * float(expected.abs().max())
+                torch.testing.assert_close(hessian, expected, rtol=0, atol=atol)
+
+
+def test_the_order_dense_has_no_teacher() -> None:
+    with pytest.raises(InputError, match=r"prune.order=dense: twofour .* prune.order=layer"):
+        prune_model(
+            tiny("Llama"), token_rows(NUM_ROWS), get_method("twofour"), Pattern.parse("2:4"),
+            PruneParams(), comm=Comm.single(), batch_size=2, order="dense",
+        )  # fmt: skip
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("method", ["sparsegpt", "twofour"])
 @pytest.mark.parametrize("family", ["Llama", "Phi", "OPT"])
 def test_held_forwards_and_new_ones_give_the_same_bits(
