@@ -9,7 +9,6 @@ Shape suffixes: N rows, T tokens of a row.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsify.errors import InputError
-from sparsify.text import TokenRows, TokenStream, encode_documents, rows_of
+from sparsify.text import TokenRows, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,13 +89,9 @@ def _row(
     """One row from `start` on; None if the text before `end` does not fill it."""
     while True:
         stop = min(start + row_chars, end)
-        stream = TokenStream(array("q"), array("q"))
-        for ids in encode_documents(text.between(start, stop), tokenizer):
-            stream.starts.append(len(stream.ids))
-            stream.ids.extend(ids)
-        rows = rows_of(stream, sequence_length)
+        rows = token_rows(text.between(start, stop), tokenizer, sequence_length, num_rows=1)
         if len(rows):
-            return rows[:1]
+            return rows
         if stop == end:
             return None
         row_chars *= 2

@@ -129,9 +129,7 @@ def split_documents(documents: list[str], held_out: bool, share: float) -> list[
     return [text for text in parts if text]
 
 
-def encode_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[int]]:
+def _encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of each document with one mark between documents.
 
     The mark is the beginning token where the tokenizer sets one itself, else the end-of-text
@@ -182,7 +180,13 @@ def token_rows(
     if sequence_length < 2:
         raise InputError(f"sequence_length: {sequence_length} is too short; use at least 2 tokens")
     wanted = None if num_rows is None else num_rows * sequence_length
-    return rows_of(token_stream(documents, tokenizer, wanted), sequence_length)[:num_rows]
+    stream = token_stream(documents, tokenizer, wanted)
+    rows = len(stream.ids) // sequence_length
+    if num_rows is not None:
+        rows = min(rows, num_rows)
+    shape = (rows, sequence_length)
+    ids_NT = torch.tensor(stream.ids[: rows * sequence_length], dtype=torch.int64).reshape(shape)
+    return TokenRows(ids_NT, _positions(stream.starts, rows, sequence_length))
 
 
 @dataclass(frozen=True)
@@ -193,14 +197,6 @@ class TokenStream:
     """token ids, 8 bytes each"""
     starts: array[int]
     """where in `ids` each document begins"""
-
-
-def rows_of(stream: TokenStream, sequence_length: int) -> TokenRows:
-    """The stream cut into rows; the unfinished last one is dropped."""
-    rows = len(stream.ids) // sequence_length
-    shape = (rows, sequence_length)
-    ids_NT = torch.tensor(stream.ids[: rows * sequence_length], dtype=torch.int64).reshape(shape)
-    return TokenRows(ids_NT, _positions(stream.starts, rows, sequence_length))
 
 
 def token_stream(
@@ -214,7 +210,7 @@ def token_stream(
         num_tokens: stop behind the document that reaches this many; None takes all.
     """
     stream = TokenStream(array("q"), array("q"))
-    for ids in encode_documents(documents, tokenizer):
+    for ids in _encoded(documents, tokenizer):
         if ids:
             stream.starts.append(len(stream.ids))
         stream.ids.extend(ids)

@@ -4,8 +4,9 @@ Layers of a block are solved one after another: a layer's input is measured when
 it are pruned already. A forward that is held at a layer goes on from there once the layer is
 solved, so that the calibration rows pass the block once. Where there is no room to hold the
 forwards of all rows, each is begun anew and ends at the next layer: the same numbers for more
-time. The dense model's forward beside it, in which nothing changes, stands behind layers whose
-output is wanted. Shape suffixes: B rows, T tokens of a row, I input features, D hidden size.
+time. The dense model's forward beside it, in which nothing changes, stands nowhere: it passes the
+stages and shows what it had there. Shape suffixes: B rows, T tokens of a row, I input features, D
+hidden size.
 """
 
 from __future__ import annotations

@@ -217,6 +217,17 @@ def halve(found: dict[str, Tensor]) -> Callable[[Layer], None]:
     return solve
 
 
+def moment_of(model: nn.Module, layer: nn.Module, rows: TokenRows) -> Tensor:
+    """X^T X / n in float64 of what a layer receives as the model is now."""
+    inputs: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].flatten(0, -2).double())
+    )
+    model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+    handle.remove()
+    return inputs[0].T @ inputs[0] / len(inputs[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [token_rows(NUM_ROWS), in_two_documents(token_rows(NUM_ROWS))])
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"OPT"}))
@@ -231,13 +242,7 @@ def test_hessians_are_those_of_all_layers_before(family: str, rows: TokenRows) -
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
         for group in FAMILIES[family]:
-            inputs: list[Tensor] = []
-            handle = linears_of(block)[group[0]].register_forward_pre_hook(
-                lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2).double())
-            )
-            twin(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-            handle.remove()
-            expected = inputs[0].T @ inputs[0] / len(inputs[0])
+            expected = moment_of(twin, linears_of(block)[group[0]], rows)
             scale = float(expected.abs().max())
             for name in group:
                 hessian = found[f"{list_name}.{index}.{name}"].double()
@@ -264,13 +269,7 @@ def test_hessians_of_the_order_dense_are_those_of_the_dense_model(family: str) -
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
         for group in FAMILIES[family]:
-            inputs: list[Tensor] = []
-            handle = linears_of(block)[group[0]].register_forward_pre_hook(
-                lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2).double())
-            )
-            twin(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-            handle.remove()
-            expected = inputs[0].T @ inputs[0] / len(inputs[0])
+            expected = moment_of(twin, linears_of(block)[group[0]], rows)
             for name in group:
                 hessian = found[f"{list_name}.{index}.{name}"].double()
                 # The same bound as above.
