@@ -59,6 +59,9 @@ class PruneConfig:
     """order of sums over workers: fast, or fixed (same bits with 1, 2, 4 or 8 workers)"""
     activations: str = "auto"
     """where hidden states wait between blocks: auto, device, host or disk"""
+    overlap: bool = False
+    """have the dense model pass the next block, and Hessians factored, while layers are solved: the
+    same bits for more memory; on a CPU each worker then keeps two cores busy"""
     checkpoint_every_blocks: int = 1
     """blocks between two states that a killed run can go on from"""
 
@@ -87,6 +90,12 @@ class PruneConfig:
             )
         rules.one_of("prune.reduction", self.reduction, ("fast", "fixed"))
         rules.one_of("prune.activations", self.activations, ("auto", "device", "host", "disk"))
+        if self.overlap and self.activations in ("host", "disk"):
+            raise InputError(
+                f"prune.overlap=true with prune.activations={self.activations}: what the dense "
+                "model does ahead is kept on the device; use prune.activations=device, or "
+                "prune.overlap=false"
+            )
         rules.in_range("prune.damping", self.damping, above=0, high=1)
         rules.block_fits_pattern(self.block_size, self.pattern)
 

@@ -25,8 +25,8 @@ from jobs._prune_options import (
 from jobs._rotation import ROTATION, carry_rotation, rotation_facts
 from jobs._sources import load_rows
 from jobs._stage import MASKS, write_sparsity
-from sparsify.calibrate import Order
 from sparsify.comm import Comm
+from sparsify.layers import Order
 from sparsify.masks import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
 from sparsify.models.blocks import unstreamable
@@ -121,6 +121,7 @@ class Pruning:
         common: dict[str, Any] = {
             "comm": self._comm, "batch_size": settings.batch_size, "skip": list(settings.skip),
             "existing": settings.existing, "order": self._order(name), "clock": time.perf_counter,
+            "overlap": settings.overlap,
             "on_block": lambda done, total: say(done, total, "blocks"),
         }  # fmt: skip
         dense = self._dense
@@ -196,7 +197,8 @@ class Pruning:
         """Where hidden states go: as asked for, or where there is room for them.
 
         On the device, where a pass over a block's layers one by one also holds forwards: for them
-        a Llama keeps the hidden states twice more and its widest activation.
+        a Llama keeps the hidden states twice more and its widest activation. What the dense model
+        does ahead takes the hidden states of a stream once more, with a teacher five times.
         """
         asked = self._config.prune.activations
         if asked != "auto":
@@ -211,6 +213,8 @@ class Pruning:
         held = 2 * streams + bytes_per_feature * widest
         if self._order(method.name) != "layer":
             held = 0
+        if self._config.prune.overlap:
+            held += 2.5 * streams if method.needs_teacher else streams
         workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
         if self._context.device == "cuda":

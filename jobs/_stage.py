@@ -28,7 +28,7 @@ PACKED = "model.packed.safetensors"
 
 _ONLY_SPEED = {
     "micro_batch_size", "checkpoint_every_steps", "checkpoint_every_blocks", "activations",
-    "attention",
+    "overlap", "attention",
     "zero_stage", "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
     "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
     "heldout_every_steps", "heldout_tokens", "time_limit_hours", "time_reserve_s", "hang_after_s",

@@ -234,7 +234,7 @@ def _check_inputs(config: Config, models: _stage.Models) -> None:
 
     from jobs._sources import source_fingerprint
     from jobs._teacher_cache import check_cache
-    from sparsify.calibrate import prunable_linears
+    from sparsify.layers import prunable_linears
     from sparsify.models.load import (
         check_checkpoint,
         check_sequence_length,

@@ -13,101 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import Literal
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.ahead import Ahead
 from sparsify.batches import Batch, share_of
 from sparsify.comm import Comm, sum_lanes
-from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
-from sparsify.models.blocks import Blocks
-from sparsify.models.packed import require_isolation
-from sparsify.models.stops import Stages, Stop, StoppingBlock, pass_stages, stages_of
-from sparsify.models.structure import (
-    BlockCalls,
-    BlockInputs,
-    find_blocks,
-    linears_of,
-    run_block,
-    shared_input_groups,
+from sparsify.errors import (
+    CalibrationError,
+    InputError,
+    NonFiniteError,
+    SingularHessianError,
 )
-from sparsify.moments import Moments, TargetShares, share_factors
+from sparsify.layers import Layer, Wants, prunable_linears
+from sparsify.models.blocks import Blocks
+from sparsify.models.stops import Stages, Stop, StoppingBlock, pass_stages
+from sparsify.models.structure import BlockInputs, run_block
+from sparsify.moments import Moments, share_factors
+from sparsify.opening import DensePass, OpenBlock, Opener
 from sparsify.phases import Phases
 from sparsify.statistics import Statistics
 from sparsify.streams import StreamStore
 from sparsify.text import TokenRows
-
-Order = Literal["layer", "block", "dense"]
-
-
-@dataclass
-class Layer:
-    """One linear layer, as handed to the solver."""
-
-    name: str
-    """full dotted name, without ".weight\""""
-    module: nn.Linear
-    block: int
-    """index of the decoder block"""
-    statistics: Statistics
-    """moments of its input; layers that share an input share them"""
-    wanted_OI: Tensor | None = None
-    """float32 mean of (a W y + b (r_dense - r)) x^T for a layer that adds to a residual stream r: W
-    is its dense weight, y its input in the dense model, x its own, a and b are the shares asked
-    for; None if they were not, if the layer adds to none, or where `cross_II` has no pairs"""
-
-
-@dataclass(frozen=True)
-class Wants:
-    """What a solver needs of the walk."""
-
-    teacher: bool = False
-    """follow the dense model too, for `cross_II`"""
-    target_shares: TargetShares | None = None
-    """with a teacher: `wanted_OI` of layers that write to the residual stream, with these shares.
-    Their statistics have no `cross_II` then, unless another kind of layer shares them"""
-    factor_damping: float | None = None
-    """compute the factors with this damping, each on one process, before handing out the layers"""
-    order: Order = "block"
-    """layer: measure a layer's input when the layers before it are solved; block: when the blocks
-    before it are; dense: as it is in the dense model, without a teacher. Where layer is asked for,
-    blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
-
-
-def prunable_linears(
-    model: nn.Module, skip: Sequence[str] = ()
-) -> list[tuple[int, str, nn.Linear]]:
-    """(block index, full name, module) of every linear in the decoder blocks, less the skipped.
-
-    Args:
-        model: a transformers decoder.
-        skip: glob patterns (`*`, `?`, `[...]`) of full or block-relative names to leave dense.
-
-    Raises:
-        InputError: a glob pattern matches nothing, or nothing is left to prune.
-    """
-    list_name, blocks = find_blocks(model)
-    found: list[tuple[int, str, nn.Linear]] = []
-    unused = set(skip)
-    for index, block in enumerate(blocks):
-        for relative, module in linears_of(block).items():
-            name = f"{list_name}.{index}.{relative}"
-            hits = {glob for glob in skip if fnmatchcase(name, glob) or fnmatchcase(relative, glob)}
-            unused -= hits
-            if not hits:
-                found.append((index, name, module))
-    if unused:
-        raise InputError(
-            f"prune.skip: {', '.join(sorted(unused))} matches no linear layer; names look like "
-            f"{list_name}.0.{next(iter(linears_of(blocks[0])))}"
-        )
-    if not found:
-        raise InputError("prune.skip: every linear layer is skipped, so nothing is left to prune")
-    return found
 
 
 @torch.no_grad()
@@ -126,6 +56,7 @@ def walk_blocks(
     phases: Phases | None = None,
     token_weights: Tensor | None = None,
     settle: Callable[[], None] = lambda: None,
+    overlap: bool = False,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with its statistics.
 
@@ -149,9 +80,14 @@ def walk_blocks(
         phases: collects the time of each kind of work.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
         settle: called before the weights of solved layers are used.
+        overlap: while layers are solved, factor the Hessians of the next ones, and have the dense
+            model pass the next block where it is followed: with a teacher in the order layer, and
+            in the order dense. `store` keeps the hidden states on the device then. The results are
+            the same to the bit.
 
     Raises:
-        InputError: see `models.structure`.
+        InputError: see `models.structure`; or the dense model is to pass blocks ahead, and `store`
+            keeps its hidden states elsewhere than on the device.
         CalibrationError: rows of the wrong shape, or fewer rows than lanes.
         NonFiniteError: activations hold NaN or infinity; names the layer and the rows.
         SingularHessianError: as raised by `solve`, with the number of tokens added.
@@ -161,24 +97,25 @@ def walk_blocks(
     one block in memory. Order "dense": one forward, and the same memory. Order "layer": one forward
     (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
     these rows, and with a teacher three times the hidden states; about two (four) and a second copy
-    of the block where they are not. The moments of one input at a time.
+    of the block where they are not. The moments of one input at a time. With `overlap` one block
+    more, and with a teacher five times the hidden states, in the order dense once and the moments
+    of a second block.
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
-        source, rows, comm, batch_size, wants, store, phases or Phases(), token_weights, settle
-    )
+        source, linears, rows, comm, batch_size, wants, store, phases or Phases(), token_weights,
+        settle, overlap,
+    )  # fmt: skip
     was_training = source.model.training
     source.model.eval()
     try:
-        walk.enter(first_block)
-        for index in range(first_block, len(source.blocks)):
-            with walk.phases.measure("load"):
-                block = source.open(index)
-            names = {name: module for at, name, module in linears if at == index}
-            walk.visit(index, block, names, lambda layer: _solve_layer(layer, solve))
-            if on_block is not None:
-                on_block(index, block)
-            source.close(index)
+        with walk:
+            walk.enter(first_block)
+            for index in range(first_block, len(source.blocks)):
+                block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
+                if on_block is not None:
+                    on_block(index, block)
+                source.close(index)
     finally:
         source.model.train(was_training)
 
@@ -199,26 +136,46 @@ _Note = Callable[[Moments, Batch, Tensor | None], None]
 
 
 class _Walk:
-    """The streams before the current block, and what one block does with them."""
+    """The streams before the current block, and what one block does with them.
+
+    A context: leaving it waits for what was begun ahead.
+    """
 
     def __init__(
-        self, source: Blocks, rows: TokenRows, comm: Comm, batch_size: int, wants: Wants,
-        store: StreamStore | None, phases: Phases, token_weights: Tensor | None,
-        settle: Callable[[], None],
+        self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
+        comm: Comm, batch_size: int, wants: Wants, store: StreamStore | None, phases: Phases,
+        token_weights: Tensor | None, settle: Callable[[], None], overlap: bool,
     ) -> None:  # fmt: skip
         self.phases = phases
         self._settle = settle
         self._source = source
-        self._rows = rows
         self._comm = comm
         self._wants = wants
         self._lanes = share_of(rows, comm, batch_size)
         self._batches = [batch for lane in self._lanes for batch in lane]
-        self._store = store or StreamStore("device", _device_of(source.model), None)
-        self._calls = BlockCalls(source.model, source.blocks)
+        device = _device_of(source.model)
+        self._store = store or StreamStore("device", device, None)
+        self._opener = Opener(source, linears, rows, self._batches, self._store)
         self._streams = ("pruned", "dense") if wants.teacher else ("pruned",)
         self._token_weights = token_weights
-        self._is_known = False
+        self._next: Callable[[], OpenBlock] | None = None
+        # The dense model can pass blocks ahead if it is followed, and not beside the pruned one.
+        self._passes_ahead = overlap and wants.order == ("layer" if wants.teacher else "dense")
+        if self._passes_ahead and not self._store.is_on_device:
+            raise InputError(
+                "prune.overlap=true: what the dense model does ahead is kept on the device, which "
+                "has no room for it; use prune.overlap=false, fewer calibration rows or more "
+                "workers"
+            )
+        self._ahead = Ahead(device, is_on=overlap)
+        self._factors = Ahead(device, is_on=overlap)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._ahead, self._factors:
+            pass
 
     def enter(self, first_block: int) -> None:
         """Bring the streams before the first block to be visited."""
@@ -228,123 +185,159 @@ class _Walk:
                 self._store.restore(first_block, self._streams, numbers)
                 return
             for batch in self._batches:
-                hidden_BTD = self._calls.first(batch.rows).hidden_BTD
+                hidden_BTD = self._opener.calls.first(batch.rows).hidden_BTD
                 for stream in self._streams:
                     self._store.put(stream, batch.number, hidden_BTD, 0)
 
-    def visit(
-        self, index: int, block: nn.Module, names: dict[str, nn.Linear],
-        solve: Callable[[Layer], None],
-    ) -> None:  # fmt: skip
-        """Have the block's layers solved, and bring the streams to stand before the next block."""
-        if not self._is_known:
-            self._learn(block)
-        if not names:
-            if self._wants.teacher:
-                self._follow(index, block, "dense")
-            self._follow(index, block, "pruned")
-            return
-        prefix = f"{self._source.list_name}.{index}."
-        with self.phases.measure("statistics"):
-            left_out = [name for name in linears_of(block) if prefix + name not in names]
-            call = self._call(index, "pruned", self._batches[0])
-            row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
-            one = self._calls.call(index, row, hidden_BTD)
-            try:  # one row shows what calls what, unless there are experts that it does not call
-                groups = shared_input_groups(block, one, left_out)
-            except InputError:
-                groups = shared_input_groups(block, call, left_out)
-            stages = stages_of(block, one, groups)
+    def visit(self, index: int, solve: Callable[[Layer], None]) -> nn.Module:
+        """Have a block's layers solved, and bring the streams to stand before the next block.
+
+        Returns:
+            The block.
+        """
+        opened = self._open(index)
+        if opened.stages is None:
+            is_dense_behind = opened.dense is not None
+            for stream in self._streams[:-1] if is_dense_behind else self._streams:
+                self._follow(opened, stream)
+            return opened.block
         layers = (
-            self._layers_by_stage(index, block, stages)
-            if stages.is_in_order and self._wants.order == "layer"
-            else self._layers_at_once(index, block, stages)
+            self._layers_by_stage(opened, opened.stages)
+            if opened.stages.is_in_order and self._wants.order == "layer"
+            else self._layers_at_once(opened, opened.stages)
         )
         for relative, statistics, wanted_OI in layers:
-            name = prefix + relative
-            solve(Layer(name, names[name], index, statistics, wanted_OI))
+            name = f"{self._source.list_name}.{index}.{relative}"
+            solve(Layer(name, opened.layers[relative], index, statistics, wanted_OI))
+        return opened.block
 
-    def _learn(self, block: nn.Module) -> None:
-        """See how blocks are called, and that they keep documents apart."""
-        self._calls.learn(block, self._rows[:1])
-        self._is_known = True
-        if self._rows.is_packed:
-            require_isolation(
-                lambda rows: run_block(block, self._calls.first(rows)),
-                self._source.model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
-                type(self._source.model).__name__,
-            )
+    def _open(self, index: int) -> OpenBlock:
+        """The block; if the dense model has passed it, its stream stands behind it already."""
+        if not self._passes_ahead:
+            return self._opener.open(index, "pruned", self.phases)
+        with self.phases.measure("statistics"):
+            opened = (self._next or self._begin(index))()
+        self._next = None
+        if opened.dense is not None and index + 1 < len(self._source.blocks):
+            for number, output_BTD in opened.dense.outputs.items():
+                self._store.put(self._streams[-1], number, output_BTD, index + 1)
+            opened.dense.outputs.clear()
+            self._next = self._begin(index + 1)
+        return opened
 
-    def _layers_at_once(self, index: int, block: nn.Module, stages: Stages) -> _Found:
+    def _begin(self, index: int) -> Callable[[], OpenBlock]:
+        """Begin to open a block and to have the dense model, which stands before it, pass it."""
+
+        def work() -> OpenBlock:
+            stream = self._streams[-1]
+            opened = self._opener.open(index, stream, Phases())
+            if self._wants.teacher or opened.stages is None:
+                opened.dense = self._opener.pass_dense(opened, stream, self._with_outputs)
+            else:
+                opened.dense = dense = DensePass()
+                dense.moments = self._dense_moments(
+                    opened, opened.stages, dense.outputs.__setitem__
+                )
+            return opened
+
+        return self._ahead.start(work, OpenBlock.tensors)
+
+    def _layers_at_once(self, opened: OpenBlock, stages: Stages) -> _Found:
         """The layers, all measured in the dense block; then the pruned stream follows.
 
         In the order dense it is the dense block's output that flows on, from the same forward.
         """
-        is_dense = self._wants.order == "dense"
-        to_end = is_dense and index + 1 < len(self._source.blocks)
+        index = opened.index
+        if self._wants.order == "dense":
+
+            def in_dense_model() -> Moments:
+                if opened.dense is not None and opened.dense.moments is not None:
+                    return opened.dense.moments
+                return self._dense_moments(
+                    opened,
+                    stages,
+                    lambda number, value: self._put("pruned", number, value, index + 1),
+                )
+
+            yield from self._measured(opened, stages.groups, in_dense_model)
+            return
 
         def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
-            call = self._call(index, "pruned", batch)
-            if self._wants.teacher:
-                hidden_BTD = self._store.get("dense", batch.number)
-                teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
-                self._put("dense", batch, moments.add_pair(call, teacher, weights_BT), index + 1)
+            call = self._opener.call(index, "pruned", batch)
+            if not self._wants.teacher:
+                moments.add(call, weights_BT)
                 return
+            hidden_BTD = self._store.get("dense", batch.number)
+            teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
+            output_BTD = moments.add_pair(call, teacher, weights_BT)
+            self._put("dense", batch.number, output_BTD, index + 1)
+
+        moments = partial(self._moments, opened, stages, stages.groups, note)
+        yield from self._measured(opened, stages.groups, moments)
+        self._follow(opened, "pruned")
+
+    def _dense_moments(
+        self, opened: OpenBlock, stages: Stages, put: Callable[[int, Tensor], None]
+    ) -> Moments:
+        """The moments of all inputs; `put(number of the batch, output)` takes what comes out."""
+        to_end = opened.index + 1 < len(self._source.blocks)
+
+        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
+            call = self._opener.call(opened.index, "pruned", batch)
             output_BTD = moments.add(call, weights_BT, to_end=to_end)
             if output_BTD is not None:
-                self._put("pruned", batch, output_BTD, index + 1)
+                put(batch.number, output_BTD)
 
-        yield from self._measured(index, block, stages, stages.groups, note)
-        if not is_dense:
-            self._follow(index, block, "pruned")
+        return self._moments(opened, stages, stages.groups, note)
 
-    def _layers_by_stage(self, index: int, block: nn.Module, stages: Stages) -> _Found:
+    def _layers_by_stage(self, opened: OpenBlock, stages: Stages) -> _Found:
         """The layers, each measured behind the solved ones; the streams follow as they go."""
-        hold = self._store.is_on_device
-        dense = self._dense_stops(index, block, stages) if self._wants.teacher else None
+        index, block, hold = opened.index, opened.block, self._store.is_on_device
+        dense = self._dense_stops(opened, stages) if self._wants.teacher else None
         with StoppingBlock(block, stages, hold=hold) as pruned:
             for stage, group in enumerate(stages.groups):
 
                 def note(
                     moments: Moments, batch: Batch, weights_BT: Tensor | None, stage: int = stage
                 ) -> None:
-                    call = partial(self._call, index, "pruned", batch)
+                    call = partial(self._opener.call, index, "pruned", batch)
                     # The dense model goes first: its layers are those of the block until one is
                     # solved.
                     teacher = None if dense is None else dense(stage, batch)
                     moments.add_stop(pruned.stop_at(stage, batch.number, call), teacher, weights_BT)
 
-                yield from self._measured(index, block, stages, [group], note)
+                moments = partial(self._moments, opened, stages, [group], note)
+                yield from self._measured(opened, [group], moments)
             if index + 1 < len(self._source.blocks):
                 with self.phases.measure("forward"):
                     for batch in self._batches:
-                        call = partial(self._call, index, "pruned", batch)
-                        self._put("pruned", batch, pruned.end(batch.number, call), index + 1)
+                        call = partial(self._opener.call, index, "pruned", batch)
+                        output_BTD = pruned.end(batch.number, call)
+                        self._put("pruned", batch.number, output_BTD, index + 1)
 
-    def _dense_stops(
-        self, index: int, block: nn.Module, stages: Stages
-    ) -> Callable[[int, Batch], Stop]:
+    def _dense_stops(self, opened: OpenBlock, stages: Stages) -> Callable[[int, Batch], Stop]:
         """What the dense model has at a stage, for one stage after another.
 
         Where there is room, each batch passes the block once, before any layer is solved, and what
         later stages ask for is kept. Elsewhere it passes a copy of the block for every stage.
         """
-        shares = self._wants.target_shares
-        with_outputs = shares is not None and shares.teacher > 0
-        hold = self._store.is_on_device
-        twin = block if hold else deepcopy(block)
+        index, hold = opened.index, self._store.is_on_device
+        if opened.dense is not None:
+            passed = opened.dense.stops
+            return lambda stage, batch: passed.pop((stage, batch.number))
+        twin = opened.block if hold else deepcopy(opened.block)
         kept: dict[tuple[int, int], Stop] = {}
         final = len(stages.groups) - 1
 
         def at(stage: int, batch: Batch) -> Stop:
             if stage == 0 or not hold:
-                call = self._call(index, "dense", batch)
+                call = self._opener.call(index, "dense", batch)
                 last = None if hold or stage == final else stage
                 stops, output_BTD = pass_stages(
-                    twin, stages, call, with_outputs=with_outputs, last=last
+                    twin, stages, call, with_outputs=self._with_outputs, last=last
                 )
                 if output_BTD is not None:
-                    self._put("dense", batch, output_BTD, index + 1)
+                    self._put("dense", batch.number, output_BTD, index + 1)
                 if not hold:
                     return stops[stage]
                 kept.update({(number, batch.number): stop for number, stop in enumerate(stops)})
@@ -352,69 +345,76 @@ class _Walk:
 
         return at
 
+    @property
+    def _with_outputs(self) -> bool:
+        """Whether layers that write to the residual stream aim at the dense model's outputs."""
+        shares = self._wants.target_shares
+        return shares is not None and shares.teacher > 0
+
     def _measured(
-        self, index: int, block: nn.Module, stages: Stages, groups: list[list[str]], note: _Note
+        self, opened: OpenBlock, groups: list[list[str]], moments: Callable[[], Moments]
     ) -> _Found:
         """The layers of some groups with the statistics of their inputs, over all rows."""
-        prefix = f"{self._source.list_name}.{index}."
+        prefix = f"{self._source.list_name}.{opened.index}."
         with self.phases.measure("statistics"):
-            new = partial(
-                Moments, block, groups, self._wants.teacher, self._wants.target_shares,
-                stages.streams, stages.is_in_order,
-            )  # fmt: skip
-            total = self._moments(index, new, note)
+            total = moments()
         with self.phases.measure("reduce"):
             try:
                 found = total.reduce(self._comm)
             except (NonFiniteError, CalibrationError) as error:
-                where = self._where_not_finite(index, block, groups)
-                raise type(error)(f"block {index}, layer {prefix}{error}{where}") from error
-        if self._wants.factor_damping is not None:
+                where = self._where_not_finite(opened, groups)
+                raise type(error)(f"block {opened.index}, layer {prefix}{error}{where}") from error
+        damping, hand_out = self._wants.factor_damping, None
+        if damping is not None:
             with self.phases.measure("factor"):
                 named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
-                share_factors(named, self._wants.factor_damping, self._comm)
+                hand_out = share_factors(named, damping, self._comm, self._factors)
         for group in groups:
+            if hand_out is not None:
+                with self.phases.measure("factor"):
+                    hand_out(f"{prefix}{group[0]}")
             for name in group:
                 yield name, found.statistics[group[0]], found.wanted.get(name)
         self._settle()
 
-    def _moments(self, index: int, new: Callable[[], Moments], note: _Note) -> Moments:
+    def _moments(
+        self, opened: OpenBlock, stages: Stages, groups: list[list[str]], note: _Note
+    ) -> Moments:
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
 
         def of(lane: list[Batch]) -> Moments:
-            moments = new()
+            moments = Moments(
+                opened.block, groups, self._wants.teacher, self._wants.target_shares,
+                stages.streams, stages.is_in_order,
+            )  # fmt: skip
             for batch in lane:
                 weights_BT = None
                 if self._token_weights is not None:
-                    weights_BT = self._token_weights[index, batch.where]
+                    weights_BT = self._token_weights[opened.index, batch.where]
                 note(moments, batch, weights_BT)
             return moments
 
         return sum_lanes(map(of, self._lanes), Moments.merge)
 
-    def _call(self, index: int, stream: str, batch: Batch) -> BlockInputs:
-        hidden_BTD = self._store.get(stream, batch.number)
-        return self._calls.call(index, batch.rows, hidden_BTD)
-
-    def _put(self, stream: str, batch: Batch, hidden_BTD: Tensor, block: int) -> None:
+    def _put(self, stream: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
         if block < len(self._source.blocks):  # nobody reads what the last block puts out
-            self._store.put(stream, batch.number, hidden_BTD, block)
+            self._store.put(stream, batch, hidden_BTD, block)
 
-    def _follow(self, index: int, block: nn.Module, stream: str) -> None:
+    def _follow(self, opened: OpenBlock, stream: str) -> None:
         """Run the block as it is, so that the stream stands before the next one."""
-        if index + 1 == len(self._source.blocks):
+        if opened.index + 1 == len(self._source.blocks):
             return
         with self.phases.measure("forward"):
             for batch in self._batches:
-                output_BTD = run_block(block, self._call(index, stream, batch))
-                self._put(stream, batch, output_BTD, index + 1)
+                output_BTD = run_block(opened.block, self._opener.call(opened.index, stream, batch))
+                self._put(stream, batch.number, output_BTD, opened.index + 1)
 
-    def _where_not_finite(self, index: int, block: nn.Module, groups: list[list[str]]) -> str:
+    def _where_not_finite(self, opened: OpenBlock, groups: list[list[str]]) -> str:
         """The first rows that make a layer's input NaN or infinite, for the message."""
         mine = None
         for batch in self._batches:
-            moments = Moments(block, groups, with_teacher=False)
-            moments.add(self._call(index, "pruned", batch), None)
+            moments = Moments(opened.block, groups, with_teacher=False)
+            moments.add(self._opener.call(opened.index, "pruned", batch), None)
             if not moments.is_finite():
                 mine = batch.where.start, batch.where.stop - 1
                 break

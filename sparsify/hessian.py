@@ -7,7 +7,7 @@ tensors and `Comm` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +77,10 @@ class HessianSum:
         self.num_tokens += other.num_tokens
         self.weight += other.weight
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The sum."""
+        yield self._sum_II
+
     def is_finite(self) -> bool:
         """Whether every input so far was a number, and no square overflowed."""
         return bool(self._finite_I().all())
@@ -135,6 +139,10 @@ class InverseFactor:
     from five steps of the power iteration at each end. It is never too high, and was 0.83 to 1.0
     of the true value where measured. In float32 a solution keeps about 7 - log10(condition)
     digits."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The factor and the mask of its dead columns."""
+        yield from (self.upper_II, self.dead_columns)
 
 
 def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFactor:

@@ -7,12 +7,14 @@ O output features, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.ahead import Ahead
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError, SingularHessianError
 from sparsify.hessian import HessianSum, InverseFactor
@@ -48,7 +50,7 @@ class BlockStatistics:
     statistics: dict[str, Statistics]
     """first layer of a group that shares an input -> its moments"""
     wanted: dict[str, Tensor]
-    """layer that writes to the residual stream -> float32 (O, I), see `calibrate.Layer.wanted_OI`
+    """layer that writes to the residual stream -> float32 (O, I), see `layers.Layer.wanted_OI`
     """
 
 
@@ -231,6 +233,13 @@ class Moments:
         """Whether every sum so far is a number."""
         return all(total.is_finite() for total in self._sums.values())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All sums."""
+        for total in self._sums.values():
+            yield from total.tensors()
+        yield from self._crosses.values()
+        yield from self._wanted.values()
+
     def merge(self, other: Moments) -> None:
         """Add the sums of `other`, of the same block."""
         for name, total in self._sums.items():
@@ -308,8 +317,10 @@ def _add_product_(sum_LI: Tensor, left: Tensor, right: Tensor, weights_T: Tensor
     add_cross_(sum_LI, left_TL, right_TI)
 
 
-def share_factors(statistics: dict[str, Statistics], damping: float, comm: Comm) -> None:
-    """Factor every Hessian once, on one of the processes, and hand the factors to all.
+def share_factors(
+    statistics: dict[str, Statistics], damping: float, comm: Comm, ahead: Ahead
+) -> Callable[[str], None]:
+    """Begin to factor every Hessian once, each on one of the processes.
 
     The largest go first, each to the process with the least work so far.
 
@@ -317,9 +328,12 @@ def share_factors(statistics: dict[str, Statistics], damping: float, comm: Comm)
         statistics: layer name, for messages -> its moments; the same on all processes.
         damping: see `hessian.inverse_factor`.
         comm: the processes.
+        ahead: does this process's part, in the order of the layers.
 
-    Raises:
-        NonFiniteError, SingularHessianError: on all processes alike.
+    Returns:
+        What waits for the factor of a layer and hands it to all processes. They ask for one layer
+        after another in the same order. It raises NonFiniteError and SingularHessianError on all
+        of them alike.
     """
     work = [0.0] * comm.world_size
     owner: dict[str, int] = {}
@@ -327,25 +341,31 @@ def share_factors(statistics: dict[str, Statistics], damping: float, comm: Comm)
     for name in sorted(sizes, key=lambda n: -sizes[n]):
         owner[name] = work.index(min(work))
         work[owner[name]] += float(sizes[name]) ** 3
-    made: dict[str, InverseFactor] = {}
-    failure: Exception | None = None
-    for name, stats in statistics.items():
-        if owner[name] == comm.rank and failure is None:
+    begun = {
+        name: ahead.start(partial(stats.factor, damping, name), InverseFactor.tensors)
+        for name, stats in statistics.items()
+        if owner[name] == comm.rank
+    }
+
+    def hand_out(name: str) -> None:
+        made, failure, facts = None, None, None
+        if owner[name] == comm.rank:
             try:
-                made[name] = stats.factor(damping, name)
+                made = begun[name]()
+                facts = made.damping, made.num_attempts, made.condition
             except (NonFiniteError, SingularHessianError) as error:
                 failure = error
-    failures = [error for error in comm.share(failure) if error is not None]
-    if failures:
-        raise failures[0]
-    facts = {name: (f.damping, f.num_attempts, f.condition) for name, f in made.items()}
-    facts = {name: fact for part in comm.share(facts) for name, fact in part.items()}
-    for name, stats in statistics.items():
+        failure, facts = comm.share((failure, facts))[owner[name]]
+        if failure is not None:
+            raise failure
+        assert facts is not None
+        used, num_attempts, condition = facts
+        hessian_II = statistics[name].hessian_II
         # One layout on all processes, whether the factor was computed here or received.
-        upper_II = (
-            made[name].upper_II.contiguous() if name in made else torch.empty_like(stats.hessian_II)
-        )
+        upper_II = torch.empty_like(hessian_II) if made is None else made.upper_II.contiguous()
         comm.broadcast_(upper_II, owner[name])
-        used, num_attempts, condition = facts[name]
-        dead_I = stats.hessian_II.diagonal() == 0
-        stats.put_factor(damping, InverseFactor(upper_II, used, num_attempts, dead_I, condition))
+        dead_I = hessian_II.diagonal() == 0
+        factor = InverseFactor(upper_II, used, num_attempts, dead_I, condition)
+        statistics[name].put_factor(damping, factor)
+
+    return hand_out

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.batches import share_of
-from sparsify.calibrate import Layer, Order, Wants, prunable_linears, walk_blocks
+from sparsify.calibrate import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
+from sparsify.layers import Layer, Order, Wants, prunable_linears
 from sparsify.masks import pack_mask, packed_digest, save_packed_masks, unpack_mask
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, ShardWriter, StreamedBlocks
@@ -62,6 +63,7 @@ def prune_model(
     existing: Existing = "ignore",
     order: Order | None = None,
     token_weights: Tensor | None = None,
+    overlap: bool = False,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> PruneResult:
@@ -82,8 +84,9 @@ def prune_model(
         skip: glob patterns of layer names to leave dense.
         existing: what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero
             and others join them, "keep" they are the mask.
-        order: how inputs are measured, see `calibrate.Wants`; None: as the method has it.
+        order: how inputs are measured, see `layers.Wants`; None: as the method has it.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
+        overlap: work ahead while layers are solved, see `calibrate.walk_blocks`.
         on_block: called as on_block(blocks done, blocks in all).
         clock: returns seconds, for the times in the reports; None: no times.
 
@@ -107,7 +110,7 @@ def prune_model(
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
 
-    run.walk(rows, batch_size, finish, token_weights=token_weights)
+    run.walk(rows, batch_size, finish, token_weights=token_weights, overlap=overlap)
     return result
 
 
@@ -128,6 +131,7 @@ def prune_checkpoint(
     order: Order | None = None,
     activations: Placement = "device",
     token_weights: Tensor | None = None,
+    overlap: bool = False,
     checkpoint_every_blocks: int = 1,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
@@ -143,7 +147,7 @@ def prune_checkpoint(
         path: model folder, or "embedded"; see `models.blocks.StreamedBlocks`.
         out: folder for the result, on a disk that all processes see.
         rows, method, pattern, params, comm, batch_size, skip, existing, order, token_weights,
-            on_block, clock: see `prune_model`.
+            overlap, on_block, clock: see `prune_model`.
         dtype: float32, bfloat16 or float16.
         device: where blocks are worked on.
         activations: where hidden states are kept between blocks; see `streams.StreamStore`.
@@ -159,7 +163,7 @@ def prune_checkpoint(
 
     Cost: that of `prune_model`, plus reading the checkpoint once, writing it once and writing the
     streams at every checkpoint. Memory: two blocks, their moments, and the streams unless they are
-    on disk.
+    on disk; with `overlap` a third block and what the dense model has in it.
     """
     source = StreamedBlocks(path, dtype, device)
     run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
@@ -187,7 +191,7 @@ def prune_checkpoint(
     if on_block is not None and state.num_done:
         on_block(state.num_done, len(source.blocks))
     if state.num_done < len(source.blocks):
-        run.walk(rows, batch_size, finish, store, state.num_done, token_weights)
+        run.walk(rows, batch_size, finish, store, state.num_done, token_weights, overlap)
     if writer is not None:
         writer.finish(source)
     comm.barrier()
@@ -226,7 +230,7 @@ class _Run:
     def walk(
         self, rows: TokenRows, batch_size: int, on_block: Callable[[int, nn.Module], None],
         store: StreamStore | None = None, first_block: int = 0,
-        token_weights: Tensor | None = None,
+        token_weights: Tensor | None = None, overlap: bool = False,
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
         method, params = self._method, self._params
@@ -240,6 +244,7 @@ class _Run:
             self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,
             skip=self._skip, store=store, first_block=first_block, on_block=on_block,
             phases=self.phases, token_weights=token_weights, settle=self._settle,
+            overlap=overlap,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, Wants, prunable_linears, walk_blocks
+from sparsify.calibrate import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.gptq import METHODS, Quantized, QuantParams, dequantize, quantize_weight
+from sparsify.layers import Layer, Wants, prunable_linears
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.packed import check_isolation
 from sparsify.text import TokenRows

@@ -23,7 +23,7 @@ class Statistics:
     cross_II: Tensor | None = None
     """float32 mean of y x^T over the same tokens, y being the input that the layers have in the
     dense model; None unless it was asked for, where there are no pairs of y and x, and where all
-    layers have `calibrate.Layer.wanted_OI` instead"""
+    layers have `layers.Layer.wanted_OI` instead"""
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False)
 
     def factor(self, damping: float, name: str) -> InverseFactor:

@@ -78,7 +78,7 @@ def judge(
         Per side: `layers` (name -> relative error), `mean_relative_error`,
         `num_violations` (groups of four with more than two nonzeros) and `sparsity`.
     """
-    from sparsify.calibrate import prunable_linears
+    from sparsify.layers import prunable_linears
     from sparsify.models.load import load_model
     from sparsify.pattern import Pattern, find_violation
 

@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from jobs._bench.arguments import add_calibration, add_option, add_threads
-from jobs._bench.record import Outcome, Table, gigabytes, num_cpus, peak_memory_bytes
+from jobs._bench.record import Outcome, Table, Target, gigabytes, num_cpus, peak_memory_bytes
 from sparsify.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,9 +38,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--blocks", 3, "blocks that are measured")
     add_calibration(parser, samples=512, length=2048, batch_size=8)
     add_option(parser, "--method", "sparsegpt", "method")
+    orders = ["auto", "layer", "block", "dense"]
+    add_option(parser, "--order", "auto", "prune.order", choices=orders)
     add_option(parser, "--device", "cuda", "where", choices=["cpu", "cuda"])
     dtype = "of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
     add_option(parser, "--dtype", None, dtype, choices=["bfloat16", "float16", "float32"])
+    overlap = "prune the same model again with prune.overlap=true, and hold both against each other"
+    parser.add_argument("--overlap", action="store_true", help=overlap)
     add_threads(parser)
 
 
@@ -66,9 +70,16 @@ def run(options: Namespace) -> Outcome:
     dtype_name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     dtype = getattr(torch, dtype_name)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
-    model = random_model(config, options.seed, dtype, options.device)
-    print(f"{options.blocks} blocks of {options.shape} on {options.device}", flush=True)
-    figures = measure(model, options)
+
+    def measured(overlap: bool) -> dict[str, Any]:
+        model = random_model(config, options.seed, dtype, options.device)
+        beside = ", working ahead" if overlap else ""
+        print(f"{options.blocks} blocks of {options.shape} on {options.device}{beside}", flush=True)
+        return measure(model, options, overlap)
+
+    figures = measured(overlap=False)
+    if options.overlap:
+        figures["overlap"] = beside(figures, measured(overlap=True))
     bits = torch.finfo(dtype).bits // 8
     figures["block_bytes"] = bits * block_num_weights(config)
     rates = {
@@ -80,13 +91,23 @@ def run(options: Namespace) -> Outcome:
     figures["whole_model"] = extrapolate(figures, num_blocks)
     settings = {
         key: getattr(options, key)
-        for key in ("shape", "blocks", "samples", "length", "batch_size", "method", "seed")
+        for key in (
+            "shape",
+            "blocks",
+            "samples",
+            "length",
+            "batch_size",
+            "method",
+            "order",
+            "seed",
+            "overlap",
+        )
     } | {"dtype": dtype_name}
     return summarise(figures, settings, options.device, num_threads)
 
 
-def measure(model: torch.nn.Module, options: Namespace) -> dict[str, Any]:
-    """Prune the model; seconds of every block and phase, and peak memory."""
+def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[str, Any]:
+    """Prune the model; seconds of every block and phase, peak memory, and the masks' digests."""
     import torch
 
     from sparsify.comm import Comm
@@ -105,11 +126,14 @@ def measure(model: torch.nn.Module, options: Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     shape = (options.samples, options.length)
     rows = TokenRows.whole(torch.randint(0, _VOCABULARY, shape, generator=generator))
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     before_bytes = torch.cuda.memory_allocated() if is_cuda else peak_memory_bytes()
     marks = [now_s()]
     result = prune_model(
         model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
         comm=Comm.single(), batch_size=options.batch_size, clock=time.perf_counter,
+        order=None if options.order == "auto" else options.order, overlap=overlap,
         on_block=lambda done, total: marks.append(now_s()),
     )  # fmt: skip
     end_s = now_s()
@@ -125,6 +149,19 @@ def measure(model: torch.nn.Module, options: Namespace) -> dict[str, Any]:
         "block_phases_s": blocks,
         "peak_bytes": peak,
         "before_bytes": before_bytes,
+        "keep_mask_sha256": {layer.name: layer.keep_mask_sha256 for layer in result.layers},
+    }
+
+
+def beside(plain: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
+    """What working ahead changed: seconds, memory, and how many layers have the same mask."""
+    masks = plain["keep_mask_sha256"]
+    others = ahead["keep_mask_sha256"]
+    return {
+        **ahead,
+        "time_ratio": ahead["total_s"] / plain["total_s"],
+        "num_layers": len(masks),
+        "num_equal_masks": sum(masks[name] == others[name] for name in masks),
     }
 
 
@@ -235,5 +272,18 @@ def summarise(
         Table(("", "value"), model_rows),
     ]
     figures["one_block_held_bytes"] = held
+    targets = []
+    if "overlap" in figures:
+        ahead = figures["overlap"]
+        ahead_rows = [
+            ("time", f"{figures['total_s']:.2f} s", f"{ahead['total_s']:.2f} s"),
+            ("peak memory", gigabytes(figures["peak_bytes"]), gigabytes(ahead["peak_bytes"])),
+        ]
+        tables.append(Table(("measured blocks", "prune.overlap=false", "true"), ahead_rows))
+        equal = ahead["num_equal_masks"] / ahead["num_layers"]
+        targets = [
+            Target.at_least("share of layers with the same mask, working ahead", 1.0, equal),
+            Target.at_most("time working ahead, over time without", 1.0, ahead["time_ratio"]),
+        ]
     notes = [*_NOTES, f"whole model: {whole['working']}"]
-    return Outcome(device, num_threads, settings, figures, tables, [], notes)
+    return Outcome(device, num_threads, settings, figures, tables, targets, notes)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsify.calibrate import Order
+    from sparsify.layers import Order
 
 
 def now() -> tuple[float, float]:
@@ -40,7 +40,7 @@ def prune_folder(
     Args:
         walk: "memory" loads the model, prunes it and saves it; "streamed" does it block by block,
             and all of it counts as pruning.
-        order: when inputs are measured, see `sparsify.calibrate.Wants`.
+        order: when inputs are measured, see `sparsify.layers.Wants`.
         model: dense model folder with a tokenizer.
         rows: safetensors file with int64 `input_ids` (N, T).
         out: folder for the pruned model.

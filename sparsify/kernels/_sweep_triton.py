@@ -160,7 +160,8 @@ class _Recording:
             run(*buffers)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads may ask for memory meanwhile (`sparsify.ahead`).
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = run(*buffers)
 
     def replay(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:

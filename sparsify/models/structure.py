@@ -6,6 +6,7 @@ suffixes: B rows, T tokens of a row, D hidden size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class BlockCalls:
     block (sliding and full attention, for example) and from batch to batch (where documents
     begin), but never depends on the hidden states themselves. So the model's forward is run with
     blocks that hand through what they get, up to the block asked for: its weights need not be
-    there, and nothing has to be kept.
+    there, and nothing has to be kept. Meanwhile other threads can run blocks as they are.
 
     Args:
         model: a transformers decoder; what comes before the blocks must hold its weights.
@@ -119,6 +120,7 @@ class BlockCalls:
         self._rest: tuple[None, ...] | None = None
         """what stands after the hidden states in a block's answer; None: it answers a tensor"""
         self._is_known = False
+        self._lock = threading.Lock()
 
     def first(self, rows: TokenRows) -> BlockInputs:
         """The call of the first block for a batch (B rows of T tokens).
@@ -148,7 +150,11 @@ class BlockCalls:
 
     def _run(self, index: int, rows: TokenRows) -> BlockInputs:
         """One forward that ends at block `index`, the blocks before it answering at once."""
-        name = type(self._model).__name__
+        with self._lock:
+            return self._run_alone(index, rows)
+
+    def _run_alone(self, index: int, rows: TokenRows) -> BlockInputs:
+        name, caller = type(self._model).__name__, threading.get_ident()
         expected: list[Tensor] = []
         found: list[BlockInputs] = []
 
@@ -168,12 +174,17 @@ class BlockCalls:
             expected.append(passed)
             return passed if self._rest is None else (passed, *self._rest)
 
-        def stand_in(at: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: answer(at, args, kwargs)
+        def stand_in(at: int, block: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != caller:
+                    return type(block).forward(block, *args, **kwargs)
+                return answer(at, args, kwargs)
+
+            return forward
 
         try:
             for at, block in enumerate(self._blocks):
-                object.__setattr__(block, "forward", stand_in(at))
+                object.__setattr__(block, "forward", stand_in(at, block))
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
             rows = rows.to(device)
             self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)

@@ -48,7 +48,7 @@ def prune(method: str, comm: Comm) -> tuple[LlamaForCausalLM, PruneResult]:
 def prune_from_disk(dense: Path, out: Path, comm: Comm) -> None:
     prune_checkpoint(
         dense, out, model_and_rows()[1], get_method("twofour"), PATTERN,
-        PruneParams(block_size=32), comm=comm, batch_size=2,
+        PruneParams(block_size=32), comm=comm, batch_size=2, overlap=comm.world_size > 1,
     )  # fmt: skip
 
 

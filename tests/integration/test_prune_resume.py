@@ -70,14 +70,16 @@ def undisturbed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "twofour"])
-@pytest.mark.parametrize("activations", ["device", "disk"])
-def test_streamed_equals_in_memory(dense, tmp_path, method: str, activations: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{"activations": "device"}, {"activations": "disk"}, {"overlap": True}]
+)
+def test_streamed_equals_in_memory(dense, tmp_path, method: str, options: dict[str, Any]) -> None:
     model = load_model(dense)
     expected = prune_model(
         model, calibration(), get_method(method), PATTERN, PruneParams(),
         comm=Comm.single(), batch_size=4,
     )  # fmt: skip
-    result = prune_to(dense, tmp_path / "out", method, activations=activations)
+    result = prune_to(dense, tmp_path / "out", method, **options)
     state = load_model(tmp_path / "out").state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert result.layers == expected.layers
@@ -115,6 +117,27 @@ def test_killed_twenty_times_gives_the_same_bytes(dense: Path, undisturbed: Path
     prune_to(dense, out)
     assert len(set(blocks_seen)) >= 4, f"killed at different blocks: {blocks_seen}"
     assert digests(out) == digests(undisturbed)
+
+
+@pytest.mark.parametrize(("method", "order"), [("twofour", "layer"), ("sparsegpt", "dense")])
+def test_stopped_with_a_block_passed_ahead_it_goes_on_with_the_same_bytes(
+    dense: Path, tmp_path: Path, method: str, order: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_at_four(done: int, _: int) -> None:
+        if done == 4:
+            raise Stop
+
+    prune_to(dense, tmp_path / "whole", method, order=order)
+    with pytest.raises(Stop):
+        prune_to(
+            dense, tmp_path / "out", method, order=order, overlap=True, on_block=stop_at_four,
+            checkpoint_every_blocks=3,
+        )  # fmt: skip
+    prune_to(dense, tmp_path / "out", method, order=order, overlap=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_finished_blocks_are_not_read_again(dense, undisturbed, tmp_path, monkeypatch) -> None:

@@ -347,7 +347,8 @@ def test_model_keeps_its_pattern_and_what_is_not_pruned(tiny_model, tiny_rows):
 
 def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     """The second block's statistics must be those behind the quantised first block."""
-    from sparsify.calibrate import Wants, walk_blocks
+    from sparsify.calibrate import walk_blocks
+    from sparsify.layers import Wants
 
     masks = masked_(tiny_model)
     params = QuantParams(bits=2, num_refine_sweeps=0)
@@ -371,7 +372,8 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
 
 
 def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
-    from sparsify.calibrate import Layer, Wants, walk_blocks
+    from sparsify.calibrate import walk_blocks
+    from sparsify.layers import Layer, Wants
 
     name = "model.layers.1.mlp.down_proj"
     inputs: list[Tensor] = []

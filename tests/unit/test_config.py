@@ -260,6 +260,10 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
             lambda: PruneConfig(rotation_steps=5, existing="keep"),
             ["prune.rotation_steps=5", "prune.existing=keep", "prune.existing=ignore"],
         ),
+        (
+            lambda: PruneConfig(overlap=True, activations="disk"),
+            ["prune.overlap=true", "prune.activations=disk", "prune.activations=device"],
+        ),
         # distill
         (lambda: DistillConfig(beta1=1.0), ["distill.beta1=1.0", "less than 1"]),
         (lambda: DistillConfig(beta2=-0.1), ["distill.beta2=-0.1", "at least 0"]),

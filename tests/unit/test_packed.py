@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from sparsify.calibrate import Wants, walk_blocks
+from sparsify.calibrate import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.evaluate import evaluate_rows
+from sparsify.layers import Wants
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.moe import fused_experts
 from sparsify.models.packed import check_isolation

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import Layer, Order, Wants, walk_blocks
+from sparsify.calibrate import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.layers import Layer, Order, Wants
 from sparsify.methods import Problem, PruneParams, get_method
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.stops import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of

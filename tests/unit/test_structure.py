@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.calibrate import Wants, prunable_linears, walk_blocks
+from sparsify.calibrate import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
+from sparsify.layers import Wants, prunable_linears
 from sparsify.methods import PruneParams, available_methods, get_method
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.structure import (
