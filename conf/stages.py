@@ -46,12 +46,12 @@ class PruneConfig:
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
     descent_sweeps: int = 3
     """sweeps of the descent over groups of columns; 0 for none"""
-    admm_iterations: int = 20
+    admm_iterations: int = 10
     """iterations of method admm"""
     fisher: bool = False
     """count calibration tokens by how strongly predictions depend on them (one backward pass)"""
     rotation_steps: int | None = None
-    """steps of the search for rotations to fold into the weights first; 0 for none; null: 40 with
+    """steps of the search for rotations to fold into the weights first; 0 for none; null: 30 with
     method=twofour, where the model allows it and its files have at most 32 GB"""
     budget: str | None = None
     """size:S or latency:S: leave layers dense up to the share S of the dense cost; null for none"""

@@ -33,7 +33,9 @@ NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
 
 _ROTATION_FACTS = "rotation.json"
-_DEFAULT_STEPS = 40
+# Share of SparseGPT's excess log-perplexity that is left after 20, 30 and 40 steps, mean of two or
+# three seeds: embedded 0.39, 0.37, 0.35; stories260k 0.48, 0.46, 0.47; books 0.48, 0.46, 0.45.
+_DEFAULT_STEPS = 30
 _LARGEST_BYTES = 32 * 10**9  # of a model that is held whole without being asked to
 # Of the calibration, for the search for rotations. With four times the tokens two small models were
 # pruned to the same perplexity (0.2 % better on one, 0.8 % worse on the other).

@@ -35,7 +35,7 @@ class PruneParams:
     """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
     descent_sweeps: int = 3
     """sweeps of the descent over groups; 0 for none"""
-    admm_iterations: int = 20
+    admm_iterations: int = 10
     """iterations of ADMM"""
 
     def __post_init__(self) -> None:

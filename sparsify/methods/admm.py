@@ -21,8 +21,8 @@ from sparsify.methods._base import (
 from sparsify.pattern import Pattern
 from sparsify.refit import damped_hessian, objective, refit
 
-_PENALTY = 0.1  # of the first iterations, where 1 is the mean of the Hessian's scaled diagonal
-_GROWTH, _GROW_EVERY = 1.5, 3
+_PENALTY = 0.3  # of the first iterations, where 1 is the mean of the Hessian's scaled diagonal
+_GROWTH, _GROW_EVERY = 1.8, 3
 _CG_STEPS = 2
 
 
@@ -87,7 +87,7 @@ def search(
 
     Columns are scaled to a unit diagonal: D = diag(H_l)^1/2, A = D^-1 H_l D^-1, B = T D, Y = B A.
     X starts at B, V at 0 and Z at the projection P of B, which keeps the largest of every group.
-    Each iteration, with the penalty r growing from 0.1 by 1.5 every third time,
+    Each iteration, with the penalty r growing from 0.3 by 1.8 every third time,
 
         X <- two steps of conjugate gradients on X (A + r I) = Y - V + r Z,
         Z <- P(X + V / r),    V <- V + r (X - Z).
