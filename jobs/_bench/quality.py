@@ -21,7 +21,7 @@ from jobs._bench.commands import (
     stage_metrics,
     summary_of,
 )
-from jobs._bench.record import Outcome, Table
+from jobs._bench.record import Outcome, Table, Target
 from sparsify.errors import InputError
 
 PLAIN = "twofour, not rotated"
@@ -35,7 +35,8 @@ _NOTES = (
     "perplexity per token and KL(dense, model) in nats per token, on held-out text",
     "excess removed: 1 - (ln ppl - ln dense) / (ln SparseGPT - ln dense); 0 is SparseGPT, 1 is "
     "dense; after recovery, both are taken after recovery",
-    "seconds: pruning alone, all workers at work; loading, rotating and writing included",
+    "seconds: pruning alone, all workers at work; loading, rotating and writing included; the "
+    "fastest of --repeat runs, and beside it how often SparseGPT's fit into it",
     "each method measures its inputs in the order that it has by default (prune.order=auto), and "
     "twofour alone has its model rotated first (prune.rotation_steps=null)",
 )
@@ -49,6 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     recover = ["magnitude", _REFERENCE, PLAIN, "twofour"]
     add_option(parser, "--recover", recover, "methods whose result is recovered", nargs="*")
     add_option(parser, "--recover-tokens", 300_000, "tokens of a recovery")
+    add_option(parser, "--repeat", 3, "prunings of each method, for the time")
     page = "Markdown file for the tables, such as docs/quality.md"
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
 
@@ -67,33 +69,42 @@ def run(options: Namespace) -> Outcome:
         )
     if unknown := set(options.recover) - set(options.methods):
         raise InputError(f"--recover {' '.join(sorted(unknown))}: not among --methods")
+    if options.repeat < 1:
+        raise InputError(f"--repeat {options.repeat}: at least 1")
     folder = options.workdir / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
         run_dirs: dict[str, Path] = {}
+        timed: dict[str, list[Path]] = {}
         for method in options.methods:
             words = _OWN_RUN.get(method)
             run_dir = folder / (model.name if words is None else f"{model.name}-own")
+            again = [run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, options.repeat + 1)]
             if run_dir not in run_dirs.values():
                 run_command(prune_words(model, options, run_dir, words))
+                for other in again:
+                    run_command(prune_words(model, options, other, words, stages="[prune]"))
             run_dirs[method] = run_dir
+            timed[method] = [run_dir, *again]
         recovered = {}
         for method in options.recover:
             target = folder / f"{model.name}-{_slug(method)}-recovered"
             run_command(recover_words(model, options, run_dirs[method], target, method))
             recovered[method] = target
-        figures[model.name] = collect(run_dirs, recovered)
+        figures[model.name] = collect(run_dirs, recovered, timed)
     settings = {
         "models": [vars(model) for model in models],
         "methods": options.methods,
         "recover_tokens": options.recover_tokens,
+        "repeat": options.repeat,
         "set": options.set,
     }
     tables = [table_of(name, found) for name, found in figures.items()]
     facts = summary_of(folder / models[0].name)["run"]
     settings["num_workers"] = facts["num_workers"]
-    outcome = Outcome(facts["device"], 1, settings, figures, tables, [], list(_NOTES))
+    targets = [target for name, found in figures.items() for target in targets_of(name, found)]
+    outcome = Outcome(facts["device"], 1, settings, figures, tables, targets, list(_NOTES))
     if options.markdown is not None:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown(figures, options.command), encoding="utf-8")
@@ -110,14 +121,15 @@ def _stage_name(method: str) -> str:
 
 
 def prune_words(
-    model: Model, options: Namespace, run_dir: Path, own: list[str] | None = None
-) -> list[str]:
+    model: Model, options: Namespace, run_dir: Path, own: list[str] | None = None,
+    stages: str = "[prune,evaluate]",
+) -> list[str]:  # fmt: skip
     """The words of the command that prunes and evaluates: with every method, or one row alone."""
     methods = [name for name in options.methods if name not in _OWN_RUN]
     *baselines, main_method = sorted(methods, key=lambda name: name == "twofour")
     together = [f"prune.method={main_method}", f"prune.baselines=[{','.join(baselines)}]"]
     return [
-        "jobs.prune", "stages=[prune,evaluate]", f"model.path={model.path}",
+        "jobs.prune", f"stages={stages}", f"model.path={model.path}",
         f"data.calibration={model.calibration}", *(own or together), f"run.dir={run_dir}",
         "tracker.wandb=off", *options.set,
     ]  # fmt: skip
@@ -136,21 +148,32 @@ def recover_words(
     ]  # fmt: skip
 
 
-def collect(run_dirs: dict[str, Path], recovered: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def collect(
+    run_dirs: dict[str, Path], recovered: dict[str, Path], timed: dict[str, list[Path]]
+) -> dict[str, dict[str, Any]]:
     """Figures of the dense model and every method, from what the commands left.
 
     Args:
         run_dirs: method, in the order of the table -> the run that pruned and evaluated.
         recovered: method -> the run that recovered its result.
+        timed: method -> all runs that pruned with it.
     """
+
+    def fastest_s(method: str) -> float | None:
+        found = [stage_metrics(folder, "prune").get("seconds") or {} for folder in timed[method]]
+        return min(
+            (s[_stage_name(method)] for s in found if _stage_name(method) in s), default=None
+        )
+
+    reference_s = fastest_s(_REFERENCE)
     reference = results_of(run_dirs[_REFERENCE])
     dense = reference["dense"]["perplexity"]
     afterwards = {method: results_of(folder)["recovered"] for method, folder in recovered.items()}
     found: dict[str, dict[str, Any]] = {"dense": scores_of(reference["dense"])}
     for method, run_dir in run_dirs.items():
         row = scores_of(results_of(run_dir)[_stage_name(method)])
-        seconds = stage_metrics(run_dir, "prune").get("seconds") or {}
-        row["seconds"] = seconds.get(_stage_name(method))
+        row["seconds"] = seconds = fastest_s(method)
+        row["time_ratio"] = seconds / reference_s if seconds and reference_s else None
         row["excess_removed"] = excess_removed(
             row["perplexity"], dense, reference[_REFERENCE]["perplexity"]
         )
@@ -170,6 +193,17 @@ def excess_removed(perplexity: float, dense: float, reference: float) -> float |
     return 1 - (math.log(perplexity) - math.log(dense)) / excess if excess > 0 else None
 
 
+def targets_of(name: str, figures: dict[str, dict[str, Any]]) -> list[Target]:
+    """What the default method promises for a model."""
+    default = figures.get("twofour", {})
+    targets = []
+    if (removed := default.get("excess_removed")) is not None:
+        targets.append(Target.at_least(f"{name}: excess removed by twofour", 0.5, removed))
+    if (ratio := default.get("time_ratio")) is not None:
+        targets.append(Target.at_most(f"{name}: twofour's time over SparseGPT's", 2.0, ratio))
+    return targets
+
+
 def table_of(name: str, figures: dict[str, dict[str, Any]]) -> Table:
     """One row per method of one model."""
     rows = [
@@ -179,6 +213,7 @@ def table_of(name: str, figures: dict[str, dict[str, Any]]) -> Table:
             number(row["kl"], 4),
             percent(row.get("excess_removed")),
             number(row.get("seconds"), 1),
+            number(row.get("time_ratio"), 2),
             number(row.get("recovered", {}).get("perplexity"), 3),
             number(row.get("recovered", {}).get("kl"), 4),
             percent(row.get("recovered", {}).get("excess_removed")),
@@ -186,8 +221,8 @@ def table_of(name: str, figures: dict[str, dict[str, Any]]) -> Table:
         for method, row in figures.items()
     ]
     headings = (
-        name, "perplexity", "KL", "excess removed", "seconds", "recovered ppl", "recovered KL",
-        "excess removed",
+        name, "perplexity", "KL", "excess removed", "seconds", "ratio", "recovered ppl",
+        "recovered KL", "excess removed",
     )  # fmt: skip
     return Table(headings, rows)
 

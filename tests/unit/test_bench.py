@@ -445,23 +445,27 @@ def test_the_quality_commands_are_ones_that_can_be_read(tmp_path) -> None:
     assert config.distill.num_tokens == 300_000
     own = quality._OWN_RUN[quality.PLAIN]
     config = load_config("prune", quality.prune_words(model, options, tmp_path / "own", own)[1:])
+    assert list(config.stages) == ["prune", "evaluate"]
+    again = quality.prune_words(model, options, tmp_path / "own-2", own, stages="[prune]")
+    assert list(load_config("prune", again[1:]).stages) == ["prune"]
     assert (config.prune.method, config.prune.rotation_steps) == ("twofour", 0)
     words = quality.recover_words(model, options, tmp_path / "own", target, quality.PLAIN)
     assert load_config("prune", words[1:]).run.from_.endswith("own/prune/twofour")
 
 
 def test_quality_collects_what_the_commands_left(tmp_path) -> None:
-    def leave(folder: Path, figures: dict[str, float]) -> None:
+    def leave(folder: Path, figures: dict[str, float], twofour_s: float = 4.0) -> None:
         (folder / "prune").mkdir(parents=True)
         rows = [
             {"name": name, "perplexity": value, "kl": 0.1, "top1_agreement": 0.5}
             for name, value in figures.items()
         ]
         (folder / "summary.json").write_text(json.dumps({"results": rows}))
-        metrics = {"metrics": {"seconds": {"sparsegpt": 2.0, "twofour": 4.0}}}
+        metrics = {"metrics": {"seconds": {"sparsegpt": 2.0, "twofour": twofour_s}}}
         (folder / "prune" / "record.json").write_text(json.dumps(metrics))
 
     leave(tmp_path / "run", {"dense": 4.0, "sparsegpt": 16.0, "twofour": 8.0})
+    leave(tmp_path / "run-2", {}, twofour_s=3.0)
     leave(tmp_path / "own", {"dense": 4.0, "twofour": 12.0})
     leave(tmp_path / "a", {"dense": 4.0, "sparsegpt": 16.0, "recovered": 8.0})
     leave(tmp_path / "b", {"dense": 4.0, "twofour": 8.0, "recovered": 4.0})
@@ -469,6 +473,8 @@ def test_quality_collects_what_the_commands_left(tmp_path) -> None:
         {"sparsegpt": tmp_path / "run", quality.PLAIN: tmp_path / "own",
          "twofour": tmp_path / "run"},
         {"sparsegpt": tmp_path / "a", "twofour": tmp_path / "b"},
+        {"sparsegpt": [tmp_path / "run"], quality.PLAIN: [tmp_path / "own"],
+         "twofour": [tmp_path / "run", tmp_path / "run-2"]},
     )  # fmt: skip
     assert list(found) == ["dense", "sparsegpt", quality.PLAIN, "twofour"]
     assert found[quality.PLAIN]["perplexity"] == 12.0
@@ -476,10 +482,12 @@ def test_quality_collects_what_the_commands_left(tmp_path) -> None:
     assert math.isclose(found["twofour"]["excess_removed"], 0.5)
     assert found["sparsegpt"]["excess_removed"] == 0.0
     assert math.isclose(found["twofour"]["recovered"]["excess_removed"], 1.0)
-    assert found["twofour"]["seconds"] == 4.0
+    assert (found["twofour"]["seconds"], found["twofour"]["time_ratio"]) == (3.0, 1.5)
+    assert (found[quality.PLAIN]["seconds"], found[quality.PLAIN]["time_ratio"]) == (4.0, 2.0)
+    assert [target.is_met for target in quality.targets_of("embedded", found)] == [True, True]
     page = quality.markdown({"embedded": found}, "python -m jobs.bench quality")
     assert "python -m jobs.bench quality" in page
-    assert "| twofour | 8.000 | 0.1000 | 50.0 % | 4.0 | 4.000 | 0.1000 | 100.0 % |" in page
+    assert "| twofour | 8.000 | 0.1000 | 50.0 % | 3.0 | 1.50 | 4.000 | 0.1000 | 100.0 % |" in page
 
 
 def test_no_excess_is_no_division_by_zero() -> None:
