@@ -60,8 +60,9 @@ class PruneConfig:
     activations: str = "auto"
     """where hidden states wait between blocks: auto, device, host or disk"""
     overlap: bool = False
-    """have the dense model pass the next block, and Hessians factored, while layers are solved: the
-    same bits for more memory; on a CPU each worker then keeps two cores busy"""
+    """while layers are solved, have the dense model pass the next block (methods with a teacher;
+    prune.order=dense) and Hessians factored (orders block and dense): the same bits for more memory
+    and, on a CPU, more cores"""
     checkpoint_every_blocks: int = 1
     """blocks between two states that a killed run can go on from"""
 

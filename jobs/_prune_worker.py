@@ -165,10 +165,18 @@ class Pruning:
         args = (self._rows, method, self._pattern, self._params)
         if self._reason is not None:
             return self._in_memory(dense, folder, args, common)
+        placement = self._placement(method)
+        if self._passes_ahead(method) and placement != "device":
+            # Each worker may decide for itself: the others need not know.
+            self._context.warn(
+                f"prune: no prune.overlap for {name}: the device has no room for what the dense "
+                "model does ahead; use fewer calibration rows or more workers"
+            )
+            common = {**common, "overlap": False}
         return prune_checkpoint(
             dense, folder, *args, **common,
             dtype=self._config.model.dtype, device=self._context.device,
-            activations=self._placement(method),
+            activations=placement,
             checkpoint_every_blocks=settings.checkpoint_every_blocks,
         )  # fmt: skip
 
@@ -193,12 +201,17 @@ class Pruning:
         asked = self._config.prune.order
         return get_method(name).order if asked == "auto" else asked  # type: ignore[return-value]
 
+    def _passes_ahead(self, method: Method) -> bool:
+        """Whether the dense model is to pass the next block while layers are solved."""
+        follows = self._order(method.name) == ("layer" if method.needs_teacher else "dense")
+        return self._config.prune.overlap and follows
+
     def _placement(self, method: Method) -> Placement:
         """Where hidden states go: as asked for, or where there is room for them.
 
         On the device, where a pass over a block's layers one by one also holds forwards: for them
         a Llama keeps the hidden states twice more and its widest activation. What the dense model
-        does ahead takes the hidden states of a stream once more, with a teacher five times.
+        does ahead takes the hidden states of a stream once more, with a teacher six times.
         """
         asked = self._config.prune.activations
         if asked != "auto":
@@ -213,8 +226,8 @@ class Pruning:
         held = 2 * streams + bytes_per_feature * widest
         if self._order(method.name) != "layer":
             held = 0
-        if self._config.prune.overlap:
-            held += 2.5 * streams if method.needs_teacher else streams
+        if self._passes_ahead(method):
+            held += 3 * streams if method.needs_teacher else streams
         workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
         if self._context.device == "cuda":

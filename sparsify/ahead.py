@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 class Ahead:
     """A thread, and on a GPU a stream of its own, that does one piece of work after another.
 
-    A context: leaving it waits for what was begun.
+    A context: leaving it waits until the thread is done with what it was at, and drops the rest.
 
     The work may read the tensors that exist when it is begun, as long as nobody changes or frees
     them before its result is taken. It must not exchange anything with other processes: their
@@ -24,14 +25,16 @@ class Ahead:
 
     Args:
         device: on which the work is done.
-        is_on: False does the work at once, in the caller's thread and stream.
+        role: those of one role share a stream, and with it the memory that is kept for it; only
+            one of them may be at work at a time.
     """
 
-    def __init__(self, device: torch.device, *, is_on: bool = True) -> None:
+    def __init__(self, device: torch.device, role: str) -> None:
         self._device = device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead") if is_on else None
-        has_stream = is_on and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if has_stream else None
+        self._stream = _stream(device, role) if device.type == "cuda" else None
+        # A thread begins on the first GPU, and torch goes back there when it leaves a stream.
+        home = None if self._stream is None else lambda: torch.cuda.set_device(device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead", initializer=home)
 
     def __enter__(self) -> Self:
         return self
@@ -40,13 +43,7 @@ class Ahead:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    @property
-    def is_on(self) -> bool:
-        """Whether work really goes on beside the caller's."""
-        return self._pool is not None
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def start(
         self, work: Callable[[], T], tensors_of: Callable[[T], Iterable[Tensor]]
@@ -60,8 +57,6 @@ class Ahead:
         Returns:
             What waits for the work and returns its result, or raises what it raised.
         """
-        if self._pool is None:
-            return _at_once(work).result
         stream = self._stream
         if stream is None:
             return self._pool.submit(torch.no_grad()(work)).result
@@ -88,11 +83,7 @@ class Ahead:
         return take
 
 
-def _at_once(work: Callable[[], T]) -> Future[T]:
-    """The work's result, or what it raised for the one who asks for it."""
-    future: Future[T] = Future()
-    try:
-        future.set_result(work())
-    except Exception as error:
-        future.set_exception(error)
-    return future
+@lru_cache
+def _stream(device: torch.device, role: str) -> torch.cuda.Stream:
+    """One for the whole process: torch keeps freed memory for each stream apart."""
+    return torch.cuda.Stream(device)

@@ -28,6 +28,7 @@ from sparsify.errors import (
     NonFiniteError,
     SingularHessianError,
 )
+from sparsify.kernels.precision import float32_products
 from sparsify.layers import Layer, Wants, prunable_linears
 from sparsify.models.blocks import Blocks
 from sparsify.models.stops import Stages, Stop, StoppingBlock, pass_stages
@@ -80,10 +81,10 @@ def walk_blocks(
         phases: collects the time of each kind of work.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
         settle: called before the weights of solved layers are used.
-        overlap: while layers are solved, factor the Hessians of the next ones, and have the dense
-            model pass the next block where it is followed: with a teacher in the order layer, and
-            in the order dense. `store` keeps the hidden states on the device then. The results are
-            the same to the bit.
+        overlap: while layers are solved, factor the Hessians of the next ones (orders block and
+            dense), and have the dense model pass the next block where it is followed (order layer
+            with a teacher, order dense); `store` keeps the hidden states on the device then. The
+            results are the same to the bit.
 
     Raises:
         InputError: see `models.structure`; or the dense model is to pass blocks ahead, and `store`
@@ -97,9 +98,9 @@ def walk_blocks(
     one block in memory. Order "dense": one forward, and the same memory. Order "layer": one forward
     (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
     these rows, and with a teacher three times the hidden states; about two (four) and a second copy
-    of the block where they are not. The moments of one input at a time. With `overlap` one block
-    more, and with a teacher five times the hidden states, in the order dense once and the moments
-    of a second block.
+    of the block where they are not. The moments of one input at a time. What the dense model does
+    ahead takes one block more, and with a teacher six times the hidden states, in the order dense
+    once and the moments of a second block. Float32 is multiplied in full precision on a GPU.
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
@@ -109,7 +110,7 @@ def walk_blocks(
     was_training = source.model.training
     source.model.eval()
     try:
-        with walk:
+        with walk, float32_products():
             walk.enter(first_block)
             for index in range(first_block, len(source.blocks)):
                 block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
@@ -167,15 +168,16 @@ class _Walk:
                 "has no room for it; use prune.overlap=false, fewer calibration rows or more "
                 "workers"
             )
-        self._ahead = Ahead(device, is_on=overlap)
-        self._factors = Ahead(device, is_on=overlap)
+        self._ahead = Ahead(device, "dense pass") if self._passes_ahead else None
+        self._factors = Ahead(device, "factors") if overlap else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with self._ahead, self._factors:
-            pass
+        for ahead in (self._ahead, self._factors):
+            if ahead is not None:
+                ahead.__exit__(*error)
 
     def enter(self, first_block: int) -> None:
         """Bring the streams before the first block to be visited."""
@@ -213,19 +215,22 @@ class _Walk:
 
     def _open(self, index: int) -> OpenBlock:
         """The block; if the dense model has passed it, its stream stands behind it already."""
-        if not self._passes_ahead:
+        if self._ahead is None:
             return self._opener.open(index, "pruned", self.phases)
         with self.phases.measure("statistics"):
-            opened = (self._next or self._begin(index))()
+            opened = (self._next or self._begin(self._ahead, index))()
+            if opened.stages is not None and not opened.stages.is_in_order:
+                # Experts may be called otherwise than in the dense model.
+                opened.stages = self._opener.stages(opened, "pruned")
         self._next = None
         if opened.dense is not None and index + 1 < len(self._source.blocks):
             for number, output_BTD in opened.dense.outputs.items():
                 self._store.put(self._streams[-1], number, output_BTD, index + 1)
             opened.dense.outputs.clear()
-            self._next = self._begin(index + 1)
+            self._next = self._begin(self._ahead, index + 1)
         return opened
 
-    def _begin(self, index: int) -> Callable[[], OpenBlock]:
+    def _begin(self, ahead: Ahead, index: int) -> Callable[[], OpenBlock]:
         """Begin to open a block and to have the dense model, which stands before it, pass it."""
 
         def work() -> OpenBlock:
@@ -240,7 +245,7 @@ class _Walk:
                 )
             return opened
 
-        return self._ahead.start(work, OpenBlock.tensors)
+        return ahead.start(work, OpenBlock.tensors)
 
     def _layers_at_once(self, opened: OpenBlock, stages: Stages) -> _Found:
         """The layers, all measured in the dense block; then the pruned stream follows.
@@ -368,7 +373,8 @@ class _Walk:
         if damping is not None:
             with self.phases.measure("factor"):
                 named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
-                hand_out = share_factors(named, damping, self._comm, self._factors)
+                ahead = self._factors if len(groups) > 1 else None
+                hand_out = share_factors(named, damping, self._comm, ahead)
         for group in groups:
             if hand_out is not None:
                 with self.phases.measure("factor"):

@@ -7,9 +7,10 @@ O output features, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -318,9 +319,9 @@ def _add_product_(sum_LI: Tensor, left: Tensor, right: Tensor, weights_T: Tensor
 
 
 def share_factors(
-    statistics: dict[str, Statistics], damping: float, comm: Comm, ahead: Ahead
+    statistics: dict[str, Statistics], damping: float, comm: Comm, ahead: Ahead | None
 ) -> Callable[[str], None]:
-    """Begin to factor every Hessian once, each on one of the processes.
+    """Factor every Hessian once, or begin to, each on one of the processes.
 
     The largest go first, each to the process with the least work so far.
 
@@ -328,12 +329,15 @@ def share_factors(
         statistics: layer name, for messages -> its moments; the same on all processes.
         damping: see `hessian.inverse_factor`.
         comm: the processes.
-        ahead: does this process's part, in the order of the layers.
+        ahead: does this process's part beside the caller, in the order of the layers; None: it is
+            done before this returns.
 
     Returns:
         What waits for the factor of a layer and hands it to all processes. They ask for one layer
-        after another in the same order. It raises NonFiniteError and SingularHessianError on all
-        of them alike.
+        after another in the same order.
+
+    Raises, or has the returned raise, on all processes alike:
+        NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
     """
     work = [0.0] * comm.world_size
     owner: dict[str, int] = {}
@@ -341,23 +345,25 @@ def share_factors(
     for name in sorted(sizes, key=lambda n: -sizes[n]):
         owner[name] = work.index(min(work))
         work[owner[name]] += float(sizes[name]) ** 3
-    begun = {
-        name: ahead.start(partial(stats.factor, damping, name), InverseFactor.tensors)
+    mine = {
+        name: partial(stats.factor, damping, name)
         for name, stats in statistics.items()
         if owner[name] == comm.rank
     }
+    begun: Mapping[str, Callable[[], InverseFactor]] = mine
+    if ahead is None:
+        _require_all(comm.share(_first_failure(mine)))  # behind this, what was begun is there
+    else:
+        begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
 
     def hand_out(name: str) -> None:
-        made, failure, facts = None, None, None
-        if owner[name] == comm.rank:
-            try:
-                made = begun[name]()
-                facts = made.damping, made.num_attempts, made.condition
-            except (NonFiniteError, SingularHessianError) as error:
-                failure = error
+        made, facts = None, None
+        failure = _first_failure({name: begun[name]}) if name in begun else None
+        if name in begun and failure is None:
+            made = begun[name]()
+            facts = made.damping, made.num_attempts, made.condition
         failure, facts = comm.share((failure, facts))[owner[name]]
-        if failure is not None:
-            raise failure
+        _require_all([failure])
         assert facts is not None
         used, num_attempts, condition = facts
         hessian_II = statistics[name].hessian_II
@@ -369,3 +375,19 @@ def share_factors(
         statistics[name].put_factor(damping, factor)
 
     return hand_out
+
+
+def _first_failure(work: Mapping[str, Callable[[], Any]]) -> Exception | None:
+    """Do one thing after another, until a Hessian cannot be factored."""
+    try:
+        for make in work.values():
+            make()
+    except (NonFiniteError, SingularHessianError) as error:
+        return error
+    return None
+
+
+def _require_all(failures: Sequence[Exception | None]) -> None:
+    for failure in failures:
+        if failure is not None:
+            raise failure

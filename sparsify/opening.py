@@ -117,18 +117,24 @@ class Opener:
         layers = {
             name.removeprefix(prefix): module for at, name, module in self._linears if at == index
         }
-        if not layers:
-            return OpenBlock(index, block, layers, None)
-        with phases.measure("statistics"):
-            left_out = [name for name in linears_of(block) if name not in layers]
-            call = self.call(index, stream, self._batches[0])
-            row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
-            one = self.calls.call(index, row, hidden_BTD)
-            try:  # one row shows what calls what, unless there are experts that it does not call
-                groups = shared_input_groups(block, one, left_out)
-            except InputError:
-                groups = shared_input_groups(block, call, left_out)
-            return OpenBlock(index, block, layers, stages_of(block, one, groups))
+        opened = OpenBlock(index, block, layers, None)
+        if layers:
+            with phases.measure("statistics"):
+                opened.stages = self.stages(opened, stream)
+        return opened
+
+    def stages(self, opened: OpenBlock, stream: str) -> Stages:
+        """The layers to be pruned in stages, as the first batch of a stream calls them."""
+        index, block = opened.index, opened.block
+        left_out = [name for name in linears_of(block) if name not in opened.layers]
+        call = self.call(index, stream, self._batches[0])
+        row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
+        one = self.calls.call(index, row, hidden_BTD)
+        try:  # one row shows what calls what, unless there are experts that it does not call
+            groups = shared_input_groups(block, one, left_out)
+        except InputError:
+            groups = shared_input_groups(block, call, left_out)
+        return stages_of(block, one, groups)
 
     def _learn(self, block: nn.Module) -> None:
         """See how blocks are called, and that they keep documents apart."""

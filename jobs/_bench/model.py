@@ -157,9 +157,12 @@ def beside(plain: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
     """What working ahead changed: seconds, memory, and how many layers have the same mask."""
     masks = plain["keep_mask_sha256"]
     others = ahead["keep_mask_sha256"]
+    # Of blocks after the first, for which alone kernels are compiled and recorded.
+    typical = typical_blocks(len(plain["block_s"]))
+    plain_s, ahead_s = (sum(found["block_s"][typical]) for found in (plain, ahead))
     return {
         **ahead,
-        "time_ratio": ahead["total_s"] / plain["total_s"],
+        "time_ratio": ahead_s / plain_s,
         "num_layers": len(masks),
         "num_equal_masks": sum(masks[name] == others[name] for name in masks),
     }
@@ -275,15 +278,15 @@ def summarise(
     targets = []
     if "overlap" in figures:
         ahead = figures["overlap"]
-        ahead_rows = [
-            ("time", f"{figures['total_s']:.2f} s", f"{ahead['total_s']:.2f} s"),
-            ("peak memory", gigabytes(figures["peak_bytes"]), gigabytes(ahead["peak_bytes"])),
-        ]
+        ahead_rows = [("time", f"{figures['total_s']:.2f} s", f"{ahead['total_s']:.2f} s")]
+        if device == "cuda":  # a process on a CPU has one peak for both
+            peaks = gigabytes(figures["peak_bytes"]), gigabytes(ahead["peak_bytes"])
+            ahead_rows.append(("peak memory", *peaks))
         tables.append(Table(("measured blocks", "prune.overlap=false", "true"), ahead_rows))
         equal = ahead["num_equal_masks"] / ahead["num_layers"]
         targets = [
             Target.at_least("share of layers with the same mask, working ahead", 1.0, equal),
-            Target.at_most("time working ahead, over time without", 1.0, ahead["time_ratio"]),
+            Target.at_most("time of a block, working ahead over not", 1.0, ahead["time_ratio"]),
         ]
     notes = [*_NOTES, f"whole model: {whole['working']}"]
     return Outcome(device, num_threads, settings, figures, tables, targets, notes)

@@ -154,14 +154,14 @@ class _Recording:
     def __init__(self, run: Callable[..., tuple[Tensor, Tensor]], buffers: list[Tensor]) -> None:
         self._buffers = buffers
         # The first run compiles the kernel and sets up the products, which a recording must not.
-        side = torch.cuda.Stream()
+        side = _recording_stream(buffers[0].device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run(*buffers)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may ask for memory meanwhile (`sparsify.ahead`).
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._results = run(*buffers)
 
     def replay(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -171,6 +171,13 @@ class _Recording:
         self._graph.replay()
         pruned_OI, keep_OI = self._results
         return pruned_OI.clone(), keep_OI.clone()
+
+
+@lru_cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of a priority of its own: torch deals out 32 streams of each again and again, and what other
+    threads do on a stream that is being recorded would be recorded too."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @lru_cache(maxsize=_MAX_GRAPHS)

@@ -43,7 +43,7 @@ def test_work_goes_on_beside_the_caller_and_its_failure_waits_for_him() -> None:
         assert not torch.is_grad_enabled()
         raise KeyError("late")
 
-    with Ahead(CPU) as ahead:
+    with Ahead(CPU, "test") as ahead:
         first = ahead.start(lambda: gate.wait(PATIENCE_S), lambda _: ())
         second = ahead.start(fail, lambda value: [value])
         gate.set()  # the caller's turn comes while the work waits
@@ -61,21 +61,10 @@ def test_leaving_waits_for_what_was_begun() -> None:
         done.wait(0.05)
         done.set()
 
-    with Ahead(CPU) as ahead:
+    with Ahead(CPU, "test") as ahead:
         ahead.start(work, lambda _: ())
         begun.wait(PATIENCE_S)
     assert done.is_set()
-
-
-def test_switched_off_the_work_is_done_at_once_in_the_callers_thread() -> None:
-    threads = []
-    with Ahead(CPU, is_on=False) as ahead:
-        take = ahead.start(lambda: threads.append(threading.get_ident()), lambda _: ())
-        assert threads == [threading.get_ident()]
-        take()
-        late = ahead.start(lambda: 1 // 0, lambda _: ())
-        with pytest.raises(ZeroDivisionError):
-            late()
 
 
 def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,17 +101,18 @@ def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: log.append(f"thread on {device}"))
 
     def work() -> Any:
         log.append("work")
         return Result()
 
-    with Ahead(torch.device("cuda")) as ahead:
+    with Ahead(torch.device("cuda"), "test of streams") as ahead:
         take = ahead.start(work, lambda result: [result])
         assert log[0] == "event on main", "before anything else is asked of it"
         assert isinstance(take(), Result)
     assert log[1:] == [
-        "on side", "side waits for main", "work", "event on side", "off",
+        "thread on cuda", "on side", "side waits for main", "work", "event on side", "off",
         "main waits for side", "kept for main",
     ]  # fmt: skip
 
@@ -224,6 +214,27 @@ def test_failures_of_what_is_done_ahead_are_told() -> None:
     with pytest.raises(SingularHessianError, match=r"q_proj: the Hessian is singular"):
         walk(tiny("Llama"), one_token, solved.append, wants=Wants(factor_damping=0.0))
     assert nothing_runs()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead, it is known when the layer's turn comes."""
+    original, solved = Statistics.factor, []
+
+    def factor(self: Statistics, damping: float, name: str) -> Any:
+        if "down_proj" in name:
+            raise SingularHessianError(name)
+        return original(self, damping, name)
+
+    monkeypatch.setattr(Statistics, "factor", factor)
+    with pytest.raises(SingularHessianError, match="down_proj"):
+        walk_blocks(
+            BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append,
+            comm=Comm.single(), batch_size=2, wants=Wants(factor_damping=0.01), overlap=overlap,
+        )  # fmt: skip
+    assert len(solved) == (6 if overlap else 0)
 
 
 def test_the_solvers_failure_ends_what_is_done_ahead() -> None:
