@@ -70,7 +70,7 @@ def rotate_model(
     Args:
         model: a pre-norm decoder with RMSNorm; see `find_rotation_sites`.
         rows: calibration rows.
-        steps: of the search, see `RotationSearch`; 0 folds the gains alone. 40 is usual.
+        steps: of the search, see `RotationSearch`; 0 folds the gains alone. 30 is usual.
         seed: of the small random matrix that moves the start off the identity.
         batch_size: rows per forward.
         pattern: what the model will be pruned to; None rotates for no pattern in particular.
