@@ -26,7 +26,7 @@ from jobs._rotation import ROTATION, carry_rotation, rotation_facts
 from jobs._sources import load_rows
 from jobs._stage import MASKS, write_sparsity
 from sparsify.comm import Comm
-from sparsify.layers import Order
+from sparsify.layers import Order, passes_ahead
 from sparsify.masks import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
 from sparsify.models.blocks import unstreamable
@@ -203,8 +203,8 @@ class Pruning:
 
     def _passes_ahead(self, method: Method) -> bool:
         """Whether the dense model is to pass the next block while layers are solved."""
-        follows = self._order(method.name) == ("layer" if method.needs_teacher else "dense")
-        return self._config.prune.overlap and follows
+        can = passes_ahead(self._order(method.name), method.needs_teacher)
+        return self._config.prune.overlap and can
 
     def _placement(self, method: Method) -> Placement:
         """Where hidden states go: as asked for, or where there is room for them.

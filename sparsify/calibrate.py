@@ -12,6 +12,7 @@ Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O ou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from typing import Any, Self
@@ -29,7 +30,7 @@ from sparsify.errors import (
     SingularHessianError,
 )
 from sparsify.kernels.precision import float32_products
-from sparsify.layers import Layer, Wants, prunable_linears
+from sparsify.layers import Layer, Wants, passes_ahead, prunable_linears
 from sparsify.models.blocks import Blocks
 from sparsify.models.stops import Stages, Stop, StoppingBlock, pass_stages
 from sparsify.models.structure import BlockInputs, run_block
@@ -160,24 +161,23 @@ class _Walk:
         self._streams = ("pruned", "dense") if wants.teacher else ("pruned",)
         self._token_weights = token_weights
         self._next: Callable[[], OpenBlock] | None = None
-        # The dense model can pass blocks ahead if it is followed, and not beside the pruned one.
-        self._passes_ahead = overlap and wants.order == ("layer" if wants.teacher else "dense")
-        if self._passes_ahead and not self._store.is_on_device:
+        has_dense_pass = overlap and passes_ahead(wants.order, wants.teacher)
+        if has_dense_pass and not self._store.is_on_device:
             raise InputError(
                 "prune.overlap=true: what the dense model does ahead is kept on the device, which "
                 "has no room for it; use prune.overlap=false, fewer calibration rows or more "
                 "workers"
             )
-        self._ahead = Ahead(device, "dense pass") if self._passes_ahead else None
-        self._factors = Ahead(device, "factors") if overlap else None
+        self._running = ExitStack()
+        begin = self._running.enter_context
+        self._ahead = begin(Ahead(device, "dense pass")) if has_dense_pass else None
+        self._factors = begin(Ahead(device, "factors")) if overlap else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for ahead in (self._ahead, self._factors):
-            if ahead is not None:
-                ahead.__exit__(*error)
+        self._running.close()
 
     def enter(self, first_block: int) -> None:
         """Bring the streams before the first block to be visited."""
@@ -219,13 +219,12 @@ class _Walk:
             return self._opener.open(index, "pruned", self.phases)
         with self.phases.measure("statistics"):
             opened = (self._next or self._begin(self._ahead, index))()
-            if opened.stages is not None and not opened.stages.is_in_order:
-                # Experts may be called otherwise than in the dense model.
+            if opened.dense is None:  # experts may be called otherwise than in the dense model
                 opened.stages = self._opener.stages(opened, "pruned")
         self._next = None
         if opened.dense is not None and index + 1 < len(self._source.blocks):
             for number, output_BTD in opened.dense.outputs.items():
-                self._store.put(self._streams[-1], number, output_BTD, index + 1)
+                self._put(self._streams[-1], number, output_BTD, index + 1)
             opened.dense.outputs.clear()
             self._next = self._begin(self._ahead, index + 1)
         return opened
@@ -255,16 +254,12 @@ class _Walk:
         index = opened.index
         if self._wants.order == "dense":
 
-            def in_dense_model() -> Moments:
-                if opened.dense is not None and opened.dense.moments is not None:
-                    return opened.dense.moments
-                return self._dense_moments(
-                    opened,
-                    stages,
-                    lambda number, value: self._put("pruned", number, value, index + 1),
-                )
+            def put(number: int, output_BTD: Tensor) -> None:
+                self._put("pruned", number, output_BTD, index + 1)
 
-            yield from self._measured(opened, stages.groups, in_dense_model)
+            passed = None if opened.dense is None else opened.dense.moments
+            in_dense_model = partial(self._dense_moments, opened, stages, put)
+            yield from self._measured(opened, stages.groups, lambda: passed or in_dense_model())
             return
 
         def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:

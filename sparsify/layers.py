@@ -54,6 +54,12 @@ class Wants:
     blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
 
 
+def passes_ahead(order: Order, has_teacher: bool) -> bool:
+    """Whether the dense model can pass blocks that the walk has not come to: it is followed, and
+    not beside the pruned one."""
+    return order == ("layer" if has_teacher else "dense")
+
+
 def prunable_linears(
     model: nn.Module, skip: Sequence[str] = ()
 ) -> list[tuple[int, str, nn.Linear]]:

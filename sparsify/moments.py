@@ -7,10 +7,9 @@ O output features, D hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -352,18 +351,21 @@ def share_factors(
     }
     begun: Mapping[str, Callable[[], InverseFactor]] = mine
     if ahead is None:
-        _require_all(comm.share(_first_failure(mine)))  # behind this, what was begun is there
+        comm.together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
         begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
 
     def hand_out(name: str) -> None:
-        made, facts = None, None
-        failure = _first_failure({name: begun[name]}) if name in begun else None
-        if name in begun and failure is None:
-            made = begun[name]()
-            facts = made.damping, made.num_attempts, made.condition
+        made, failure, facts = None, None, None
+        if name in begun:
+            try:
+                made = begun[name]()
+                facts = made.damping, made.num_attempts, made.condition
+            except (NonFiniteError, SingularHessianError) as error:
+                failure = error
         failure, facts = comm.share((failure, facts))[owner[name]]
-        _require_all([failure])
+        if failure is not None:
+            raise failure
         assert facts is not None
         used, num_attempts, condition = facts
         hessian_II = statistics[name].hessian_II
@@ -375,19 +377,3 @@ def share_factors(
         statistics[name].put_factor(damping, factor)
 
     return hand_out
-
-
-def _first_failure(work: Mapping[str, Callable[[], Any]]) -> Exception | None:
-    """Do one thing after another, until a Hessian cannot be factored."""
-    try:
-        for make in work.values():
-            make()
-    except (NonFiniteError, SingularHessianError) as error:
-        return error
-    return None
-
-
-def _require_all(failures: Sequence[Exception | None]) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure

@@ -73,13 +73,13 @@ def run(options: Namespace) -> Outcome:
 
     def measured(overlap: bool) -> dict[str, Any]:
         model = random_model(config, options.seed, dtype, options.device)
-        beside = ", working ahead" if overlap else ""
-        print(f"{options.blocks} blocks of {options.shape} on {options.device}{beside}", flush=True)
+        ahead = ", working ahead" if overlap else ""
+        print(f"{options.blocks} blocks of {options.shape} on {options.device}{ahead}", flush=True)
         return measure(model, options, overlap)
 
     figures = measured(overlap=False)
     if options.overlap:
-        figures["overlap"] = beside(figures, measured(overlap=True))
+        figures["overlap"] = compared(figures, measured(overlap=True))
     bits = torch.finfo(dtype).bits // 8
     figures["block_bytes"] = bits * block_num_weights(config)
     rates = {
@@ -92,17 +92,10 @@ def run(options: Namespace) -> Outcome:
     settings = {
         key: getattr(options, key)
         for key in (
-            "shape",
-            "blocks",
-            "samples",
-            "length",
-            "batch_size",
-            "method",
-            "order",
-            "seed",
+            "shape", "blocks", "samples", "length", "batch_size", "method", "order", "seed",
             "overlap",
         )
-    } | {"dtype": dtype_name}
+    } | {"dtype": dtype_name}  # fmt: skip
     return summarise(figures, settings, options.device, num_threads)
 
 
@@ -153,7 +146,7 @@ def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[s
     }
 
 
-def beside(plain: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
+def compared(plain: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
     """What working ahead changed: seconds, memory, and how many layers have the same mask."""
     masks = plain["keep_mask_sha256"]
     others = ahead["keep_mask_sha256"]

@@ -75,24 +75,22 @@ def run(options: Namespace) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
-        run_dirs: dict[str, Path] = {}
-        timed: dict[str, list[Path]] = {}
+        runs: dict[str, list[Path]] = {}
         for method in options.methods:
             words = _OWN_RUN.get(method)
             run_dir = folder / (model.name if words is None else f"{model.name}-own")
             again = [run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, options.repeat + 1)]
-            if run_dir not in run_dirs.values():
+            if [run_dir, *again] not in runs.values():
                 run_command(prune_words(model, options, run_dir, words))
                 for other in again:
                     run_command(prune_words(model, options, other, words, stages="[prune]"))
-            run_dirs[method] = run_dir
-            timed[method] = [run_dir, *again]
+            runs[method] = [run_dir, *again]
         recovered = {}
         for method in options.recover:
             target = folder / f"{model.name}-{_slug(method)}-recovered"
-            run_command(recover_words(model, options, run_dirs[method], target, method))
+            run_command(recover_words(model, options, runs[method][0], target, method))
             recovered[method] = target
-        figures[model.name] = collect(run_dirs, recovered, timed)
+        figures[model.name] = collect(runs, recovered)
     settings = {
         "models": [vars(model) for model in models],
         "methods": options.methods,
@@ -148,29 +146,27 @@ def recover_words(
     ]  # fmt: skip
 
 
-def collect(
-    run_dirs: dict[str, Path], recovered: dict[str, Path], timed: dict[str, list[Path]]
-) -> dict[str, dict[str, Any]]:
+def collect(runs: dict[str, list[Path]], recovered: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Figures of the dense model and every method, from what the commands left.
 
     Args:
-        run_dirs: method, in the order of the table -> the run that pruned and evaluated.
+        runs: method, in the order of the table -> all runs that pruned with it; the first of them
+            also evaluated.
         recovered: method -> the run that recovered its result.
-        timed: method -> all runs that pruned with it.
     """
 
     def fastest_s(method: str) -> float | None:
-        found = [stage_metrics(folder, "prune").get("seconds") or {} for folder in timed[method]]
+        found = [stage_metrics(folder, "prune").get("seconds") or {} for folder in runs[method]]
         return min(
             (s[_stage_name(method)] for s in found if _stage_name(method) in s), default=None
         )
 
     reference_s = fastest_s(_REFERENCE)
-    reference = results_of(run_dirs[_REFERENCE])
+    reference = results_of(runs[_REFERENCE][0])
     dense = reference["dense"]["perplexity"]
     afterwards = {method: results_of(folder)["recovered"] for method, folder in recovered.items()}
     found: dict[str, dict[str, Any]] = {"dense": scores_of(reference["dense"])}
-    for method, run_dir in run_dirs.items():
+    for method, (run_dir, *_) in runs.items():
         row = scores_of(results_of(run_dir)[_stage_name(method)])
         row["seconds"] = seconds = fastest_s(method)
         row["time_ratio"] = seconds / reference_s if seconds and reference_s else None

@@ -470,11 +470,9 @@ def test_quality_collects_what_the_commands_left(tmp_path) -> None:
     leave(tmp_path / "a", {"dense": 4.0, "sparsegpt": 16.0, "recovered": 8.0})
     leave(tmp_path / "b", {"dense": 4.0, "twofour": 8.0, "recovered": 4.0})
     found = quality.collect(
-        {"sparsegpt": tmp_path / "run", quality.PLAIN: tmp_path / "own",
-         "twofour": tmp_path / "run"},
-        {"sparsegpt": tmp_path / "a", "twofour": tmp_path / "b"},
         {"sparsegpt": [tmp_path / "run"], quality.PLAIN: [tmp_path / "own"],
          "twofour": [tmp_path / "run", tmp_path / "run-2"]},
+        {"sparsegpt": tmp_path / "a", "twofour": tmp_path / "b"},
     )  # fmt: skip
     assert list(found) == ["dense", "sparsegpt", quality.PLAIN, "twofour"]
     assert found[quality.PLAIN]["perplexity"] == 12.0
