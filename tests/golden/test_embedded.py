@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from sparsify.comm import Comm
-from sparsify.evaluate import evaluate_rows
+from sparsify.data.rows import token_rows
+from sparsify.evaluation.perplexity import evaluate_rows
 from sparsify.methods import PruneParams, available_methods, get_method
 from sparsify.models.load import load_pair
 from sparsify.pattern import Pattern
-from sparsify.prune import prune_model
-from sparsify.text import token_rows
+from sparsify.pruning.prune import prune_model
 
 RECORD = Path(__file__).with_name("embedded.json")
 TEXT = Path(__file__).with_name("text.py.txt")
@@ -60,6 +60,9 @@ def test_every_method_gives_the_figures_on_record(request: pytest.FixtureRequest
     assert found.keys() == expected.keys()
     for name in expected:
         # Another BLAS rounds differently, which can flip near ties in a mask. Measured: sums in
-        # float64 in place of float32 moved the KL of admm by 1.6 %, all else by less; a wrong
-        # update or damping moves errors by tenths.
+        # float64 in place of float32 moved the KL of admm by 1.6 %; a processor with AVX-512 moved
+        # that of teacher by 1.6 %, and the error of one layer, the writer of the last block after
+        # twofour, by 3.9 %. A wrong update or damping moves errors by tenths.
+        layers, wanted = found[name].pop("relative_errors"), expected[name].pop("relative_errors")
         assert close(found[name], expected[name], rel_tol=0.03), name
+        assert close(layers, wanted, rel_tol=0.08), name

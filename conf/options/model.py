@@ -1,0 +1,24 @@
+"""Options model.*: the model to make sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf import checks as rules
+
+
+@dataclass
+class ModelConfig:
+    """The model to make sparse."""
+
+    path: str = "embedded"
+    """model folder in Hugging Face layout (safetensors), or 'embedded' for the packaged one"""
+    teacher: str | None = None
+    """dense model to learn from and compare with; null = model.path, or what run.from came from"""
+    dtype: str = "float32"
+    """type the weights are held in: float32, bfloat16 or float16"""
+
+    def __post_init__(self) -> None:
+        rules.not_blank("model.path", self.path)
+        rules.not_blank("model.teacher", self.teacher, optional=True)
+        rules.one_of("model.dtype", self.dtype, rules.DTYPES)

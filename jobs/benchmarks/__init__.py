@@ -1,0 +1,1 @@
+"""One file for each benchmark of `python -m jobs.bench`."""

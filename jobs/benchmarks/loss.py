@@ -1,0 +1,178 @@
+"""The loss from hidden states, compared with its matrix products alone and with full logits.
+
+N tokens, V vocabulary, D hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from jobs.benchmarks.support.arguments import add_option, add_threads
+from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, num_cpus
+from sparsify.errors import InputError, TwofourError
+
+_TARGET_RATIO = 1.15
+
+_TARGET_GROWTH = 0.02
+
+_GROWTH = 4
+
+_SIDES = ("head", "products", "naive")
+
+_NOTES = (
+    "loss: forward KL with the gradients of hidden states and head, and the figures that come with "
+    "it (reverse KL, agreement); products: the same matrix products on the same chunks and types, "
+    "nothing else; full logits: autograd through the logits of all tokens",
+    "times are the fastest of the repeats, taken in turns; on a CPU they are seconds of work of "
+    "all threads, which other programs disturb less; weights and hidden states are random",
+    "memory: the most that one pass took on top of its inputs, each size in a process of its own",
+    "growth: of the peak from N to 4 N tokens, as a share of what the logits of the further tokens "
+    "take in float32; gradients of hidden states grow with N x D",
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the command."""
+    add_option(parser, "--device", "cpu", "where", choices=["cpu", "cuda"])
+    add_option(parser, "--tokens", 1024, "tokens of a pass whose time is taken")
+    add_option(parser, "--vocabulary", 32000, "vocabulary of the timed pass")
+    add_option(parser, "--width", 1024, "hidden width of both models in the timed pass")
+    add_option(parser, "--chunk", 512, "tokens whose logits exist at one time")
+    types = ["float32", "bfloat16"]
+    add_option(parser, "--dtype", "float32", "of hidden states and weights", choices=types)
+    add_option(parser, "--repeats", 3, "runs of the timed pass; the fastest counts")
+    add_option(parser, "--memory-tokens", 512, "tokens of the smaller pass whose memory is taken")
+    sizes = "vocabularies of the passes whose memory is taken"
+    add_option(parser, "--memory-vocabularies", [32000, 128256], sizes, nargs="+", type=int)
+    add_option(parser, "--memory-width", 256, "hidden width there")
+    add_option(parser, "--memory-chunk", 128, "chunk there")
+    add_threads(parser)
+
+
+def run(options: Namespace) -> Outcome:
+    """Time the three sides, and take the memory of two of them at growing sizes.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; use --device cpu")
+    num_threads = options.threads or num_cpus()
+    torch.set_num_threads(num_threads)
+    timed = {
+        "tokens": options.tokens, "vocabulary": options.vocabulary, "width": options.width,
+        "chunk": options.chunk, "dtype": options.dtype, "device": options.device,
+    }  # fmt: skip
+    seconds = fastest(timed, options.repeats)
+    memory = []
+    for vocabulary in options.memory_vocabularies:
+        for tokens in (options.memory_tokens, _GROWTH * options.memory_tokens):
+            size = timed | {
+                "tokens": tokens, "vocabulary": vocabulary, "width": options.memory_width,
+                "chunk": options.memory_chunk,
+            }  # fmt: skip
+            print(f"memory: {tokens} tokens, vocabulary {vocabulary}", flush=True)
+            row = {"tokens": tokens, "vocabulary": vocabulary}
+            row |= {
+                f"{side}_bytes": peak_bytes(size | {"side": side}) for side in ("head", "naive")
+            }
+            memory.append(row)
+    settings = {**timed, "repeats": options.repeats, "memory_width": options.memory_width}
+    settings["memory_chunk"] = options.memory_chunk
+    return summarise(seconds, memory, settings, num_threads)
+
+
+def fastest(timed: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Least seconds of each side, the sides taking turns, after one turn that does not count."""
+    import torch
+
+    from jobs.benchmarks.sides.loss import build
+
+    steps = {side: build(side, **timed) for side in _SIDES}
+
+    def now_s() -> float:
+        if timed["device"] == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def seconds_of(side: str) -> float:
+        begun_s = now_s()
+        steps[side]()
+        return now_s() - begun_s
+
+    taken_s: dict[str, list[float]] = {side: [] for side in _SIDES}
+    for turn in range(repeats + 1):
+        for side in _SIDES:
+            one_s = seconds_of(side)
+            if turn:
+                taken_s[side].append(one_s)
+                print(f"{side}: {one_s:.3f} s", flush=True)
+    return {side: min(values) for side, values in taken_s.items()}
+
+
+def peak_bytes(settings: dict[str, Any]) -> int:
+    """Memory of one pass on top of its inputs, in a process of its own.
+
+    Raises:
+        TwofourError: the process failed; the message ends with its last line.
+    """
+    words = [sys.executable, "-m", "jobs.benchmarks.sides.loss", json.dumps(settings)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TwofourError(f"memory of {settings}: exit code {done.returncode}: {last}")
+    return int(done.stdout)
+
+
+def growth(memory: list[dict[str, Any]], side: str) -> float:
+    """Largest growth of a side's peak with N, as a share of the further tokens' logits."""
+    shares = []
+    for small, large in zip(memory[::2], memory[1::2], strict=True):
+        logits = 4 * large["vocabulary"] * (large["tokens"] - small["tokens"])
+        shares.append((large[f"{side}_bytes"] - small[f"{side}_bytes"]) / logits)
+    return max(shares)
+
+
+def summarise(
+    seconds: dict[str, float], memory: list[dict[str, Any]], settings: dict[str, Any],
+    num_threads: int,
+) -> Outcome:  # fmt: skip
+    """Two tables, and the two promises."""
+    ratio = seconds["head"] / seconds["products"]
+    names = {"head": "loss", "products": "products alone", "naive": "full logits"}
+    times = Table(
+        ("forward and backward", "time", "of products"),
+        [
+            (names[side], f"{value:.3f} s", f"{value / seconds['products']:.3f}")
+            for side, value in seconds.items()
+        ],
+    )
+    peaks = Table(
+        ("tokens x vocabulary", "loss", "full logits", "one logits tensor"),
+        [
+            (
+                f"{row['tokens']} x {row['vocabulary']}", gigabytes(row["head_bytes"]),
+                gigabytes(row["naive_bytes"]), gigabytes(4 * row["tokens"] * row["vocabulary"]),
+            )
+            for row in memory
+        ],
+    )  # fmt: skip
+    grown = growth(memory, "head")
+    figures = {
+        "seconds": seconds, "ratio": ratio, "memory": memory, "growth": grown,
+        "growth_naive": growth(memory, "naive"),
+    }  # fmt: skip
+    targets = [
+        Target.at_most("loss / products, time", _TARGET_RATIO, ratio),
+        Target.at_most("growth of memory / logits", _TARGET_GROWTH, grown),
+    ]
+    device = settings["device"]
+    return Outcome(device, num_threads, settings, figures, [times, peaks], targets, list(_NOTES))

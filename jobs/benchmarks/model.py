@@ -1,0 +1,298 @@
+"""A model's pruning from a few of its blocks: times by phase, beside what arithmetic alone takes.
+
+Needs torch, transformers and safetensors, and nothing else, so that it runs on a bare machine.
+T stands for tokens, I for the input features of a layer, O for its rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from jobs.benchmarks.support.arguments import add_calibration, add_option, add_threads
+from jobs.benchmarks.support.record import (
+    Outcome,
+    Table,
+    Target,
+    gigabytes,
+    num_cpus,
+    peak_memory_bytes,
+)
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig
+
+_VOCABULARY = 4096
+
+_NOTES = (
+    "random weights and tokens: what the work costs, nothing about quality",
+    f"the vocabulary is cut to {_VOCABULARY} tokens, which pruning does not touch",
+    "limits: forward 2 T weights + causal attention, once for the statistics and once to move on; "
+    "statistics also T I^2 per distinct input (half of a symmetric product); factor 2/3 I^3 per "
+    "distinct input; solve O I^2 per layer (the sweep)",
+    "rates are those of a large matrix product measured on the same device: the model's dtype for "
+    "forward and statistics, float32 without TF32 for factor and solve",
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the command."""
+    shape = "llama-3.1-8b, llama-3.1-70b, or a small one: bench-2k, bench-1k, tiny"
+    add_option(parser, "--shape", "llama-3.1-8b", shape)
+    add_option(parser, "--blocks", 3, "blocks that are measured")
+    add_calibration(parser, samples=512, length=2048, batch_size=8)
+    add_option(parser, "--method", "sparsegpt", "method")
+    orders = ["auto", "layer", "block", "dense"]
+    add_option(parser, "--order", "auto", "prune.order", choices=orders)
+    add_option(parser, "--device", "cuda", "where", choices=["cpu", "cuda"])
+    dtype = "of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
+    add_option(parser, "--dtype", None, dtype, choices=["bfloat16", "float16", "float32"])
+    overlap = "prune the same model again with prune.overlap=true, and hold both against each other"
+    parser.add_argument("--overlap", action="store_true", help=overlap)
+    add_threads(parser)
+
+
+def run(options: Namespace) -> Outcome:
+    """Prune a model of `--blocks` blocks and work out the whole one.
+
+    Raises:
+        InputError: an unknown shape, more blocks than it has, or no GPU.
+    """
+    import torch
+
+    from jobs.benchmarks.support.random_llama import (
+        SHAPES,
+        block_num_weights,
+        llama_config,
+        random_model,
+    )
+
+    if options.shape not in SHAPES:
+        raise InputError(f"--shape {options.shape}: use one of {', '.join(SHAPES)}")
+    num_blocks = SHAPES[options.shape]["num_hidden_layers"]
+    if not 1 <= options.blocks <= num_blocks:
+        raise InputError(f"--blocks {options.blocks}: {options.shape} has {num_blocks} blocks")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here; use --device cpu")
+    num_threads = options.threads or num_cpus()
+    torch.set_num_threads(num_threads)
+    dtype_name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    dtype = getattr(torch, dtype_name)
+    config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
+
+    def measured(overlap: bool) -> dict[str, Any]:
+        model = random_model(config, options.seed, dtype, options.device)
+        ahead = ", working ahead" if overlap else ""
+        print(f"{options.blocks} blocks of {options.shape} on {options.device}{ahead}", flush=True)
+        return measure(model, options, overlap)
+
+    figures = measured(overlap=False)
+    if options.overlap:
+        figures["overlap"] = compared(figures, measured(overlap=True))
+    bits = torch.finfo(dtype).bits // 8
+    figures["block_bytes"] = bits * block_num_weights(config)
+    rates = {
+        "model": gemm_rate(dtype, options.device),
+        "float32": gemm_rate(torch.float32, options.device),
+    }
+    figures["flops_per_s"] = rates
+    figures["limits_s"] = limits(config, options.samples, options.length, rates)
+    figures["whole_model"] = extrapolate(figures, num_blocks)
+    settings = {
+        key: getattr(options, key)
+        for key in (
+            "shape", "blocks", "samples", "length", "batch_size", "method", "order", "seed",
+            "overlap",
+        )
+    } | {"dtype": dtype_name}  # fmt: skip
+    return summarise(figures, settings, options.device, num_threads)
+
+
+def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[str, Any]:
+    """Prune the model; seconds of every block and phase, peak memory, and the masks' digests."""
+    import torch
+
+    from sparsify.comm import Comm
+    from sparsify.data.rows import TokenRows
+    from sparsify.methods import PruneParams, get_method
+    from sparsify.pattern import Pattern
+    from sparsify.pruning.prune import prune_model
+
+    is_cuda = options.device == "cuda"
+
+    def now_s() -> float:
+        if is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    generator = torch.Generator().manual_seed(options.seed)
+    shape = (options.samples, options.length)
+    rows = TokenRows.whole(torch.randint(0, _VOCABULARY, shape, generator=generator))
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before_bytes = torch.cuda.memory_allocated() if is_cuda else peak_memory_bytes()
+    marks = [now_s()]
+    result = prune_model(
+        model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
+        comm=Comm.single(), batch_size=options.batch_size, clock=time.perf_counter,
+        order=None if options.order == "auto" else options.order, overlap=overlap,
+        on_block=lambda done, total: marks.append(now_s()),
+    )  # fmt: skip
+    end_s = now_s()
+    blocks: list[dict[str, float]] = [{} for _ in range(options.blocks)]
+    for layer in result.layers:
+        phases = blocks[layer.block]
+        for phase, seconds in layer.seconds.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    peak = torch.cuda.max_memory_allocated() if is_cuda else peak_memory_bytes()
+    return {
+        "total_s": end_s - marks[0],
+        "block_s": [stop - start for start, stop in itertools.pairwise(marks)],
+        "block_phases_s": blocks,
+        "peak_bytes": peak,
+        "before_bytes": before_bytes,
+        "keep_mask_sha256": {layer.name: layer.keep_mask_sha256 for layer in result.layers},
+    }
+
+
+def compared(plain: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
+    """What working ahead changed: seconds, memory, and how many layers have the same mask."""
+    masks = plain["keep_mask_sha256"]
+    others = ahead["keep_mask_sha256"]
+    # Of blocks after the first, for which alone kernels are compiled and recorded.
+    typical = typical_blocks(len(plain["block_s"]))
+    plain_s, ahead_s = (sum(found["block_s"][typical]) for found in (plain, ahead))
+    return {
+        **ahead,
+        "time_ratio": ahead_s / plain_s,
+        "num_layers": len(masks),
+        "num_equal_masks": sum(masks[name] == others[name] for name in masks),
+    }
+
+
+def limits(
+    config: LlamaConfig, num_rows: int, length: int, rates: dict[str, float]
+) -> dict[str, float]:
+    """Seconds that one block's arithmetic takes at the given rates, by phase.
+
+    Args:
+        config: shape of the model.
+        num_rows, length: calibration rows and their tokens.
+        rates: operations per second: "model" in the model's dtype, "float32".
+    """
+    from jobs.benchmarks.support.random_llama import linear_shapes
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layers = linear_shapes(config)
+    inputs = [hidden, hidden, hidden, inner]  # q k v | o | gate up | down
+    num_tokens = num_rows * length
+    forward = 2 * num_tokens * sum(rows * columns for rows, columns in layers)
+    # Half of the score matrix is masked: T/2 keys on average, two products, two operations each.
+    forward += 2 * num_tokens * length * hidden
+    hessians = num_tokens * sum(columns**2 for columns in inputs)
+    return {
+        "statistics": (forward + hessians) / rates["model"],
+        "factor": 2 / 3 * sum(columns**3 for columns in inputs) / rates["float32"],
+        "solve": sum(rows * columns**2 for rows, columns in layers) / rates["float32"],
+        "forward": forward / rates["model"],
+    }
+
+
+def gemm_rate(dtype: torch.dtype, device: str) -> float:
+    """Operations per second of a square matrix product, the best of five."""
+    import torch
+
+    size = 8192 if device == "cuda" else 1024
+    first = torch.randn(size, size, device=device).to(dtype)
+    second = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begun_s = time.perf_counter()
+        first @ second
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun_s)
+    return 2 * size**3 / min(times[1:])
+
+
+def typical_blocks(num_measured: int) -> slice:
+    """The measured blocks that stand for those that were not.
+
+    The first block also pays for warming up, and the last one is not run again after it is pruned,
+    because no block follows; with fewer than three the first has to do.
+    """
+    return slice(1, num_measured - 1) if num_measured > 2 else slice(0, 1)
+
+
+def extrapolate(figures: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """Time of the whole model: what was measured, and the mean of typical blocks for the rest."""
+    num_measured = len(figures["block_s"])
+    typical = figures["block_s"][typical_blocks(num_measured)]
+    mean_s = sum(typical) / len(typical)
+    total_s = figures["total_s"] + (num_blocks - num_measured) * mean_s
+    return {
+        "num_blocks": num_blocks,
+        "mean_block_s": mean_s,
+        "total_s": total_s,
+        "limit_s": num_blocks * sum(figures["limits_s"].values()),
+        "weights_bytes": num_blocks * figures["block_bytes"],
+        "working": f"{figures['total_s']:.3f} s for {num_measured} blocks + "
+        f"{num_blocks - num_measured} x {mean_s:.3f} s = {total_s:.1f} s",
+    }
+
+
+def summarise(
+    figures: dict[str, Any], settings: dict[str, Any], device: str, num_threads: int
+) -> Outcome:
+    """Tables of the phases of a block and of the whole model."""
+    typical = figures["block_phases_s"][typical_blocks(settings["blocks"])]
+    names = dict.fromkeys(name for phases in typical for name in phases)
+    means = {name: sum(p.get(name, 0.0) for p in typical) / len(typical) for name in names}
+    rows = []
+    for name in sorted(means, key=means.__getitem__, reverse=True):
+        limit_s = figures["limits_s"].get(name)
+        rows.append(
+            (
+                name,
+                f"{means[name]:.3f} s",
+                f"{limit_s:.3f} s" if limit_s else "",
+                f"{limit_s / means[name]:.3f}" if limit_s and means[name] else "",
+            )
+        )
+    whole = figures["whole_model"]
+    held = figures["peak_bytes"] - (settings["blocks"] - 1) * figures["block_bytes"]
+    model_rows = [
+        ("measured blocks", str(settings["blocks"])),
+        ("measured time", f"{figures['total_s']:.2f} s"),
+        (f"whole model ({whole['num_blocks']} blocks)", f"{whole['total_s']:.1f} s"),
+        ("its arithmetic", f"{whole['limit_s']:.1f} s"),
+        ("peak memory, measured", gigabytes(figures["peak_bytes"])),
+        ("peak memory, with one block held", gigabytes(held)),
+        ("weights of all blocks", gigabytes(whole["weights_bytes"])),
+    ]
+    tables = [
+        Table(("phase of a block", "measured", "limit", "limit / measured"), rows),
+        Table(("", "value"), model_rows),
+    ]
+    figures["one_block_held_bytes"] = held
+    targets = []
+    if "overlap" in figures:
+        ahead = figures["overlap"]
+        ahead_rows = [("time", f"{figures['total_s']:.2f} s", f"{ahead['total_s']:.2f} s")]
+        if device == "cuda":  # a process on a CPU has one peak for both
+            peaks = gigabytes(figures["peak_bytes"]), gigabytes(ahead["peak_bytes"])
+            ahead_rows.append(("peak memory", *peaks))
+        tables.append(Table(("measured blocks", "prune.overlap=false", "true"), ahead_rows))
+        equal = ahead["num_equal_masks"] / ahead["num_layers"]
+        targets = [
+            Target.at_least("share of layers with the same mask, working ahead", 1.0, equal),
+            Target.at_most("time of a block, working ahead over not", 1.0, ahead["time_ratio"]),
+        ]
+    notes = [*_NOTES, f"whole model: {whole['working']}"]
+    return Outcome(device, num_threads, settings, figures, tables, targets, notes)

@@ -1,0 +1,109 @@
+"""One process that computes one loss once and prints the most memory it took for it, in bytes.
+
+`python -m jobs.benchmarks.sides.loss '{"side": "head", ...}'`; see `loss.peak_bytes`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def build(
+    side: str, tokens: int, vocabulary: int, width: int, chunk: int, dtype: str, device: str,
+) -> Callable[[], Any]:  # fmt: skip
+    """One forward and backward pass of a side over random tensors.
+
+    Args:
+        side: head (the loss from hidden states), naive (autograd through all logits) or products
+            (the matrix products that head makes, on the same chunks, and nothing else).
+        tokens: N.
+        vocabulary: V.
+        width: D, of both models.
+        chunk: tokens of a chunk.
+        dtype: of hidden states and weights.
+        device: cpu or cuda.
+    """
+    import torch
+
+    from sparsify.distillation.head_loss import HeadProducts, Teacher, chunks, head_loss
+    from sparsify.distillation.schedule import LossWeights, TokenCounts
+    from sparsify.models.lm_head import Head
+
+    generator = torch.Generator(device).manual_seed(0)
+    kind = getattr(torch, dtype)
+
+    def normal(*shape: int, scale: float) -> torch.Tensor:
+        drawn = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        return drawn.mul_(scale).to(kind)
+
+    hidden = normal(tokens, width, scale=1.0).requires_grad_()
+    states = normal(tokens, width, scale=1.0)
+    weight, other = (normal(vocabulary, width, scale=2 / width**0.5) for _ in range(2))
+    weight.requires_grad_()
+
+    def head() -> Any:
+        counts = TokenCounts(tokens, tokens)
+        loss, _ = head_loss(
+            hidden, Head(weight), LossWeights(), counts, Teacher(states, Head(other)),
+            chunk_tokens=chunk,
+        )  # fmt: skip
+        loss.backward()
+        return loss.detach()
+
+    def naive() -> Any:
+        with torch.no_grad():
+            log_p = (states @ other.T).float().log_softmax(-1)
+        log_q = (hidden @ weight.T).float().log_softmax(-1)
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def products() -> Any:
+        student = HeadProducts(hidden, weight, torch.float32)
+        teacher = HeadProducts(states, other, torch.float32)
+        z_CV, t_CV = (hidden.new_empty((chunk, vocabulary), dtype=torch.float32) for _ in range(2))
+        grad_ND = torch.empty_like(hidden)
+        grad_VD = torch.zeros_like(weight, dtype=torch.float32)
+        for part in chunks(tokens, chunk):
+            rows = part.stop - part.start
+            student.logits_(z_CV[:rows], student.chunk(part), None)
+            teacher.logits_(t_CV[:rows], teacher.chunk(part), None)
+            student.hidden_grad_(grad_ND[part], z_CV[:rows], 1.0)
+            student.add_weight_grad_(grad_VD, z_CV[:rows], student.chunk(part), 1.0)
+        return grad_VD
+
+    def step() -> Any:
+        hidden.grad = weight.grad = None
+        return {"head": head, "naive": naive, "products": products}[side]()
+
+    return step
+
+
+def main(settings: dict[str, Any]) -> int:
+    """Bytes that one pass took on top of its inputs."""
+    import torch
+
+    from jobs.benchmarks.support.record import peak_memory_bytes
+
+    if settings["device"] == "cuda":
+        step = build(**settings)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    torch.set_num_threads(1)
+    build(**(settings | {"tokens": 8, "vocabulary": 256}))()  # what libraries take for themselves
+    step = build(**settings)
+    before = peak_memory_bytes()
+    step()
+    return peak_memory_bytes() - before
+
+
+if __name__ == "__main__":
+    print(main(json.loads(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""What benchmarks share: arguments, processes, clocks, models and records."""

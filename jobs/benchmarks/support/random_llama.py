@@ -1,0 +1,171 @@
+"""Llama models with random weights: whole, or written to disk one block at a time.
+
+Random weights show what work costs. They say nothing of quality.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import LlamaConfig, PreTrainedModel
+
+_SCALE = 0.02
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_hidden_layers": 32,
+    },
+    "llama-3.1-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "num_hidden_layers": 80,
+    },
+    "bench-1k": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_hidden_layers": 4,
+    },
+    "bench-2k": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "num_hidden_layers": 22,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": 2,
+    },
+}  # fmt: skip
+"""Shapes by name: the two public Llama 3.1 models, and three for benchmarks on a CPU."""
+
+
+def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: int) -> LlamaConfig:
+    """Configuration of a Llama of `shape` with `num_blocks` blocks and untied embeddings."""
+    from transformers import LlamaConfig
+
+    sizes: dict[str, Any] = {**SHAPES[shape], "num_hidden_layers": num_blocks}
+    return LlamaConfig(
+        **sizes,
+        vocab_size=vocab_size,
+        max_position_embeddings=num_positions,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def random_model(
+    config: LlamaConfig, seed: int, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """A model with normal weights of standard deviation 0.02, made on `device`.
+
+    The same on every process with the same device, seed and config.
+
+    Cost: the weights once; nothing is made in another dtype or place first.
+    """
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+        model.to(dtype)
+    model.to_empty(device=device)
+    # Buffers that are computed from the config were emptied with the rest.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, _SCALE, generator=generator)
+    return model.eval()
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig, seed: int, dtype: torch.dtype) -> None:
+    """Write a model folder with random weights and a tokenizer, one file per block.
+
+    The folder appears whole or not at all. The tokenizer is the embedded model's, so that the
+    commands accept the folder; `config.vocab_size` must be at least its 1024.
+
+    Cost: one block's weights in memory.
+    """
+    from safetensors.torch import save_file
+
+    from sparsify.models.load import embedded_path
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(embedded_path() / name, partial / name)
+    generator = torch.Generator().manual_seed(seed)
+    shard_of: dict[str, str] = {}
+    num_bytes = 0
+    for index, shapes in enumerate(_pieces(config)):
+        shard = f"model-{index + 1:05d}-of-{config.num_hidden_layers + 2:05d}.safetensors"
+        tensors = {name: _random(shape, dtype, generator) for name, shape in shapes.items()}
+        save_file(tensors, partial / shard, metadata={"format": "pt"})
+        shard_of |= dict.fromkeys(tensors, shard)
+        num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index_json = {"metadata": {"total_size": num_bytes}, "weight_map": shard_of}
+    (partial / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def linear_shapes(config: LlamaConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of the linear layers of one block, in the order q k v o gate up down."""
+    return [
+        (shape[0], shape[1])
+        for shape in _block_shapes(config, "model.layers.0").values()
+        if len(shape) == 2
+    ]
+
+
+def block_num_weights(config: LlamaConfig) -> int:
+    """Weights of one decoder block."""
+    return sum(
+        torch.Size(shape).numel() for shape in _block_shapes(config, "model.layers.0").values()
+    )
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(0.0, _SCALE, generator=generator)
+
+
+def _pieces(config: LlamaConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of each file: embeddings, every block, the head."""
+    yield {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for index in range(config.num_hidden_layers):
+        yield _block_shapes(config, f"model.layers.{index}")
+    yield {
+        "model.norm.weight": (config.hidden_size,),
+        "lm_head.weight": (config.vocab_size, config.hidden_size),
+    }
+
+
+def _block_shapes(config: LlamaConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = hidden // config.num_attention_heads
+    narrow = (config.num_key_value_heads or config.num_attention_heads) * head
+    return {
+        f"{prefix}.input_layernorm.weight": (hidden,),
+        f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
+        f"{prefix}.self_attn.k_proj.weight": (narrow, hidden),
+        f"{prefix}.self_attn.v_proj.weight": (narrow, hidden),
+        f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
+        f"{prefix}.post_attention_layernorm.weight": (hidden,),
+        f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+        f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+        f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+    }

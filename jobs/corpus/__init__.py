@@ -1,0 +1,1 @@
+"""Where text comes from (files, folders, data sets, built-in sources), as documents and rows."""

@@ -1,0 +1,206 @@
+"""Which text a run uses: the documents of a source, its split, mixes, and rows made of them.
+
+Sources are the built-in ones (`jobs.corpus.builtin`), files, folders and datasets
+(`jobs.corpus.text_files`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from conf.options.data import parse_mix
+from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
+from jobs.corpus.text_files import existing_path, load_hub_dataset, read_source, source_files
+from sparsify.data.split import is_held_out, shuffled, split_documents
+from sparsify.errors import InputError
+from sparsify.files import file_sha256
+
+if TYPE_CHECKING:
+    from conf.options.data import DataConfig
+
+Which = Literal["calibration", "train", "heldout"]
+
+_MIN_DOCUMENTS = 20  # fewer are split by `split_documents` at the end of every document
+
+_LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics not worth using
+
+_ASKED_BY = {
+    "calibration": "samples (num_samples)",
+    "train": "tokens (distill.num_tokens)",
+    "heldout": "tokens (evaluate.num_tokens)",
+}
+
+
+def open_source(
+    name: str, held_out: bool | None, config: DataConfig, order_seed: int | None = None
+) -> Iterator[str]:
+    """The documents of a source, or of one side of its split; empty documents are left out.
+
+    Args:
+        name: `stdlib`, `packages`, `code`, or what `jobs.corpus.text_files.read_source` reads.
+        held_out: True for the held-out part, False for the rest, None for all of it. `stdlib` and
+            `code` are split by file name; every other source by the document's text
+            (`sparsify.data.rows.split_documents`, share `config.heldout_share`). For `stdlib` and
+            `code`, None also means the rest: what those hold out stays held out.
+        config: names the text field, the separator and the held-out share.
+        order_seed: order the documents by this seed; None keeps the order of the source.
+
+    Raises:
+        InputError: the source cannot be read (now), or a document in it (when it is reached).
+    """
+    documents: Sequence[str]
+    text_rule = held_out
+    if name in BUILT_IN:
+        documents = builtin_documents(name, held_out)
+        text_rule = None if name in SPLIT_BY_NAME else held_out
+    else:
+        documents = read_source(name, config.text_field, config.separator, BUILT_IN)
+    if text_rule is not None and len(documents) < _MIN_DOCUMENTS:
+        documents = split_documents(list(documents), text_rule, config.heldout_share)
+        text_rule = None
+    order = range(len(documents)) if order_seed is None else shuffled(len(documents), order_seed)
+    texts = (documents[i] for i in order)
+    if text_rule is None:
+        return (text for text in texts if text)
+    share = config.heldout_share
+    return (text for text in texts if text and is_held_out(text, share) == text_rule)
+
+
+def _uses_mix(config: DataConfig, which: Which) -> bool:
+    """Whether the rows of this use come from several sources."""
+    return bool(config.mix) and (
+        which == "calibration" or (which == "train" and config.train is None)
+    )
+
+
+def _source(config: DataConfig, which: Which) -> tuple[str, bool | None]:
+    """(name, held_out) for `open_source` of what the configuration means by `which`; no mixes."""
+    if which == "heldout":
+        if config.heldout is None:
+            return config.calibration, True
+        if config.heldout in SPLIT_BY_NAME:
+            return config.heldout, True
+        for field, other in _read_sources(config):
+            if _same_source(other, config.heldout):
+                raise InputError(
+                    f"data.heldout={config.heldout}: the same source as data.{field}, so the "
+                    "score would be on text the model has seen; leave data.heldout empty (null) "
+                    "to hold a part of it out, or give another source"
+                )
+        return config.heldout, None
+    name = config.calibration if which == "calibration" or config.train is None else config.train
+    return name, _rest_of(config)
+
+
+def _read_sources(config: DataConfig) -> list[tuple[str, str]]:
+    """(field, source) of everything that calibration and training read."""
+    if config.mix:
+        found = [("mix", name) for _, name in parse_mix("data.mix", config.mix)]
+    else:
+        found = [("calibration", config.calibration)]
+    return found + ([("train", config.train)] if config.train is not None else [])
+
+
+def _rest_of(config: DataConfig) -> bool | None:
+    """`held_out` of sources for calibration and training."""
+    # With held-out text given, nothing of these sources needs to be kept back.
+    return None if config.heldout is not None else False
+
+
+def _same_source(first: str, second: str) -> bool:
+    named = {*BUILT_IN, *(n for n in (first, second) if n.startswith("hf:"))}
+    if first in named or second in named:
+        return first == second
+    return Path(first).resolve() == Path(second).resolve()
+
+
+def source_label(name: str) -> str:
+    """A source's name without where it lies."""
+    is_path = name not in BUILT_IN and not name.startswith("hf:")
+    return Path(name).name if is_path else name
+
+
+def training_sources(config: DataConfig) -> list[tuple[float, str, bool | None]]:
+    """(share, source, `held_out` for `open_source`) of everything that training reads."""
+    if not _uses_mix(config, "train"):
+        return [(1.0, *_source(config, "train"))]
+    return [(share, name, _rest_of(config)) for share, name in parse_mix("data.mix", config.mix)]
+
+
+def gives_heldout(config: DataConfig, name: str) -> bool:
+    """Whether held-out text comes from the source itself: then the split keeps them apart."""
+    return name == _source(config, "heldout")[0]
+
+
+def heldout_digests(config: DataConfig) -> set[bytes]:
+    """`text_digest` of every held-out document: those that training must not use."""
+    return {text_digest(text) for text in open_source(*_source(config, "heldout"), config)}
+
+
+def with_absolute_paths(config: DataConfig) -> DataConfig:
+    """`config` with files and folders named from the root: workers may stand elsewhere."""
+
+    def absolute(name: str | None) -> str | None:
+        if name is None or name in BUILT_IN or not Path(name).exists():
+            return name
+        return str(Path(name).absolute())
+
+    def of_entry(entry: str) -> str:
+        weight, _, source = entry.strip().partition(" ")
+        return f"{weight} {absolute(source.strip())}"
+
+    return replace(
+        config,
+        calibration=absolute(config.calibration) or "",
+        mix=[of_entry(entry) for entry in config.mix],
+        train=absolute(config.train),
+        heldout=absolute(config.heldout),
+    )
+
+
+def source_fingerprint(config: DataConfig, which: Which) -> str:
+    """SHA-256 (hex) of the content of a source: changes when, and only when, its text may have.
+
+    A file counts by its bytes; a folder by path, size and hash of each file it is read from; the
+    built-in sources by the same of their sources' text; a Hub dataset by its name and the
+    fingerprint that `datasets` gives it. Settings that choose a part of the text are not in it.
+    A mix counts by its sources and, where they are not given, by the held-out documents that it
+    must not use.
+    """
+    if not _uses_mix(config, which):
+        return content_fingerprint(config, *_source(config, which))
+    names = [name for _, name in parse_mix("data.mix", config.mix)]
+    parts = [content_fingerprint(config, name, _rest_of(config)) for name in names]
+    if config.heldout is None:
+        parts.append(source_fingerprint(config, "heldout"))
+    return _digest_of(part.encode() for part in parts)
+
+
+def content_fingerprint(config: DataConfig, name: str, held_out: bool | None) -> str:
+    """`source_fingerprint` of one source, for `held_out` as in `open_source`."""
+    if name in BUILT_IN:
+        texts = open_source(name, held_out if name in SPLIT_BY_NAME else None, config)
+        return _digest_of(text_digest(text) for text in texts)
+    if name.startswith("hf:"):
+        fingerprint = load_hub_dataset(name)._fingerprint
+        return _digest_of([name.encode(), fingerprint.encode()])
+    path = existing_path(name, BUILT_IN)
+    files = source_files(path)
+    if path.is_file():
+        return file_sha256(path)
+    lines = (
+        f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0{file_sha256(file)}\n"
+        for file in files
+    )
+    return _digest_of(line.encode() for line in lines)
+
+
+def _digest_of(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,222 @@
+"""The report of a run as one HTML page that needs nothing but itself.
+
+Decides what the page says (the headline, the sentences, which sections there are); the drawings
+come from `_bars` and `_charts`, the markup and the style from `report.html.j2`. The page holds no
+script and asks the network for nothing, and says so to the browser in its content policy. Equal
+summaries give equal pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from jobs.reporting import units as _format
+from jobs.reporting import wording as _words
+from jobs.reporting.charts import (
+    curve_note,
+    find_result,
+    forecast_panel,
+    is_plottable,
+    is_recovered,
+    pct,
+    perplexity_chart,
+    recovery_panels,
+    size_chart,
+    stage_chart,
+)
+from jobs.reporting.pruning import pruning_sections
+from jobs.reporting.wording import label_of
+from jobs.training.ledger import goodput_rows
+from sparsify.errors import InputError
+
+SCHEMA = 1
+
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def render_report(summary: dict[str, Any]) -> str:
+    """The whole page for a run's `summary.json`.
+
+    Args:
+        summary: schema 1. Every section but `schema` may be missing or null; what is missing has no
+            section on the page and is named at its end.
+
+    Returns:
+        A complete HTML document. Text from the summary is escaped; characters that no HTML file may
+        hold are shown as U+FFFD.
+
+    Raises:
+        InputError: the summary has another schema than this version writes.
+    """
+    if summary.get("schema") != SCHEMA:
+        raise InputError(
+            f"summary.json: schema {summary.get('schema')!r} cannot be shown, this version reads "
+            f"schema {SCHEMA}; make the report with the version that made the run, or run again"
+        )
+    run = summary.get("run") or {}
+    results = summary.get("results") or []
+    layers = summary.get("layers") or []
+    recovery = summary.get("recovery") or {}
+    quantization = summary.get("quantization") or {}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["pct"] = pct
+    source = resources.files("jobs.reporting").joinpath("page.html.j2").read_text(encoding="utf-8")
+    words = _words.headline(summary)
+    columns, rows = _results_table(results, str(run.get("pattern") or "pattern"))
+    page = environment.from_string(source).render(
+        title="".join(text for text, _ in words),
+        words=[(text.replace(" %", "\u00a0%"), tone) for text, tone in words],
+        lead=_words.lead(run, results, recovery),
+        has_comparison=any(
+            row.get(key) is not None for row in results for key in ("kl", "top1_agreement")
+        ),
+        has_shares=any(row.get("log_gap_recovered") is not None for row in results),
+        byline=_byline(run),
+        alerts=_words.alerts(run, results, layers, recovery)
+        + [str(w) for w in summary.get("warnings") or []],
+        perplexities=perplexity_chart(results, run.get("method")),
+        columns=columns,
+        results=rows,
+        recovery_note=_recovery_note(recovery),
+        panels=recovery_panels(recovery),
+        curve_note=curve_note(recovery),
+        forecast=forecast_panel(recovery),
+        goodput=_goodput(recovery.get("goodput") or {}),
+        pruning=pruning_sections(summary),
+        sizes=size_chart(results),
+        stages=stage_chart(summary.get("stages") or []),
+        facts=_facts(run, quantization),
+        versions=sorted((run.get("versions") or {}).items()),
+        command=run.get("command"),
+        absent=_absent(results, layers, recovery, quantization),
+    )
+    return _UNWRITABLE.sub("\ufffd", page)
+
+
+def _byline(run: dict[str, Any]) -> list[str]:
+    """Model, workers and time, as far as they are known."""
+    parts = [str(run["name"])] if run.get("name") else []
+    if run.get("num_parameters") is not None:
+        parts.append(f"{_format.large_count(run['num_parameters'])} parameters")
+    if run.get("num_workers") is not None:
+        plural = "worker" if run["num_workers"] == 1 else "workers"
+        device = f" on {run['device']}" if run.get("device") else ""
+        parts.append(f"{_format.count(run['num_workers'])} {plural}{device}")
+    if run.get("duration_s") is not None:
+        parts.append(_format.duration(run["duration_s"]))
+    return parts
+
+
+def _results_table(
+    results: list[dict[str, Any]], pattern: str
+) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
+    """(heading, unit) of the columns that hold anything, and the rows to go with them."""
+    dense = find_result(results, "dense")
+    times: list[float | None] = []
+    for row in results:
+        comparable = row is not dense and is_plottable(dense) and is_plottable(row)
+        times.append(row["perplexity"] / dense["perplexity"] if dense and comparable else None)
+
+    def column(key: str, spell: Callable[[float | None], str]) -> list[str]:
+        return [spell(row.get(key)) for row in results]
+
+    columns = [
+        ("Perplexity", "", column("perplexity", _format.perplexity)),
+        ("Against dense", "", [_format.ratio(value) for value in times]),
+        ("Gap recovered", "", column("log_gap_recovered", _format.percent)),
+        ("KL", "nats/token", column("kl", _format.significant)),
+        ("Top-1 agreement", "", column("top1_agreement", _format.percent)),
+        ("Size on disk", "", column("disk_bytes", _format.size)),
+        ("Packed size", "", column("packed_bytes", _format.size)),
+        (f"{pattern} violations", "", column("violations", _format.count)),
+    ]
+    columns = [c for c in columns if set(c[2]) != {_format.MISSING}]
+    rows = [
+        {
+            "label": label_of(row),
+            "is_recovered": is_recovered(row["name"]),
+            "broken": bool(row.get("violations")),
+            "cells": [cells[i] for _, _, cells in columns],
+        }
+        for i, row in enumerate(results)
+    ]
+    return [(name, unit) for name, unit, _ in columns], rows
+
+
+def _recovery_note(recovery: dict[str, Any]) -> str:
+    parts = []
+    if recovery.get("num_tokens") is not None:
+        parts.append(f"{_format.count(recovery['num_tokens'])} tokens")
+    if recovery.get("tokens_per_s") is not None:
+        parts.append(f"{_format.count(recovery['tokens_per_s'])} tokens/s")
+    return ", ".join(parts)
+
+
+def _goodput(figures: dict[str, Any]) -> dict[str, Any] | None:
+    """Where the training's time went, as a sentence and rows; None without a ledger."""
+    if not figures:
+        return None
+    parts = [
+        f"{_format.percent(figures['goodput'])} of {_format.duration(figures['wall_s'])} went into "
+        f"{_format.count(figures['num_steps'])} steps that count"
+    ]
+    if figures["num_lost_steps"]:
+        parts.append(f"{_format.count(figures['num_lost_steps'])} steps were done again")
+    if figures["num_starts"] > 1:
+        parts.append(f"{_format.count(figures['num_starts'])} starts")
+    rows = [
+        (words, _format.duration(seconds), _format.percent(share))
+        for words, seconds, share in goodput_rows(figures)
+    ]
+    return {"summary": "; ".join(parts), "rows": rows}
+
+
+def _facts(run: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was run, on what: (name, value) of everything that is known."""
+    facts = [
+        (name, str(run[key]))
+        for name, key in (
+            ("Model", "model"), ("Pattern", "pattern"), ("Method", "method"), ("Seed", "seed"),
+            ("Cluster", "cluster"), ("Device", "device"), ("Folder", "dir"),
+        )
+        if run.get(key) is not None
+    ]  # fmt: skip
+    if run.get("num_parameters") is not None:
+        facts.insert(1, ("Parameters", _format.count(run["num_parameters"])))
+    if run.get("num_workers") is not None:
+        facts.append(("Workers", _format.count(run["num_workers"])))
+    if quantization.get("bits") is not None:
+        method = str(quantization.get("method") or "").upper()
+        text = f"{method} INT{quantization['bits']}, groups of {quantization.get('group_size')}"
+        facts.append(("Quantization", text.strip()))
+    if run.get("duration_s") is not None:
+        facts.append(("Duration", _format.duration(run["duration_s"])))
+    return facts
+
+
+def _absent(
+    results: list[dict[str, Any]],
+    layers: list[dict[str, Any]],
+    recovery: dict[str, Any],
+    quantization: dict[str, Any],
+) -> str:
+    """The stages this run has no numbers of, as a phrase."""
+    missing = [
+        name
+        for name, there in (
+            ("pruning", layers),
+            ("recovery training", recovery),
+            ("evaluation", results),
+            ("quantization", quantization),
+            ("packed files", any(row.get("packed_bytes") for row in results)),
+        )
+        if not there
+    ]
+    return ", ".join(missing)

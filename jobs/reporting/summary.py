@@ -1,0 +1,214 @@
+"""summary.json: what a run measured, under stable keys (schema 1, see README), and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.runs.artifact import RECORD, versions
+from jobs.runs.folder import write_json
+from sparsify.formats.sparse_folder import read_sparsity
+
+if TYPE_CHECKING:
+    from jobs.runs.context import StageContext
+
+SCHEMA = 1
+
+_LABELS = {
+    "dense": "dense",
+    "recovered": "recovered",
+}
+
+
+def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
+    """Collect the records of the run's finished stages into summary.json.
+
+    Stages of the run that this command did not ask for count as reused.
+    """
+    summary = build_summary(run_dir, context)
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
+    """The summary as plain values; nothing but the records decides its figures."""
+    from conf.options.run import STAGES
+
+    records = {}
+    for stage in STAGES:
+        path = run_dir / stage / RECORD
+        if path.is_file() and stage != "report":
+            records[stage] = json.loads(path.read_text(encoding="utf-8"))
+    if context.models.recovered is None:
+        records.pop("distill", None)  # made from an earlier pruning than the one there is now
+    if context.models.packed_int4 is None:
+        records.pop("quantize", None)
+    metrics = {stage: record["metrics"] for stage, record in records.items()}
+    durations = {stage: record["duration_s"] for stage, record in records.items()}
+    distill = metrics.get("distill")
+    warnings = [text for figures in metrics.values() for text in figures.get("warnings", [])]
+    return {
+        "schema": SCHEMA,
+        "run": _run_facts(run_dir, context, metrics, sum(durations.values())),
+        "results": _results(context, metrics),
+        "stages": [
+            {
+                "name": stage,
+                "status": context.statuses.get(stage, "reused"),
+                "duration_s": duration_s,
+            }
+            for stage, duration_s in durations.items()
+        ],
+        "layers": metrics.get("prune", {}).get("layers", []),
+        "pruning": _pruning(metrics.get("prune", {})),
+        "recovery": distill and _recovery(distill),
+        "quantization": metrics.get("quantize", {}).get("quantization"),
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+
+
+def _run_facts(
+    run_dir: Path, context: StageContext, metrics: dict[str, Any], duration_s: float
+) -> dict[str, Any]:
+    config, spec = context.config, context.config.cluster
+    prune = metrics.get("prune", {})
+    return {
+        "name": run_dir.name,
+        "dir": str(run_dir),
+        "command": context.command,
+        "model": context.models.dense.name,
+        "num_parameters": _num_parameters(context.models.dense),
+        "pattern": prune.get("pattern") or _pattern_of(context),
+        "method": prune.get("method", context.models.method),
+        "seed": config.run.seed,
+        "cluster": spec.name,
+        "num_workers": spec.num_workers,
+        "device": "cuda" if spec.uses_gpu else "cpu",
+        "versions": versions(),
+        "duration_s": round(duration_s, 3),
+    }
+
+
+def _recovery(distill: dict[str, Any]) -> dict[str, Any]:
+    """The curve and its speed; the forecast made on the way and the goodput, null without one."""
+    kept = {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")}
+    found = ("forecast", "goodput", "heldout", "teacher_float8_kl", "mask_share_moved")
+    return kept | {key: distill.get(key) for key in found}
+
+
+def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:
+    """Time of each method's walk over the model, and of its phases; records before had no times."""
+    phases = prune.get("phases", {})
+    return [
+        {"method": method, "duration_s": duration_s, "seconds": phases.get(method, {})}
+        for method, duration_s in prune.get("seconds", {}).items()
+    ]
+
+
+def _pattern_of(context: StageContext) -> str:
+    """Pattern of the sparse model that a run without a prune stage started from."""
+    models = context.models
+    for folder in [models.recovered, *models.pruned.values()]:
+        sparsity = read_sparsity(folder) if folder is not None else None
+        if sparsity is not None:
+            return str(sparsity["pattern"])
+    return context.config.prune.pattern
+
+
+def _num_parameters(folder: Path) -> int:
+    """Elements of all tensors in a model folder's files (headers only are read)."""
+    import math
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per model, in the order of the pipeline."""
+    from sparsify.evaluation.perplexity import log_gap_recovered
+
+    scores = dict(metrics.get("evaluate", {}).get("results", {}))
+    gates = {
+        **metrics.get("prune", {}).get("gate", {}),
+        "recovered": metrics.get("distill", {}).get("gate"),
+    }
+    if "quantize" in metrics:
+        quantized = metrics["quantize"]["results"]
+        scores.update(quantized)
+        gates.update(dict.fromkeys(quantized, metrics["quantize"]["gate"]))
+    dense = scores.get("dense", {}).get("perplexity")
+    oneshot = scores.get(context.models.method or "", {}).get("perplexity")
+    sizes = _sizes(context, metrics)
+    rows = []
+    for name, figures in scores.items():
+        gap = None
+        if name.startswith("recovered") and dense and oneshot:
+            gap = log_gap_recovered(dense, oneshot, figures["perplexity"])
+        gate = gates.get(name)
+        rows.append(
+            {
+                "name": name,
+                "label": _label(name, context),
+                "perplexity": figures["perplexity"],
+                "kl": figures["kl"],
+                "top1_agreement": figures["top1_agreement"],
+                "log_gap_recovered": gap,
+                **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
+                "violations": gate["num_violations"] if gate else None,
+            }
+        )
+    return rows
+
+
+def _label(name: str, context: StageContext) -> str:
+    base, _, bits = name.partition("_int")
+    if bits:
+        is_recovered = context.models.recovered is not None
+        base = base if is_recovered else f"one-shot {context.models.method}"
+        return f"{base} + INT{bits}"
+    return _LABELS.get(name, f"one-shot {name}")
+
+
+def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:
+    """Bytes of each model's weight files, and of the packed form where one was written."""
+    models = context.models
+    folders = {"dense": models.dense, **models.pruned}
+    if models.recovered is not None:
+        folders["recovered"] = models.recovered
+    # One-shot models are not packed into files: theirs is the size of the packed tensors.
+    packed = {
+        **metrics.get("prune", {}).get("packed_bytes", {}),
+        **metrics.get("export", {}).get("packed_bytes", {}),
+    }
+    sizes: dict[str, dict[str, int | None]] = {}
+    for name, folder in folders.items():
+        files = folder.glob("model*.safetensors")
+        sizes[name] = {
+            "disk_bytes": sum(path.stat().st_size for path in files),
+            "packed_bytes": packed.get(name),
+        }
+    if "quantize" in metrics:
+        size = metrics["quantize"]["packed_bytes"]
+        for name in metrics["quantize"]["results"]:
+            sizes[name] = {"disk_bytes": size, "packed_bytes": size}
+    return sizes
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the tables of a run to stdout."""
+    from rich.console import Console
+
+    from jobs.reporting.tables import pruning_table, results_table, stages_table
+
+    console = Console()
+    if summary["results"]:
+        console.print(results_table(summary))
+    if summary["layers"]:
+        console.print(pruning_table(summary))
+    console.print(stages_table(summary))

@@ -1,0 +1,129 @@
+"""The tables a run ends with in the terminal; readable at 80 columns.
+
+Text of the run goes in as `rich.text.Text`, so that square brackets in a name stay what they are.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from jobs.reporting import units as _format
+from jobs.reporting.charts import is_recovered
+from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
+
+_RESULT_COLUMNS = (
+    "Perplexity", "Gap\nrecovered", "KL\n(nats)", "Size\non disk", "Packed\nsize",
+)  # fmt: skip
+
+
+def _table(*headings: str) -> Table:
+    """A table whose first column gives way, and whose numbers are never cut or wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    first, *numbers = headings
+    table.add_column(Text(first), overflow="fold", vertical="bottom")
+    for heading in numbers:
+        table.add_column(Text(heading), justify="right", no_wrap=True, vertical="bottom")
+    return table
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """One row per evaluated model: quality, share of the gap recovered, sizes, violations.
+
+    Args:
+        summary: schema 1; a missing or empty `results` gives a table without rows.
+    """
+    pattern = str((summary.get("run") or {}).get("pattern") or "pattern")
+    heading = pattern if len(pattern) <= 10 else "sparsity"  # 'unstructured:0.5' is too wide
+    table = _table("Model", *_RESULT_COLUMNS, f"{heading}\nviolations")
+    for row in summary.get("results") or []:
+        violations = row.get("violations")
+        table.add_row(
+            Text(str(row.get("label") or row["name"])),
+            _format.perplexity(row.get("perplexity")),
+            _format.percent(row.get("log_gap_recovered")),
+            _format.significant(row.get("kl")),
+            _format.size(row.get("disk_bytes")),
+            _format.size(row.get("packed_bytes")),
+            Text(_format.count(violations), style="bold red" if violations else ""),
+            style="bold" if is_recovered(row["name"]) else "",
+        )
+    return table
+
+
+def pruning_table(summary: dict[str, Any]) -> Table:
+    """One row per method: its time, its layers' relative error, and the large weights it kept.
+
+    Args:
+        summary: schema 1; a missing or empty `layers` gives a table without rows. A column that
+            no method has a value for, such as the times in old summaries, is left out.
+    """
+    run = summary.get("run") or {}
+    groups = by_method(summary.get("layers") or [])
+    times = {str(row["method"]): row.get("duration_s") for row in summary.get("pruning") or []}
+    rows = []
+    for method, layers in groups.items():
+        errors, kept = drawable(layers, "relative_error"), drawable(layers, "large_kept")
+        rows.append(
+            (
+                method,
+                _format.duration(times.get(method)),
+                _format.significant(statistics.median(errors) if errors else None),
+                _format.significant(max(errors, default=None)),
+                _worst_place(layers),
+                _format.percent(statistics.fmean(kept) if kept else None),
+            )
+        )
+    headings = (
+        "One-shot", "Time", "Median\nerror", "Largest\nerror", "in\nblock", "Large weights\nkept",
+    )  # fmt: skip
+    used = [
+        i for i in range(len(headings)) if i == 0 or any(row[i] != _format.MISSING for row in rows)
+    ]
+    table = _table(*(headings[i] for i in used))
+    main = main_method(run, groups)
+    for row in rows:
+        cells = [Text(row[i]) for i in used]
+        table.add_row(*cells, style="bold" if row[0] == main and len(rows) > 1 else "")
+    return table
+
+
+def _worst_place(layers: list[Record]) -> str:
+    """Block and kind of the layer with the largest error: '3 v_proj'."""
+    short = short_kinds(layers)
+    known = [layer for layer in layers if _format.is_drawable(layer.get("relative_error"))]
+    if not known:
+        return _format.MISSING
+    worst = max(known, key=lambda layer: layer["relative_error"])
+    kind = linear_kind(worst["name"], worst["block"])
+    return f"{worst['block']} {short[kind]}"
+
+
+def stages_table(summary: dict[str, Any]) -> Table:
+    """One row per stage: ran or reused, its time, and its share of the time that was spent now."""
+    stages = summary.get("stages") or []
+    spent = [
+        stage["duration_s"]
+        for stage in stages
+        if stage.get("status") == "ran" and _format.is_finite(stage.get("duration_s"))
+    ]
+    total = sum(spent)
+    table = _table("Stage", "Status", "Time", "Share")
+    for stage in stages:
+        seconds, ran = stage.get("duration_s"), stage.get("status") == "ran"
+        known = ran and total > 0 and _format.is_finite(seconds)
+        table.add_row(
+            Text(str(stage["name"])),
+            Text(str(stage.get("status") or _format.MISSING)),
+            _format.duration(seconds),
+            _format.percent(seconds / total if known else None, 0),
+            style="" if ran else "dim",
+        )
+    if len(spent) > 1:
+        table.add_section()
+        table.add_row("all", "", _format.duration(total), "")
+    return table

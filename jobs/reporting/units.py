@@ -1,0 +1,129 @@
+"""Numbers as people read them: one spelling for the terminal and for the report page.
+
+Pure functions of plain values. A missing value (None) is an en dash; NaN and infinities are spelled
+out, never hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+MISSING = "–"
+
+
+def _special(value: float | None) -> str | None:
+    """The spelling of a value that has no digits, or None for an ordinary number."""
+    if value is None:
+        return MISSING
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return None
+
+
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether `value` is there and is an ordinary number."""
+    return value is not None and math.isfinite(value)
+
+
+def is_drawable(value: float | None) -> TypeGuard[float]:
+    """Whether `value` is finite and of a size that a scale can hold: 0, or 1e-100 to 1e100."""
+    return is_finite(value) and (value == 0 or 1e-100 <= abs(value) <= 1e100)
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`value` with `digits` significant digits: 0.0415, 13.2, 1,250, 2.1e-5."""
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    if value == 0:
+        return "0"
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+    if exponent < -4 or exponent > 6:
+        return _power(value, digits)
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def _power(value: float, digits: int) -> str:
+    """Exponent form without padding: 2.1e-5, 4.8e7."""
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def perplexity(value: float | None) -> str:
+    """Two decimals below 100, fewer above, powers of ten from a million on."""
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    if value < 100:
+        return f"{value:.2f}"
+    if value < 1000:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if value < 1e6 else _power(value, 2)
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    """A share as percent: 0.683 is '68.3 %'."""
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    text = f"{100 * value:,.{decimals}f} %"
+    return text.removeprefix("-") if float(f"{100 * value:.{decimals}f}") == 0 else text
+
+
+def ratio(value: float | None) -> str:
+    """A factor: '1.83×'."""
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    return f"{value:.2f}×" if value < 100 else f"{significant(value)}×"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands separators."""
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    return f"{value:,.0f}"
+
+
+def _scaled(value: float | None, base_unit: str, units: str, separator: str) -> str:
+    special = _special(value)
+    if special is not None or value is None:
+        return special or MISSING
+    if abs(value) < 1000:
+        return f"{value:.0f}{separator}{base_unit}".rstrip()
+    scaled = float(value)
+    for prefix in units:
+        scaled /= 1000
+        if abs(scaled) < 999.5 or prefix == units[-1]:
+            return f"{significant(scaled)}{separator}{prefix}{base_unit}"
+    raise AssertionError("units is not empty")
+
+
+def size(num_bytes: float | None) -> str:
+    """Decimal units: 1 MB is 1,000,000 bytes."""
+    return _scaled(num_bytes, "B", "kMGTP", " ")
+
+
+def large_count(value: float | None) -> str:
+    """Three digits and k, M, B or T: '1.24 M' parameters."""
+    return _scaled(value, "", "kMBT", " ")
+
+
+def duration(seconds: float | None) -> str:
+    """'0.42 s', '12.3 s', '3 min 12 s', '2 h 05 min'."""
+    special = _special(seconds)
+    if special is not None or seconds is None:
+        return special or MISSING
+    if seconds < 59.95:
+        return (
+            f"{seconds:.1f} s" if seconds >= 1 or seconds == 0 else f"{significant(seconds, 2)} s"
+        )
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"

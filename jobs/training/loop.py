@@ -1,0 +1,413 @@
+"""The recovery on one worker: steps, checkpoints, and going on from wherever the last one was.
+
+The rows of step t are a function of (seed, t) alone, so the state of a run is its number of steps,
+the weights and the moments: any number of workers goes on with what any other number left. Workers
+speak once per step: the figures of the step, what rank 0 was asked for, and the token counts of the
+next step travel in one small sum.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.preempt import DrainWatch, Request, StopRequests
+from cluster.watchdog import Watchdog
+from jobs.training import mask_guard, optimizer, zero_state
+from jobs.training.batches import Batch, Batches
+from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention
+from jobs.training.heldout import Heldout, as_metrics
+from jobs.training.ledger import EVALUATE, SAVE
+from jobs.training.pace import Pace
+from jobs.training.schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rates
+from sparsify.data.rows import TokenRows
+from sparsify.data.teacher_samples import Sample
+from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
+from sparsify.masks.storage import PackedMasks, load_masks
+from sparsify.models.lm_head import LanguageHead
+from sparsify.training.fragments import Checkpoint
+from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
+from sparsify.training.moving_masks import MovingMasks
+
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+    from conf.schema import Config
+
+_DRAINED = "a node is being drained"
+
+_FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
+
+_NOT_SAMPLED = ("reverse_kl", "square_head", "agreement")  # what a teacher's samples do not say
+
+
+class Recovery:
+    """The recovery's steps, from wherever the last checkpoint left them.
+
+    Args:
+        context: this worker.
+        config: of the run.
+        engine: what `jobs.training.engine` made of the student.
+        guard: holds the zeros.
+        teacher: the dense model, without gradients, in its two parts; None: batches have samples.
+        moving: lets the masks move for a part of the run; None where they stay.
+        masks: keep masks to begin with.
+        batches: the rows.
+        heldout: scores on the way; None for none.
+        pace: the clock.
+        scratch: folder of the checkpoints, shared by all workers.
+        run_dir: folder of the run, where switches are looked for.
+    """
+
+    def __init__(
+        self, context: WorkerContext, config: Config, engine: Any, guard: mask_guard.MaskGuard,
+        teacher: LanguageHead | None, moving: MovingMasks | None, masks: PackedMasks,
+        batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
+    ) -> None:  # fmt: skip
+        settings = config.distill
+        self.curve: list[dict[str, Any]] = []
+        self.heldout_curve: list[dict[str, Any]] = []
+        self.engine, self.masks = engine, masks
+        self._context, self._settings = context, settings
+        self._length = config.data.sequence_length
+        self._total = num_steps(config)
+        self._guard, self._moving, self.batches = guard, moving, batches
+        self._heldout = heldout
+        self._unknown = () if teacher else _NOT_SAMPLED
+        if teacher is not None:
+            self._teacher, self._teacher_head = teacher.base, teacher.plain()
+        self._scratch = scratch
+        self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
+        self._forecast_at = {round(share * self._total) for share in FORECAST_SHARES}
+        retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
+        self._checkpoints = Checkpoints(scratch, retention)
+        policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
+        self._spikes = SpikeGuard(policy)
+        self.pace = pace
+        hours = settings.time_limit_hours
+        deadline_s = None if hours is None else pace.begun_s + hours * 3600
+        self._requests = StopRequests(run_dir, deadline_s, settings.time_reserve_s)
+        self._drains = DrainWatch()
+        self._is_due = False  # by Young's formula
+        self._ready: Batch | None = None
+        self._ready_sums = torch.zeros(3, dtype=torch.float64)
+        self._flops = 0.0
+
+    def resume(self) -> None:
+        """Load the newest whole checkpoint, if there is one."""
+        found = self._checkpoints.latest(self._context.warn)
+        if found is not None:
+            step, checkpoint = found
+            self._restore(checkpoint)
+            self._spikes.load_state_dict(checkpoint.state["spikes"])
+            self._context.warn(f"distill: carrying on after step {step} of {self._total}")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        zero_state.restore(self.engine, checkpoint, state["num_updates"])
+        self.curve, self.heldout_curve = state["curve"], state["heldout_curve"]
+        self.pace.resumed(len(self.curve), state["trained_s"])
+        self._set_masks(load_masks(checkpoint.folder / MASKS_FILE))
+        if self._moving is not None:
+            (self._moving.freeze if state["masks_are_frozen"] else self._moving.thaw)()
+        if self._is_held:
+            self._guard.check()
+
+    def train(self) -> None:
+        """Run the remaining steps, with checkpoints on the way.
+
+        Raises:
+            StoppedEarlyError: asked to stop; the checkpoint is written.
+            NonFiniteError: bad steps beyond what the policy allows.
+        """
+        settings, context = self._settings, self._context
+        stacks = self._scratch / f"stacks-rank-{context.rank:05d}.txt"
+        floor_s, pause_s = settings.hang_after_s, settings.pause_limit_s
+        with Watchdog(stacks, floor_s=floor_s, start_limit_s=max(1800.0, floor_s),
+                      on_hang=context.alert) as watchdog:  # fmt: skip
+            while (step := len(self.curve)) < self._total:
+                self._freeze_when_due(step)
+                with self.pace.step(step + 1):
+                    figures, request = self._step(step)
+                if figures is None:
+                    with watchdog.allowing(pause_s):
+                        self._roll_back()
+                    continue
+                self.curve.append(figures)
+                self._check_replicas(step + 1)
+                self.pace.say(step + 1, self._total, figures, self._flops)
+                self._forecast(step + 1)
+                watchdog.beat()
+                self._checkpoints.raise_failure()
+                if self._is_scored(step + 1):
+                    with watchdog.allowing(pause_s), self.pace.interval(EVALUATE):
+                        self._score(step + 1)
+                if step + 1 < self._total and self._should_save(step + 1, request):
+                    with watchdog.allowing(pause_s), self.pace.interval(SAVE):
+                        self._save(step + 1, request)
+            with watchdog.allowing(pause_s):
+                self._checkpoints.wait()
+
+    @property
+    def mask_share_moved(self) -> float | None:
+        """Share of the kept weights that were pruned at the start; None where masks never move."""
+        return None if self._moving is None else self._moving.share_moved()
+
+    @property
+    def step_flops(self) -> float:
+        """What the rows of the last step ask for on all workers; 0 where it is not known."""
+        return self._flops
+
+    # --- one step
+
+    def _step(self, step: int) -> tuple[dict[str, Any] | None, Request]:
+        """One optimizer step over all workers; figures are means over the whole batch.
+
+        Returns:
+            The figures, None if the run has to go back to its last checkpoint; and what rank 0
+            was asked for.
+        """
+        rate = self._rates[step]
+        optimizer.set_learning_rate(self.engine, rate)
+        batch, counts = self._batch(step)
+        weights = self._losses.at(step / self._total)
+        sums = torch.zeros(len(_FIGURES), dtype=torch.float64, device=self._context.device)
+        parts = self.batches.micro_batches(batch, self._context.device)
+        samples = self.batches.samples(batch, self._context.device)
+        for number, (rows, sample) in enumerate(zip(parts, samples, strict=True)):
+            sums += self._backward(rows, weights, counts, sample) / len(parts)
+            if number + 1 < len(parts):
+                self.engine.step()
+        values, request = self._exchange(step, sums)
+        verdict = self._update(step, values["loss"])
+        if verdict == "rollback":
+            return None, request
+        if self._is_held:
+            self._guard.check()
+        # NaN and infinity are no JSON: a step that was left out for them says null.
+        seen = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        seen |= dict.fromkeys(self._unknown)
+        norm = optimizer.grad_norm(self.engine)
+        done = step + 1
+        figures: dict[str, Any] = {
+            "step": done, "num_tokens": done * self._settings.batch_size * self._length,
+            "loss": seen["loss"], "kl": seen["kl"], "reverse_kl": seen["reverse_kl"],
+            "ce": seen["ce"], "square_head": seen["square_head"], "agreement": seen["agreement"],
+            "learning_rate": rate, "grad_norm": norm if math.isfinite(norm) else None,
+            "is_skipped": verdict == "skip", "row_crc": batch.row_crc,
+        }  # fmt: skip
+        return figures, request
+
+    def _batch(self, step: int) -> tuple[Batch, TokenCounts]:
+        """This worker's rows of a step, and the counts that all workers' micro-batches share."""
+        if self._ready is None or self._ready.step != step:  # the first step, or after a rollback
+            self._ready = self.batches.at(step)
+            self._ready_sums = self._summed(self._ready.own.to(self._context.device)).cpu()
+        self._flops = float(self._ready_sums[2])
+        return self._ready, self.batches.shares(self._ready_sums)
+
+    def _backward(
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts, sample: Sample | None
+    ) -> torch.Tensor:
+        """Gradients of one micro-batch; the figures as float64 on the device."""
+        loss, values = self._forward(rows, weights, counts, sample)
+        self.engine.backward(loss)
+        values = {"loss": loss.detach(), **values}
+        zero = loss.new_zeros(())
+        return torch.stack([values.get(name, zero).double() for name in _FIGURES])
+
+    def _forward(
+        self, rows: TokenRows, weights: LossWeights, counts: TokenCounts,
+        sample: Sample | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        """Loss and figures of some rows: the teacher's hidden states, then the student's loss."""
+        teacher: Teacher | Sample | None = sample
+        states = None
+        hidden = weights.square_head > 0
+        if sample is None and (weights.uses_teacher_logits or hidden):
+            with torch.no_grad():
+                output = self._teacher(
+                    input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False,
+                    output_hidden_states=hidden,
+                )  # fmt: skip
+            teacher = Teacher(output.last_hidden_state, self._teacher_head)
+            states = output.hidden_states if hidden else None
+        loss, values = self.engine(
+            rows=rows, weights=weights, counts=counts, teacher=teacher, teacher_states=states
+        )
+        return loss, values
+
+    def _exchange(self, step: int, sums: torch.Tensor) -> tuple[dict[str, float], Request]:
+        """The step's figures over all workers, rank 0's requests, and the next step's counts."""
+        context = self._context
+        ahead = self.batches.at(step + 1) if step + 1 < self._total else None
+        request = Request()
+        if context.rank == 0:
+            request = self._requests.poll(self.pace.step_s)
+        asked = [
+            self.pace.wants_checkpoint(step + 1), request.should_save, request.should_stop,
+            self._drains.is_due(),
+        ]  # fmt: skip
+        flags = torch.tensor([float(context.rank == 0 and flag) for flag in asked])
+        own = torch.zeros(3, dtype=torch.float64) if ahead is None else ahead.own
+        message = torch.cat([sums, torch.cat([flags.double(), own]).to(sums.device)])
+        message = self._summed(message).cpu()
+        self._ready, self._ready_sums = ahead, message[-3:]
+        figures = message[: len(_FIGURES)] / context.world_size
+        self._is_due, save, stop, drains = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        if drains and self._drains.is_news(context.is_draining()):
+            save, request = True, Request(True, reason=request.reason or _DRAINED)
+            context.warn(f"distill: {_DRAINED}; saving, then going on")
+        values = dict(zip(_FIGURES, figures.tolist(), strict=True))
+        return values, Request(save or stop, stop, request.reason)
+
+    def _update(self, step: int, loss: float) -> str:
+        """Make the step's update, unless the step is bad: "ok", "skip" or "rollback"."""
+        verdicts = []
+
+        def is_sound() -> bool:
+            verdicts.append(self._spikes.judge(step, loss, optimizer.grad_norm(self.engine)))
+            return verdicts[-1].action == "ok"
+
+        optimizer.step_if(self.engine, is_sound)
+        if not verdicts:  # left out by DeepSpeed: the gradient is not finite
+            is_sound()
+        verdict = verdicts[0]
+        if verdict.action == "stop":
+            raise NonFiniteError(
+                f"distill: {verdict.reason}; lower distill.learning_rate, look at the data of that "
+                "step, or use distill.precision=fp32"
+            )
+        if verdict.action != "ok":
+            self._context.warn(f"distill: {verdict.reason}; its update is left out")
+        return str(verdict.action)
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        if self._context.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    # --- between steps
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether pruned weights are zero now: not while masks move."""
+        return self._moving is None or self._moving.is_frozen
+
+    def _freeze_when_due(self, step: int) -> None:
+        """Take masks anew, or for the last time, as the share of the run says."""
+        moving, settings = self._moving, self._settings
+        if moving is None or moving.is_frozen:
+            return
+        # One step at least with masks that stay, and so with zeros that are proven.
+        if step < min(round(settings.moving_share * self._total), self._total - 1):
+            if step and step % settings.mask_refresh_steps == 0:
+                moving.refresh()
+            return
+        moving.freeze()
+        self._set_masks(moving.masks())
+        self._guard.clear()
+        zero_state.settle(self.engine)
+        share = moving.share_moved()
+        self._context.warn(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
+
+    def _set_masks(self, masks: PackedMasks) -> None:
+        self.masks = masks
+        self._guard.set_masks(masks)
+        if self._moving is not None:
+            self._moving.load(masks)
+
+    def _check_replicas(self, step: int) -> None:
+        """Compare the weights that every worker holds a copy of.
+
+        Raises:
+            ReplicasDifferError: a worker's copy is another one.
+        """
+        every = self._settings.checksum_every_steps
+        stage = self.engine.zero_optimization_stage()
+        if not every or step % every or stage == 3 or self._context.world_size == 1:
+            return
+        own = checksum(param.data for param in self.engine.module.parameters())
+        sums: list[Any] = [None] * self._context.world_size
+        dist.all_gather_object(sums, own)
+        odd = [rank for rank, value in enumerate(sums) if value != sums[0]]
+        if odd:
+            raise ReplicasDifferError(
+                f"distill: after step {step} the weights of workers {odd} are not those of worker "
+                "0; a machine computes wrongly: look at it, then run the same command again, which "
+                "goes on from the last checkpoint"
+            )
+
+    def _is_scored(self, step: int) -> bool:
+        every = self._settings.heldout_every_steps
+        return self._heldout is not None and bool(every) and step % (every or 1) == 0
+
+    def _score(self, step: int) -> None:
+        assert self._heldout is not None
+        scores = self._heldout.score(lambda *given: self._forward(*given)[1], self._summed)
+        self.heldout_curve.append({"step": step, "scores": scores})
+        self._context.metrics(as_metrics(scores), step)
+
+    def _forecast(self, step: int) -> None:
+        """Every tenth of the run from a third on, tell the tracker where it will end."""
+        if self._context.rank or step not in self._forecast_at:
+            return
+        found = forecast_of(self.curve, self._rates)
+        if found.predicted is not None:
+            values = {"predicted": found.predicted, "low": found.low, "high": found.high}
+            self._context.metrics({f"distill/forecast_{k}": v for k, v in values.items()}, step)
+
+    def _should_save(self, step: int, request: Request) -> bool:
+        every = self._settings.checkpoint_every_steps
+        return request.should_save or self._is_due or bool(every and step % every == 0)
+
+    def _save(self, step: int, request: Request) -> None:
+        if self._moving is not None and not self._moving.is_frozen:
+            self.masks = self._moving.masks()
+        state = {
+            "curve": self.curve, "heldout_curve": self.heldout_curve,
+            "trained_s": self.pace.trained_s,
+            "num_updates": zero_state.num_updates(self.engine),
+            "spikes": self._spikes.state_dict(), "masks_are_frozen": self._is_held,
+        }  # fmt: skip
+        fragments = zero_state.state_fragments(self.engine, for_saving=True)
+        stall_s = self._checkpoints.save(step, fragments, self.masks, state)
+        dist.barrier()  # whose disk is quick waits here, not in a step, whose limit is short
+        self.pace.saved(step, stall_s)
+        if not request.should_save:
+            return
+        self._checkpoints.wait()
+        reason = [request.reason]
+        dist.broadcast_object_list(reason, src=0)  # rank 0 has waited for the commit
+        if self._context.rank == 0:
+            self._requests.done(request)
+        if request.should_stop:
+            raise StoppedEarlyError(
+                f"distill: stopped after step {step} of {self._total} with a checkpoint "
+                f"({reason[0]}); the same command goes on from there"
+            )
+
+    def _roll_back(self) -> None:
+        """Load the last checkpoint and go on behind it without the steps that were bad.
+
+        Raises:
+            NonFiniteError: there is no checkpoint yet.
+        """
+        self._checkpoints.wait()
+        dist.barrier()
+        found = self._checkpoints.latest(self._context.warn)
+        if found is None:
+            raise NonFiniteError(
+                "distill: bad steps in a row before the first checkpoint; lower "
+                "distill.learning_rate or raise distill.num_warmup_steps"
+            )
+        step, checkpoint = found
+        self._restore(checkpoint)
+        self._spikes.rolled_back(checkpoint.state["spikes"])
+        self._ready = None
+        self._context.warn(f"distill: back to step {step}; bad steps are left out from here on")

@@ -1,0 +1,102 @@
+"""Zeros stay zero while DeepSpeed trains: masks on gradients, masters and moments, proven again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from jobs.training.zero_state import WEIGHTS, _masters, _Part, _slice_start, param_numel
+from sparsify.errors import PatternViolationError
+from sparsify.masks.storage import PackedMasks, unpack_mask
+from sparsify.models.masked import has_alive
+
+
+class MaskGuard:
+    """Holds pruned weights at zero in the weights, the fp32 masters and both Adam moments.
+
+    Gradients are masked by hooks (`sparsify.models.masked.mask_gradients`), so nothing here should
+    ever find work: AdamW leaves a weight with zero gradient and zero moments at exactly zero. The
+    guard proves it after every step, on the parts of the copies that this rank holds. It keeps the
+    bits of those parts beside them, and unpacks one at a time.
+    """
+
+    def __init__(self, engine: Any, masks: PackedMasks) -> None:
+        self._engine = engine
+        named = dict(engine.module.named_parameters())
+        self._weights = {name: named[f"{name}.weight"] for name in masks}
+        self._packed: dict[str, torch.Tensor] = {}
+        self._parts: dict[_Part, torch.Tensor] = {}
+        self.set_masks(masks)
+
+    def set_masks(self, masks: PackedMasks) -> None:
+        """Hold other masks of the same layers from here on."""
+        self._packed, self._parts = masks.packed, {}
+
+    def check(self) -> None:
+        """Look at every copy.
+
+        Raises:
+            PatternViolationError: a pruned element is not zero; names layer and copy.
+        """
+        # Multiplying by 0 would hide NaN; this does not.
+        if not has_alive((values, pruned) for _, _, values, pruned in self._copies()):
+            return
+        for layer, copy, values, pruned in self._copies():
+            num_alive = int(torch.count_nonzero(values[pruned]))
+            if num_alive:
+                raise PatternViolationError(
+                    f"distill: {num_alive} pruned elements of {layer} are not zero in the {copy}; "
+                    "the mask was not held and the step cannot be trusted"
+                )
+
+    def clear(self) -> None:
+        """Zero the pruned elements of every copy: once, before the first step."""
+        with torch.no_grad():
+            for _, _, values, pruned in self._copies():
+                values.masked_fill_(pruned, 0.0)
+
+    def _copies(self) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+        """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
+        for layer, param in self._weights.items():
+            numel = param_numel(param)
+            found: dict[_Part, torch.Tensor] = {}
+            for copy, values, start in _local_copies(self._engine, param):
+                # Only the bits of this rank's slice, once for all copies of it.
+                part = (layer, values.device, start, min(start + values.numel(), numel))
+                if part not in found:
+                    found[part] = _pruned(self._bits(part), *part[2:])
+                yield layer, copy, values[: len(found[part])], found[part]
+
+    def _bits(self, part: _Part) -> torch.Tensor:
+        """The bytes of a layer's mask that hold a part of it."""
+        layer, device, start, stop = part
+        if part not in self._parts:
+            self._parts[part] = self._packed[layer][start // 8 : -(-stop // 8)].to(device)
+        return self._parts[part]
+
+
+def _pruned(bits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Flat bool: the elements of a mask from `start` to `stop` that are pruned.
+
+    Args:
+        bits: packed, from the byte on that holds element `start`.
+        start, stop: elements of the mask.
+    """
+    first = start // 8 * 8
+    keep = unpack_mask(bits, (max(0, min(8 * len(bits), stop - first)),))
+    return ~keep[start - first :]
+
+
+def _local_copies(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(what it is called, flat view, offset of its first element) of all that this rank holds."""
+    if hasattr(param, "ds_tensor"):  # ZeRO-3: every rank holds one slice of every parameter
+        yield "weights", param.ds_tensor.data.view(-1), _slice_start(param)
+    else:
+        yield "weights", param.data.view(-1), 0
+    for copy, values, start in _masters(engine, param):
+        if copy != WEIGHTS:
+            yield copy, values, start
+        elif values.data_ptr() != param.data.data_ptr():
+            yield "fp32 master", values, start

@@ -1,0 +1,109 @@
+"""Samples that stand for a recovery's teacher: found, and held against what the run is about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+    from conf.schema import Config
+    from sparsify.data.teacher_samples import SampleCache
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+    from conf.schema import Config
+    from sparsify.data.teacher_samples import SampleCache
+
+
+def open_cache(config: Config) -> SampleCache | None:
+    """The samples of the teacher that stand for it, None where the teacher itself is asked.
+
+    Raises:
+        InputError: the folder is not a whole cache.
+    """
+    from sparsify.data.teacher_samples import SampleCache
+
+    folder = config.distill.teacher_cache
+    return None if folder is None else SampleCache.open(Path(folder).absolute())
+
+
+def check_cache(config: Config, teacher: Path) -> None:
+    """Require that the cache, if there is one, was drawn from this teacher for these rows.
+
+    Raises:
+        InputError: not a cache, or one of another store, teacher, temperature or kind of rows.
+    """
+    from sparsify.data.store import TokenStore
+    from sparsify.formats.sparse_folder import model_fingerprint
+
+    cache = open_cache(config)
+    if cache is None:
+        return
+    field, facts = f"distill.teacher_cache={config.distill.teacher_cache}", cache.facts
+    store, isolates = given_store(config), config.data.isolate_documents
+    if store is None:
+        raise InputError(
+            f"{field}: its samples belong to the rows of a token store, and data.train="
+            f"{config.data.train} is none; give the store that it was made with"
+        )
+    digest, sha256 = TokenStore.open(store).digest, model_fingerprint(teacher)
+    if digest != facts.store_digest:
+        raise InputError(
+            f"{field}: drawn for the rows of another store (digest {facts.store_digest[:12]}) than "
+            f"data.train={store} ({digest[:12]}); use that store, or run python -m jobs.teach "
+            "with this one"
+        )
+    if sha256 != facts.teacher_sha256:
+        raise InputError(
+            f"{field}: drawn from another teacher (fingerprint {facts.teacher_sha256[:12]}) than "
+            f"{teacher} ({sha256[:12]}); use that one, or run python -m jobs.teach with this one"
+        )
+    if facts.temperature != config.distill.temperature:
+        raise InputError(
+            f"{field}: drawn at temperature {facts.temperature:g}, and distill.temperature="
+            f"{config.distill.temperature:g}; use distill.temperature={facts.temperature:g}, or "
+            f"run python -m jobs.teach with teach.temperature={config.distill.temperature:g}"
+        )
+    if facts.isolate_documents != isolates:
+        said, now = str(facts.isolate_documents).lower(), str(isolates).lower()
+        raise InputError(
+            f"{field}: drawn with data.isolate_documents={said}, and here it is {now}; use "
+            f"data.isolate_documents={said}, or run python -m jobs.teach with "
+            f"data.isolate_documents={now}"
+        )
+
+
+def check_words(cache: SampleCache, student: nn.Module) -> None:
+    """Require that the student's head has as many ids as the teacher's.
+
+    Raises:
+        InputError: it has not.
+    """
+    found = student.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    if found != cache.facts.num_words:
+        raise InputError(
+            f"distill: the student has {found} tokens, the teacher of {cache.folder} "
+            f"{cache.facts.num_words}; teacher and student must share the vocabulary"
+        )
+
+
+def verify_file(context: WorkerContext, payload: tuple[SampleCache, int]) -> None:
+    """One task: hash a file of a cache.
+
+    Raises:
+        InputError: it differs from what was written.
+    """
+    cache, index = payload
+    cache.verify_shard(cache.shards[index])
+
+
+def given_store(config: Config) -> Path | None:
+    """The token store that data.train is, if it is one."""
+    from sparsify.data.store import is_store
+
+    train = config.data.train
+    return Path(train) if train is not None and is_store(train) else None

@@ -1,0 +1,1 @@
+"""The stages on Ray workers: the part that needs torch."""

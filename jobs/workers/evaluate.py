@@ -1,0 +1,32 @@
+"""On every worker: a share of the held-out rows, scored with one model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+
+
+def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
+    """One task: score one model on every `shares`-th held-out row."""
+    from dataclasses import asdict
+
+    import torch
+
+    from jobs.corpus.rows import load_rows
+    from sparsify.evaluation.perplexity import EvalSums, evaluate_rows
+    from sparsify.formats.packed_folder import load_any
+    from sparsify.models.load import check_sequence_length, load_pair
+
+    torch.set_num_threads(context.num_threads)
+    config = payload["config"]
+    dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
+    check_sequence_length(dense.config, config.data.sequence_length)
+    num_rows = config.evaluate.num_tokens // config.data.sequence_length
+    rows, _ = load_rows(config.data, "heldout", tokenizer, num_rows, config.run.seed)
+    rows = rows[payload["share"] :: payload["shares"]]
+    if len(rows) == 0:
+        return asdict(EvalSums())
+    model = load_any(payload["folder"], config.model.dtype, context.device)
+    return asdict(evaluate_rows(model, rows, config.evaluate.batch_size, dense))

@@ -1,0 +1,372 @@
+"""One worker's part of the prune stage: rows, options, and each method on the checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from jobs.corpus.rows import load_rows
+from jobs.workers.prune_inputs import (
+    NUM_HELD_ROWS,
+    dense_layers,
+    fisher_weights,
+    rotated_model,
+    wanted_rotation_steps,
+)
+from sparsify.calibration.hidden_states import Placement
+from sparsify.calibration.layers import Order, passes_ahead
+from sparsify.comm import Comm
+from sparsify.formats.basis import carry_rotation, rotation_facts
+from sparsify.formats.packed24 import packed_num_bytes
+from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
+from sparsify.masks.storage import MaskFile, merge_masks, save_masks
+from sparsify.methods import Method, PruneParams, get_method
+from sparsify.models.blocks import unstreamable
+from sparsify.models.load import (
+    DTYPES,
+    check_sequence_length,
+    load_model,
+    load_tokenizer,
+    read_config,
+    save_model,
+)
+from sparsify.models.structure import fused_experts
+from sparsify.pattern import Pattern
+from sparsify.pruning.progress import FEW_TOKENS, LayerReport
+from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+    from conf.schema import Config
+
+_FIGURES = (
+    "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
+    "large_kept",
+)  # fmt: skip
+
+
+def layer_metrics(report: dict[str, Any], method: str) -> dict[str, float]:
+    """A pruned layer's figures under flat names, as trackers take them.
+
+    Args:
+        report: fields of a `LayerReport`.
+        method: name of the method, which becomes part of the names.
+
+    Returns:
+        prune/<method>/<figure> and prune/<method>/seconds/<phase>; figures that are None, such as
+        the condition of a method without a factor, are left out.
+    """
+    found = {name: report[name] for name in _FIGURES if report.get(name) is not None}
+    found |= {f"seconds/{phase}": s for phase, s in (report.get("seconds") or {}).items()}
+    return {f"prune/{method}/{name}": float(value) for name, value in found.items()}
+
+
+_ROOM_ON_GPU = 0.4  # of the free memory that hidden states may take; the rest is for the solver
+
+_ROOM_ON_HOST = 0.5
+
+
+class Pruning:
+    """What the methods of one run share.
+
+    Args:
+        context: this worker.
+        config: of the run.
+        dense: folder of the model to prune.
+        scratch: folder on a disk that all workers see; survives an interruption.
+    """
+
+    def __init__(self, context: WorkerContext, config: Config, dense: Path, scratch: Path) -> None:
+        torch.set_num_threads(context.num_threads)
+        settings = config.prune
+        self._context = context
+        self._config = config
+        self._dense = dense
+        self._scratch = scratch
+        self._rotated: Path | None = None
+        is_fixed = settings.reduction == "fixed"
+        many = context.world_size > 1
+        self._comm = Comm.distributed(is_fixed) if many else Comm.single(is_fixed)
+        self._pattern = Pattern.parse(settings.pattern)
+        self._params = PruneParams(
+            damping=settings.damping, block_size=settings.block_size,
+            teacher_share=settings.teacher_share, residual_share=settings.residual_share,
+            refit_iterations=settings.refit_iterations, descent_sweeps=settings.descent_sweeps,
+            admm_iterations=settings.admm_iterations,
+        )  # fmt: skip
+        self._tokenizer = load_tokenizer(dense)
+        check_sequence_length(read_config(dense), config.data.sequence_length)
+        num_held = NUM_HELD_ROWS if settings.budget else 0
+        rows, warning = load_rows(
+            config.data, "calibration", self._tokenizer, settings.num_samples + num_held,
+            config.run.seed,
+        )  # fmt: skip
+        self._rows = rows[: len(rows) - num_held]
+        self._held_rows = rows[len(rows) - num_held :]
+        if warning:
+            context.warn(warning)
+        self._reason = unstreamable(dense)
+        if self._reason is not None:
+            context.warn(
+                f"prune: the whole model is held in memory and is not resumable by blocks, because "
+                f"{self._reason}"
+            )
+        self.dense_layers: list[str] = []
+        """left dense under prune.budget, by the main method"""
+        self.rotation: dict[str, Any] | None = None
+        """what folding rotations in did, for the main method"""
+        self.seconds_ahead = 0.0
+        """of the main method's work on the whole model, before the walk that its layers report"""
+
+    def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
+        """Prune with method `name`, going on where an earlier run was stopped.
+
+        Returns:
+            The layers' reports as plain values.
+        """
+        context, settings = self._context, self._config.prune
+        is_main = name == settings.method
+
+        def say(done: float, total: float, text: str) -> None:
+            share = index + done / total
+            context.progress(share * total, num_methods * total, f"{text}, {name}")
+
+        common: dict[str, Any] = {
+            "comm": self._comm, "batch_size": settings.batch_size, "skip": list(settings.skip),
+            "existing": settings.existing, "order": self._order(name), "clock": time.perf_counter,
+            "overlap": settings.overlap,
+            "on_block": lambda done, total: say(done, total, "blocks"),
+        }  # fmt: skip
+        dense = self._dense
+        shared = (self._config, self._scratch, self._comm, context.device, say)
+        if is_main and wanted_rotation_steps(self._config, dense):
+            self._rotated, self.rotation = rotated_model(dense, self._rows, *shared)
+            dense = self._rotated or dense
+            self.seconds_ahead += self.rotation["seconds"]
+            self._warn_of_rotation(self.rotation)
+        if is_main and settings.fisher:
+            common["token_weights"], seconds = fisher_weights(dense, self._rows, *shared)
+            self.seconds_ahead += seconds
+        folder = self._scratch / name
+        if is_main and settings.budget:
+            everything = self._scratch / f"{name}-all"
+            first = self._prune(name, dense, everything, common)
+            found = dense_layers(dense, everything, self._held_rows, *shared)
+            self.dense_layers = found["dense_names"]
+            self.seconds_ahead += found["seconds"]
+            self.seconds_ahead += sum(sum(layer.seconds.values()) for layer in first.layers)
+            common["skip"] += self.dense_layers
+        result = self._prune(name, dense, folder, common)
+        if is_main:
+            self._warn_of(result.layers)
+        for number, report in enumerate(result.layers):
+            context.metrics(layer_metrics(asdict(report), name), number)
+        return [asdict(report) for report in result.layers]
+
+    def _warn_of_rotation(self, facts: dict[str, Any]) -> None:
+        if "refused" in facts:
+            self._context.warn(f"prune: no {facts['refused']}")
+        elif facts["untied_bytes"]:
+            self._context.warn(
+                f"prune: rotations gave the output layer a weight of its own, "
+                f"{facts['untied_bytes'] / 1e6:,.1f} MB more; prune.rotation_steps=0 keeps it tied"
+            )
+
+    def _prune(self, name: str, dense: Path, folder: Path, common: dict[str, Any]) -> PruneResult:
+        """One walk over the model, block by block from the disk where that is possible."""
+        settings, method = self._config.prune, get_method(name)
+        args = (self._rows, method, self._pattern, self._params)
+        if self._reason is not None:
+            return self._in_memory(dense, folder, args, common)
+        placement = self._placement(method)
+        if self._passes_ahead(method) and placement != "device":
+            # Each worker may decide for itself: the others need not know.
+            self._context.warn(
+                f"prune: no prune.overlap for {name}: the device has no room for what the dense "
+                "model does ahead; use fewer calibration rows or more workers"
+            )
+            common = {**common, "overlap": False}
+        return prune_checkpoint(
+            dense, folder, *args, **common,
+            dtype=self._config.model.dtype, device=self._context.device,
+            activations=placement,
+            checkpoint_every_blocks=settings.checkpoint_every_blocks,
+        )  # fmt: skip
+
+    def _in_memory(
+        self, dense: Path, folder: Path, args: Any, common: dict[str, Any]
+    ) -> PruneResult:
+        """The same of a checkpoint that cannot be read block by block."""
+        model = load_model(dense, self._config.model.dtype, self._context.device)
+        if experts := fused_experts(model):
+            self._context.warn(
+                f"prune: {len(experts)} expert weights are fused into one parameter each and stay "
+                f"dense, such as {experts[0]}"
+            )
+        result = prune_model(model, *args, **common)
+        if self._context.rank == 0:
+            save_model(model, None, folder)
+            save_masks(folder / "masks-00001.safetensors", result.keep_masks)
+        return result
+
+    def _order(self, name: str) -> Order:
+        """When inputs are measured: as asked for, or as the method has it."""
+        asked = self._config.prune.order
+        return get_method(name).order if asked == "auto" else asked  # type: ignore[return-value]
+
+    def _passes_ahead(self, method: Method) -> bool:
+        """Whether the dense model is to pass the next block while layers are solved."""
+        can = passes_ahead(self._order(method.name), method.needs_teacher)
+        return self._config.prune.overlap and can
+
+    def _placement(self, method: Method) -> Placement:
+        """Where hidden states go: as asked for, or where there is room for them.
+
+        On the device, where a pass over a block's layers one by one also holds forwards: for them
+        a Llama keeps the hidden states twice more and its widest activation. What the dense model
+        does ahead takes the hidden states of a stream once more, with a teacher six times.
+        """
+        asked = self._config.prune.activations
+        if asked != "auto":
+            return asked  # type: ignore[return-value]
+        config = read_config(self._dense).get_text_config()
+        bytes_per_feature = (
+            self._rows.num_tokens / self._context.world_size
+            * DTYPES[self._config.model.dtype].itemsize * (2 if method.needs_teacher else 1)
+        )  # fmt: skip
+        streams = bytes_per_feature * config.hidden_size
+        widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        held = 2 * streams + bytes_per_feature * widest
+        if self._order(method.name) != "layer":
+            held = 0
+        if self._passes_ahead(method):
+            held += 3 * streams if method.needs_teacher else streams
+        workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
+        if self._context.device == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            if streams + held <= _ROOM_ON_GPU * free:
+                return "device"
+        elif streams + held <= _ROOM_ON_HOST * available:
+            return "device"
+        return "host" if streams <= _ROOM_ON_HOST * available else "disk"
+
+    def _warn_of(self, layers: list[LayerReport]) -> None:
+        """Say which layers have too little data behind them."""
+        few = [layer for layer in layers if layer.tokens_per_column < FEW_TOKENS]
+        if few:
+            worst = min(few, key=lambda layer: layer.tokens_per_column)
+            self._context.warn(
+                f"prune: {len(few)} of {len(layers)} layers have fewer than {FEW_TOKENS:g} "
+                f"calibration tokens per input column, {worst.name} has "
+                f"{worst.tokens_per_column:.1f}; raise prune.num_samples or data.sequence_length"
+            )
+        dead = [layer for layer in layers if layer.num_dead_columns]
+        if dead:
+            worst = max(dead, key=lambda layer: layer.num_dead_columns)
+            self._context.warn(
+                f"prune: {len(dead)} layers have input columns that were zero on every "
+                f"calibration token, {worst.name} has {worst.num_dead_columns}"
+            )
+
+    def publish(self, name: str, folder: Path) -> None:
+        """Make the stage's model folder from a method's finished blocks; rank 0 calls it."""
+        source = self._scratch / name
+        folder.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not path.name.startswith(("masks-", "progress", ".")):
+                _link(path, folder / path.name)
+        merge_masks(sorted(source.glob("masks-*.safetensors")), folder / MASKS)
+        self._tokenizer.save_pretrained(folder)
+        dense_sha256 = model_fingerprint(self._dense)
+        if name == self._config.prune.method and self._rotated is not None:
+            _link(self._rotated / ROTATION, folder / ROTATION)
+            basis = rotation_facts(folder / ROTATION, dense_sha256)
+        else:
+            basis = carry_rotation(self._dense, folder)
+        provenance = {
+            "dense_path": str(self._dense.resolve()),
+            "dense_sha256": dense_sha256,
+            **basis,
+            "num_calibration_tokens": self._rows.num_tokens,
+            "seed": self._config.run.seed,
+        }
+        masks = MaskFile(folder / MASKS)
+        write_sparsity(folder, masks, self._config.prune.pattern, name, provenance)
+
+    def packed_bytes(self, folder: Path) -> int:
+        """Size that the pruned model has when its layers are packed."""
+        layers = MaskFile(folder / MASKS).shapes.keys()
+        return packed_num_bytes(_shapes(folder), layers, self._pattern)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _shapes(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a model folder's files, without their values."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
+              "F16": torch.float16}  # fmt: skip
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = dtypes.get(part.get_dtype())
+                if dtype is None:  # a buffer of integers or truth values: no weight
+                    found[name] = file.get_tensor(name)
+                else:
+                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return found
+
+
+def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """On every worker: prune the dense model with each method, each from where it was left.
+
+    A method's folder in the scratch space holds its finished blocks. All of them become part of
+    the stage's result at the end, so that a run that is killed loses no more than a block.
+    """
+    from jobs.runs.folder import disk_errors, write_json
+
+    pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
+    with disk_errors(payload["scratch"]):
+        found = {
+            name: pruning.run(name, index, len(payload["methods"]))
+            for index, name in enumerate(payload["methods"])
+        }
+        if context.rank != 0:
+            return
+        for name in payload["methods"]:
+            pruning.publish(name, payload["folder"] / name)
+    phases = {name: _seconds(reports) for name, reports in found.items()}
+    seconds = {name: sum(parts.values()) for name, parts in phases.items()}
+    seconds[payload["config"].prune.method] += pruning.seconds_ahead
+    layers = [{"method": name, **layer} for name, reports in found.items() for layer in reports]
+    figures = {
+        "layers": layers,
+        "packed_bytes": {name: pruning.packed_bytes(payload["folder"] / name) for name in found},
+        "phases": phases,
+        "seconds": seconds,
+        "dense_layers": pruning.dense_layers,
+        "rotation": pruning.rotation,
+    }
+    write_json(payload["folder"] / "figures.json", figures)
+
+
+def _seconds(reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds by phase over all layers."""
+    phases = {phase: 0.0 for report in reports for phase in report["seconds"]}
+    return {phase: sum(r["seconds"].get(phase, 0.0) for r in reports) for phase in phases}

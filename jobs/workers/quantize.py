@@ -1,0 +1,49 @@
+"""On one worker: quantise, pack, check and score the sparse model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.runtime.backend import WorkerContext
+
+
+def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """On every worker: quantise the model block by block; rank 0 writes the packed folder."""
+    import torch
+
+    from jobs.corpus.rows import load_rows
+    from jobs.runs.folder import disk_errors, write_json
+    from sparsify.comm import Comm
+    from sparsify.formats.packed_folder import save_packed_folder
+    from sparsify.formats.verify import masks_of
+    from sparsify.models.load import load_pair
+    from sparsify.quantization.quantize import QuantParams, quantize_model
+
+    torch.set_num_threads(context.num_threads)
+    config, folder = payload["config"], payload["folder"]
+    settings = config.quantize
+    comm = Comm.distributed() if context.world_size > 1 else Comm.single()
+    model, tokenizer = load_pair(payload["sparse"], config.model.dtype, context.device)
+    masks, pattern = masks_of(payload["sparse"], model, config.prune.pattern, config.prune.skip)
+    rows, warning = load_rows(
+        config.data, "calibration", tokenizer, settings.num_samples, config.run.seed
+    )
+    if warning:
+        context.warn(warning)
+    params = QuantParams(
+        method=settings.method, bits=settings.bits, group_size=settings.group_size,
+        damping=settings.damping,
+    )  # fmt: skip
+    result = quantize_model(
+        model, rows, masks, params, comm=comm, batch_size=settings.batch_size,
+        on_block=lambda done, total: context.progress(done, total, f"blocks, {settings.method}"),
+    )  # fmt: skip
+    if context.rank != 0:
+        return
+    with disk_errors(folder):
+        save_packed_folder(
+            folder / "packed", model, tokenizer, masks, pattern, result.layers, payload["sparse"]
+        )
+    write_json(folder / "layers.json", [asdict(report) for report in result.reports])

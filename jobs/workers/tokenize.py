@@ -1,0 +1,305 @@
+"""Writing a token store shard by shard, and going on where an earlier run stopped.
+
+How the sources are cut into shards depends on them and on `tokenize.shard_bytes` alone, and every
+shard on its part of the text alone: any number of workers and of interruptions gives the same
+bytes. Beside the shards, `.tokenize/` holds a record of each one that is whole; it goes when the
+manifest is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, text_digest
+from jobs.corpus.file_parts import Part, cut_source, read_part
+from jobs.corpus.sources import (
+    content_fingerprint,
+    gives_heldout,
+    heldout_digests,
+    source_fingerprint,
+    source_label,
+    training_sources,
+    with_absolute_paths,
+)
+from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
+from sparsify.data.rows import tokenizer_digest
+from sparsify.data.split import is_held_out, split_documents
+from sparsify.data.store import MANIFEST, Shard, StoreSource, is_store, read_manifest
+from sparsify.data.store_write import is_whole, shard_name, write_manifest, write_shard
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from cluster.runtime.backend import WorkerContext
+    from conf.options.data import DataConfig
+    from conf.options.tokenize import TokenizeJobConfig
+    from jobs.runs.display import Display
+
+MapShards = Callable[[Callable[..., Any], list[Any]], None]
+
+STATE = ".tokenize"
+
+_HELD = "heldout.bin"
+
+_DIGEST_BYTES = 32
+
+_MIN_DOCUMENTS = 20  # fewer are split at the end of every document, as everywhere
+
+_DROPPED_SHARE = 0.01  # of a source's tokens, above which a warning is due
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A training source, as it is tokenised."""
+
+    name: str
+    weight: float
+    side: bool | None
+    """of a built-in source that is split by the names of its files"""
+    rule: str
+    """which documents are left out: none, hash (held out by their text) or tail (their ends)"""
+    is_filtered: bool
+    """whether documents equal to a held-out one are left out"""
+    fingerprint: str
+    shards: list[list[Part]]
+
+    @property
+    def label(self) -> str:
+        """Its name without where it lies."""
+        return source_label(self.name)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker needs to make one shard."""
+
+    folder: Path
+    file: str
+    model: Path
+    """folder with the tokenizer"""
+    data: DataConfig
+    parts: list[Part]
+    side: bool | None
+    rule: str
+    heldout: Path | None
+    """file of digests of documents to leave out"""
+
+
+def write_store(
+    config: TokenizeJobConfig, out: Path, map_shards: MapShards, display: Display
+) -> None:
+    """Tokenise what is not yet tokenised, then write the manifest.
+
+    Args:
+        config: checked by its rules.
+        out: the store's folder; exists.
+        map_shards: calls `work(context, payload)` for every payload, wherever.
+        display: told what happens.
+
+    Raises:
+        InputError: a source or the tokenizer cannot be read, or the folder holds, whole or begun, a
+            store of something else.
+    """
+    from sparsify.models.load import load_tokenizer, resolve_path
+
+    display.start_stage("tokenize")
+    model = resolve_path(config.model.path).absolute()
+    tokenizer = load_tokenizer(model)
+    data = with_absolute_paths(config.data)
+    sources = [
+        _open_source(data, *source, config.tokenize.shard_bytes)
+        for source in training_sources(data)
+    ]
+    settings = _settings(config, sources, tokenizer)
+    state = out / STATE
+    done = _finished_shards(out, settings)
+    names = [[shard_name(i, j) for j in range(len(s.shards))] for i, s in enumerate(sources)]
+    missing = {name for row in names for name in row if name not in done}
+    if missing or not (out / MANIFEST).is_file():
+        begin(out, state, settings, [asdict(shard) for shard in done.values()])
+        if any(source.is_filtered for source in sources):
+            _write_digests(state / _HELD, heldout_digests(data))
+        tasks = [
+            ShardTask(
+                out, name, model, data, parts, source.side, source.rule,
+                state / _HELD if source.is_filtered else None,
+            )
+            for source, row in zip(sources, names, strict=True)
+            for name, parts in zip(row, source.shards, strict=True)
+            if name in missing
+        ]  # fmt: skip
+        if done:
+            display.say(f"tokenize: {len(done)} shards are whole, {len(tasks)} to make")
+        if tasks:
+            map_shards(tokenize_shard, tasks)
+        _finish(out, config, tokenizer, sources, names, settings, display)
+    shutil.rmtree(state, ignore_errors=True)
+    _show(out, display)
+
+
+def _open_source(
+    data: DataConfig, weight: float, name: str, held_out: bool | None, shard_bytes: int
+) -> _Source:
+    """The source with its cuts, its fingerprint, and what of it is held out."""
+    if is_store(name):
+        raise InputError(f"data source {name}: is a token store already; give the text itself")
+    is_by_name = name in SPLIT_BY_NAME
+    side = held_out if name in BUILT_IN else None
+    shards = cut_source(name, side, data, shard_bytes)
+    rule = "none"
+    if held_out is not None and not is_by_name:
+        rule = "hash" if _has_documents(shards, data, _MIN_DOCUMENTS) else "tail"
+    return _Source(
+        name, weight, side, rule, not gives_heldout(data, name),
+        content_fingerprint(data, name, held_out), shards,
+    )  # fmt: skip
+
+
+def _has_documents(shards: list[list[Part]], data: DataConfig, wanted: int) -> bool:
+    """Whether there are so many documents, reading no further than to find out."""
+    found = 0
+    for part in (part for parts in shards for part in parts):
+        found += len(read_part(part, None, data))
+        if found >= wanted:
+            return True
+    return False
+
+
+def _settings(
+    config: TokenizeJobConfig, sources: Sequence[_Source], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What decides every byte of the store; plain values without paths."""
+    data = config.data
+    is_filtered = any(source.is_filtered for source in sources)
+    return {
+        "sources": {
+            source.label if count == 0 else f"{source.label} ({count + 1})": {
+                "fingerprint": source.fingerprint,
+                "weight": source.weight,
+                "held_out": source.rule,
+            }
+            for source, count in zip(sources, _occurrences(sources), strict=True)
+        },
+        "heldout": source_fingerprint(data, "heldout") if is_filtered else None,
+        "heldout_share": data.heldout_share,
+        "text_field": data.text_field,
+        "separator": data.separator,
+        "sequence_length": data.sequence_length,
+        "shard_bytes": config.tokenize.shard_bytes,
+        "tokenizer_sha256": tokenizer_digest(tokenizer),
+    }
+
+
+def _occurrences(sources: Sequence[_Source]) -> list[int]:
+    """How often each source's label came before: files of two folders may have one name."""
+    labels = [source.label for source in sources]
+    return [labels[:index].count(label) for index, label in enumerate(labels)]
+
+
+def _finished_shards(out: Path, settings: dict[str, Any]) -> dict[str, Shard]:
+    """Name -> facts of every shard that is whole, its hash checked.
+
+    Raises:
+        InputError: the folder's store, whole or begun, was made from something else.
+    """
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        require_same("tokenize.out", out, manifest["settings"], settings, "the store")
+        shards = [Shard(**shard) for s in manifest["sources"] for shard in s["shards"]]
+    else:
+        records = begun_records("tokenize.out", out, out / STATE, settings, "store")
+        shards = [Shard(**record) for record in records]
+    return {shard.file: shard for shard in shards if is_whole(out, shard)}
+
+
+def tokenize_shard(context: WorkerContext, task: ShardTask) -> dict[str, Any]:
+    """Make one shard and the record that says it is whole; the record."""
+    # The tokenizer is Rust with threads of its own: as many as the worker was given.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(context.num_threads))
+    tokenizer = _tokenizer(task.model)
+    documents = _shard_documents(task)
+    length = task.data.sequence_length
+    shard = write_shard(task.folder, task.file, documents, tokenizer, length)
+    write_record(task.folder / STATE, asdict(shard))
+    return asdict(shard)
+
+
+def _shard_documents(task: ShardTask) -> Iterator[str]:
+    """The documents of a shard that are to be trained on, in their order."""
+    held = frozenset() if task.heldout is None else _read_digests(task.heldout)
+    share = task.data.heldout_share
+    for part in task.parts:
+        for text in read_part(part, task.side, task.data):
+            if task.rule == "hash" and is_held_out(text, share):
+                continue
+            kept = split_documents([text], False, share) if task.rule == "tail" else [text]
+            yield from (text for text in kept if text and text_digest(text) not in held)
+
+
+@cache
+def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    from sparsify.models.load import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+def _write_digests(path: Path, digests: set[bytes]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(sorted(digests)))
+    temporary.replace(path)
+
+
+@cache
+def _read_digests(path: Path) -> frozenset[bytes]:
+    content = path.read_bytes()
+    size = _DIGEST_BYTES
+    return frozenset(content[i : i + size] for i in range(0, len(content), size))
+
+
+def _finish(
+    out: Path,
+    config: TokenizeJobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[_Source],
+    names: Sequence[Sequence[str]],
+    settings: dict[str, Any],
+    display: Display,
+) -> None:
+    """Gather the records into the manifest."""
+    state = out / STATE
+    made = []
+    for source, row in zip(sources, names, strict=True):
+        shards = tuple(Shard(**read_record(state, name)) for name in row)
+        made.append(StoreSource(source.label, source.weight, source.fingerprint, shards))
+        dropped = sum(shard.num_dropped_tokens for shard in shards)
+        if dropped > _DROPPED_SHARE * (dropped + made[-1].num_tokens):
+            display.on_event(
+                {
+                    "kind": "warning",
+                    "text": f"{source.label}: {dropped:,} of its "
+                    f"{dropped + made[-1].num_tokens:,} tokens are behind the last whole row of a "
+                    "shard and are left out; with a larger tokenize.shard_bytes there are fewer",
+                }
+            )
+    write_manifest(out, tokenizer, config.data.sequence_length, made, settings)
+
+
+def _show(out: Path, display: Display) -> None:
+    from sparsify.data.store import TokenStore
+
+    store = TokenStore.open(out)
+    display.finish_stage(
+        "tokenize", f"{len(store):,} rows, {store.num_tokens:,} tokens, digest {store.digest[:12]}"
+    )
+    for source in store.sources:
+        display.say(
+            f"{source.name}: {source.num_rows:,} rows, weight {source.weight:.3g}, "
+            f"{sum(shard.num_documents for shard in source.shards):,} documents"
+        )

@@ -1,0 +1,1 @@
+"""What is measured of a block while calibration rows pass it: inputs, moments, Hessians."""

@@ -1,0 +1,1 @@
+"""What computing costs: operations, bytes, seconds, and how often to save."""

@@ -1,0 +1,218 @@
+"""Floating point operations of a model, and the share of a chip's peak that a run gets out of it.
+
+Counted is what the model asks for, not what is spent: recomputed activations, padding and the zeros
+of a pruned weight change nothing, so that two runs of one model can be compared by tokens/s alone.
+The convention is the causal one: a token attends to half of its document on average, and documents
+packed into one row cost the sum of their squares, not the square of the row. Figures with the full
+square (57.9 GFLOP/token for training Llama-3.1-8B at 8192 instead of 51.5) are another convention.
+
+Not counted: norms, activations, rotary angles, softmax, additions of biases, the optimizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
+from sparsify.models.varlen import _unknown, attention_windows
+
+# Dense bfloat16 with float32 accumulation, FLOP/s, from the maker's data sheets. The first entry
+# whose words are all in the device's name counts, so a variant stands before the plain one.
+_PEAKS = (
+    ("B200", 2250e12),
+    ("GH200", 989.4e12),
+    ("H200 NVL", 835.5e12),
+    ("H200", 989.4e12),
+    ("H100 NVL", 835.5e12),
+    ("H100 PCIe", 756.5e12),
+    ("H100 80GB HBM2e", 756.5e12),
+    ("H100", 989.4e12),
+    ("H800 PCIe", 756.5e12),
+    ("H800", 989.4e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362.05e12),
+    ("A40", 149.7e12),
+    ("L4", 121e12),
+)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What one forward of a causal LM multiplies."""
+
+    num_block_weights: float
+    """weights that every token meets in a multiplication, outside the head; of experts the active
+    share"""
+    num_head_weights: int
+    """weights of the output layer"""
+    attention_width: int
+    """query heads of a layer times their size"""
+    windows: tuple[int | None, ...]
+    """attention window of every layer in tokens; None: the whole document"""
+
+    def forward(self, lengths: Iterable[int], with_head: bool = True) -> float:
+        """FLOPs of one forward over documents of these lengths.
+
+        A weight costs 2 per token. A pair of a token and one before it costs 2 per head and
+        dimension for the score and 2 for the value: 4 d with d the width of all query heads (query
+        heads share keys in grouped-query attention, which saves memory and no multiplication). A
+        document of n tokens has n^2 / 2 pairs, so a layer costs 2 d n^2; under a window w < n it
+        has w n - w^2 / 2 of them.
+
+        Args:
+            lengths: tokens of each document.
+            with_head: whether the output layer is computed.
+        """
+        documents = list(lengths)
+        weights = self.num_block_weights + (self.num_head_weights if with_head else 0)
+        pairs = sum(
+            self.windows.count(window) * _num_pairs(length, window)
+            for window in set(self.windows)
+            for length in documents
+        )
+        return 2 * weights * sum(documents) + 4 * self.attention_width * pairs
+
+
+def _num_pairs(length: int, window: int | None) -> float:
+    if window is None or length <= window:
+        return length**2 / 2
+    return window * length - window**2 / 2
+
+
+def distillation_flops(
+    student: ModelFlops,
+    teacher: ModelFlops | None,
+    lengths: Iterable[int],
+    with_teacher_head: bool = True,
+) -> float:
+    """FLOPs of one step's documents: student forward and backward, teacher forward.
+
+    Backward is two multiplications for every one of forward (the gradient of the input and of the
+    weight), so the student counts three times.
+
+    Args:
+        student: counts of the model that is trained.
+        teacher: counts of the frozen one; None if the losses need no teacher.
+        lengths: tokens of each document; divide by their sum for FLOPs per token.
+        with_teacher_head: whether a loss uses the teacher's logits.
+    """
+    documents = list(lengths)
+    total = 3 * student.forward(documents)
+    return total + (teacher.forward(documents, with_teacher_head) if teacher else 0)
+
+
+def document_lengths(rows: TokenRows) -> list[int]:
+    """Tokens of every document of packed rows; a document cut by a row's end counts as two."""
+    starts = (rows.positions_NT.flatten() == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], rows.positions_NT.numel()]
+    return [end - start for start, end in zip(starts, ends, strict=True)]
+
+
+def mfu(
+    tokens_per_s: float, flops_per_token: float, peak_flops: float, num_devices: int = 1
+) -> float:
+    """Model FLOPs utilisation: the share of the devices' peak that the model's work is.
+
+    Args:
+        tokens_per_s: of all devices together.
+        flops_per_token: what the model asks for, from `distillation_flops` over real documents.
+        peak_flops: FLOP/s of one device, from `peak_flops`.
+        num_devices: how many there are.
+    """
+    return tokens_per_s * flops_per_token / (peak_flops * num_devices)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by the name that torch.cuda.get_device_name gives.
+
+    None for a CPU, for a GPU that is not in the table and for a part of one (MIG): then there is
+    no MFU, rather than a wrong one.
+    """
+    words = set(device_name.lower().replace("-", " ").split())
+    if "mig" in words:
+        return None
+    return next((peak for name, peak in _PEAKS if words.issuperset(name.lower().split())), None)
+
+
+def count_flops(model: nn.Module) -> ModelFlops:
+    """The counts of a transformers causal LM, read from its module tree and config.
+
+    Weights of nn.Linear (and transformers' Conv1D) meet every token once, those of an embedding
+    none, those of experts the share `num_experts_per_tok` of them; a head tied to the embedding
+    multiplies all the same.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        InputError: a kind of layer whose work is not known here (recurrent, convolution, attention
+            with compressed keys, encoder), so that the count would be a guess.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    name = type(model).__name__
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise InputError(f"{name}: has no output layer, so it is no causal LM whose work is known")
+    num_layers, heads = config.num_hidden_layers, getattr(config, "num_attention_heads", None)
+    odd = any(getattr(config, key, None) is not None for key in ("kv_lora_rank", "global_head_dim"))
+    if heads is None or odd:
+        raise _unknown(name, "its attention is not plain multi-head attention")
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unknown(name, "it has an encoder")
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    weights = sum(
+        _num_active_weights(module, where, config, name)
+        for where, module in model.named_modules()
+        if module is not head
+    )
+    return ModelFlops(
+        weights, head.weight.numel(), heads * size, attention_windows(config, num_layers, name)
+    )
+
+
+def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -> float:
+    """Weights of this module itself (not of its children) that a token is multiplied with."""
+    if isinstance(module, nn.modules.conv._ConvNd | nn.RNNBase):
+        raise _unknown(name, f"{where} is a {type(module).__name__}")
+    if isinstance(module, nn.Embedding):
+        return 0.0
+    kind = type(module).__name__
+    total = 0.0
+    for key, weight in module.named_parameters(recurse=False):
+        if "bias" in key or weight.ndim < 2:
+            continue
+        is_matmul = isinstance(module, nn.Linear) or kind == "Conv1D" or "Router" in kind
+        if weight.ndim == 2 and is_matmul:
+            total += weight.numel() * _active_share_of_list(where, config)
+        elif weight.ndim == 3 and "Experts" in kind:
+            total += weight.numel() * _num_active(config, name) / len(weight)
+        else:
+            shape = tuple(weight.shape)
+            raise _unknown(name, f"{where}.{key} {shape} of a {kind} is no known multiplication")
+    return total
+
+
+def _num_active(config: Any, name: str) -> int:
+    active = getattr(config, "num_experts_per_tok", None)
+    if active is None:
+        raise _unknown(name, "it has experts, and its config no num_experts_per_tok")
+    return int(active)
+
+
+def _active_share_of_list(where: str, config: Any) -> float:
+    """1, or for a linear in a list of experts (`...experts.3.w1`) the share that is active."""
+    parts = where.split(".")
+    in_list = any(a == "experts" and b.isdigit() for a, b in itertools.pairwise(parts))
+    if not in_list:
+        return 1.0
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if getattr(config, key, None):
+            return float(_num_active(config, where) / getattr(config, key))
+    raise _unknown(where, "it is an expert, and the config does not say of how many")

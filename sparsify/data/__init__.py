@@ -1,0 +1,1 @@
+"""Token rows: made from documents, split, ordered, stored."""

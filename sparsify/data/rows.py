@@ -1,0 +1,231 @@
+"""From documents to fixed-length token rows, and the rule that says which documents are held out.
+
+Owns tokenisation and packing. Knows nothing of where documents come from: an iterable of strings
+goes in, rows of token ids come out, and the same strings give the same rows on any machine.
+Shape suffixes: N rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_DOCUMENTS = 64
+
+_BATCH_CHARS = 256_000  # so that one long book does not make a reader of one row wait
+
+_TAIL_SHARE = 0.1  # held-out share of a text that has too few documents to hold some out
+
+# Scripts, digits, spaces, code, cases: whatever tokenizers are known to treat differently.
+_PROBE = (
+    "The quick brown fox JUMPS over 13 lazy dogs; it's 3.14159 o'clock, isn't it?\n\n\tdef f(x_1):"
+    "\n        return x_1 ** 2  # two  spaces   three\r\nÄrger über Straßen, déjà vu, naïve "
+    "ﬁne; Привет, мир! 你好，世界。こんにちは 안녕하세요 مرحبا שלום नमस्ते 😀👍🏽 ∑∫≠ 1234567890 "
+    "0x1F http://example.org/a?b=c&d=e CamelCase snake_case ALLCAPS don't We'LL\u00a0x\u200by <s> "
+    "</s> <|endoftext|> [CLS] ...!!! ---- ==== \\n {} [] () <> ~`@#$%^&*"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of tokens without padding, and where inside its document each token stands.
+
+    A model that is given both as `input_ids` and `position_ids`, with `use_cache=False` and without
+    an attention mask, lets no document of a row attend to another (see `models.packed`).
+    """
+
+    ids_NT: Tensor
+    """int64 token ids"""
+    positions_NT: Tensor
+    """int64 positions; 0 at the first token of every document and of every row"""
+
+    @classmethod
+    def whole(cls, ids_NT: Tensor) -> TokenRows:
+        """Rows that are one document each: positions 0 to T - 1."""
+        if ids_NT.ndim != 2:
+            raise InputError(f"token rows of shape {tuple(ids_NT.shape)}; expected (rows, tokens)")
+        positions_T = torch.arange(ids_NT.shape[1], device=ids_NT.device)
+        return cls(ids_NT, positions_T.expand(ids_NT.shape).contiguous())
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """The rows of all parts, one part after another; they must be of one length."""
+        return cls(
+            torch.cat([part.ids_NT for part in parts]),
+            torch.cat([part.positions_NT for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+    def __getitem__(self, index: slice | Tensor) -> TokenRows:
+        return TokenRows(self.ids_NT[index], self.positions_NT[index])
+
+    def split(self, num_rows: int) -> list[TokenRows]:
+        """Pieces of `num_rows` rows, the last one of what is left."""
+        return [self[start : start + num_rows] for start in range(0, len(self), num_rows)]
+
+    @property
+    def has_next_NT(self) -> Tensor:
+        """bool (N, T): the next token of the row goes on with the same document."""
+        has_next_NT = torch.zeros_like(self.positions_NT, dtype=torch.bool)
+        has_next_NT[:, :-1] = self.positions_NT[:, 1:] != 0
+        return has_next_NT
+
+    @property
+    def is_taught_NT(self) -> Tensor:
+        """bool (N, T): what a teacher may be compared at. It needs no next token, so unlike in
+        `has_next_NT` the last position of a row counts; the end of a document inside does not."""
+        is_taught_NT = self.has_next_NT
+        is_taught_NT[:, -1] = True
+        return is_taught_NT
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return bool((self.positions_NT[:, 1:] == 0).any())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows together."""
+        return self.ids_NT.numel()
+
+    def to(self, device: torch.device | str) -> TokenRows:
+        """The same rows on `device`."""
+        return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device))
+
+
+def _encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each document with one mark between documents.
+
+    The mark is the beginning token where the tokenizer sets one itself, else the end-of-text
+    token: both together make pairs that no model has seen in training.
+    """
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    batch: list[str] = []
+    num_chars = 0
+
+    def flush() -> Iterator[list[int]]:
+        for ids in tokenizer(batch, verbose=False)["input_ids"] if batch else []:
+            is_begun = begin is not None and ids[:1] == [begin]
+            has_mark = end is None or is_begun or ids[-1:] == [end]
+            yield ids if has_mark or not ids else [*ids, end]
+
+    for text in documents:
+        batch.append(text)
+        num_chars += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or num_chars > _BATCH_CHARS:
+            yield from flush()
+            batch, num_chars = [], 0
+    yield from flush()
+
+
+def token_rows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_rows: int | None = None,
+) -> TokenRows:
+    """Pack documents one after another into rows of `sequence_length` tokens, without padding.
+
+    A document that does not end with its row goes on in the next one, where its positions start
+    again at 0: what a model cannot see does not count.
+
+    Args:
+        documents: texts in the order in which they are to be used; consumed only as far as needed.
+        tokenizer: its end-of-text token is put after every document, unless it has none or starts
+            documents with a beginning token itself. The mark belongs to the document it ends, or
+            begins.
+        sequence_length: tokens per row.
+        num_rows: stop after this many rows; None takes every whole row there is.
+
+    Returns:
+        Rows of `sequence_length` tokens; the unfinished last row is dropped, so there are none when
+        the documents hold fewer tokens than one row.
+    """
+    if sequence_length < 2:
+        raise InputError(f"sequence_length: {sequence_length} is too short; use at least 2 tokens")
+    wanted = None if num_rows is None else num_rows * sequence_length
+    stream = token_stream(documents, tokenizer, wanted)
+    rows = len(stream.ids) // sequence_length
+    if num_rows is not None:
+        rows = min(rows, num_rows)
+    shape = (rows, sequence_length)
+    ids_NT = torch.tensor(stream.ids[: rows * sequence_length], dtype=torch.int64).reshape(shape)
+    return TokenRows(ids_NT, _positions(stream.starts, rows, sequence_length))
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents one after another, before they are cut into rows."""
+
+    ids: array[int]
+    """token ids, 8 bytes each"""
+    starts: array[int]
+    """where in `ids` each document begins"""
+
+
+def token_stream(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int | None = None
+) -> TokenStream:
+    """The tokens of all documents with the marks that `token_rows` describes.
+
+    Args:
+        documents: texts; one without tokens leaves no trace.
+        tokenizer: of the model that will read them.
+        num_tokens: stop behind the document that reaches this many; None takes all.
+    """
+    stream = TokenStream(array("q"), array("q"))
+    for ids in _encoded(documents, tokenizer):
+        if ids:
+            stream.starts.append(len(stream.ids))
+        stream.ids.extend(ids)
+        if num_tokens is not None and len(stream.ids) >= num_tokens:
+            break
+    return stream
+
+
+def _positions(starts: Sequence[int], num_rows: int, sequence_length: int) -> Tensor:
+    """Distance of each token from the last document start or row start at or before it (N, T)."""
+    num_tokens = num_rows * sequence_length
+    last_start = torch.zeros(num_tokens, dtype=torch.int64)
+    for begins in (
+        torch.tensor(starts, dtype=torch.int64),
+        torch.arange(num_rows) * sequence_length,
+    ):
+        inside = begins[begins < num_tokens]
+        last_start[inside] = inside
+    last_start = last_start.cummax(0).values if num_tokens else last_start
+    return (torch.arange(num_tokens) - last_start).reshape(num_rows, sequence_length)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of what a tokenizer does: its vocabulary, its marks, and a text full of traps.
+
+    Not of its files: saving a tokenizer anew, or with another version of the library, may change
+    their bytes and nothing else.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    parts = [
+        vocabulary,
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        [list(tokenizer(text, verbose=False)["input_ids"]) for text in (_PROBE, "x", "")],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus 1."""
+    return max(tokenizer.get_vocab().values()) + 1

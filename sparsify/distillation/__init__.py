@@ -1,0 +1,1 @@
+"""The recovery's loss, from hidden states, without a batch's logits."""

@@ -1,0 +1,1 @@
+"""Scores of a model on rows: perplexity, KL, top-1 agreement."""

@@ -1,0 +1,1 @@
+"""Files and folders of sparse models: written, read, checked."""

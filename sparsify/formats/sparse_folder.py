@@ -1,0 +1,78 @@
+"""A sparse model's folder: sparsity.json, files of masks and packed weights, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import InputError
+from sparsify.files import file_sha256, write_json
+
+SPARSITY = "sparsity.json"
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of a model folder that decide what it computes and how it tokenises.
+
+    A file that only describes (README, generation defaults, records) does not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        names = ("config.json", "tokenizer.json", "tokenizer_config.json", SPARSITY)
+        if path.suffix in (".safetensors", ".model") or path.name in names:
+            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+# In a folder of its own, as the masks: loaders take every *.safetensors beside config.json.
+ROTATION = "sparsity/rotation.safetensors"
+
+# In a folder of its own: loaders take every *.safetensors beside config.json for weights.
+MASKS = "sparsity/masks.safetensors"
+
+PACKED = "model.packed.safetensors"
+
+
+def read_sparsity(folder: Path) -> dict[str, Any] | None:
+    """`sparsity.json` of a model folder, or None when it has none.
+
+    Raises:
+        InputError: it is not readable.
+    """
+    path = folder / SPARSITY
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(
+            f"{path}: not JSON ({error}); restore it or prune the model again"
+        ) from None
+
+
+def write_sparsity(
+    folder: Path,
+    masks: Mapping[str, Any],
+    pattern: str,
+    method: str,
+    provenance: dict[str, Any],
+) -> None:
+    """Describe the zeros of a model folder: pattern, mask hash per layer, where it came from."""
+    from sparsify.masks.storage import mask_digest
+
+    layers = {}
+    for name in sorted(masks):
+        mask = masks[name]  # one at a time: they may come from a file
+        layers[name] = {
+            "shape": list(mask.shape),
+            "num_kept": int(mask.sum()),
+            "keep_mask_sha256": mask_digest(mask),
+        }
+    value = {
+        "format": "twofour-sparsity", "version": 1, "pattern": pattern, "method": method,
+        "provenance": provenance, "layers": layers,
+    }  # fmt: skip
+    write_json(folder / SPARSITY, value)

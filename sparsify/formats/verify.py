@@ -1,0 +1,119 @@
+"""The exact pattern check on files: what was written is what is checked, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from sparsify.errors import InputError, PatternViolationError
+from sparsify.formats.packed24 import load_packed
+from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity
+from sparsify.masks.select import require_pattern
+from sparsify.masks.storage import PackedMasks, load_masks
+from sparsify.models.masked import infer_masks
+from sparsify.pattern import Pattern
+
+
+def check_files(
+    folder: Path, masks: Mapping[str, torch.Tensor], pattern: Pattern
+) -> dict[str, int]:
+    """Check every masked weight in a model folder's safetensors files.
+
+    Args:
+        folder: model folder.
+        masks: layer name -> bool keep mask (O, I).
+        pattern: what every masked layer must satisfy.
+
+    Returns:
+        Counts: layers and weights checked, zeros among them, and violations (always 0 here).
+
+    Raises:
+        PatternViolationError: a pruned weight is not exactly zero, or a group is too full; names
+            the layer.
+        InputError: a masked layer is in no file.
+    """
+    return _check((w for path in folder.glob("*.safetensors") for w in _tensors(path)),
+                  folder, masks, pattern)  # fmt: skip
+
+
+def check_packed(folder: Path) -> dict[str, int]:
+    """`check_files` for a packed folder: what its file unpacks to, against its own masks."""
+    masks, pattern = masks_of(folder)
+    return _check(load_packed(folder / PACKED).items(), folder, masks, pattern)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a safetensors file, one in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+def _check(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    masks: Mapping[str, torch.Tensor],
+    pattern: Pattern,
+) -> dict[str, int]:
+    left = set(masks)
+    counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
+    for name, weight in weights:
+        layer = name.removesuffix(".weight")
+        if layer not in left:
+            continue
+        left.remove(layer)
+        check_weight(layer, weight, masks[layer], pattern)
+        counts["num_layers"] += 1
+        counts["num_weights"] += weight.numel()
+        counts["num_zeros"] += int((weight == 0).sum())
+    if left:
+        raise InputError(f"{folder}: no weight of layer {min(left)} in its files")
+    return counts
+
+
+def check_weight(
+    layer: str, weight: torch.Tensor, keep_mask: torch.Tensor, pattern: Pattern
+) -> None:
+    """PatternViolationError unless weight and mask fit the pattern, and pruned weights are zero."""
+    alive = (weight != 0) & ~keep_mask
+    if alive.any():
+        row, column = alive.nonzero()[0].tolist()
+        raise PatternViolationError(
+            f"{layer}: {int(alive.sum())} pruned weights are not zero, the first at row {row}, "
+            f"column {column}"
+        )
+    require_pattern([(layer, keep_mask)], pattern)
+    require_pattern([(layer, weight)], pattern)
+
+
+def masks_of(
+    folder: Path, model: Any = None, pattern: str | None = None, skip: Sequence[str] = (),
+    may_be_dense: bool = False,
+) -> tuple[PackedMasks, Pattern]:  # fmt: skip
+    """Masks and pattern of a sparse model folder.
+
+    They come from the folder's own files; a model that was pruned elsewhere has neither, and its
+    masks are read from the zeros of `model`, which must fit `pattern` exactly except in
+    the layers that match `skip`; or where it may be dense, from its largest weights.
+    """
+    masks, own_pattern = own_masks(folder, pattern)
+    if masks is None:
+        masks = infer_masks(model, own_pattern, skip, may_be_dense)
+    return masks, own_pattern
+
+
+def own_masks(folder: Path, pattern: str | None = None) -> tuple[PackedMasks | None, Pattern]:
+    """The masks that the folder of a sparse model holds, None if it holds none; the pattern.
+
+    `pattern` is that of a folder which does not describe itself.
+    """
+    sparsity = read_sparsity(folder)
+    if sparsity is None:
+        assert pattern is not None, "a stage's own folder describes itself"
+        sparsity = {"pattern": pattern}
+    found = Pattern.parse(sparsity["pattern"])
+    return load_masks(folder / MASKS) if (folder / MASKS).is_file() else None, found

@@ -1,0 +1,1 @@
+"""Keep masks (True = the weight survives): chosen, checked, stored as bits."""

@@ -1,0 +1,88 @@
+"""What a pruned layer should compute: the dense model's output instead of its own dense output.
+
+Shape suffixes: O output features (rows), I input features (columns).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.calibration.moments import Statistics
+from sparsify.kernels.precision import float32_products
+from sparsify.methods._base import Problem, PruneParams, working_weight
+
+_TOKENS_PER_COLUMN = 15.0  # at which a measured target counts half
+
+
+def shrinkage(num_tokens: int, num_columns: int) -> float:
+    """n / (n + 15 I), the trust in a target that was measured on n tokens.
+
+    The target has I numbers to fit for every output, so with few tokens per column it fits the
+    noise of the calibration text; a small model's best share grew with the tokens in this way.
+    """
+    return num_tokens / (num_tokens + _TOKENS_PER_COLUMN * num_columns)
+
+
+@float32_products()
+def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
+    """The dense weights T that bring the dense model's output back from the layer's own input.
+
+    The layer receives x, which the layers pruned before it have changed, where the dense model
+    has y; the residual stream that its output is added to holds r where the dense model has r'.
+    T minimises
+
+        mean || T x - (W x + a W (y - x) + b (r' - r)) ||^2  +  l || T - W ||^2,
+
+    so, with H = mean x x^T, P = mean (a W y + b (r' - r)) x^T and H_l = H + l I,
+
+        T = W + [P - a W H] H_l^-1.
+
+    a = 0 and b = 0 give the layer's own dense output, that is T = W. The damping l draws T to W.
+    The inverse is U^T U from the factor, applied as two products. A layer that adds to no residual
+    stream has b = 0, and all layers of its input share G = mean y x^T, of which P = a W G.
+
+    Args:
+        problem: with P in `wanted_OI`, measured with the shares of `params`; or, where it is None,
+            with statistics that have G in `cross_II`.
+        params: damping; a = teacher_share, b = residual_share. What they add is multiplied by
+            `shrinkage`.
+
+    Returns:
+        T (O, I), float32 or float64; zero in dead columns, whose input says nothing.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or infinity, or see `hessian.inverse_factor`.
+        SingularHessianError: see `hessian.inverse_factor`.
+
+    Reference: the asymmetric calibration of GPTAQ (arXiv:2504.02692) and QEP (arXiv:2504.09629)
+    for y; the residual term is a deviation, and so is the shrinkage.
+
+    Cost: three products of (O, I) with (I, I), for a = 0 one less; an (I, I) matrix with G.
+    """
+    statistics = problem.statistics
+    assert statistics is not None, f"{problem.name}: the target needs calibration"
+    assert problem.wanted_OI is not None or statistics.cross_II is not None, (
+        f"{problem.name}: the target needs the dense model"
+    )
+    target_OI = working_weight(problem.weight_OI, problem.name)
+    factor = statistics.factor(params.damping, problem.name)
+    pull_OI = _pull(problem, statistics, target_OI, params.teacher_share)
+    pull_OI.mul_(shrinkage(statistics.num_tokens, target_OI.shape[1]))
+    upper_II = factor.upper_II.to(target_OI.dtype)
+    target_OI.addmm_(pull_OI @ upper_II.T, upper_II)
+    target_OI[:, factor.dead_columns] = 0.0
+    return target_OI
+
+
+def _pull(problem: Problem, statistics: Statistics, weight_OI: Tensor, share: float) -> Tensor:
+    """P - a W H of `teacher_target` for a given share a."""
+    if problem.wanted_OI is not None:
+        pull_OI = problem.wanted_OI.to(weight_OI.dtype, copy=True)
+        hessian_II = statistics.hessian_II.to(weight_OI.dtype)
+        return pull_OI if share == 0 else pull_OI.addmm_(weight_OI, hessian_II, alpha=-share)
+    if share == 0:
+        return torch.zeros_like(weight_OI)
+    assert statistics.cross_II is not None
+    gap_II = (statistics.cross_II - statistics.hessian_II).to(weight_OI.dtype)
+    return (weight_OI @ gap_II).mul_(share)

@@ -1,0 +1,170 @@
+"""What a decoder block is called with, and calling it again with the same arguments."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
+from sparsify.models.structure import find_blocks
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """One call of a decoder block: its hidden states and everything else it was given."""
+
+    hidden_BTD: Tensor
+    args: tuple[Any, ...]
+    """positional arguments after the hidden states"""
+    kwargs: dict[str, Any]
+
+
+class Enough(Exception):
+    """Ends a forward that has come as far as it was wanted."""
+
+
+@contextmanager
+def first_block_alone(model: nn.Module) -> Iterator[None]:
+    """A model of one block while this lasts: its first.
+
+    What holds for how blocks are called, and for what comes before and after them, can be tried
+    this way on a model whose other blocks have no weights.
+    """
+    name, blocks = find_blocks(model)
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, leaf, nn.ModuleList([blocks[0]]))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, blocks)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a block returned (the block's tensor, or first of a tuple)."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise InputError(f"a decoder block returned {type(hidden).__name__}, expected a tensor")
+    return hidden
+
+
+class BlockCalls:
+    """The calls that a model makes of its blocks, without the blocks being computed.
+
+    What a block is given beside the hidden states (positions, masks) may differ from block to
+    block (sliding and full attention, for example) and from batch to batch (where documents
+    begin), but never depends on the hidden states themselves. So the model's forward is run with
+    blocks that hand through what they get, up to the block asked for: its weights need not be
+    there, and nothing has to be kept. Meanwhile other threads can run blocks as they are.
+
+    Args:
+        model: a transformers decoder; what comes before the blocks must hold its weights.
+        blocks: its list of blocks, from `find_blocks`.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._rest: tuple[None, ...] | None = None
+        """what stands after the hidden states in a block's answer; None: it answers a tensor"""
+        self._is_known = False
+        self._lock = threading.Lock()
+
+    def first(self, rows: TokenRows) -> BlockInputs:
+        """The call of the first block for a batch (B rows of T tokens).
+
+        Raises:
+            InputError: the forward never reaches the first block, or calls it without hidden
+                states.
+        """
+        return self._run(0, rows)
+
+    def call(self, index: int, rows: TokenRows, hidden_BTD: Tensor) -> BlockInputs:
+        """The call of block `index` for a batch whose hidden states there are `hidden_BTD`.
+
+        Raises:
+            InputError: a block is not called exactly once, in order, on the output of the one
+                before; then blocks cannot be pruned one after another.
+        """
+        found = self._run(index, rows)
+        return BlockInputs(hidden_BTD, found.args, found.kwargs)
+
+    def learn(self, block: nn.Module, rows: TokenRows) -> None:
+        """See on a few rows what a block returns (a tensor, or a tuple that begins with one)."""
+        call = self.first(rows)
+        output = block(call.hidden_BTD, *call.args, **call.kwargs)
+        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+        self._is_known = True
+
+    def _run(self, index: int, rows: TokenRows) -> BlockInputs:
+        """One forward that ends at block `index`, the blocks before it answering at once."""
+        with self._lock:
+            return self._run_alone(index, rows)
+
+    def _run_alone(self, index: int, rows: TokenRows) -> BlockInputs:
+        name, caller = type(self._model).__name__, threading.get_ident()
+        expected: list[Tensor] = []
+        found: list[BlockInputs] = []
+
+        def answer(at: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = _split_hidden(args, kwargs, name)
+            if at != len(expected) or (at and call.hidden_BTD is not expected[-1]):
+                raise InputError(
+                    f"{name}: block {at} is not called once, on the output of the block before "
+                    "it; models that compute something between blocks cannot be pruned"
+                )
+            if at == index:
+                found.append(call)
+                raise Enough
+            assert self._is_known, "learn() comes before call()"
+            # A new tensor each time, so that the check above knows whose output came in.
+            passed = call.hidden_BTD.view_as(call.hidden_BTD)
+            expected.append(passed)
+            return passed if self._rest is None else (passed, *self._rest)
+
+        def stand_in(at: int, block: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != caller:
+                    return type(block).forward(block, *args, **kwargs)
+                return answer(at, args, kwargs)
+
+            return forward
+
+        try:
+            for at, block in enumerate(self._blocks):
+                object.__setattr__(block, "forward", stand_in(at, block))
+            device = next(p for p in self._model.parameters() if p.device.type != "meta").device
+            rows = rows.to(device)
+            self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+        except Enough:
+            return found[0]
+        finally:
+            for block in self._blocks:
+                block.__dict__.pop("forward", None)
+        raise InputError(
+            f"{name}: its forward called only {len(expected)} of {index + 1} blocks; models that "
+            "skip blocks cannot be pruned block by block"
+        )
+
+
+def run_block(block: nn.Module, inputs: BlockInputs) -> Tensor:
+    """The hidden states that `block` makes of `inputs`, (B, T, D)."""
+    return hidden_of(block(inputs.hidden_BTD, *inputs.args, **inputs.kwargs))
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], model_name: str) -> BlockInputs:
+    """Take the hidden states out of a block's arguments, by position or by keyword."""
+    rest = dict(kwargs)
+    hidden = args[0] if args else rest.pop("hidden_states", None)
+    if not isinstance(hidden, Tensor):
+        raise InputError(
+            f"{model_name}: a decoder block was called without hidden states as its first "
+            "argument or as hidden_states="
+        )
+    return BlockInputs(hidden, tuple(args[1:]), rest)

@@ -1,0 +1,155 @@
+"""The language-model head: found, checked against the model's logits, applied to hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """What a model family does to the head's output u: z = cap tanh(scale u / cap), or scale u."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Transform in place."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: transform(h W^T + b)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    transform: HeadTransform = field(default_factory=HeadTransform)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of all of `hidden` (..., D) at once, in float32 at least; for few tokens."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = hidden.to(dtype) @ self.weight_VD.to(dtype).T
+        if self.bias_V is not None:
+            logits += self.bias_V
+        return self.transform.apply_(logits)
+
+
+_CHECK_TOKENS = 8
+
+_CHECK_SIZE = 100.0  # of the logits compared: soft caps in use are 30 to 50
+
+# Measured on the families of tests/families.py: 2e-7; bfloat16 rounds logits by up to 2^-8.
+_CHECK_RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+_CHECK_RELATIVE_HALF = 0.03
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """A causal language model in two parts: logits = transform(linear(base(...).last_hidden))."""
+
+    base: nn.Module
+    """returns `last_hidden_state`, and `hidden_states` when asked"""
+    linear: nn.Linear
+    transform: HeadTransform
+
+    def plain(self) -> Head:
+        """The head as plain tensors that follow the weights (a teacher's, for example)."""
+        bias = self.linear.bias
+        return Head(
+            self.linear.weight.detach(), None if bias is None else bias.detach(), self.transform
+        )
+
+
+def find_head(model: Any) -> LanguageHead:
+    """The two parts of a causal language model; `check_head` proves that they are right.
+
+    Raises:
+        InputError: there is no linear head, or no base model in front of it.
+    """
+    name = type(model).__name__
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise InputError(
+            f"{name}: its head is {type(linear).__name__}, expected nn.Linear; recovery needs a "
+            "causal language model with a linear head"
+        )
+    if model.base_model is model:
+        raise InputError(
+            f"{name}: it has no base model that ends before the head; recovery needs a causal "
+            "language model of transformers such as LlamaForCausalLM"
+        )
+    return LanguageHead(model.base_model, linear, _transform_of(model.config.get_text_config()))
+
+
+def _transform_of(config: Any) -> HeadTransform:
+    """What the configuration says is done to logits, by the names that families give it."""
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon H1
+        value = getattr(config, name, None)
+        scale *= value if isinstance(value, int | float) else 1.0
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    return HeadTransform(scale / (divisor or 1.0), soft_cap)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> LanguageHead:
+    """`find_head`, compared with the model's own logits on one short row.
+
+    The input of the head is scaled so that the largest logit is about 100, where a soft cap shows
+    even in a model whose own logits are small. Call it before weights are split over workers.
+
+    Raises:
+        InputError: the logits differ; names the model.
+
+    Cost: three forward passes of eight tokens.
+    """
+    found = find_head(model)
+    name = type(model).__name__
+    device = found.linear.weight.device
+    num_words = model.config.get_text_config().vocab_size
+    ids = torch.arange(_CHECK_TOKENS, device=device)[None] % num_words
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = found.base(input_ids=ids, use_cache=False).last_hidden_state
+        if hidden.shape[-1] != found.linear.in_features:
+            raise InputError(
+                f"{name}: its base model returns states of width {hidden.shape[-1]}, its head "
+                f"takes {found.linear.in_features}; recovery cannot train it"
+            )
+        size = found.linear(hidden).abs().max().item() * found.transform.scale
+        stretch = _CHECK_SIZE / size if size else 1.0
+        stretched = hidden * stretch
+        handle = found.linear.register_forward_pre_hook(lambda _, args: (args[0] * stretch,))
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            handle.remove()
+    finally:
+        model.train(was_training)
+    error = (found.plain().logits(stretched).float() - expected).abs().max().item()
+    limit = _CHECK_RELATIVE.get(hidden.dtype, _CHECK_RELATIVE_HALF)
+    if not error <= limit * expected.abs().max().item():
+        raise InputError(
+            f"{name}: its logits are not what its head and its configuration say (off by "
+            f"{error:.3g}, largest {expected.abs().max().item():.3g}); it does something to them "
+            "that is not known here: recovery cannot train it, use stages without distill"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Integers for weights, every zero left in place."""

@@ -1,0 +1,145 @@
+"""Second moments of what the linears of a decoder receive, as far as a rotation depends on them.
+
+Shape suffixes: D hidden size, T tokens, I input features of a writer, H key-value heads, Q query
+heads of one of them, K width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.calibration.hessian import HessianSum
+from sparsify.comm import Comm, sum_lanes
+from sparsify.data.rows import TokenRows
+from sparsify.models.calls import Enough
+from sparsify.rotation.sites import RotationSites
+
+
+@dataclass
+class StreamMoments:
+    """Moments of the linears' inputs in the dense model, gains folded."""
+
+    norms: list[Tensor]
+    """(D, D) float32 per norm but the last"""
+    diagonals: dict[str, Tensor]
+    """writer -> (I,) float32"""
+    values: dict[int, Tensor]
+    """id of an output projection -> float32 (H, Q, K, K), the blocks of its heads"""
+
+
+@torch.no_grad()
+def stream_moments(
+    model: nn.Module, sites: RotationSites, rows: TokenRows, batch_size: int, comm: Comm
+) -> StreamMoments:
+    """Means over the tokens of `rows`, of all blocks in one forward without the output layer.
+
+    Args:
+        model: in evaluation mode; on every process the same.
+        sites: of the model.
+        rows: all rows, on every process; each works on its share of them.
+        batch_size: rows per forward.
+        comm: the processes that take part.
+
+    Raises:
+        NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; on all processes.
+
+    Memory: a sum of the size of the result, on a CPU in float64 where it is of a norm; with a fixed
+    order on one process four of them.
+    """
+
+    def of_lane(lane: TokenRows) -> _Sums:
+        sums = _Sums(sites)
+        for batch in lane.split(batch_size):
+            sums.add(model, batch)
+        return sums
+
+    lanes = [rows[where] for where in comm.lanes(len(rows))]
+    total = comm.together(lambda: sum_lanes(map(of_lane, lanes), _Sums.merge))
+    total.reduce(comm)
+    return comm.together(lambda: total.means(rows.num_tokens))
+
+
+class _Sums:
+    """Sums over the tokens of one lane; see `StreamMoments`."""
+
+    def __init__(self, sites: RotationSites) -> None:
+        device = sites.head.weight.device
+        width = sites.embedding.weight.shape[1]
+        self._sites = sites
+        self._heads = {id(site.output): site for site in sites.values}
+        self._norms = [HessianSum(width, device) for _ in sites.norms[:-1]]
+        self._diagonals = {
+            name: torch.zeros(linear.in_features, device=device)
+            for name, linear in sites.writers.items()
+        }
+        self._values = {
+            key: torch.zeros(
+                site.num_kv_heads, site.num_queries, site.head_dim, site.head_dim, device=device
+            )
+            for key, site in self._heads.items()
+        }
+
+    def add(self, model: nn.Module, batch: TokenRows) -> None:
+        """Run the model up to its last norm, after which nothing is measured."""
+        handles = [
+            next(iter(site.readers.values())).register_forward_pre_hook(_adder(total))
+            for site, total in zip(self._sites.norms, self._norms, strict=False)
+        ]
+        handles += [
+            linear.register_forward_pre_hook(
+                lambda module, args, name=name: self._note_writer(name, module, args[0])
+            )
+            for name, linear in self._sites.writers.items()
+        ]
+        handles.append(self._sites.norms[-1].norm.register_forward_pre_hook(_stop))
+        batch = batch.to(self._sites.head.weight.device)
+        try:
+            with contextlib.suppress(Enough):
+                model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note_writer(self, name: str, linear: nn.Linear, value: Tensor) -> None:
+        flat_TI = value.reshape(-1, value.shape[-1]).float()
+        self._diagonals[name] += flat_TI.square().sum(0)
+        if (site := self._heads.get(id(linear))) is not None:
+            split = flat_TI.reshape(-1, site.num_kv_heads, site.num_queries, site.head_dim)
+            self._values[id(linear)] += torch.einsum("thqk,thql->hqkl", split, split)
+
+    def merge(self, other: _Sums) -> None:
+        """Add the sums of `other`, in place."""
+        for total, more in zip(self._norms, other._norms, strict=True):
+            total.merge(more)
+        for name, diagonal_I in other._diagonals.items():
+            self._diagonals[name] += diagonal_I
+        for key, blocks_HQKK in other._values.items():
+            self._values[key] += blocks_HQKK
+
+    def reduce(self, comm: Comm) -> None:
+        """Add up the sums of all processes, on all of them."""
+        for total in self._norms:
+            total.reduce(comm)
+        for tensor in [*self._diagonals.values(), *self._values.values()]:
+            comm.all_reduce_(tensor)
+
+    def means(self, num_tokens: int) -> StreamMoments:
+        return StreamMoments(
+            [total.mean() for total in self._norms],
+            {name: diagonal_I / num_tokens for name, diagonal_I in self._diagonals.items()},
+            {key: blocks_HQKK / num_tokens for key, blocks_HQKK in self._values.items()},
+        )
+
+
+def _adder(total: HessianSum) -> Callable[[nn.Module, Any], None]:
+    return lambda module, args: total.add(args[0])
+
+
+def _stop(module: nn.Module, args: Any) -> None:
+    raise Enough

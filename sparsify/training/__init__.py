@@ -1,0 +1,1 @@
+"""Training by hand: checkpoints, health, forecasts, moving masks, pretraining."""
