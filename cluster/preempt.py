@@ -28,8 +28,11 @@ from types import FrameType
 from typing import Any
 
 SAVE, STOP = "save", "stop"
+
 _SIGNALS = {signal.SIGTERM: STOP, signal.SIGUSR1: SAVE}
+
 _POLL_S = 1.0
+
 _DRAIN_POLL_S = 60.0
 
 

@@ -22,10 +22,15 @@ from typing import Any, TextIO
 
 EXIT_HANG = 75
 """exit code of a process that its watchdog ended: EX_TEMPFAIL, worth another try"""
+
 _NUM_REMEMBERED = 101
+
 _NUM_KNOWN = 3  # steps before their median says anything
+
 _ON_HANG_TIMEOUT_S = 10.0
+
 _MOST_POLL_S = 1.0
+
 # Beyond the limit: the time in which the thread should have acted, were the interpreter alive.
 _BACKSTOP_S = 30.0
 

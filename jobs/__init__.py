@@ -1,0 +1,1 @@
+"""The commands: `python -m jobs.<command>`. jobs/pipeline.py is the file to read first."""

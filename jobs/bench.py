@@ -1,7 +1,7 @@
 """Benchmarks: this project beside others, beside itself on more processes, and beside arithmetic.
 
 `python -m jobs.bench NAME` measures both sides in one run, prints a table and writes a dated JSON
-record. One file of jobs/_bench per benchmark; this one only reads the command line.
+record. One file of jobs/benchmarks per benchmark; this one only reads the command line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _BENCHMARKS = {
     "step": "a step of recovery compared with the arithmetic of its two models, and its parts",
     "model": "a whole model's time and memory from some of its blocks, phase by phase",
 }
+
 _EXAMPLES = (
     "python -m jobs.bench prune --against llmcompressor --threads 1",
     "python -m jobs.bench prune --against llmcompressor --model embedded",
@@ -44,6 +45,7 @@ _EXAMPLES = (
     "--batch-size 4 --micro-batch-size 1 --device cuda --engine plain --compile --save",
     "python -m jobs.bench model --shape llama-3.1-8b --blocks 3 --device cuda",
 )
+
 _EXIT_FAILED, _EXIT_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -79,7 +81,7 @@ def _add_common(one: argparse.ArgumentParser, has_out: bool) -> None:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"jobs._bench.{name}")
+    return importlib.import_module(f"jobs.benchmarks.{name}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from jobs._bench.record import build_record, default_name, render, write_record
+    from jobs.benchmarks.support.record import build_record, default_name, render, write_record
 
     options.workdir.mkdir(parents=True, exist_ok=True)
     begun_s = time.time()

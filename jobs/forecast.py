@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify.errors import InputError
 
 if TYPE_CHECKING:
-    from sparsify.forecast import Forecast
+    from sparsify.training.forecast import Forecast
 
 _EXIT_INPUT = 2
 
@@ -62,8 +62,8 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
     Raises:
         InputError: the folder has no recovery, or its steps have no such metric.
     """
-    from jobs._schedule import num_final_steps
-    from sparsify.forecast import forecast
+    from jobs.training.schedule import num_final_steps
+    from sparsify.training.forecast import forecast
 
     rates = rates_of(_settings(run_dir))
     last = len(rates) if share is None else round(share * len(rates))
@@ -75,8 +75,8 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
 
 def rates_of(settings: dict[str, Any]) -> list[float]:
     """The learning rate of every step, from the part of a record that decides the weights."""
-    from conf.stages import DistillConfig
-    from jobs._schedule import planned_rates
+    from conf.options.distill import DistillConfig
+    from jobs.training.schedule import planned_rates
 
     distill, data = settings["distill"], settings["data"]
     known = DistillConfig.__dataclass_fields__
@@ -100,7 +100,7 @@ def _points(run_dir: Path, metric: str) -> dict[int, float]:
     A resumed run repeats the steps since its checkpoint: what the log had of them before does not
     count. A step without a finite value has no point.
     """
-    from jobs._tracking import METRICS_FILE
+    from jobs.runs.tracking import METRICS_FILE
 
     record = run_dir / "distill" / "record.json"
     if record.is_file() and not (run_dir / ".distill.partial").exists():

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jobs.cli.command import Command
+from jobs.cli.main import main
 
 if TYPE_CHECKING:
-    from conf.schema import PretrainConfig
-
-_END = "<|endoftext|>"
-_USUAL_ROWS = 256  # what the pipeline scores by default: 65,536 tokens
+    from conf.options.pretrain import PretrainConfig
 
 
-def run(config: PretrainConfig) -> None:
+def run(config: PretrainConfig) -> Path:
     """Tokenizer, data, training, held-out score, model card; the folder appears at the end.
 
     Raises:
@@ -26,15 +26,24 @@ def run(config: PretrainConfig) -> None:
     """
     import torch
 
-    from conf.schema import DataConfig
-    from jobs._artifact import disk_errors, versions
-    from jobs._progress import Display
-    from jobs._sources import load_rows
+    from conf.options.data import DataConfig
+    from jobs.corpus.rows import load_rows
+    from jobs.runs.artifact import versions
+    from jobs.runs.display import Display
+    from jobs.runs.folder import disk_errors
+    from jobs.workers.pretrain import (
+        USUAL_ROWS,
+        model_card,
+        new_model,
+        read_documents,
+        train_tokenizer,
+    )
+    from sparsify.data.rows import token_rows
+    from sparsify.data.split import shuffled
     from sparsify.errors import InputError
-    from sparsify.evaluate import evaluate_rows
+    from sparsify.evaluation.perplexity import evaluate_rows
     from sparsify.models.load import save_model
-    from sparsify.pretrain import PretrainParams, pretrain
-    from sparsify.text import shuffled, token_rows
+    from sparsify.training.pretrain import PretrainParams, pretrain
 
     out = Path(config.out)
     if out.exists():
@@ -48,8 +57,8 @@ def run(config: PretrainConfig) -> None:
     begun_s = time.monotonic()
     with Display() as display:
         display.start_stage("pretrain")
-        vocabulary_texts, texts, heldout = _documents(config)
-        tokenizer = _train_tokenizer(vocabulary_texts, config)
+        vocabulary_texts, texts, heldout = read_documents(config)
+        tokenizer = train_tokenizer(vocabulary_texts, config)
         texts = [texts[index] for index in shuffled(len(texts), config.seed)]
         num_rows = config.num_tokens // config.sequence_length
         rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
@@ -60,7 +69,7 @@ def run(config: PretrainConfig) -> None:
             )
         held_rows = token_rows(heldout, tokenizer, config.sequence_length)
         torch.manual_seed(config.seed)
-        model = _new_model(config).to(config.device)
+        model = new_model(config).to(config.device)
         params = PretrainParams(
             config.batch_size, config.learning_rate, config.num_warmup_steps,
             config.weight_decay, config.max_grad_norm, config.bf16,
@@ -73,7 +82,7 @@ def run(config: PretrainConfig) -> None:
         num_tokens = pretrain(model, rows.ids_NT, params, config.seed, on_step)
         sums = evaluate_rows(model, held_rows, config.batch_size)
         usual = DataConfig() if config.data == "code" else DataConfig(calibration=config.data)
-        usual_rows, _ = load_rows(usual, "heldout", tokenizer, _USUAL_ROWS, config.seed)
+        usual_rows, _ = load_rows(usual, "heldout", tokenizer, USUAL_ROWS, config.seed)
         facts = {
             "num_tokens": num_tokens,
             "perplexity": sums.perplexity,
@@ -86,127 +95,20 @@ def run(config: PretrainConfig) -> None:
         (partial / "README.md").write_text(model_card(model, config, facts), encoding="utf-8")
         partial.rename(out)
         display.finish_stage("pretrain", f"held-out perplexity {sums.perplexity:.3f}")
+    return out
 
 
-def _documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
-    """Texts for the vocabulary, for training and held-out ones, without held-out text in the first.
-
-    From code: the standard library for the vocabulary, repeated beside the packages for training.
-    """
-    from conf.schema import DataConfig
-    from jobs._builtin import package_documents, stdlib_documents
-    from jobs._sources import open_source
-
-    if config.data != "code":
-        source = DataConfig(calibration=config.data)
-        heldout = list(open_source(config.data, True, source))
-        texts = [t for t in open_source(config.data, False, source) if t not in set(heldout)]
-        return texts, texts, heldout
-    heldout = list(stdlib_documents(held_out=True))
-    stdlib = list(dict.fromkeys(stdlib_documents(held_out=False)))
-    packages = [text for text in dict.fromkeys(package_documents()) if text not in set(heldout)]
-    return stdlib, stdlib * config.stdlib_repeats + packages, heldout
-
-
-def _train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
-    """A byte-level BPE tokenizer of the training text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=_END, bos_token=_END,
-        model_max_length=config.sequence_length,
-    )  # fmt: skip
-
-
-def _new_model(config: PretrainConfig) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.hidden_size // config.num_heads,
-            max_position_embeddings=config.sequence_length,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
-    """The README.md of a model folder: data, recipe, tokens, held-out perplexity, limits."""
-    num_parameters = sum(p.numel() for p in model.parameters())
-    installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    is_code = config.data == "code"
-    front = "license: apache-2.0\nlanguage: [code]\n" if is_code else ""
-    title, what, data = _code_words(config) if is_code else _other_words(config)
-    prose = ", most of them the prose of pydoc_data/topics.py" if is_code else ""
-    command = "python -m jobs.pretrain" + ("" if is_code else f" data={Path(config.data).name} ...")
-    return f"""---
-library_name: transformers
-{front}---
-# {title}
-
-A Llama-architecture model of {what}, {num_parameters:,} parameters, trained from
-scratch by this project. It predicts such text; it is not meant for anything else.
-
-| | |
-|---|---|
-| parameters | {num_parameters:,} ({config.num_layers} blocks of width {config.hidden_size}, feed-forward {config.intermediate_size}, tied embeddings) |
-| tokenizer | byte-level BPE, {config.vocab_size} tokens, trained on the training text |
-| context | {config.sequence_length} tokens |
-| trained on | {facts["num_tokens"]:,} tokens ({facts["num_tokens"] / num_parameters:.0f} per parameter) |
-| held-out perplexity | {facts["usual_perplexity"]:.3f} per token on the 65,536 tokens that `python -m jobs.evaluate` scores by default |
-| | {facts["perplexity"]:.3f} on all {facts["num_heldout_tokens"]:,} held-out tokens{prose} |
-| time | {facts["duration_s"] / 60:.0f} minutes on {config.device} |
-
-**Data.** {data}
-
-**Recipe.** AdamW (0.9, 0.95), peak rate {config.learning_rate:g} after {config.num_warmup_steps}
-steps of warm-up, linear decay to zero, weight decay {config.weight_decay:g} on matrices, gradient
-norm clipped at {config.max_grad_norm:g}, {config.batch_size} rows of {config.sequence_length}
-tokens per step, {"bfloat16 autocast" if config.bf16 else "float32"}, seed {config.seed}.
-Made with `{command}` under {installed}.
-"""
-
-
-def _code_words(config: PretrainConfig) -> tuple[str, str, str]:
-    """Title, kind of text and data of a model of the built-in code."""
-    from jobs._builtin import HELD_OUT_SHARE, PACKAGES
-
-    data = f"""The Python standard library without its tests, {config.stdlib_repeats} times, and once the
-Python sources of these installed packages, at most 16 MB each: {", ".join(PACKAGES)}. A file of the
-standard library is held out when the first four bytes of the SHA-256 of its relative path, read as
-a fraction, are below {HELD_OUT_SHARE}; a file equal to a held-out one is not trained on. The sources
-are under their own permissive licences (PSF, Apache-2.0, BSD, MIT)."""
-    return "The embedded model of twofour", "Python source code", data
-
-
-def _other_words(config: PretrainConfig) -> tuple[str, str, str]:
-    """The same of a model of the user's text."""
-    name = Path(config.data).name
-    data = f"""The documents of {name}, once; one in twenty is held out, by the SHA-256 of its text
-(sparsify/text.py), or the end of every document where there are fewer than twenty."""
-    return f"A small language model of {name}", f"the text of {name}", data
+def describe_plan(config: PretrainConfig) -> list[str]:
+    """What `run` would do, in lines for a person; touches nothing."""
+    step_tokens = config.batch_size * config.sequence_length
+    return [
+        f"pretrain: one process on {config.device}, {config.num_threads} threads, no cluster",
+        f"  model: {config.num_layers} blocks, hidden_size {config.hidden_size}, "
+        + f"vocabulary {config.vocab_size}",
+        f"  steps: {config.num_tokens // step_tokens} of {step_tokens} tokens",
+        f"  output: {config.out}",
+    ]
 
 
 if __name__ == "__main__":
-    from jobs._entry import main
-
-    main("pretrain")
+    main(Command("pretrain", run, describe_plan))

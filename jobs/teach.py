@@ -11,8 +11,11 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cli.command import Command
+from jobs.cli.main import main
+
 if TYPE_CHECKING:
-    from conf.teach import TeachJobConfig
+    from conf.options.teach import TeachJobConfig
 
 
 def run(config: TeachJobConfig) -> Path:
@@ -22,30 +25,35 @@ def run(config: TeachJobConfig) -> Path:
         InputError: something the user can put right.
         TwofourError: a file could not be made; finished ones are kept.
     """
-    from jobs import _artifact
-    from jobs._progress import Display
-    from jobs._teach import write_cache
-    from jobs.pipeline import ROOT, cluster_errors
+    from jobs.runs import folder
+    from jobs.runs.display import Display
+    from jobs.runs.session import ROOT, cluster_errors
+    from jobs.workers.teach import write_cache
 
     out = Path(config.teach.out).absolute()
-    _artifact.prepare_run_dir(out, "teach.out")
+    folder.prepare_run_dir(out, "teach.out")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_artifact.run_lock(out, "teach.out"))
+        stack.enter_context(folder.run_lock(out, "teach.out"))
         display = stack.enter_context(Display())
 
         def map_shards(work: Any, payloads: list[Any]) -> None:
-            from cluster.ray_backend import RayCluster
+            from cluster.runtime.backend import RayCluster
 
             cluster = RayCluster(config.cluster, f"teach {out.name}", ROOT, display.on_event)
             with cluster_errors(), cluster:
                 cluster.run_tasks("teach", work, payloads, "shards")
 
-        with _artifact.disk_errors(out):
+        with folder.disk_errors(out):
             write_cache(config, out, map_shards, display)
     return out
 
 
-if __name__ == "__main__":
-    from jobs._entry import main
+def describe_plan(config: TeachJobConfig) -> list[str]:
+    """What `run` would do, in lines for a person; reads the store's manifest and the model's."""
+    from jobs.workers import teach
 
-    main("teach")
+    return teach.describe_plan(config)
+
+
+if __name__ == "__main__":
+    main(Command("teach", run, describe_plan))

@@ -11,8 +11,11 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cli.command import Command
+from jobs.cli.main import main
+
 if TYPE_CHECKING:
-    from conf.tokenize import TokenizeJobConfig
+    from conf.options.tokenize import TokenizeJobConfig
 
 
 def run(config: TokenizeJobConfig) -> Path:
@@ -22,32 +25,42 @@ def run(config: TokenizeJobConfig) -> Path:
         InputError: something the user can put right.
         TwofourError: a shard could not be made; finished ones are kept.
     """
-    from jobs import _artifact
-    from jobs._progress import Display
-    from jobs._tokenize import write_store
-    from jobs.pipeline import ROOT, cluster_errors
+    from jobs.runs import folder
+    from jobs.runs.display import Display
+    from jobs.runs.session import ROOT, cluster_errors
+    from jobs.workers.tokenize import write_store
 
     out = Path(config.tokenize.out).absolute()
-    _artifact.prepare_run_dir(out, "tokenize.out")
+    folder.prepare_run_dir(out, "tokenize.out")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_artifact.run_lock(out, "tokenize.out"))
+        stack.enter_context(folder.run_lock(out, "tokenize.out"))
         display = stack.enter_context(Display())
 
         def map_shards(work: Any, payloads: list[Any]) -> None:
-            from cluster.ray_backend import RayCluster
-            from cluster.ray_data import map_shards as map_by_ray
+            from cluster.runtime.backend import RayCluster
+            from cluster.runtime.backend import map_shards as map_by_ray
 
             name = f"tokenize {out.name}"
             cluster = RayCluster(config.cluster, name, ROOT, display.on_event)
             with cluster_errors(), cluster:
                 map_by_ray(cluster, "tokenize", work, payloads, "shards")
 
-        with _artifact.disk_errors(out):
+        with folder.disk_errors(out):
             write_store(config, out, map_shards, display)
     return out
 
 
-if __name__ == "__main__":
-    from jobs._entry import main
+def describe_plan(config: TokenizeJobConfig) -> list[str]:
+    """What `run` would do, in lines for a person; touches nothing."""
+    sources = config.data.train or ", ".join(config.data.mix) or config.data.calibration
+    return [
+        f"tokenize: {config.cluster.num_workers} workers on {config.cluster.name}",
+        f"  sources: {sources}",
+        f"  tokenizer: that of {config.model.path}",
+        f"  rows: {config.data.sequence_length} tokens each",
+        f"  output: {config.tokenize.out}",
+    ]
 
-    main("tokenize")
+
+if __name__ == "__main__":
+    main(Command("tokenize", run, describe_plan))

@@ -1,0 +1,1 @@
+"""Maths, models and formats of sparse language models; torch, transformers, safetensors alone."""

@@ -8,9 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 
 def fsync(path: Path) -> None:
     """Wait until a file's or folder's content has reached the disk."""
@@ -36,12 +33,3 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """`write_json` for a safetensors file; the same tensors give the same bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sparsify.errors import InputError, PatternViolationError
+from sparsify.errors import InputError
 
 _FORMS = "write N:M such as 2:4, or unstructured:S with 0 < S < 1 such as unstructured:0.5"
+
 _MAX_GROUP = 256
 
 
@@ -82,106 +79,4 @@ def check_divides(name: str, in_features: int, pattern: Pattern) -> None:
         raise InputError(
             f"{name}: {in_features} input columns cannot be cut into groups of {pattern.m} for "
             f"pattern {pattern}; leave the layer dense with prune.skip or use another pattern"
-        )
-
-
-def keep_mask_from_scores(scores_OI: Tensor, pattern: Pattern) -> Tensor:
-    """Keep the highest scores of every group (N:M) or of every row (unstructured).
-
-    Args:
-        scores_OI: (O, I) real tensor, higher = more worth keeping. Of equal scores the one with
-            the lower column survives.
-        pattern: for unstructured, every row keeps `pattern.num_kept(I)` weights.
-
-    Returns:
-        bool tensor (O, I), True = survives.
-
-    Raises:
-        InputError: m does not divide I.
-
-    Cost: N:M O(O I m) comparisons without sorting; unstructured one stable sort per row.
-    """
-    num_rows, num_columns = scores_OI.shape
-    if not pattern.is_structured:
-        return keep_top(scores_OI, pattern.num_kept(num_columns))
-    check_divides("scores", num_columns, pattern)
-    scores_OGM = scores_OI.reshape(num_rows, num_columns // pattern.m, pattern.m)
-    keep = torch.stack(keep_highest(scores_OGM.unbind(-1), pattern.n), dim=-1)
-    return keep.reshape(num_rows, num_columns)
-
-
-def keep_highest(scores: Iterable[Tensor], num_kept: int) -> list[Tensor]:
-    """Of tensors of equal shape, which `num_kept` are the highest, position by position.
-
-    A score survives when fewer than `num_kept` of the others beat it; of two equal scores the
-    earlier one wins. Comparing the few members of a group costs less than sorting them, and the
-    answer does not depend on a sort's treatment of ties.
-    """
-    members = list(scores)
-    beaten_by = [torch.zeros(members[0].shape, dtype=torch.int16, device=members[0].device)
-                 for _ in members]  # fmt: skip
-    for first in range(len(members)):
-        for second in range(first + 1, len(members)):
-            second_wins = members[second] > members[first]
-            beaten_by[first] += second_wins
-            beaten_by[second] += ~second_wins
-    return [count < num_kept for count in beaten_by]
-
-
-def keep_top(scores_OI: Tensor, num_kept: int) -> Tensor:
-    """The `num_kept` highest scores of each row; of equal scores the lower column survives."""
-    order = scores_OI.argsort(dim=1, descending=True, stable=True)
-    keep = torch.zeros(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
-    return keep.scatter_(1, order[:, :num_kept], True)
-
-
-def _too_full(weight_OI: Tensor, pattern: Pattern) -> Tensor:
-    """bool (O, G): groups (whole rows for unstructured) with more nonzeros than allowed."""
-    num_rows, num_columns = weight_OI.shape
-    nonzero = weight_OI != 0
-    if not pattern.is_structured:
-        return nonzero.sum(1, keepdim=True) > pattern.num_kept(num_columns)
-    check_divides("weight", num_columns, pattern)
-    grouped = nonzero.reshape(num_rows, num_columns // pattern.m, pattern.m)
-    return grouped.sum(-1, dtype=torch.int16) > pattern.n
-
-
-def find_violation(weight_OI: Tensor, pattern: Pattern) -> tuple[int, int] | None:
-    """(row, first column) of the first group, in reading order, with too many nonzeros, or None.
-
-    NaN counts as nonzero. For unstructured the group is the whole row, so the column is 0.
-    """
-    places = _too_full(weight_OI, pattern).nonzero()
-    if not len(places):
-        return None
-    row, group = places[0].tolist()
-    return row, group * pattern.m
-
-
-def count_violations(weight_OI: Tensor, pattern: Pattern) -> int:
-    """Number of groups (rows for unstructured) with more nonzeros than the pattern allows."""
-    return int(_too_full(weight_OI, pattern).sum())
-
-
-def require_pattern(weights: Iterable[tuple[str, Tensor]], pattern: Pattern) -> None:
-    """Stop at the first weight that breaks the pattern.
-
-    Args:
-        weights: (layer name, weight of shape (O, I)) pairs.
-        pattern: what each must satisfy exactly.
-
-    Raises:
-        PatternViolationError: names the layer, row, columns and the number of nonzeros found.
-    """
-    for name, weight_OI in weights:
-        place = find_violation(weight_OI, pattern)
-        if place is None:
-            continue
-        row, column = place
-        width = pattern.m or weight_OI.shape[1]
-        found = int((weight_OI[row, column : column + width] != 0).sum())
-        raise PatternViolationError(
-            f"{name}: row {row}, columns {column} to {column + width - 1} hold {found} nonzero "
-            f"weights where pattern {pattern} allows {pattern.num_kept(width)}; the pruned zeros "
-            "were lost after pruning, prune this model again"
         )

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparsify.text import TokenRows
+from sparsify.data.rows import TokenRows
 
 GATED = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

@@ -34,8 +34,8 @@ from sparsify.comm import Comm
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_pair
 from sparsify.pattern import Pattern
-from sparsify.prune import prune_model
-from sparsify.text import TokenRows
+from sparsify.pruning.prune import prune_model
+from sparsify.data.rows import TokenRows
 model, tokenizer = load_pair("embedded")
 ids = torch.randint(0, 1024, (8, 64), generator=torch.Generator().manual_seed(0))
 rows = TokenRows.whole(ids)

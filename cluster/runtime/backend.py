@@ -181,7 +181,15 @@ class RayCluster:
             "job_config": ray.job_config.JobConfig(metadata={"job_name": self.run_name}),
         }
         if address:
-            excludes = [".git", ".venv", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache"]
+            excludes = [
+                "/.git",
+                "/.venv",
+                "/runs",
+                "/tests",
+                "/docs",
+                "/.mypy_cache",
+                "/.ruff_cache",
+            ]
             options["runtime_env"] = {"working_dir": str(self._root), "excludes": excludes}
             options["address"] = address
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
 
 _TILE = 128  # columns of the sum by columns of the sum that one program adds up
+
 _STEP = 64  # tokens per step
 
 

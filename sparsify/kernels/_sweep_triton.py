@@ -15,8 +15,11 @@ from torch import Tensor
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
 
 _ROWS = 16  # of one program
+
 _MAX_COLUMNS = 128  # of a block: what a program of 16 rows holds in registers
+
 _MAX_GRAPH_ELEMENTS = 2**24  # of the weight and of U: bounds the memory that recordings hold
+
 _MAX_GRAPHS = 8
 
 
@@ -160,7 +163,7 @@ class _Recording:
             run(*buffers)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may ask for memory meanwhile (`sparsify.ahead`).
+        # Other threads may ask for memory meanwhile (`sparsify.calibration.lookahead`).
         with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._results = run(*buffers)
 

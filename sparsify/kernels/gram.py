@@ -15,9 +15,13 @@ from torch import Tensor
 from sparsify.kernels.precision import float32_products
 
 _HALF = (torch.float16, torch.bfloat16)
+
 _NUM_PANELS = 8  # measured best of 2, 4, 8, 16 for 256 to 2816 columns on a CPU
+
 _MIN_PANEL = 32  # narrower panels take longer than the half they save
+
 _MIRROR_ROWS = 512  # bounds the memory of a transposed copy
+
 _CROSS_ROWS = 4096  # bounds the memory of a product that waits to be added
 
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
+
 _asked: list[bool] = []  # allow_tf32 of every piece of code that is running, in all threads
+
 _put_back: list[Callable[[], None]] = []  # what brings back the setting outside of them all
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.precision import float32_products
-from sparsify.pattern import Pattern, keep_highest, keep_top
+from sparsify.masks.select import keep_highest, keep_top
+from sparsify.pattern import Pattern
 
 _STEP = 8  # columns per step for unstructured patterns, where the mask does not prescribe one
 

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hessian import InverseFactor
+from sparsify.calibration.moments import Statistics
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.hessian import InverseFactor
-from sparsify.pattern import Pattern, check_divides, find_violation, keep_mask_from_scores
-from sparsify.statistics import Statistics
+from sparsify.masks.select import find_violation, keep_mask_from_scores
+from sparsify.pattern import Pattern, check_divides
 
 
 @dataclass

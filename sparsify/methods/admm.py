@@ -18,11 +18,13 @@ from sparsify.methods._base import (
     chosen_mask,
     working_weight,
 )
+from sparsify.methods._refit import damped_hessian, objective, refit
 from sparsify.pattern import Pattern
-from sparsify.refit import damped_hessian, objective, refit
 
 _PENALTY = 0.3  # of the first iterations, where 1 is the mean of the Hessian's scaled diagonal
+
 _GROWTH, _GROW_EVERY = 1.8, 3
+
 _CG_STEPS = 2
 
 

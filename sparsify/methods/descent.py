@@ -24,9 +24,9 @@ from sparsify.methods._base import (
     chosen_mask,
     working_weight,
 )
+from sparsify.methods._refit import damped_hessian, refit
 from sparsify.methods.sparsegpt import check_block_size
 from sparsify.pattern import Pattern
-from sparsify.refit import damped_hessian, refit
 
 _MAX_PATTERNS = 100  # of one group; 4:8 has 70
 

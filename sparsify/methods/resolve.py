@@ -17,9 +17,9 @@ from sparsify.methods._base import (
     check_problem,
     working_weight,
 )
+from sparsify.methods._refit import damped_hessian, refit
 from sparsify.methods.sparsegpt import check_block_size
 from sparsify.pattern import Pattern
-from sparsify.refit import damped_hessian, refit
 
 
 def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:

@@ -8,9 +8,9 @@ walk goes on instead of adding up.
 from __future__ import annotations
 
 from sparsify.methods._base import Method, Problem, PruneParams, Solution, check_problem
+from sparsify.methods._target import teacher_target
 from sparsify.methods.resolve import sweep_and_refit
 from sparsify.pattern import Pattern
-from sparsify.targets import teacher_target
 
 
 def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:

@@ -3,7 +3,7 @@
 The three steps each remove another part of SparseGPT's damage: the target makes up for what
 earlier pruning did to the input, the search finds the better mask, the refit the best weights on
 it. What each is worth on three models is in docs/quality.md; the prune stage also has the model
-rotated before (`sparsify.rotate`), which removes 15 to 34 % of what is left.
+rotated before (`sparsify.rotation.rotate`), which removes 15 to 34 % of what is left.
 
 The choices were made on held-out perplexity, as the share of SparseGPT's excess log-perplexity that
 is left, without rotations, on 128 rows of 256 calibration tokens from the first few documents:
@@ -38,10 +38,10 @@ near the mask of the largest weights, loses a little on layers and nothing on pe
 from __future__ import annotations
 
 from sparsify.methods._base import Method, Problem, PruneParams, Solution, check_problem
+from sparsify.methods._refit import damped_hessian
+from sparsify.methods._target import teacher_target
 from sparsify.methods.admm import search_and_refit
 from sparsify.pattern import Pattern
-from sparsify.refit import damped_hessian
-from sparsify.targets import teacher_target
 
 
 def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:

@@ -1,0 +1,1 @@
+"""Decoder models: loaded, read block by block, called, watched, masked."""

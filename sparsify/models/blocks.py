@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.files import write_json, write_tensors
+from sparsify.files import write_json
 from sparsify.models.load import (
     DTYPES,
     check_checkpoint,
@@ -30,11 +30,13 @@ from sparsify.models.load import (
     weight_files,
 )
 from sparsify.models.structure import find_blocks
+from sparsify.tensors import write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _METADATA = {"format": "pt"}
+
 _SHARD_BYTES = 2 * 2**30  # of tensors outside the blocks
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from sparsify.models.structure import find_blocks, linears_of
 
 _DTYPE = torch.float8_e4m3fn
+
 _MOST = torch.finfo(_DTYPE).max
+
 _LEAST_SCALE = 1e-12  # of a row that is all zeros
 
 

@@ -21,18 +21,24 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
 _WEIGHTS = "model.safetensors"
+
 _INDEX = "model.safetensors.index.json"
+
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json", "*.tiktoken",
 )  # fmt: skip
+
 _LFS_START = b"version https://git-lfs"
 
 

@@ -27,30 +27,66 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.flops import attention_windows
 from sparsify.models.structure import find_blocks
-from sparsify.text import TokenRows
+
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+
+
+def attention_windows(config: Any, num_layers: int, name: str) -> tuple[int | None, ...]:
+    """The attention window of every layer in tokens; None: the whole document.
+
+    Args:
+        config: of the text model.
+        num_layers: of the model.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: a layer is neither full nor windowed attention.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * num_layers
+    odd = sorted(set(kinds) - {_FULL, _WINDOWED})
+    if odd:
+        raise _unknown(name, f"it has layers of kind {', '.join(odd)}")
+    return tuple(window if kind == _WINDOWED else None for kind in kinds)
+
+
+def _unknown(name: str, why: str) -> InputError:
+    return InputError(f"{name}: its FLOPs cannot be counted, {why}; tokens/s is what can be had")
+
 
 VARLEN = "documents"
 """name of this attention in a model's config; never written to a file"""
+
 _RECORDED = "documents, recorded"
+
 _HALF = (torch.float16, torch.bfloat16)
+
 # What layers hand to attention beside queries, keys and values that changes nothing here.
 _WITHOUT_EFFECT = {
     "position_ids", "cu_seq_lens_k", "max_length_k", "use_cache", "cache_position",
     "output_hidden_states", "output_router_logits", "num_items_in_batch",
 }  # fmt: skip
+
 # torch 2.11's varlen_attn takes fewer key heads without being told.
 _IS_TOLD_OF_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 _PROBE_LENGTHS = ((7, 1, 12), (12, 8))
+
 # Share of the largest logit. Measured on the families of tests/families.py: 3e-16, 2e-7 and in half
 # precision 0.005; with documents that see each other 0.3 to 1.1.
 _RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-4}
+
 _RELATIVE_HALF = 0.03
+
 _KERNEL_LENGTHS = (70, 1, 29)
+
 _KERNEL_WINDOW = 5
+
 _KERNEL_RELATIVE = 0.03  # bfloat16 keeps 8 bits of scores, outputs and gradients
 
 
@@ -186,9 +222,6 @@ def _by_document(
     return torch.cat([outputs[number] for number in range(len(lengths))])
 
 
-# --- a model that uses it
-
-
 def choose_attention(
     model: Any, wanted: str, is_packed: bool, in_half: bool, warn: Callable[[str], None]
 ) -> None:
@@ -253,9 +286,6 @@ def _hand_over_documents(
         **kwargs, "cu_seq_lens_q": cu_seqlens_K, "cu_seq_lens_k": cu_seqlens_K,
         "max_length_q": found.max_length, "max_length_k": found.max_length,
     }  # fmt: skip
-
-
-# --- whether a model may use it
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,12 @@ class Worker:
 def make_base(folder: Path, dense: Path) -> None:
     """A student with masks, its teacher, and rows of two documents of random tokens: no two rows
     are alike."""
-    from sparsify.masking import infer_masks
-    from sparsify.masks import save_masks
+    from sparsify.data.rows import TokenRows
+    from sparsify.data.store_write import write_rows
+    from sparsify.masks.storage import save_masks
     from sparsify.models.load import load_pair, save_model
+    from sparsify.models.masked import infer_masks
     from sparsify.pattern import Pattern
-    from sparsify.store_write import write_rows
-    from sparsify.text import TokenRows
 
     (folder / "teacher").symlink_to(dense)
     model, tokenizer = load_pair(dense)
@@ -95,11 +95,12 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
         out: the run's folder.
         settings: of `DistillConfig`; with `heldout_every_steps`, the rows are held out too.
     """
-    from conf.schema import Config, DataConfig
-    from conf.stages import DistillConfig
-    from jobs._pace import Pace
-    from jobs._teacher_cache import open_cache
-    from jobs.distill import _prepare
+    from conf.options.data import DataConfig
+    from conf.options.distill import DistillConfig
+    from conf.schema import Config
+    from jobs.training.pace import Pace
+    from jobs.training.teacher_samples import open_cache
+    from jobs.workers.distill import _prepare
 
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -152,10 +153,10 @@ def log_rows(recovery: Any) -> list[tuple[int, torch.Tensor]]:
 
 def state_hash(recovery: Any) -> str:
     """Of all weights and moments that this worker holds, and of the weights that compute."""
-    from jobs import _engine
+    from jobs.training import zero_state
 
     digest = hashlib.sha256()
-    for one in _engine.state_fragments(recovery.engine, for_saving=False):
+    for one in zero_state.state_fragments(recovery.engine, for_saving=False):
         digest.update(one.values.detach().contiguous().numpy().tobytes())
     for _, param in recovery.engine.module.named_parameters():
         held = param.ds_tensor if hasattr(param, "ds_tensor") else param
@@ -165,7 +166,7 @@ def state_hash(recovery: Any) -> str:
 
 def results(recovery: Any) -> dict[str, Any]:
     """What a finished run is compared by: its curve, the model's bits, this worker's state."""
-    from jobs import _engine
+    from jobs.training import engine as _engine
 
     state = _engine.gathered_state_dict(recovery.engine)
     model = None
@@ -193,8 +194,8 @@ def _on_rank(rank: int, port: int, size: int, work: Any, args: tuple[Any, ...]) 
 
 def _warm_context() -> Any:
     context = mp.get_context("forkserver")
-    heavy = ("deepspeed", "transformers.models.llama.modeling_llama", "jobs.distill")
-    context.set_forkserver_preload([*heavy, "jobs._recovery", "jobs._teacher"])
+    heavy = ("deepspeed", "transformers.models.llama.modeling_llama", "jobs.workers.distill")
+    context.set_forkserver_preload([*heavy, "jobs.training.loop", "jobs.training.teacher"])
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     forkserver.ensure_running()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.masking import infer_masks
-from sparsify.masks import PackedMasks, load_masks, save_masks
+from sparsify.masks.storage import PackedMasks, load_masks, save_masks
+from sparsify.models.masked import infer_masks
 from sparsify.pattern import Pattern
 from tests.integration.recoveries import run
 
@@ -32,10 +32,11 @@ def sparse_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tuple[Any, Any]:
-    from conf.stages import DistillConfig
-    from jobs import _engine
-    from sparsify.masking import apply_masks_, mask_gradients
+    from conf.options.distill import DistillConfig
+    from jobs.training import engine as _engine
+    from jobs.training import mask_guard
     from sparsify.models.load import load_model
+    from sparsify.models.masked import apply_masks_, mask_gradients
 
     model = load_model(folder).train()
     masks = load_masks(folder / "masks" / "masks.safetensors")
@@ -47,7 +48,7 @@ def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tupl
     )
     world_size = torch.distributed.get_world_size()
     engine = _engine.build_engine(model, settings, world_size, uses_gpu=False)
-    guard = _engine.MaskGuard(engine, PackedMasks.of(masks))
+    guard = mask_guard.MaskGuard(engine, PackedMasks.of(masks))
     guard.clear()
     return engine, guard
 
@@ -65,7 +66,7 @@ def step(engine: Any, number: int, rank: int) -> float:
 
 
 def train_and_check(rank: int, folder: Path, stage: int, precision: str) -> None:
-    from jobs import _engine
+    from jobs.training import engine as _engine
 
     engine, guard = build(folder, stage, precision)
     first = step(engine, 0, rank)
@@ -106,20 +107,20 @@ def test_the_guard_sees_a_mask_that_was_not_held(sparse_dir, stage) -> None:
 
 
 def load(engine: Any, out: Path) -> dict[str, Any]:
-    from jobs import _engine
-    from jobs._checkpoint import Checkpoints, Retention
+    from jobs.training import zero_state
+    from jobs.training.checkpoint import Checkpoints, Retention
 
     found = Checkpoints(out, Retention()).latest(pytest.fail)
     assert found is not None
     _, checkpoint = found
-    _engine.restore(engine, checkpoint, checkpoint.state["num_updates"])
+    zero_state.restore(engine, checkpoint, checkpoint.state["num_updates"])
     return checkpoint.state
 
 
 def train_on(rank: int, folder: Path, stage: int, precision: str, out: Path, number: int) -> None:
     """Load the newest checkpoint, if any, write it out again as it was loaded, train, save."""
-    from jobs import _engine
-    from jobs._checkpoint import Checkpoints, Retention
+    from jobs.training import zero_state
+    from jobs.training.checkpoint import Checkpoints, Retention
 
     engine, guard = build(folder, stage, precision)
     masks = load_masks(folder / "masks" / "masks.safetensors")
@@ -127,21 +128,21 @@ def train_on(rank: int, folder: Path, stage: int, precision: str, out: Path, num
         load(engine, out)
         guard.check()
         again = Checkpoints(out / "again", Retention())
-        state = {"num_updates": _engine.num_updates(engine)}
-        again.save(number, _engine.state_fragments(engine, True), masks, state)
+        state = {"num_updates": zero_state.num_updates(engine)}
+        again.save(number, zero_state.state_fragments(engine, True), masks, state)
         again.wait()
         torch.distributed.barrier()
     step(engine, number, rank)
     checkpoints = Checkpoints(out, Retention(num_last=9))
-    state = {"num_updates": _engine.num_updates(engine)}
-    checkpoints.save(number + 1, _engine.state_fragments(engine, True), masks, state)
+    state = {"num_updates": zero_state.num_updates(engine)}
+    checkpoints.save(number + 1, zero_state.state_fragments(engine, True), masks, state)
     checkpoints.wait()
     torch.distributed.barrier()
 
 
 def whole_state(folder: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """Every parameter and moment of a checkpoint, whole."""
-    from sparsify.fragments import Checkpoint, Fragment
+    from sparsify.training.fragments import Checkpoint, Fragment
 
     wanted = [
         Fragment(copy, name, 0, torch.empty(size))
@@ -158,7 +159,7 @@ def whole_state(folder: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
 def test_four_then_two_then_four_workers_carry_every_element_over(
     sparse_dir, tmp_path: Path, stages: tuple[int, int, int]
 ) -> None:
-    from jobs._checkpoint import name_of
+    from jobs.training.checkpoint import name_of
     from sparsify.models.load import load_model
 
     (tmp_path / "again").mkdir()
@@ -178,9 +179,9 @@ def test_four_then_two_then_four_workers_carry_every_element_over(
 def compare_placements(rank: int, folder: Path, placement: str) -> None:
     from types import SimpleNamespace
 
-    from conf.stages import DistillConfig
-    from jobs._teacher import load_teacher
-    from sparsify.text import TokenRows
+    from conf.options.distill import DistillConfig
+    from jobs.training.teacher import load_teacher
+    from sparsify.data.rows import TokenRows
 
     context: Any = SimpleNamespace(device="cpu", world_size=2, local_world_size=2, warn=pytest.fail)
     rows = TokenRows.whole(torch.arange(3, 67)[None])

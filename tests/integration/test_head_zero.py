@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsify.head import Teacher
-from sparsify.loss_terms import LossWeights, TokenCounts
-from sparsify.models.head import DistillStudent, find_head
+from sparsify.data.rows import TokenRows
+from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.student import DistillStudent
+from sparsify.models.lm_head import find_head
 from sparsify.models.varlen import VARLEN, choose_attention
-from sparsify.text import TokenRows
 from tests.families import in_two_documents, tiny, token_rows
 from tests.integration.recoveries import run
 
@@ -91,8 +92,8 @@ def teach(teacher: Any, rows: TokenRows) -> dict[str, Any]:
 
 
 def train(rank: int, stage: int, tied: bool) -> tuple[list[float], dict[str, torch.Tensor] | None]:
-    from conf.stages import DistillConfig
-    from jobs import _engine
+    from conf.options.distill import DistillConfig
+    from jobs.training import engine as _engine
 
     model, teacher = pair(tied)
     for one in (model, teacher):
@@ -128,7 +129,7 @@ def train(rank: int, stage: int, tied: bool) -> tuple[list[float], dict[str, tor
 
 
 def train_all(rank: int, out: Path) -> None:
-    from jobs import _engine
+    from jobs.training import engine as _engine
 
     written = _engine.deepspeed_config
 

@@ -12,14 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
-from sparsify.hessian import HessianSum
+from sparsify.masks.select import count_violations
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_model, save_model
-from sparsify.pattern import Pattern, count_violations
-from sparsify.prune import PruneResult, prune_checkpoint, prune_model
-from sparsify.text import TokenRows
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
 
 PATTERN = Pattern.parse("2:4")
 NUM_ROWS = 11  # odd, so that the processes' shares differ

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.masks import MaskFile, load_masks, merge_masks
+from sparsify.masks.storage import MaskFile, load_masks, merge_masks
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.blocks import StreamedBlocks, unstreamable
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
-from sparsify.prune import PruneResult, prune_checkpoint, prune_model
-from sparsify.text import TokenRows
+from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
 
 NUM_KILLS = 20
 PATTERN = Pattern.parse("2:4")
@@ -93,7 +93,7 @@ def test_streamed_equals_in_memory(dense, tmp_path, method: str, options: dict[s
 def test_killed_twenty_times_gives_the_same_bytes(dense: Path, undisturbed: Path, tmp_path) -> None:
     """SIGKILL at random moments; every new process goes on at the block the last one was at."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["sparsify.prune", "transformers", __name__])
+    processes.set_forkserver_preload(["sparsify.pruning.prune", "transformers", __name__])
     moments, out, blocks_seen = random.Random(0), tmp_path / "out", []
 
     def num_blocks() -> int:

@@ -20,16 +20,13 @@ import torch.distributed as dist
 
 from cluster.preempt import DrainWatch
 from cluster.watchdog import EXIT_HANG
-from jobs import _checkpoint, _engine
-from jobs._checkpoint import finished_steps, name_of
-from jobs._gate import check_weight
-from sparsify.errors import (
-    NonFiniteError,
-    ReplicasDifferError,
-    StoppedEarlyError,
-    TwofourError,
-)
-from sparsify.masking import num_alive
+from jobs.training import checkpoint as _checkpoint
+from jobs.training import engine as _engine
+from jobs.training import zero_state
+from jobs.training.checkpoint import finished_steps, name_of
+from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError, TwofourError
+from sparsify.formats.verify import check_weight
+from sparsify.models.masked import num_alive
 from sparsify.pattern import Pattern
 from tests.integration.recoveries import (
     BATCH,
@@ -107,8 +104,8 @@ def test_killed_and_resumed_is_undisturbed_to_the_bit(undisturbed, resumed, stag
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows_are_the_orders_prefix_none_lost_none_twice(base, resumed, stage) -> None:
-    from sparsify.order import TrainingOrder
-    from sparsify.store import TokenStore
+    from sparsify.data.order import TrainingOrder
+    from sparsify.data.store import TokenStore
 
     store = TokenStore.open(base / "rows")
     ids = {tuple(row.tolist()): n for n, row in enumerate(store.rows(range(len(store))).ids_NT)}
@@ -228,7 +225,7 @@ def train_with_bad_steps(rank: int, base: Path, out: Path) -> None:
         same = compare_states(one)
         one.train()
         assert [step for step, is_same in enumerate(same) if is_same] == [2, 5, 6]
-        assert _engine.num_updates(one.engine) == NUM_STEPS - 3
+        assert zero_state.num_updates(one.engine) == NUM_STEPS - 3
         skipped = results(one)
 
         # Bad once, and not when it comes again: that it is left out is the policy's doing.
@@ -237,7 +234,7 @@ def train_with_bad_steps(rank: int, base: Path, out: Path) -> None:
         poison(two, rank, bad)
         clear_after(two, "_roll_back", bad)
         two.train()
-        assert _engine.num_updates(two.engine) == NUM_STEPS - 3
+        assert zero_state.num_updates(two.engine) == NUM_STEPS - 3
         torch.save((skipped, results(two), worker.said), folder / f"found-{rank}")
 
         three, worker = make("beyond", on_bad_step="rollback", max_bad_steps=0)

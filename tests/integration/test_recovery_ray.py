@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from jobs._checkpoint import finished_steps
+from jobs.training.checkpoint import finished_steps
 from tests.integration.recoveries import BATCH, LENGTH, make_recovery, results, run, train_workers
 
 STEPS = 400

@@ -10,12 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsify import rotation_search
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import NonFiniteError, SingularHessianError
 from sparsify.pattern import Pattern
-from sparsify.rotate import RotationReport, rotate_model
-from sparsify.text import TokenRows
+from sparsify.rotation import search as rotation_search
+from sparsify.rotation.rotate import RotationReport, rotate_model
 
 WORLD_SIZES = (2, 4)
 STEPS = 15
@@ -77,7 +77,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     folder = tmp_path_factory.mktemp("gloo")
     # The processes are forked from one that has imported the heavy packages.
     processes = mp.get_context("forkserver")
-    processes.set_forkserver_preload(["sparsify.rotate", "transformers.models.llama", __name__])
+    processes.set_forkserver_preload(
+        ["sparsify.rotation.rotate", "transformers.models.llama", __name__]
+    )
     for world_size in WORLD_SIZES:
         mp.start_processes(
             worker, args=(world_size, str(folder)), nprocs=world_size, start_method="forkserver"

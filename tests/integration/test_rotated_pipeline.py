@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs._rotation import ROTATION
-from sparsify.distill import square_head
+from sparsify.distillation.loss import square_head
+from sparsify.formats.sparse_folder import ROTATION
 from sparsify.models.load import load_model
-from sparsify.rotation import Rotation, fold_rotation
+from sparsify.rotation.basis import Rotation, fold_rotation
 
 PRUNED, MODEL = "prune/twofour", "distill/model"
 

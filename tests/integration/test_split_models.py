@@ -15,7 +15,7 @@ from tests.integration.recoveries import LENGTH, make_recovery, run, state_hash
 
 def compare_with_whole(rank: int, base: Path, out: Path, precision: str) -> None:
     """ZeRO-3 of a student that was read block by block, and of one that was loaded first."""
-    from jobs._engine import Partitioner
+    from jobs.training.engine import Partitioner
 
     settings = {"zero_stage": 3, "precision": precision, "num_tokens": 2 * 8 * LENGTH}
     found = []
@@ -48,11 +48,15 @@ def test_a_student_read_block_by_block_is_the_one_loaded_whole(base, tmp_path, p
 
 def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     """Count what a worker holds of both models while they are read."""
-    from conf.schema import Config, DataConfig
-    from conf.stages import DistillConfig
-    from jobs import _engine, _models, _start, _teacher
+    from conf.options.data import DataConfig
+    from conf.options.distill import DistillConfig
+    from conf.schema import Config
+    from jobs.training import engine as _engine
+    from jobs.training import student as _models
+    from jobs.training import student as _start
+    from jobs.training import teacher as _teacher
+    from sparsify.data.rows import TokenRows
     from sparsify.models.blocks import StreamedBlocks
-    from sparsify.text import TokenRows
 
     context: Any = SimpleNamespace(
         device="cpu", world_size=2, local_world_size=2, rank=rank, warn=pytest.fail

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import _teach
-from jobs._entry import load_config
+from jobs.cli.compose import load_config
+from jobs.workers import teach as _teach
+from sparsify.data.store import Shard, StoreSource
+from sparsify.data.store_write import write_manifest, write_shard
+from sparsify.data.teacher_samples import SampleCache
 from sparsify.errors import StoppedEarlyError
 from sparsify.models.load import load_tokenizer
-from sparsify.sample_store import SampleCache
-from sparsify.store import Shard, StoreSource
-from sparsify.store_write import write_manifest, write_shard
 from tests.integration.recoveries import NUM_STEPS, at_step, make_recovery, results, run
 from tests.unit.test_sampling import in_process
 from tests.unit.test_tokenize_store import Told
@@ -95,11 +95,11 @@ def make_models(base: Path, folder: Path, is_rotated: bool) -> Path:
 
     A rotated student is in another basis than its teacher, as method=twofour leaves one.
     """
-    from sparsify.masking import infer_masks
-    from sparsify.masks import save_masks
+    from sparsify.masks.storage import save_masks
     from sparsify.models.load import load_pair, save_model
+    from sparsify.models.masked import infer_masks
     from sparsify.pattern import Pattern
-    from sparsify.rotation import Rotation, fold_rotation
+    from sparsify.rotation.basis import Rotation, fold_rotation
 
     folder.mkdir()
     (folder / "rows").symlink_to(base / "rows")

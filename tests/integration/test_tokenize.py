@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.data.rows import TokenRows
+from sparsify.data.store import TokenStore
 from sparsify.models.load import load_tokenizer
-from sparsify.store import TokenStore
-from sparsify.text import TokenRows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(400)]
@@ -67,9 +67,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert rows.ids_NT.shape == (8, 32)
 
     # The same work in this process, all at once and undisturbed.
-    from conf.tokenize import TokenizeJobConfig
-    from jobs._entry import load_config
-    from jobs._tokenize import write_store
+    from conf.options.tokenize import TokenizeJobConfig
+    from jobs.cli.compose import load_config
+    from jobs.workers.tokenize import write_store
     from tests.unit.test_tokenize_store import Told, in_process
 
     config = load_config("tokenize", overrides)
@@ -94,8 +94,8 @@ _DYING = """
 import os, sys, time
 from pathlib import Path
 from cluster.errors import WorkFailedError
-from cluster.ray_backend import RayCluster
-from cluster.ray_data import map_shards
+from cluster.runtime.backend import RayCluster
+from cluster.runtime.backend import map_shards
 from cluster.spec import ClusterSpec
 
 def work(context, payload):

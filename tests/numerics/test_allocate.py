@@ -11,17 +11,12 @@ import torch
 import transformers
 from torch import nn
 
-from sparsify.allocate import (
-    Device,
-    allocate,
-    choose_dense,
-    matrix_bytes,
-    matrix_latency,
-    sensitivities,
-)
+from sparsify.costs.roofline import Device, matrix_bytes, matrix_latency
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.pattern import Pattern, keep_mask_from_scores
-from sparsify.text import TokenRows
+from sparsify.masks.select import keep_mask_from_scores
+from sparsify.pattern import Pattern
+from sparsify.pruning.budget import allocate, choose_dense, sensitivities
 
 TWO_FOUR = Pattern.parse("2:4")
 

@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sparsify.calibration.fisher import CEILING, FLOOR, fisher_token_weights
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.fisher import CEILING, FLOOR, fisher_token_weights
-from sparsify.text import TokenRows
 
 NUM_BLOCKS, WIDTH, VOCABULARY = 3, 16, 24
 

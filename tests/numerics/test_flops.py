@@ -8,9 +8,8 @@ import transformers
 from families import FAMILIES, in_two_documents, tiny, token_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs._bench.random_llama import llama_config
-from sparsify.errors import InputError
-from sparsify.flops import (
+from jobs.benchmarks.support.random_llama import llama_config
+from sparsify.costs.flops import (
     ModelFlops,
     count_flops,
     distillation_flops,
@@ -18,7 +17,8 @@ from sparsify.flops import (
     mfu,
     peak_flops,
 )
-from sparsify.text import TokenRows
+from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
 
 
 @pytest.fixture(scope="module")

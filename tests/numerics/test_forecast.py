@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from sparsify import forecast as module
 from sparsify.errors import InputError
-from sparsify.forecast import Forecast, forecast
+from sparsify.training import forecast as module
+from sparsify.training.forecast import Forecast, forecast
 
 NUM_STEPS = 200
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsify import head as head_module
-from sparsify.distill import head_distillation_loss
+from sparsify.data.rows import TokenRows
+from sparsify.distillation import head_loss as head_module
+from sparsify.distillation.head_loss import Teacher, head_loss
+from sparsify.distillation.head_terms import NO_TARGET
+from sparsify.distillation.loss import head_distillation_loss
+from sparsify.distillation.schedule import LossSchedule, LossWeights, TokenCounts
 from sparsify.errors import InputError
-from sparsify.head import Head, Teacher, head_loss
-from sparsify.head_terms import NO_TARGET, HeadTransform
-from sparsify.loss_terms import LossSchedule, LossWeights, TokenCounts
-from sparsify.text import TokenRows
+from sparsify.models.lm_head import Head, HeadTransform
 
 # Loss: |a - b| / |b|. Gradients: Frobenius norm of the error over that of the gradient. Measured on
 # the cases below, with logits up to 7: at most 1.7e-7 (loss) and 7.3e-7 (gradients). What is left

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hessian import HessianSum, inverse_factor
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
-from sparsify.hessian import HessianSum, inverse_factor
 
 
 def tokens(num_tokens: int, num_columns: int, seed: int = 0) -> Tensor:

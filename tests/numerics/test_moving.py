@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from sparsify.errors import InputError
-from sparsify.moving import MovingMasks
-from sparsify.pattern import Pattern, count_violations, keep_mask_from_scores
+from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.pattern import Pattern
+from sparsify.training.moving_masks import MovingMasks
 
 PATTERN = Pattern.parse("2:4")
 

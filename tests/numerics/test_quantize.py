@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.gptq import search_scales
+from sparsify.masks.select import count_violations, keep_mask_from_scores
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.pattern import Pattern, count_violations, keep_mask_from_scores
-from sparsify.quantize import QuantParams, dequantize, quantize_model, quantize_weight
+from sparsify.pattern import Pattern
+from sparsify.quantization.gptq import search_scales
+from sparsify.quantization.quantize import QuantParams, dequantize, quantize_model, quantize_weight
 
 PATTERNS = ["2:4", "1:4", "unstructured:0.5", "dense"]
 
@@ -347,8 +348,8 @@ def test_model_keeps_its_pattern_and_what_is_not_pruned(tiny_model, tiny_rows):
 
 def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     """The second block's statistics must be those behind the quantised first block."""
-    from sparsify.calibrate import walk_blocks
-    from sparsify.layers import Wants
+    from sparsify.calibration.layers import Wants
+    from sparsify.calibration.walk import walk_blocks
 
     masks = masked_(tiny_model)
     params = QuantParams(bits=2, num_refine_sweeps=0)
@@ -372,8 +373,8 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
 
 
 def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
-    from sparsify.calibrate import walk_blocks
-    from sparsify.layers import Layer, Wants
+    from sparsify.calibration.layers import Layer, Wants
+    from sparsify.calibration.walk import walk_blocks
 
     name = "model.layers.1.mlp.down_proj"
     inputs: list[Tensor] = []

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.hessian import inverse_factor
+from sparsify.calibration.hessian import inverse_factor
+from sparsify.calibration.moments import Statistics
 from sparsify.methods import Problem, PruneParams
-from sparsify.refit import damped_hessian, objective, refit
-from sparsify.statistics import Statistics
-from sparsify.targets import shrinkage, teacher_target
+from sparsify.methods._refit import damped_hessian, objective, refit
+from sparsify.methods._target import shrinkage, teacher_target
 
 
 def case(num_rows: int = 16, num_columns: int = 32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,17 +17,17 @@ import transformers
 from torch import Tensor, nn
 
 from sparsify.comm import Comm
-from sparsify.distill import square_head
+from sparsify.data.rows import TokenRows
+from sparsify.distillation.loss import square_head
 from sparsify.errors import CalibrationError, InputError
 from sparsify.models.load import load_model, save_model
-from sparsify.models.stream_moments import stream_moments
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern
-from sparsify.rotate import find_rotation_sites, rotate_model
-from sparsify.rotation import Rotation, fold_rotation
-from sparsify.rotation_loss import Readers, Turns, Writer, entropy, pruned_share
-from sparsify.rotation_search import cayley, deal
-from sparsify.text import TokenRows
+from sparsify.rotation.basis import Rotation, fold_rotation
+from sparsify.rotation.moments import stream_moments
+from sparsify.rotation.objective import Readers, Turns, Writer, entropy, pruned_share
+from sparsify.rotation.rotate import find_rotation_sites, rotate_model
+from sparsify.rotation.search import cayley, deal
 
 TWO_FOUR = Pattern.parse("2:4")
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"]

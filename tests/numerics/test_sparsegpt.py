@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hessian import HessianSum, inverse_factor
+from sparsify.calibration.moments import Statistics
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
-from sparsify.hessian import HessianSum, inverse_factor
 from sparsify.methods import Method, Problem, PruneParams, Solution, get_method
 from sparsify.pattern import Pattern
-from sparsify.statistics import Statistics
 
 PATTERNS = ["2:4", "4:8", "1:2", "1:4", "unstructured:0.5", "unstructured:0.3"]
 SPARSEGPT = get_method("sparsegpt")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsify.data.teacher_samples import Sample
+from sparsify.distillation.head_loss import Teacher, head_loss
+from sparsify.distillation.sampling import draw
+from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.errors import InputError
-from sparsify.head import Head, Teacher, head_loss
-from sparsify.head_terms import Sample
-from sparsify.loss_terms import LossWeights, TokenCounts
-from sparsify.teacher_cache import draw
+from sparsify.models.lm_head import Head
 
 NUM_TOKENS, NUM_WORDS, WIDTH, NUM_SAMPLES = 6, 40, 8, 4
 COUNTS = TokenCounts(kl=float(NUM_TOKENS), ce=0.0)

@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.ahead import Ahead
-from sparsify.calibrate import walk_blocks
+from sparsify.calibration.hidden_states import StreamStore
+from sparsify.calibration.layers import Layer, Order, Wants
+from sparsify.calibration.lookahead import Ahead
+from sparsify.calibration.moments import Statistics
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
-from sparsify.layers import Layer, Order, Wants
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.models.structure import BlockCalls, find_blocks, run_block
+from sparsify.models.calls import BlockCalls, run_block
+from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
-from sparsify.prune import prune_model
-from sparsify.statistics import Statistics
-from sparsify.streams import StreamStore
-from sparsify.text import TokenRows
+from sparsify.pruning.prune import prune_model
 from tests.families import in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6

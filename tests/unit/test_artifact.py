@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import _artifact
+from jobs.runs import artifact as _artifact
+from jobs.runs import folder
 from sparsify.errors import InputError, TwofourError
+from sparsify.formats import sparse_folder
 
 IDENTITY = {"config": {"prune": {"damping": 0.01}}, "inputs": {"model": "a"}}
 
@@ -118,31 +120,31 @@ def test_what_an_earlier_stage_replaced_is_thrown_away(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
-        _artifact.run_lock(tmp_path),
+        folder.run_lock(tmp_path),
         pytest.raises(InputError, match="another run"),
-        _artifact.run_lock(tmp_path),
+        folder.run_lock(tmp_path),
     ):
         pytest.fail("the second run got the folder")
 
 
 def test_a_real_full_disk_is_one_line() -> None:
-    with pytest.raises(TwofourError, match="disk is full"), _artifact.disk_errors(Path("x")):
+    with pytest.raises(TwofourError, match="disk is full"), folder.disk_errors(Path("x")):
         Path("/dev/full").write_text("text", encoding="utf-8")
 
 
 def test_json_is_the_old_or_the_new_file(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
-    _artifact.write_json(path, {"a": 1})
+    folder.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        _artifact.write_json(path, {"a": float("nan")})
+        folder.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
 
 
 def test_model_fingerprint_follows_weights_and_tokenizer_only(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    before = _artifact.model_fingerprint(tmp_path)
+    before = sparse_folder.model_fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("other", encoding="utf-8")
-    assert _artifact.model_fingerprint(tmp_path) == before
+    assert sparse_folder.model_fingerprint(tmp_path) == before
     (tmp_path / "tokenizer.json").write_text("other", encoding="utf-8")
-    assert _artifact.model_fingerprint(tmp_path) != before
+    assert sparse_folder.model_fingerprint(tmp_path) != before

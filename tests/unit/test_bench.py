@@ -15,24 +15,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs import bench
-from jobs._bench import (
-    data,
-    environment,
-    kernel,
-    memory,
-    processes,
-    prune,
-    quality,
-    record,
-    scaling,
+from jobs.benchmarks import data, kernel, memory, prune, quality, scaling
+from jobs.benchmarks.sides.twofour import prune_folder
+from jobs.benchmarks.support import environment, processes, record
+from jobs.benchmarks.support.layer_error import (
+    dense_hessians,
+    judge,
+    mask_agreement,
+    relative_error,
 )
-from jobs._bench.layer_error import dense_hessians, judge, mask_agreement, relative_error
-from jobs._bench.random_llama import block_num_weights, llama_config, random_model, write_checkpoint
-from jobs._bench.side_twofour import prune_folder
+from jobs.benchmarks.support.random_llama import (
+    block_num_weights,
+    llama_config,
+    random_model,
+    write_checkpoint,
+)
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.load import load_model
-from sparsify.text import TokenRows
 from tests.conftest import REPOSITORY
 
 VOCABULARY = 1024  # that of the embedded tokenizer, which random checkpoints borrow
@@ -88,7 +89,7 @@ def test_help_is_quick_and_names_every_benchmark() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
     text = bench.parser().format_help()
-    files = {path.stem for path in (REPOSITORY / "jobs" / "_bench").glob("*.py")}
+    files = {path.stem for path in (REPOSITORY / "jobs" / "benchmarks").glob("*.py")}
     for name in bench._BENCHMARKS:
         assert name in text
         assert name in files
@@ -343,7 +344,7 @@ def test_agreement_is_counted_by_groups() -> None:
 
 
 def test_promises_of_scaling(tmp_path) -> None:
-    from sparsify.masks import save_masks
+    from sparsify.masks.storage import save_masks
 
     mask = {"a": torch.ones(2, 4, dtype=torch.bool)}
     for num_workers, seconds in ((1, 10.0), (2, 5.0)):
@@ -392,7 +393,7 @@ def test_the_memory_benchmark_prunes_by_the_ordinary_command(tmp_path) -> None:
     words = memory.prune_command(options, tmp_path / "m", tmp_path / "r")
     assert words[1:4] == ["-m", "jobs.prune", "stages=[prune]"]
     assert words[-1] == "prune.damping=0.1"
-    from jobs._entry import load_config
+    from jobs.cli.compose import load_config
 
     config = load_config("prune", words[3:])
     assert config.model.dtype == "bfloat16"
@@ -431,7 +432,7 @@ def test_models_are_named_with_their_text() -> None:
 
 
 def test_the_quality_commands_are_ones_that_can_be_read(tmp_path) -> None:
-    from jobs._entry import load_config
+    from jobs.cli.compose import load_config
 
     options = bench.parser().parse_args(["quality", "--methods", "sparsegpt", "magnitude"])
     model = quality.parse_model("embedded")
@@ -530,7 +531,7 @@ def test_a_model_is_measured_block_by_block_and_worked_out(tmp_path) -> None:
 
 
 def test_limits_of_llama_8b_are_those_of_paper_and_pencil() -> None:
-    from jobs._bench.model import extrapolate, limits
+    from jobs.benchmarks.model import extrapolate, limits
 
     config = llama_config("llama-3.1-8b", 1, 2048, VOCABULARY)
     found = limits(config, 512, 2048, {"model": 1.0, "float32": 1.0})
@@ -548,7 +549,7 @@ def test_limits_of_llama_8b_are_those_of_paper_and_pencil() -> None:
 
 def test_an_impossible_model_is_refused(tmp_path) -> None:
     options = Namespace(shape="tiny", blocks=3, device="cpu")
-    from jobs._bench import model
+    from jobs.benchmarks import model
 
     with pytest.raises(InputError, match="has 2 blocks"):
         model.run(options)

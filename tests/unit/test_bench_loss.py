@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jobs._bench import loss, side_loss
+from jobs.benchmarks import loss
+from jobs.benchmarks.sides import loss as side_loss
 from sparsify.errors import TwofourError
 
 SIZE = {

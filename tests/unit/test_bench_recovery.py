@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs import bench
-from jobs._bench import commands, recovery
-from jobs._entry import load_config
+from jobs.benchmarks import recovery
+from jobs.benchmarks.support import commands
+from jobs.cli.compose import load_config
 from sparsify.errors import InputError
 
 EMBEDDED = commands.parse_model("embedded")
@@ -93,8 +94,8 @@ def test_the_first_recipe_is_the_default(tmp_path) -> None:
 
 
 def test_a_dense_model_continued_has_no_zeros_to_hold() -> None:
-    from sparsify.masking import infer_masks
     from sparsify.models.load import load_model
+    from sparsify.models.masked import infer_masks
     from sparsify.pattern import Pattern
 
     model = load_model("embedded")

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from cluster.preempt import DrainWatch
-from conf.stages import DistillConfig
-from jobs import _engine, bench
-from jobs._bench import side_step, step, stopwatch
-from jobs._bench.plain_engine import PlainEngine
-from jobs._bench.side_step import PHASES
+from conf.options.distill import DistillConfig
+from jobs import bench
+from jobs.benchmarks import step
+from jobs.benchmarks.sides import step as side_step
+from jobs.benchmarks.sides.plain_engine import PlainEngine
+from jobs.benchmarks.sides.step import PHASES
+from jobs.benchmarks.support import stopwatch
+from jobs.training import mask_guard, optimizer, zero_state
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masking import apply_masks_, mask_gradients
-from sparsify.masks import PackedMasks, pack_mask
+from sparsify.masks.storage import PackedMasks, pack_mask
+from sparsify.models.masked import apply_masks_, mask_gradients
 from sparsify.models.varlen import VARLEN
 from tests.conftest import REPOSITORY
 
@@ -208,9 +211,9 @@ def test_plain_engine_makes_the_steps_of_adamw():
         oracle.zero_grad()
         (sum(model(part).square().sum() for part in parts) / 2).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        assert _engine.grad_norm(engine) == pytest.approx(norm.item(), rel=1e-6)
+        assert optimizer.grad_norm(engine) == pytest.approx(norm.item(), rel=1e-6)
         oracle.step()
-    assert _engine.num_updates(engine) == 3
+    assert zero_state.num_updates(engine) == 3
     # Only the order of the sums and of AdamW's operations differs: a few float32 roundings.
     torch.testing.assert_close(engine.module.weight, model.weight, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(engine.module.bias, model.bias, rtol=1e-5, atol=1e-7)
@@ -224,7 +227,7 @@ def test_plain_engine_holds_the_zeros_and_the_guard_sees_every_copy(precision):
     apply_masks_(wrapped, masks)
     mask_gradients(wrapped, masks)
     engine = PlainEngine(wrapped, config, uses_gpu=False)
-    guard = _engine.MaskGuard(engine, PackedMasks.of(masks))
+    guard = mask_guard.MaskGuard(engine, PackedMasks.of(masks))
     before = [values.clone() for _, _, values, _ in guard._copies()]
     for number in range(4):
         part = torch.randn(2, 8, generator=torch.Generator().manual_seed(number))
@@ -257,4 +260,4 @@ def test_bits_of_a_slice_are_those_of_the_mask():
             stop = min(start + numel, mask.numel())
             expected = ~mask.flatten()[start:stop]
             bits = packed[start // 8 : -(-stop // 8)]
-            assert torch.equal(_engine._pruned(bits, start, stop), expected)
+            assert torch.equal(mask_guard._pruned(bits, start, stop), expected)

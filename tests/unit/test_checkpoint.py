@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from jobs import _checkpoint
-from jobs._checkpoint import MASKS_FILE, Checkpoints, Retention, finished_steps, name_of
+from jobs.training import checkpoint as _checkpoint
+from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention, finished_steps, name_of
 from sparsify.errors import CorruptCheckpointError, TwofourError
-from sparsify.fragments import (
+from sparsify.masks.storage import load_masks
+from sparsify.training.fragments import (
     COMMITTED,
     MANIFEST,
     STATE,
@@ -27,7 +28,6 @@ from sparsify.fragments import (
     commit,
     write_fragments,
 )
-from sparsify.masks import load_masks
 
 MASKS = {"layer": torch.tensor([[True, False, True, False]])}
 PHASES = ["copied", "written", "gathered", "committed", "renamed"]
@@ -90,8 +90,8 @@ def test_nothing_is_there_before_the_first(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, torch, torch.distributed as dist
 from pathlib import Path
-from jobs._checkpoint import Checkpoints, Retention
-from sparsify.fragments import Fragment
+from jobs.training.checkpoint import Checkpoints, Retention
+from sparsify.training.fragments import Fragment
 folder, at, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 masks = {"layer": torch.tensor([[True, False, True, False]])}
@@ -112,7 +112,7 @@ def test_killed_in_any_phase_the_last_whole_one_is_found(tmp_path: Path, phase: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    repository = str(Path(_checkpoint.__file__).parent.parent)
+    repository = str(Path(_checkpoint.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), phase, port],
         env={**os.environ, "PYTHONPATH": repository}, check=False, timeout=120,

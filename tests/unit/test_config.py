@@ -11,26 +11,25 @@ import pytest
 import yaml
 
 from cluster.spec import ClusterSpec
+from conf.options.data import DataConfig
+from conf.options.model import ModelConfig
+from conf.options.pretrain import PretrainConfig
+from conf.options.run import STAGES, RunConfig
+from conf.options.teach import TeachConfig, TeachJobConfig
+from conf.options.tokenize import TokenizeConfig, TokenizeJobConfig
+from conf.options.tracker import TrackerConfig
 from conf.schema import (
-    STAGES,
     Config,
-    DataConfig,
     DistillConfig,
     EvaluateConfig,
     ExportConfig,
-    ModelConfig,
-    PretrainConfig,
     PruneConfig,
     QuantizeConfig,
-    RunConfig,
-    TrackerConfig,
     default_run_dir,
     to_dict,
 )
-from conf.teach import TeachConfig, TeachJobConfig
-from conf.tokenize import TokenizeConfig, TokenizeJobConfig
-from jobs._entry import load_config
-from jobs._options import CONF_DIR, JOBS, cluster_names, job_options
+from jobs.cli.compose import load_config
+from jobs.cli.options import CONF_DIR, JOBS, cluster_names, job_options
 from sparsify.errors import InputError
 
 FROM = "run.from=runs/earlier"
@@ -191,7 +190,7 @@ def test_mix_on_the_command_line(text: str, entries: list[str]) -> None:
 
 
 def test_mix_weights_are_shares_of_their_sum() -> None:
-    from conf.rules import parse_mix
+    from conf.options.data import parse_mix
 
     assert parse_mix("data.mix", ["3 a b.txt", " 1  hf:x@y "]) == [
         (0.75, "a b.txt"), (0.25, "hf:x@y"),
@@ -400,7 +399,7 @@ def test_edges_that_pass() -> None:
 
 
 def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
-    from conf.rules import method_names
+    from conf.checks import method_names
     from sparsify.methods import available_methods
 
     assert set(method_names()) == set(available_methods())

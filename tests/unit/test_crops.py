@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_text import BEGIN, END, Letters
 
-from sparsify.crops import crop_rows
+from sparsify.data.crops import crop_rows
 from sparsify.errors import InputError
 
 T = 16

@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from cluster.spec import ClusterSpec
-from conf.schema import Config, DataConfig
-from conf.stages import DistillConfig
-from jobs._batches import Batches
-from jobs.distill import prepare_rows
-from sparsify.flops import count_flops
-from sparsify.head_terms import Sample
-from sparsify.loss_terms import TokenCounts
+from conf.options.data import DataConfig
+from conf.options.distill import DistillConfig
+from conf.schema import Config
+from jobs.stages.distill import prepare_rows
+from jobs.training.batches import Batches
+from sparsify.costs.flops import count_flops
+from sparsify.data.rows import TokenRows
+from sparsify.data.store import TokenStore
+from sparsify.data.store_write import write_rows
+from sparsify.data.teacher_samples import (
+    Sample,
+    SampleCache,
+    SampleFacts,
+    write_sample_manifest,
+    write_samples,
+)
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.load import load_model, load_tokenizer
-from sparsify.sample_store import SampleCache, SampleFacts, write_sample_manifest, write_samples
-from sparsify.store import TokenStore
-from sparsify.store_write import write_rows
-from sparsify.text import TokenRows
 
 
 @pytest.mark.parametrize("isolate", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import resource
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
-import jobs
-from conf.schema import Config, PretrainConfig, to_dict
-from jobs._entry import load_config, main
-from jobs._options import JOBS, cluster_names, job_options
+from conf.options.pretrain import PretrainConfig
+from conf.schema import Config, to_dict
+from jobs.cli.command import Command
+from jobs.cli.compose import load_config
+from jobs.cli.main import main
+from jobs.cli.options import JOBS, cluster_names, job_options
 from sparsify.errors import InputError, NonFiniteError
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +33,22 @@ class Outcome:
         self.code, self.out, self.err = code, out, err
 
 
+def command_of(job: str) -> Command:
+    """The command of `jobs/<job>.py`, with what tests may have put in place of its work."""
+    module: Any = importlib.import_module(
+        f"jobs.{job}" if job in ("pretrain", "teach", "tokenize") else "jobs.pipeline"
+    )
+    if hasattr(module, "run_pipeline"):
+        return Command(job, lambda config: module.run_pipeline(config, job), module.describe_plan)
+    return Command(job, module.run, module.describe_plan)
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(job: str, *argv: str) -> Outcome:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            main(job, list(argv))
+            main(command_of(job), list(argv))
         captured = capsys.readouterr()
         return Outcome(exit_.value.code, captured.out, captured.err)
 
@@ -54,10 +67,11 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         print("a line of the run")
         return fake.outcome
 
-    fake.run_pipeline = run_pipeline
-    fake.describe_plan = lambda config: [f"stages: {config.stages}", f"seed: {config.run.seed}"]
-    monkeypatch.setitem(sys.modules, "jobs.pipeline", fake)
-    monkeypatch.setattr(jobs, "pipeline", fake, raising=False)
+    def describe_plan(config: Config) -> list[str]:
+        return [f"stages: {config.stages}", f"seed: {config.run.seed}"]
+
+    monkeypatch.setattr("jobs.pipeline.run_pipeline", run_pipeline)
+    monkeypatch.setattr("jobs.pipeline.describe_plan", describe_plan)
     monkeypatch.delenv("TWOFOUR_DEBUG", raising=False)
     return fake
 
@@ -278,9 +292,12 @@ def test_dry_run_prints_the_plan_and_runs_nothing(run: Any, pipeline: Any) -> No
 
 def test_pretrain_plan_and_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PretrainConfig] = []
-    fake = types.SimpleNamespace(run=seen.append)
-    monkeypatch.setitem(sys.modules, "jobs.pretrain", fake)
-    monkeypatch.setattr(jobs, "pretrain", fake, raising=False)
+
+    def pretrain(config: PretrainConfig) -> str:
+        seen.append(config)
+        return config.out
+
+    monkeypatch.setattr("jobs.pretrain.run", pretrain)
     outcome = run("pretrain", "num_tokens=16_384", "--dry-run")
     assert "steps: 2 of 8192 tokens" in outcome.out
     assert seen == []
@@ -367,8 +384,9 @@ def start(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from jobs._entry import main\n"
-        "try:\n    main('prune', ['--help'])\n"
+        "from jobs.cli.main import main\n"
+        "from jobs.pipeline import command\n"
+        "try:\n    main(command('prune'), ['--help'])\n"
         "except SystemExit:\n    pass\n"
         "heavy = {'torch', 'ray', 'hydra', 'omegaconf', 'deepspeed', 'wandb', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
@@ -398,7 +416,8 @@ def test_mistake_in_a_process() -> None:
 def test_reader_that_stops_early_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    script = "from jobs._entry import main; main('prune', ['--help'])"
+    script = "from jobs.cli.main import main; from jobs.pipeline import command; "
+    script += "main(command('prune'), ['--help'])"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60
     )

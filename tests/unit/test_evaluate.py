@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.evaluate import EvalSums, evaluate_rows, log_gap_recovered
-from sparsify.text import TokenRows
+from sparsify.evaluation.perplexity import EvalSums, evaluate_rows, log_gap_recovered
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_matches_a_slow_float64_loop(tiny_model, other_model, kind, request):
 
 def test_chunks_of_a_long_row_add_up(tiny_model, other_model, packed_rows, monkeypatch):
     whole = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
-    monkeypatch.setattr("sparsify.evaluate._CHUNK_TOKENS", 7)
+    monkeypatch.setattr("sparsify.evaluation.perplexity._CHUNK_TOKENS", 7)
     parts = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
     assert parts.num_tokens == whole.num_tokens
     assert parts.nll_sum == pytest.approx(whole.nll_sum, rel=1e-7)

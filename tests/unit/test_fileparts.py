@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import DataConfig
-from jobs._builtin import BUILT_IN
-from jobs._fileparts import cut_source, read_part
-from jobs._sources import open_source
-from jobs._textfiles import read_source
+from conf.options.data import DataConfig
+from jobs.corpus.builtin import BUILT_IN
+from jobs.corpus.file_parts import cut_source, read_part
+from jobs.corpus.sources import open_source
+from jobs.corpus.text_files import read_source
 from sparsify.errors import InputError
 
 MARK = "<|endoftext|>"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from conf.stages import DistillConfig
-from jobs._schedule import learning_rate
+from conf.options.distill import DistillConfig
 from jobs.forecast import forecast_run, main, rates_of
+from jobs.training.schedule import learning_rate
 
 NUM_STEPS = 120
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.failures import FailureLog
+from cluster.runtime.backend import FailureLog
+from sparsify.costs.young import checkpoint_interval_steps, young_interval_s
 from sparsify.errors import InputError
-from sparsify.health import SpikeGuard, SpikePolicy, checksum
-from sparsify.interval import checkpoint_interval_steps, young_interval_s
+from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
 
 
 def losses(seed: int = 0) -> Iterator[float]:
@@ -158,7 +158,7 @@ def test_checksum_against_integers_of_any_size(monkeypatch: pytest.MonkeyPatch) 
         total = sum(int.from_bytes(part, "little", signed=True) for part in parts)
         expected = (expected * 0x9E3779B97F4A7C15 + total) % 2**63
     assert checksum(tensors) == expected
-    monkeypatch.setattr("sparsify.health._CHECKSUM_CHUNK", 8)
+    monkeypatch.setattr("sparsify.training.health._CHECKSUM_CHUNK", 8)
     assert checksum(tensors) == expected
 
 

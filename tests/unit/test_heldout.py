@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import Config, DataConfig
-from conf.stages import DistillConfig
-from jobs._heldout import FIGURES, Heldout, as_metrics, domains, write_heldout
+from conf.options.data import DataConfig
+from conf.options.distill import DistillConfig
+from conf.schema import Config
+from jobs.training.heldout import FIGURES, Heldout, as_metrics, domains, write_heldout
+from sparsify.data.store import TokenStore
 from sparsify.models.load import load_tokenizer
-from sparsify.store import TokenStore
 
 
 def sources(folder: Path) -> list[Path]:

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.schedule import LossWeights
+from sparsify.distillation.student import DistillStudent, LossHead
 from sparsify.errors import InputError
-from sparsify.head import Teacher
-from sparsify.head_terms import HeadTransform
-from sparsify.loss_terms import LossWeights
-from sparsify.models.head import DistillStudent, LossHead, check_head, find_head
+from sparsify.models.lm_head import HeadTransform, check_head, find_head
 from tests.families import FAMILIES, in_two_documents, tiny, token_rows
 
 SHAPE = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs._ledger import (
+from jobs.training.ledger import (
     DOWN,
     EVALUATE,
     LOST,
@@ -162,7 +162,7 @@ def test_committed_steps_survive_kill_9(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from jobs._ledger import Ledger
+from jobs.training.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for step in (1, 2, 3):
     with ledger.step(step): pass

@@ -12,9 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masking import apply_masks_, has_alive, infer_masks, mask_gradients, require_masked
-from sparsify.masks import load_masks, mask_digest, pack_mask, save_masks, unpack_mask
-from sparsify.pattern import Pattern, keep_mask_from_scores
+from sparsify.masks.select import keep_mask_from_scores
+from sparsify.masks.storage import load_masks, mask_digest, pack_mask, save_masks, unpack_mask
+from sparsify.models.masked import (
+    apply_masks_,
+    has_alive,
+    infer_masks,
+    mask_gradients,
+    require_masked,
+)
+from sparsify.pattern import Pattern
 
 NAME = "0"
 

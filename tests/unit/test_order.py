@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from sparsify.data.order import BLOCK_SLOTS, TrainingOrder, key_of, largest_remainder, permuted
 from sparsify.errors import InputError
-from sparsify.order import BLOCK_SLOTS, TrainingOrder, key_of, largest_remainder, permuted
 
 SIZES = [
     1,

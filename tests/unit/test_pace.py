@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from conf.stages import DistillConfig
-from jobs._pace import Pace
-from jobs._schedule import forecast_of
+from conf.options.distill import DistillConfig
+from jobs.training.pace import Pace
+from jobs.training.schedule import forecast_of
 
 
 def worker(rank: int, said: list[Any]) -> Any:

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsify.bits import num_bytes, pack_bits, unpack_bits
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.pack import FORMAT, load_packed, pack_model, packed_num_bytes, save_packed
-from sparsify.pattern import Pattern, keep_mask_from_scores
-from sparsify.quantize import Quantized, QuantParams, quantize_weight
+from sparsify.formats.packed24 import FORMAT, load_packed, pack_model, packed_num_bytes, save_packed
+from sparsify.masks.bits import num_bytes, pack_bits, unpack_bits
+from sparsify.masks.select import keep_mask_from_scores
+from sparsify.pattern import Pattern
+from sparsify.quantization.quantize import Quantized, QuantParams, quantize_weight
 
 PATTERNS = ["2:4", "4:8", "1:4", "1:3", "3:16", "unstructured:0.5", "unstructured:0.37"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 
-from sparsify.calibrate import walk_blocks
+from sparsify.calibration.layers import Wants
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.evaluate import evaluate_rows
-from sparsify.layers import Wants
+from sparsify.evaluation.perplexity import evaluate_rows
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.models.moe import fused_experts
-from sparsify.models.packed import check_isolation
-from sparsify.text import TokenRows
+from sparsify.models.isolation import check_isolation
+from sparsify.models.structure import fused_experts
 
 BASE = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

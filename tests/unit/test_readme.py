@@ -13,20 +13,23 @@ from typing import Any
 
 import pytest
 
-from conf.schema import STAGES, Config
+from conf.options.run import STAGES
+from conf.schema import Config
 from jobs import bench, forecast
-from jobs._artifact import RECORD
-from jobs._entry import _FLAGS, load_config
-from jobs._layers import PHASES
-from jobs._ledger import WORDS, goodput
-from jobs._options import JOBS, job_options
-from jobs._stage import MASKS, PACKED, SPARSITY, Models, StageContext
-from jobs._summary import _num_parameters, build_summary
-from jobs._tracking import METRICS_FILE
-from sparsify.forecast import Forecast
+from jobs.cli.compose import load_config
+from jobs.cli.main import _FLAGS
+from jobs.cli.options import JOBS, job_options
+from jobs.reporting.summary import _num_parameters, build_summary
+from jobs.runs.artifact import RECORD
+from jobs.runs.context import StageContext
+from jobs.runs.models import Models
+from jobs.runs.tracking import METRICS_FILE
+from jobs.training.ledger import WORDS, goodput
+from sparsify.formats.sparse_folder import MASKS, PACKED, SPARSITY
 from sparsify.models.load import embedded_path
-from sparsify.prune_state import LayerReport
-from sparsify.quantize import QuantLayerReport
+from sparsify.pruning.progress import PHASES, LayerReport
+from sparsify.quantization.quantize import QuantLayerReport
+from sparsify.training.forecast import Forecast
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -175,10 +178,10 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     """Metrics of every stage, with the keys that the stages write."""
     layer = dict.fromkeys(["method", *(field.name for field in fields(LayerReport))], 0)
     quantized = dict.fromkeys([field.name for field in fields(QuantLayerReport)], 0)
-    step = dict.fromkeys(literal_keys("_recovery", "_step", "grad_norm"), 0)
-    quantization = dict.fromkeys(literal_keys("quantize", "run", "group_size"), 0)
-    recovery = dict.fromkeys(literal_keys("distill", "_write", "tokens_per_s"), 0)
-    score = dict.fromkeys(literal_keys("evaluate", "score", "kl"), 1.0)
+    step = dict.fromkeys(literal_keys("training/loop", "_step", "grad_norm"), 0)
+    quantization = dict.fromkeys(literal_keys("stages/quantize", "run", "group_size"), 0)
+    recovery = dict.fromkeys(literal_keys("workers/distill", "_write", "tokens_per_s"), 0)
+    score = dict.fromkeys(literal_keys("stages/evaluate", "score", "kl"), 1.0)
     gate = {"num_violations": 0}
     return {
         "prune": {

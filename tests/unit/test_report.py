@@ -16,25 +16,29 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from jobs import _format
-from jobs._bars import perplexity_chart, phase_chart, size_chart, stage_chart, token_chart
-from jobs._charts import forecast_panel, recovery_panels, thin_steps
-from jobs._html import render_report
-from jobs._layer_charts import depth_chart
-from jobs._layers import (
-    PHASES,
-    dead_columns,
-    layer_metrics,
-    linear_kind,
-    phase_seconds,
-    shared_inputs,
+from jobs.cli.options import job_options
+from jobs.reporting import units as _format
+from jobs.reporting.charts import (
+    Scale,
+    depth_chart,
+    element,
+    forecast_panel,
+    perplexity_chart,
+    phase_chart,
+    recovery_panels,
+    size_chart,
+    stage_chart,
+    thin_steps,
+    token_chart,
 )
-from jobs._options import job_options
-from jobs._svg import Scale, element
-from jobs._table import pruning_table, results_table, stages_table
-from jobs._words import headline
+from jobs.reporting.layers import dead_columns, linear_kind, phase_seconds, shared_inputs
+from jobs.reporting.page import render_report
+from jobs.reporting.tables import pruning_table, results_table, stages_table
+from jobs.reporting.wording import headline
+from jobs.workers.prune import layer_metrics
 from sparsify.errors import InputError
-from sparsify.forecast import forecast
+from sparsify.pruning.progress import PHASES
+from sparsify.training.forecast import forecast
 
 KINDS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.train import WorkerGroupError
 
-from cluster import ray_backend
 from cluster.errors import WorkFailedError
+from cluster.runtime import backend as ray_backend
 from cluster.spec import ClusterSpec
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs._artifact import model_fingerprint
-from jobs._rotation import ROTATION, carry_rotation, rotation_facts, teacher_rotation
-from jobs._stage import write_sparsity
 from sparsify.errors import InputError
-from sparsify.rotation import Rotation
+from sparsify.formats.basis import carry_rotation, rotation_facts, teacher_rotation
+from sparsify.formats.sparse_folder import ROTATION, model_fingerprint, write_sparsity
+from sparsify.rotation.basis import Rotation
 
 
 def sparse_model(folder: Path, made_from: Path, rotation: Rotation | None = None) -> Path:

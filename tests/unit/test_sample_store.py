@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsify.errors import InputError
-from sparsify.head_terms import Sample
-from sparsify.sample_store import (
+from sparsify.data.store_write import is_whole
+from sparsify.data.teacher_samples import (
+    Sample,
     SampleCache,
     SampleFacts,
     sample_name,
     write_sample_manifest,
     write_samples,
 )
-from sparsify.store_write import is_whole
+from sparsify.errors import InputError
 from tests.conftest import message
 
 LENGTH, K = 5, 3

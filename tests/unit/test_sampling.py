@@ -13,21 +13,25 @@ from typing import Any
 import pytest
 import torch
 
-from conf.schema import Config, DataConfig, ModelConfig
-from conf.stages import DistillConfig
-from conf.teach import TeachConfig, TeachJobConfig
-from jobs import _teach, distill
-from jobs._artifact import differences
-from jobs._stage import Models, StageContext
-from jobs._teacher_cache import check_cache, check_words, verify_file
+from conf.options.data import DataConfig
+from conf.options.distill import DistillConfig
+from conf.options.model import ModelConfig
+from conf.options.teach import TeachConfig, TeachJobConfig
+from conf.schema import Config
+from jobs.runs.artifact import differences
+from jobs.runs.context import StageContext
+from jobs.runs.models import Models
+from jobs.stages import distill
+from jobs.training.teacher_samples import check_cache, check_words, verify_file
+from jobs.workers import teach as _teach
+from sparsify.data.rows import TokenRows
+from sparsify.data.store import TokenStore
+from sparsify.data.store_write import write_rows
+from sparsify.data.teacher_samples import SampleCache
+from sparsify.distillation.head_loss import Teacher
 from sparsify.errors import InputError
-from sparsify.head import Teacher
-from sparsify.models.head import check_head
+from sparsify.models.lm_head import check_head
 from sparsify.models.load import load_model, load_tokenizer
-from sparsify.sample_store import SampleCache
-from sparsify.store import TokenStore
-from sparsify.store_write import write_rows
-from sparsify.text import TokenRows
 from tests.conftest import message
 from tests.unit.test_tokenize_store import Told
 
@@ -282,8 +286,8 @@ def test_a_recovery_takes_no_cache_of_something_else(job, tmp_path, tiny_model_d
 
 def test_draws_do_not_need_the_whole_model(job, tmp_path) -> None:
     """What is drawn is the head's: hidden states and head give the same sample."""
-    from sparsify.order import key_of
-    from sparsify.teacher_cache import draw
+    from sparsify.data.order import key_of
+    from sparsify.distillation.sampling import draw
 
     write(job, tmp_path / "cache")
     rows = TokenStore.open(job.data.train).rows([7])

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.schema import DataConfig
-from jobs import _builtin
-from jobs._builtin import stdlib_documents
-from jobs._sources import load_rows, open_source, source_fingerprint
+from conf.options.data import DataConfig
+from jobs.corpus import builtin as _builtin
+from jobs.corpus.builtin import stdlib_documents
+from jobs.corpus.rows import load_rows
+from jobs.corpus.sources import open_source, source_fingerprint
+from sparsify.data.rows import TokenRows
+from sparsify.data.split import is_held_out
 from sparsify.errors import CalibrationError, InputError
-from sparsify.text import TokenRows, is_held_out
 from tests.conftest import equal, message
 
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(60)]

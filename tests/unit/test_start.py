@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from conf.options.distill import DistillConfig
 from conf.schema import Config
-from conf.stages import DistillConfig
-from jobs._engine import Partitioner
-from jobs._stage import MASKS, write_sparsity
-from jobs._start import load_student
+from jobs.training.engine import Partitioner
+from jobs.training.student import load_student
 from sparsify.errors import InputError
-from sparsify.masking import apply_masks_, infer_masks, num_alive, require_masked
-from sparsify.masks import save_masks
+from sparsify.formats.sparse_folder import MASKS, write_sparsity
+from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_model, load_pair, save_model
+from sparsify.models.masked import apply_masks_, infer_masks, num_alive, require_masked
 from sparsify.models.structure import find_blocks
-from sparsify.pattern import Pattern, count_violations, keep_mask_from_scores
-from sparsify.rotation import Rotation, fold_rotation
+from sparsify.pattern import Pattern
+from sparsify.rotation.basis import Rotation, fold_rotation
 from tests.integration.recoveries import Worker
 
 PATTERN = Pattern.parse("2:4")

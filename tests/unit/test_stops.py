@@ -10,29 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibrate import walk_blocks
+from sparsify.calibration.accumulate import Moments, TargetShares
+from sparsify.calibration.groups import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
+from sparsify.calibration.hidden_states import StreamStore
+from sparsify.calibration.layers import Layer, Order, Wants
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.layers import Layer, Order, Wants
 from sparsify.methods import Problem, PruneParams, get_method
+from sparsify.methods._target import shrinkage, teacher_target
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.models.stops import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
-from sparsify.models.structure import (
-    BlockCalls,
-    BlockInputs,
-    find_blocks,
-    linears_of,
-    run_block,
-    shared_input_groups,
-    watch_linears,
-    watch_outputs,
-)
-from sparsify.moments import Moments, TargetShares
+from sparsify.models.calls import BlockCalls, BlockInputs, run_block
+from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.watch import shared_input_groups, watch_linears, watch_outputs
 from sparsify.pattern import Pattern
-from sparsify.prune import prune_model
-from sparsify.streams import StreamStore
-from sparsify.targets import shrinkage, teacher_target
-from sparsify.text import TokenRows
+from sparsify.pruning.prune import prune_model
 from tests.families import FAMILIES, in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsify.data.rows import TokenRows, token_rows, tokenizer_digest
+from sparsify.data.store import MANIFEST, StoreSource, TokenStore, is_store, manifest_digest
+from sparsify.data.store_write import is_whole, shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
-from sparsify.masks import pack_mask
-from sparsify.store import MANIFEST, StoreSource, TokenStore, is_store, manifest_digest
-from sparsify.store_write import is_whole, shard_name, write_manifest, write_shard
-from sparsify.text import TokenRows, token_rows, tokenizer_digest
+from sparsify.masks.storage import pack_mask
 from tests.conftest import equal, message
 
 LENGTH = 20  # not a multiple of 8: the starts of a row end inside a byte

@@ -8,26 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.calibrate import walk_blocks
+from sparsify.calibration.layers import Wants, prunable_linears
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.layers import Wants, prunable_linears
+from sparsify.masks.select import find_violation
 from sparsify.methods import PruneParams, available_methods, get_method
 from sparsify.models.blocks import BlocksInMemory
-from sparsify.models.structure import (
-    BlockCalls,
-    BlockInputs,
-    ResidualAdds,
-    find_blocks,
-    linears_of,
-    run_block,
-    shared_input_groups,
-    watch_outputs,
-    writers_of,
-)
-from sparsify.pattern import Pattern, find_violation
-from sparsify.prune import prune_model
-from sparsify.text import TokenRows
+from sparsify.models.calls import BlockCalls, BlockInputs, run_block
+from sparsify.models.structure import find_blocks, linears_of, writers_of
+from sparsify.models.watch import ResidualAdds, shared_input_groups, watch_outputs
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import prune_model
 from tests.families import FAMILIES, in_two_documents, tiny, token_rows
 
 

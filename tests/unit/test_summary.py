@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from conf.schema import Config
-from jobs._artifact import RECORD
-from jobs._stage import Models, StageContext
-from jobs._summary import build_summary
+from jobs.reporting.summary import build_summary
+from jobs.runs.artifact import RECORD
+from jobs.runs.context import StageContext
+from jobs.runs.models import Models
 
 LAYER = {
     "method": "wanda", "name": "model.layers.0.up", "block": 0, "shape": [8, 4], "num_tokens": 64,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsify.data.rows import TokenRows, token_rows
 from sparsify.errors import InputError
-from sparsify.text import TokenRows, token_rows
 
 END = 320
 BEGIN = 321

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import TrackerConfig
-from jobs._tracking import (
+from conf.options.tracker import TrackerConfig
+from jobs.runs.tracking import (
     METRICS_FILE,
     JsonlTracker,
     has_wandb_credentials,
@@ -176,11 +176,12 @@ ARGUMENT = "argument-that-stays-here"
 SCRIPT = """
 import sys
 from pathlib import Path
-from conf.schema import Config, TrackerConfig, to_dict
-from jobs import _tracking
-_tracking._INIT_TIMEOUT_S = 2  # seconds spared; the rule is the same
+from conf.options.tracker import TrackerConfig
+from conf.schema import Config, to_dict
+from jobs.runs import tracking
+tracking._INIT_TIMEOUT_S = 2  # seconds spared; the rule is the same
 config = TrackerConfig(wandb=sys.argv[2])
-tracker = _tracking.open_tracker(config, Path(sys.argv[1]), "a-run", to_dict(Config()))
+tracker = tracking.open_tracker(config, Path(sys.argv[1]), "a-run", to_dict(Config()))
 tracker.log({"loss": 1.25}, step=1)
 tracker.log({"loss": 1.0}, step=1)
 tracker.close()

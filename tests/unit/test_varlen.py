@@ -17,12 +17,14 @@ import transformers
 from torch.nn.attention import varlen as torch_varlen
 from transformers import AutoModelForCausalLM
 
+from sparsify.data.rows import TokenRows
+from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.schedule import LossWeights
+from sparsify.distillation.student import DistillStudent
 from sparsify.errors import InputError
-from sparsify.head import Teacher
-from sparsify.loss_terms import LossWeights
 from sparsify.models import varlen
-from sparsify.models.head import DistillStudent, check_head
-from sparsify.models.structure import first_block_alone
+from sparsify.models.calls import first_block_alone
+from sparsify.models.lm_head import check_head
 from sparsify.models.training import prepare_student, recompute_layers
 from sparsify.models.varlen import (
     VARLEN,
@@ -32,7 +34,6 @@ from sparsify.models.varlen import (
     find_documents,
     use_varlen,
 )
-from sparsify.text import TokenRows
 from tests.families import FAMILIES, tiny, token_rows
 from tests.unit.test_packed import tiny as tiny_of_type
 

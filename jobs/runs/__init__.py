@@ -1,0 +1,1 @@
+"""What all stages of a run share: its folder, records, models, display, tracker and Ray."""

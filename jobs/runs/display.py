@@ -1,0 +1,115 @@
+"""What a person sees while a run works: one bar per stage with an ETA, or lines in a log file."""
+
+from __future__ import annotations
+import sys
+import time
+from typing import Any
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+_LOG_EVERY_S = 10.0
+
+def _number() -> Column:
+    return Column(no_wrap=True, min_width=7)
+
+class Display:
+    """Progress of a run on stderr.
+
+    On a terminal every stage has a live bar; elsewhere a line appears at most every ten seconds
+    and when a piece of work is done, so that a log file stays readable.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._is_live = self.console.is_terminal
+        # At 80 columns the numbers keep their width and the text is what gives way.
+        self._progress = Progress(
+            TextColumn("  [bold]{task.description}", table_column=Column(min_width=10)),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=_number()),
+            TimeElapsedColumn(table_column=_number()),
+            TextColumn("ETA"),
+            TimeRemainingColumn(table_column=_number()),
+            TextColumn(
+                "[dim]{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
+            console=self.console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._stage = ""
+        self._started_s = 0.0
+        self._first: tuple[float, float] | None = None
+        self._logged_s = 0.0
+
+    def __enter__(self) -> Display:
+        """Start the live display."""
+        if self._is_live:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it and leave the last state on the screen."""
+        if self._is_live:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line above the bars."""
+        self.console.print(f"  {text}", markup=False, soft_wrap=True)
+
+    def start_stage(self, name: str) -> None:
+        """A stage begins; its total is not known yet."""
+        self._stage = name
+        self._started_s = self._logged_s = time.monotonic()
+        self._first = None
+        if self._is_live:
+            self._tasks[name] = self._progress.add_task(name, total=None, text="starting workers")
+        else:
+            self.say(f"{name}: starting")
+
+    def finish_stage(self, name: str, text: str) -> None:
+        """A stage is done (or its earlier result is reused)."""
+        if self._is_live:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=1, text=text)
+            task = self._tasks[name]
+            total = next(t.total for t in self._progress.tasks if t.id == task) or 1
+            self._progress.update(task, total=total, completed=total, text=text)
+            self._progress.stop_task(task)
+        else:
+            self.say(f"{name}: {text}")
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take an event of the board: progress or a warning."""
+        if event["kind"] == "warning":
+            self.say(f"warning: {event['text']}")
+        elif event["kind"] == "progress":
+            done, total, text = event["done"], event["total"], event.get("text", "")
+            if self._is_live and self._stage in self._tasks:
+                task = self._tasks[self._stage]
+                self._progress.update(task, completed=done, total=total, text=text)
+            elif not self._is_live:
+                self._log(done, total, text)
+
+    def _log(self, done: float, total: float, text: str) -> None:
+        now_s = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = (now_s, done)
+        if done < total and now_s - self._logged_s < _LOG_EVERY_S:
+            return
+        self._logged_s = now_s
+        begun_s, begun = self._first
+        eta = ""
+        if begun < done < total:
+            left_s = (now_s - begun_s) / (done - begun) * (total - done)
+            eta = f", ETA {left_s:.0f} s"
+        self.say(f"{self._stage}: {done:g}/{total:g} {text}{eta}".rstrip())
+        sys.stderr.flush()

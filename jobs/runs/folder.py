@@ -1,0 +1,89 @@
+"""A run's folder: made, locked to one command at a time, its JSON written whole or not at all."""
+
+from __future__ import annotations
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from sparsify import files
+from sparsify.errors import InputError, TwofourError
+from sparsify.files import file_sha256, fsync
+
+def write_json(path: Path, value: Any) -> None:
+    """`files.write_json`, with a full or unwritable disk as one line."""
+    with disk_errors(path):
+        files.write_json(path, value)
+
+def take_json(path: Path) -> Any:
+    """Read what a worker left for the driver, and remove it: it is no result of the stage."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return value
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into one line; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+            raise TwofourError(
+                f"{path}: the disk is full; free some space and run the same command again "
+                "(finished stages are kept)"
+            ) from None
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(
+                f"{path}: cannot be written ({text}); choose another folder or fix the permissions"
+            ) from None
+        raise
+
+def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
+    """Make the run's folder, which `option` names, and prove that it can be written.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError(f"{option}={run_dir}: is a file; choose a folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TwofourError(
+                f"{option}={run_dir}: the disk is full; free some space or choose another folder"
+            ) from None
+        raise InputError(
+            f"{option}={run_dir}: cannot be written ({error.strerror}); choose another folder or "
+            "fix the permissions"
+        ) from None
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path, option: str = "run.dir") -> Iterator[None]:
+    """Hold the run's folder for this process; the kernel lets go of it when the process ends."""
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{option}={run_dir}: another run (process {file.read().strip() or 'unknown'}) is "
+                f"using it; wait for it, or choose another {option}="
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
