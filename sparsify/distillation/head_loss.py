@@ -23,7 +23,8 @@ from sparsify.kernels.precision import float32_products
 from sparsify.models.lm_head import Head
 
 if TYPE_CHECKING:
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
+    from sparsify.distillation.schedule import TokenCounts
+    from sparsify.params import LossWeights
 
 CHUNK_TOKENS = 1024
 

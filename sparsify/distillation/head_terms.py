@@ -15,7 +15,8 @@ from sparsify.data.teacher_samples import Sample
 from sparsify.models.lm_head import HeadTransform
 
 if TYPE_CHECKING:
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
+    from sparsify.distillation.schedule import TokenCounts
+    from sparsify.params import LossWeights
 
 NO_TARGET = -100
 

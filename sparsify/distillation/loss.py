@@ -22,9 +22,10 @@ from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
 from sparsify.distillation.head_loss import Teacher, head_loss
 from sparsify.distillation.head_terms import NO_TARGET
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
+from sparsify.params import LossWeights
 
 if TYPE_CHECKING:
     pass

@@ -19,11 +19,12 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.isolation import check_isolation
-from sparsify.quantization.codes import METHODS, Quantized, QuantParams, dequantize
+from sparsify.params import QuantParams
+from sparsify.quantization.codes import Quantized, dequantize
 from sparsify.quantization.gptq import quantize_weight
 
 __all__ = [
-    "METHODS", "QuantLayerReport", "QuantParams", "QuantResult", "Quantized", "dequantize",
+    "QuantLayerReport", "QuantParams", "QuantResult", "Quantized", "dequantize",
     "quantize_model", "quantize_weight",
 ]  # fmt: skip
 

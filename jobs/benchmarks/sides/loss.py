@@ -29,8 +29,9 @@ def build(
     import torch
 
     from sparsify.distillation.head_loss import HeadProducts, Teacher, chunks, head_loss
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
+    from sparsify.distillation.schedule import TokenCounts
     from sparsify.models.lm_head import Head
+    from sparsify.params import LossWeights
 
     generator = torch.Generator(device).manual_seed(0)
     kind = getattr(torch, dtype)
