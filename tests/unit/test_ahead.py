@@ -119,7 +119,7 @@ def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatc
 
 
 def prune(family: str, overlap: bool, method: str, order: Order, **options: Any) -> Any:
-    model = tiny(family, num_layers=4)
+    model = tiny(family)  # of three blocks: one to be passed ahead before and after the middle one
     rows = options.pop("rows", token_rows(NUM_ROWS))
     result = prune_model(
         model, rows, get_method(method), Pattern.parse("2:4"), PruneParams(block_size=16),
