@@ -206,6 +206,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(
     undisturbed: Path, environment, small, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "lost"
+    shutil.copytree(undisturbed / "prune", run_dir / "prune")  # which is reused
     words = [*small, f"run.dir={run_dir}", "stages=[prune,distill]"]
     process = Command("prune", *words, environment=environment, folder=tmp_path)
     wait_until(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
