@@ -1,4 +1,4 @@
-"""Resolve: SparseGPT's mask and sweep, then a least-squares solve of what the mask keeps.
+"""SparseGPT's mask and sweep, then a least-squares solve of what the mask keeps.
 
 SparseGPT adjusts a column once, from what lies to its left. Re-solving all kept weights of a row
 at once takes the rest of the error that this mask can lose.
@@ -68,7 +68,7 @@ def sweep_and_refit(
 
 
 METHOD = Method(
-    name="resolve",
+    name="sparsegpt_refit",
     summary="SparseGPT, then a least-squares solve of the kept weights",
     needs_hessian=True,
     needs_factor=True,

@@ -1,4 +1,4 @@
-"""Descent: visit the groups of a row in turn and give each its best pattern and best values.
+"""Group descent: visit the groups of a row in turn and give each its best pattern and best values.
 
 Shape suffixes: O output features (rows), I input features (columns), B columns of one block, M
 columns of one group, Q groups, P patterns a group may have. Transposed blocks (B, O) keep every
@@ -80,7 +80,7 @@ def check_groups(problem: Problem, pattern: Pattern) -> None:
         raise InputError(
             f"{problem.name}: the descent goes through every choice within a group, and pattern "
             f"{pattern} has no groups or over {_MAX_PATTERNS} choices in one; use "
-            "prune.method=resolve or admm"
+            "prune.method=sparsegpt_refit or admm"
         )
 
 
@@ -208,7 +208,7 @@ def _descend_block(
 
 
 METHOD = Method(
-    name="descent",
+    name="group_descent",
     summary="coordinate descent over the groups, mask and values together; needs no factor",
     needs_hessian=True,
     solve=solve,
