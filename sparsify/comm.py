@@ -102,7 +102,7 @@ class Comm:
         if self.world_size > 1:
             dist.broadcast(tensor, src=source)
 
-    def share(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """Small plain values of all processes, by rank, on all of them."""
         if self.world_size == 1:
             return [value]
@@ -110,7 +110,7 @@ class Comm:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_together(self, work: Callable[[], T]) -> T:
         """Have every process do its part, which exchanges nothing, and return what its own gave.
 
         Raises:
@@ -122,7 +122,7 @@ class Comm:
             result = work()
         except Exception as error:
             failure = error
-        failures = self.share(failure)
+        failures = self.gather_objects(failure)
         failures[self.rank] = failure  # where it happened, with its traceback
         for found in failures:
             if found is not None:

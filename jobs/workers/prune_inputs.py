@@ -70,14 +70,14 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             shutil.rmtree(path)  # made, and killed before that was noted
         return marker.exists()
 
-    if not comm.share(comm.together(is_made))[0]:  # as rank 0 sees it
+    if not comm.gather_objects(comm.run_together(is_made))[0]:  # as rank 0 sees it
         begun_s = time.perf_counter()
         if is_shared:
             make()
         else:
-            comm.together(lambda: make() if comm.rank == 0 else None)
+            comm.run_together(lambda: make() if comm.rank == 0 else None)
         seconds = time.perf_counter() - begun_s
-        comm.together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
+        comm.run_together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
     return float(json.loads(marker.read_text(encoding="utf-8")))
 
 
@@ -156,10 +156,10 @@ def _rotate(
                 raise
             return model, str(error)
 
-    model, sites = comm.together(load)
+    model, sites = comm.run_together(load)
     if isinstance(sites, str):
         refused = {"refused": sites}
-        comm.together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
+        comm.run_together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
         return
     is_tied = sites.head.weight is sites.embedding.weight
     width = model.config.get_text_config().hidden_size
@@ -186,7 +186,7 @@ def _rotate(
         save_model(model, None, partial)
         report.rotation.save(partial / ROTATION)
 
-    comm.together(lambda: _write_rotated(folder, facts, fill, comm))
+    comm.run_together(lambda: _write_rotated(folder, facts, fill, comm))
 
 
 def _write_rotated(

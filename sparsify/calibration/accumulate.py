@@ -247,7 +247,7 @@ class Moments:
             NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; the message begins
                 with the layer's name.
         """
-        unpaired = set().union(*comm.share(self._unpaired))
+        unpaired = set().union(*comm.gather_objects(self._unpaired))
         found = BlockStatistics({}, {})
         for name, total in self._sums.items():
             total.reduce(comm)

@@ -48,7 +48,7 @@ def share_factors(
     }
     begun: Mapping[str, Callable[[], InverseFactor]] = mine
     if ahead is None:
-        comm.together(lambda: [make() for make in mine.values()])  # they keep what they made
+        comm.run_together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
         begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
 
@@ -60,7 +60,7 @@ def share_factors(
                 facts = made.damping, made.num_attempts, made.condition
             except (NonFiniteError, SingularHessianError) as error:
                 failure = error
-        failure, facts = comm.share((failure, facts))[owner[name]]
+        failure, facts = comm.gather_objects((failure, facts))[owner[name]]
         if failure is not None:
             raise failure
         assert facts is not None

@@ -416,7 +416,7 @@ class _Walk:
             if not moments.is_finite():
                 mine = batch.where.start, batch.where.stop - 1
                 break
-        found = [where for where in self._comm.share(mine) if where is not None]
+        found = [where for where in self._comm.gather_objects(mine) if where is not None]
         return "; first in calibration rows {} to {}".format(*min(found)) if found else ""
 
 

@@ -84,7 +84,7 @@ class PruneState:
                     "number of workers) that it was begun with"
                 )
             self.num_done, self._layers = found["num_done"], found["layers"]
-        self.num_done, self._layers = comm.share((self.num_done, self._layers))[0]
+        self.num_done, self._layers = comm.gather_objects((self.num_done, self._layers))[0]
 
     def keep(self, reports: list[LayerReport]) -> None:
         """Add a block's reports to the next commit."""

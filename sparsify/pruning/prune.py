@@ -171,7 +171,7 @@ def prune_checkpoint(
     """
     source = StreamedBlocks(path, dtype, device)
     run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
-    num_batches = sum(comm.share(sum(map(len, share_of(rows, comm, batch_size)))))
+    num_batches = sum(comm.gather_objects(sum(map(len, share_of(rows, comm, batch_size)))))
     state = PruneState(out, comm, len(source.blocks), num_batches)
     store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None

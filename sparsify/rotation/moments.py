@@ -60,9 +60,9 @@ def stream_moments(
         return sums
 
     lanes = [rows[where] for where in comm.lanes(len(rows))]
-    total = comm.together(lambda: sum_lanes(map(of_lane, lanes), _Sums.merge))
+    total = comm.run_together(lambda: sum_lanes(map(of_lane, lanes), _Sums.merge))
     total.reduce(comm)
-    return comm.together(lambda: total.means(rows.num_tokens))
+    return comm.run_together(lambda: total.means(rows.num_tokens))
 
 
 class _Sums:

@@ -105,7 +105,7 @@ def rotate_model(
     if len(rows) == 0:
         raise CalibrationError("rotation: no calibration row; give more text")
     comm = comm or Comm.single()
-    sites = comm.together(lambda: find_rotation_sites(model))
+    sites = comm.run_together(lambda: find_rotation_sites(model))
     if use_value_rotation and not sites.values:
         raise InputError(
             f"rotation: {type(model).__name__} has no v_proj and o_proj to rotate values in; use "
@@ -128,20 +128,20 @@ def rotate_model(
     was_training = model.training
     model.eval()
     try:
-        before = comm.together(fold)
+        before = comm.run_together(fold)
         moments = stream_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
         start = partial(
             RotationSearch, sites, moments, counted, pattern, use_values=use_value_rotation,
             noise=noise, comm=comm,
         )  # fmt: skip
-        search = comm.together(start)
+        search = comm.run_together(start)
         del start, moments  # the search holds those that this process works with
         entropy_before, pruned_before = search.measure()
         search.run(steps, on_step)
         rotation = search.found()
         entropy_after, pruned_after = search.measure()
-        difference = comm.together(finish)
+        difference = comm.run_together(finish)
     finally:
         model.train(was_training)
     return RotationReport(

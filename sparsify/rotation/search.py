@@ -85,9 +85,9 @@ class RotationSearch:
             found = [self._figures(scores_IO) for scores_IO in scores]
             return sum(one for one, _ in found), sum(other for _, other in found)
 
-        figures = self._comm.together(lambda: [of_lane(lane) for lane in self._lanes])
+        figures = self._comm.run_together(lambda: [of_lane(lane) for lane in self._lanes])
         # Lanes in their order, which is the same for any number of processes.
-        every = [figure for process in self._comm.share(figures) for figure in process]
+        every = [figure for process in self._comm.gather_objects(figures) for figure in process]
         mean_entropy = sum(one for one, _ in every) / self._num_rows
         if self._pattern is None:
             return mean_entropy, None
@@ -133,7 +133,7 @@ class RotationSearch:
             with float32_products(allow_tf32=True):
                 return sum_lanes(lanes(), Tensor.add_)
 
-        both = self._comm.together(work)  # one sum for the derivatives and the loss behind them
+        both = self._comm.run_together(work)  # one sum for the derivatives and the loss behind them
         self._comm.all_reduce_(both)
         gradient.flat.copy_(both[:-1])
         return float(both[-1])
@@ -155,7 +155,7 @@ class RotationSearch:
     @torch.no_grad()
     def found(self) -> Rotation:
         """The rotations as they are now, orthogonal to float64's precision, those of rank 0."""
-        exact = self._comm.together(
+        exact = self._comm.run_together(
             lambda: [_orthogonal(matrix.double()) for matrix in self._turns.matrices]
         )
         for matrix, near in zip(exact, self._turns.matrices, strict=True):
