@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.calibration.groups import Stop
 from sparsify.calibration.hessian import HessianSum
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError
 from sparsify.kernels.gram import add_cross_, sum_dtype
@@ -35,10 +35,10 @@ class TargetShares:
 
 
 @dataclass
-class BlockStatistics:
+class BlockMoments:
     """What a block's layers are solved with; names are relative to the block."""
 
-    statistics: dict[str, Statistics]
+    moments: dict[str, InputMoments]
     """first layer of a group that shares an input -> its moments"""
     wanted: dict[str, Tensor]
     """layer that writes to the residual stream -> float32 (O, I), see `layers.Layer.wanted_OI`
@@ -57,7 +57,7 @@ class _Seen:
     """the same layer -> the residual stream that this was added to, (..., D)"""
 
 
-class Moments:
+class MomentSums:
     """Running sums over tokens of one block's inputs.
 
     With a teacher, a layer that writes to the residual stream has one product measured for its
@@ -231,7 +231,7 @@ class Moments:
         yield from self._crosses.values()
         yield from self._wanted.values()
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: MomentSums) -> None:
         """Add the sums of `other`, of the same block."""
         for name, total in self._sums.items():
             total.merge(other._sums[name])
@@ -240,7 +240,7 @@ class Moments:
                 sums[name] += value
         self._unpaired |= other._unpaired
 
-    def reduce(self, comm: Comm) -> BlockStatistics:
+    def reduce(self, comm: Comm) -> BlockMoments:
         """The means over all processes' tokens, on all of them.
 
         Raises:
@@ -248,7 +248,7 @@ class Moments:
                 with the layer's name.
         """
         unpaired = set().union(*comm.gather_objects(self._unpaired))
-        found = BlockStatistics({}, {})
+        found = BlockMoments({}, {})
         for name, total in self._sums.items():
             total.reduce(comm)
             try:
@@ -263,7 +263,7 @@ class Moments:
                         found.wanted[member] = _mean(sum_OI, total.weight, comm)
                 if name in self._crosses:
                     cross_II = _mean(self._crosses.pop(name), total.weight, comm)
-            found.statistics[name] = Statistics(hessian_II, total.num_tokens, cross_II)
+            found.moments[name] = InputMoments(hessian_II, total.num_tokens, cross_II)
         return found
 
 

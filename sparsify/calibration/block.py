@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments
+from sparsify.calibration.accumulate import MomentSums
 from sparsify.calibration.batches import Batch
 from sparsify.calibration.groups import Stages, Stop, pass_stages, stages_of
 from sparsify.calibration.hidden_states import StreamStore
@@ -54,7 +54,7 @@ class DensePass:
     """number of the batch -> hidden states behind the block, (B, T, D); none behind the last"""
     stops: dict[tuple[int, int], Stop] = field(default_factory=dict)
     """(stage, number of the batch) -> what a teacher has there"""
-    moments: Moments | None = None
+    moments: MomentSums | None = None
     """of all inputs, where they are measured in the dense model"""
 
     def tensors(self) -> Iterator[Tensor]:

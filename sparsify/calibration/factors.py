@@ -9,20 +9,20 @@ import torch
 
 from sparsify.calibration.hessian import InverseFactor
 from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import NonFiniteError, SingularHessianError
 
 
 def share_factors(
-    statistics: dict[str, Statistics], damping: float, comm: Comm, ahead: Ahead | None
+    moments: dict[str, InputMoments], damping: float, comm: Comm, ahead: Ahead | None
 ) -> Callable[[str], None]:
     """Factor every Hessian once, or begin to, each on one of the processes.
 
     The largest go first, each to the process with the least work so far.
 
     Args:
-        statistics: layer name, for messages -> its moments; the same on all processes.
+        moments: layer name, for messages -> its moments; the same on all processes.
         damping: see `hessian.inverse_factor`.
         comm: the processes.
         ahead: does this process's part beside the caller, in the order of the layers; None: it is
@@ -37,13 +37,13 @@ def share_factors(
     """
     work = [0.0] * comm.world_size
     owner: dict[str, int] = {}
-    sizes = {name: len(stats.hessian_II) for name, stats in statistics.items()}
+    sizes = {name: len(stats.hessian_II) for name, stats in moments.items()}
     for name in sorted(sizes, key=lambda n: -sizes[n]):
         owner[name] = work.index(min(work))
         work[owner[name]] += float(sizes[name]) ** 3
     mine = {
         name: partial(stats.factor, damping, name)
-        for name, stats in statistics.items()
+        for name, stats in moments.items()
         if owner[name] == comm.rank
     }
     begun: Mapping[str, Callable[[], InverseFactor]] = mine
@@ -65,12 +65,12 @@ def share_factors(
             raise failure
         assert facts is not None
         used, num_attempts, condition = facts
-        hessian_II = statistics[name].hessian_II
+        hessian_II = moments[name].hessian_II
         # One layout on all processes, whether the factor was computed here or received.
         upper_II = torch.empty_like(hessian_II) if made is None else made.upper_II.contiguous()
         comm.broadcast_(upper_II, owner[name])
         dead_I = hessian_II.diagonal() == 0
         factor = InverseFactor(upper_II, used, num_attempts, dead_I, condition)
-        statistics[name].put_factor(damping, factor)
+        moments[name].put_factor(damping, factor)
 
     return hand_out

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import TargetShares
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError
 from sparsify.models.structure import find_blocks, linears_of
 
@@ -29,7 +29,7 @@ class Layer:
     module: nn.Linear
     block: int
     """index of the decoder block"""
-    statistics: Statistics
+    moments: InputMoments
     """moments of its input; layers that share an input share them"""
     wanted_OI: Tensor | None = None
     """float32 mean of (a W y + b (r_dense - r)) x^T for a layer that adds to a residual stream r: W
@@ -45,7 +45,7 @@ class Wants:
     """follow the dense model too, for `cross_II`"""
     target_shares: TargetShares | None = None
     """with a teacher: `wanted_OI` of layers that write to the residual stream, with these shares.
-    Their statistics have no `cross_II` then, unless another kind of layer shares them"""
+    Their moments have no `cross_II` then, unless another kind of layer shares them"""
     factor_damping: float | None = None
     """compute the factors with this damping, each on one process, before handing out the layers"""
     order: Order = "block"

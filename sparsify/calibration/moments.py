@@ -13,7 +13,7 @@ from sparsify.calibration.hessian import InverseFactor, inverse_factor
 
 
 @dataclass
-class Statistics:
+class InputMoments:
     """What calibration knows of the input of one or more layers."""
 
     hessian_II: Tensor

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments
+from sparsify.calibration.accumulate import MomentSums
 from sparsify.calibration.batches import Batch, share_of
 from sparsify.calibration.block import DensePass, OpenBlock, Opener
 from sparsify.calibration.factors import share_factors
@@ -28,7 +28,7 @@ from sparsify.calibration.groups import Stages, Stop, StoppingBlock, pass_stages
 from sparsify.calibration.hidden_states import StreamStore
 from sparsify.calibration.layers import Layer, Wants, passes_ahead, prunable_linears
 from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.calibration.timing import Phases
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
@@ -122,15 +122,15 @@ def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
     try:
         solve(layer)
     except SingularHessianError as error:
-        tokens = layer.statistics.num_tokens
+        tokens = layer.moments.num_tokens
         raise SingularHessianError(f"{error} ({tokens} calibration tokens were used)") from error
 
 
-_Found = Iterator[tuple[str, Statistics, Tensor | None]]
+_Found = Iterator[tuple[str, InputMoments, Tensor | None]]
 """(name relative to the block, moments of its input, `Layer.wanted_OI`) of one layer after another,
 each of which has to be solved before the next is asked for"""
 
-_Note = Callable[[Moments, Batch, Tensor | None], None]
+_Note = Callable[[MomentSums, Batch, Tensor | None], None]
 """adds a batch with its token weights to the moments"""
 
 
@@ -205,9 +205,9 @@ class _Walk:
             if opened.stages.is_in_order and self._wants.order == "layer"
             else self._layers_at_once(opened, opened.stages)
         )
-        for relative, statistics, wanted_OI in layers:
+        for relative, moments, wanted_OI in layers:
             name = f"{self._source.list_name}.{index}.{relative}"
-            solve(Layer(name, opened.layers[relative], index, statistics, wanted_OI))
+            solve(Layer(name, opened.layers[relative], index, moments, wanted_OI))
         return opened.block
 
     def _open(self, index: int) -> OpenBlock:
@@ -259,7 +259,7 @@ class _Walk:
             yield from self._measured(opened, stages.groups, lambda: passed or in_dense_model())
             return
 
-        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
+        def note(moments: MomentSums, batch: Batch, weights_BT: Tensor | None) -> None:
             call = self._opener.call(index, "pruned", batch)
             if not self._wants.teacher:
                 moments.add(call, weights_BT)
@@ -275,11 +275,11 @@ class _Walk:
 
     def _dense_moments(
         self, opened: OpenBlock, stages: Stages, put: Callable[[int, Tensor], None]
-    ) -> Moments:
+    ) -> MomentSums:
         """The moments of all inputs; `put(number of the batch, output)` takes what comes out."""
         to_end = opened.index + 1 < len(self._source.blocks)
 
-        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
+        def note(moments: MomentSums, batch: Batch, weights_BT: Tensor | None) -> None:
             call = self._opener.call(opened.index, "pruned", batch)
             output_BTD = moments.add(call, weights_BT, to_end=to_end)
             if output_BTD is not None:
@@ -295,7 +295,7 @@ class _Walk:
             for stage, group in enumerate(stages.groups):
 
                 def note(
-                    moments: Moments, batch: Batch, weights_BT: Tensor | None, stage: int = stage
+                    moments: MomentSums, batch: Batch, weights_BT: Tensor | None, stage: int = stage
                 ) -> None:
                     call = partial(self._opener.call, index, "pruned", batch)
                     # The dense model goes first: its layers are those of the block until one is
@@ -349,7 +349,7 @@ class _Walk:
         return shares is not None and shares.teacher > 0
 
     def _measured(
-        self, opened: OpenBlock, groups: list[list[str]], moments: Callable[[], Moments]
+        self, opened: OpenBlock, groups: list[list[str]], moments: Callable[[], MomentSums]
     ) -> _Found:
         """The layers of some groups with the statistics of their inputs, over all rows."""
         prefix = f"{self._source.list_name}.{opened.index}."
@@ -364,7 +364,7 @@ class _Walk:
         damping, hand_out = self._wants.factor_damping, None
         if damping is not None:
             with self.phases.measure("factor"):
-                named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
+                named = {f"{prefix}{group}": stats for group, stats in found.moments.items()}
                 ahead = self._factors if len(groups) > 1 else None
                 hand_out = share_factors(named, damping, self._comm, ahead)
         for group in groups:
@@ -372,16 +372,16 @@ class _Walk:
                 with self.phases.measure("factor"):
                     hand_out(f"{prefix}{group[0]}")
             for name in group:
-                yield name, found.statistics[group[0]], found.wanted.get(name)
+                yield name, found.moments[group[0]], found.wanted.get(name)
         self._settle()
 
     def _moments(
         self, opened: OpenBlock, stages: Stages, groups: list[list[str]], note: _Note
-    ) -> Moments:
+    ) -> MomentSums:
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
 
-        def of(lane: list[Batch]) -> Moments:
-            moments = Moments(
+        def of(lane: list[Batch]) -> MomentSums:
+            moments = MomentSums(
                 opened.block, groups, self._wants.teacher, self._wants.target_shares,
                 stages.streams, stages.is_in_order,
             )  # fmt: skip
@@ -392,7 +392,7 @@ class _Walk:
                 note(moments, batch, weights_BT)
             return moments
 
-        return sum_lanes(map(of, self._lanes), Moments.merge)
+        return sum_lanes(map(of, self._lanes), MomentSums.merge)
 
     def _put(self, stream: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
         if block < len(self._source.blocks):  # nobody reads what the last block puts out
@@ -411,7 +411,7 @@ class _Walk:
         """The first rows that make a layer's input NaN or infinite, for the message."""
         mine = None
         for batch in self._batches:
-            moments = Moments(opened.block, groups, with_teacher=False)
+            moments = MomentSums(opened.block, groups, with_teacher=False)
             moments.add(self._opener.call(opened.index, "pruned", batch), None)
             if not moments.is_finite():
                 mine = batch.where.start, batch.where.stop - 1

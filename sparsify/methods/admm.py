@@ -32,7 +32,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Search the mask by ADMM from the dense weight, then refit the kept weights.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one. With a fixed
+        problem: the weight, the moments, and the allowed mask if there is one. With a fixed
             mask only the refit is left.
         pattern: any; for unstructured, weights compete within their row.
         params: damping, admm_iterations, refit_iterations.

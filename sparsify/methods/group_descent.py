@@ -35,7 +35,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Start from Wanda's mask, descend over the groups, refit the kept weights.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one. With a fixed
+        problem: the weight, the moments, and the allowed mask if there is one. With a fixed
             mask only the refit is left.
         pattern: N:M with at most 100 choices of n out of m, such as 2:4 and 4:8.
         params: damping, block_size, descent_sweeps, refit_iterations.

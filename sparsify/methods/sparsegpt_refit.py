@@ -28,7 +28,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     Minimises f(Z) = tr (Z - W) H_l (Z - W)^T over the weights on the mask, from the sweep's Z.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one.
+        problem: the weight, the moments, and the allowed mask if there is one.
         pattern: any; see `kernels.sweep.sweep`.
         params: damping, block_size, refit_iterations.
 

@@ -17,7 +17,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Find T, the dense weight for the dense model's output; sweep from T and refit to T.
 
     Args:
-        problem: the weight, `wanted_OI` or statistics with `cross_II`, and the allowed mask if
+        problem: the weight, `wanted_OI` or moments with `cross_II`, and the allowed mask if
             there is one.
         pattern: any; see `kernels.sweep.sweep`.
         params: damping, block_size, refit_iterations, teacher_share, residual_share.

@@ -48,7 +48,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Find the teacher target T, the mask by ADMM on T, the kept weights by refit to T.
 
     Args:
-        problem: the weight, `wanted_OI` or statistics with `cross_II`, and the allowed mask if
+        problem: the weight, `wanted_OI` or moments with `cross_II`, and the allowed mask if
             there is one.
         pattern: any.
         params: damping, admm_iterations, refit_iterations, teacher_share, residual_share.

@@ -265,7 +265,7 @@ class _Run:
 
         They are gathered while the next layer is solved, and put into the module behind that.
         """
-        hessian_II = layer.statistics.hessian_II
+        hessian_II = layer.moments.hessian_II
         weight_OI = layer.module.weight.data
         num_rows = len(weight_OI)
         dense_RI = weight_OI[self._comm.row_slice(num_rows)]
@@ -304,15 +304,15 @@ class _Run:
             self._comm.all_reduce_(sums)
         require_pattern([(layer.name, weight_OI)], self._pattern)
         error, total, num_large_kept, num_large = sums.tolist()
-        factor = layer.statistics.known_factor(self._params.damping)
+        factor = layer.moments.known_factor(self._params.damping)
         self._masks[layer.name] = packed
         self._reports.append(
             LayerReport(
                 name=layer.name,
                 block=layer.block,
                 shape=(num_rows, num_columns),
-                num_tokens=layer.statistics.num_tokens,
-                tokens_per_column=layer.statistics.tokens_per_column,
+                num_tokens=layer.moments.num_tokens,
+                tokens_per_column=layer.moments.tokens_per_column,
                 error=error,
                 relative_error=error / total if total > 0 else 0.0,
                 sparsity=1 - int(keep_mask_OI.sum()) / keep_mask_OI.numel(),
@@ -336,7 +336,7 @@ class _Run:
             problem = Problem(
                 layer.name,
                 rows_RI,
-                layer.statistics,
+                layer.moments,
                 None if wanted_OI is None else wanted_OI[share],
                 allowed_RI,
                 is_mask_fixed=self._existing == "keep",

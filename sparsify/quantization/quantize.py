@@ -134,14 +134,14 @@ def _quantize_layer(
     layer: Layer, keep_mask_OI: Tensor, params: QuantParams, comm: Comm
 ) -> tuple[Quantized, QuantLayerReport]:
     """Solve this process's rows, gather all of them into the module, and measure the damage."""
-    hessian_II = layer.statistics.hessian_II
+    hessian_II = layer.moments.hessian_II
     weight_OI = layer.module.weight.data
     num_rows, num_columns = weight_OI.shape
     share = comm.row_slice(num_rows)
     before_RI = weight_OI[share].to(hessian_II.dtype)
     keep_RI = keep_mask_OI[share].to(weight_OI.device)
     mine = quantize_weight(
-        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.statistics.cross_II
+        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.moments.cross_II
     )
     change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
     energies = torch.stack(
@@ -156,7 +156,7 @@ def _quantize_layer(
         name=layer.name,
         block=layer.block,
         shape=(num_rows, num_columns),
-        num_tokens=layer.statistics.num_tokens,
+        num_tokens=layer.moments.num_tokens,
         error=error,
         relative_error=error / total if total > 0 else 0.0,
         damping=mine.damping,

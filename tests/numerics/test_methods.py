@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import count_violations, keep_mask_from_scores
 from sparsify.methods import Method, Problem, PruneParams, available_methods, get_method
@@ -45,18 +45,18 @@ def make_problem(
     y = x + 0.2 * normal(count, num_columns)
     gap = 0.2 * normal(count, num_rows)
     x[:, list(dead)] = 0.0
-    statistics = Statistics(x.T @ x / count, 20 * num_columns)
-    return Problem("layer", weight, statistics, (y @ weight.T + gap).T @ x / count)
+    moments = InputMoments(x.T @ x / count, 20 * num_columns)
+    return Problem("layer", weight, moments, (y @ weight.T + gap).T @ x / count)
 
 
-def statistics_of(problem: Problem) -> Statistics:
-    assert problem.statistics is not None
-    return problem.statistics
+def statistics_of(problem: Problem) -> InputMoments:
+    assert problem.moments is not None
+    return problem.moments
 
 
 def with_hessian(problem: Problem, hessian: Tensor) -> Problem:
     """The problem without a teacher's gap on another Hessian."""
-    return replace(problem, statistics=Statistics(hessian, 960, hessian), wanted_OI=None)
+    return replace(problem, moments=InputMoments(hessian, 960, hessian), wanted_OI=None)
 
 
 def rows_of(problem: Problem, rows: slice) -> Problem:
@@ -129,8 +129,8 @@ class TestLaws:
         one = method.solve(problem, TWO_FOUR, PruneParams())
         known = statistics_of(problem)
         assert problem.wanted_OI is not None
-        scaled = Statistics(known.hessian_II * 2.0**-30, known.num_tokens)
-        other = replace(problem, statistics=scaled, wanted_OI=problem.wanted_OI * 2.0**-30)
+        scaled = InputMoments(known.hessian_II * 2.0**-30, known.num_tokens)
+        other = replace(problem, moments=scaled, wanted_OI=problem.wanted_OI * 2.0**-30)
         found = method.solve(other, TWO_FOUR, PruneParams())
         assert torch.equal(one.keep_mask_OI, found.keep_mask_OI)
         same(found.weight_OI, one.weight_OI)
@@ -369,8 +369,8 @@ def test_a_teacher_brings_the_output_closer_to_the_dense_output() -> None:
     weight, mix = (torch.randn(*s, generator=generator).double() for s in ((16, 32), (32, 32)))
     y = torch.randn(4000, 32, generator=generator).double() @ (mix / 6 + torch.eye(32).double())
     x = y @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)).double()
-    statistics = Statistics(x.T @ x / 4000, 4000, y.T @ x / 4000)
-    problem = Problem("layer", weight, statistics)
+    moments = InputMoments(x.T @ x / 4000, 4000, y.T @ x / 4000)
+    problem = Problem("layer", weight, moments)
 
     def error(name: str) -> float:
         params = PruneParams(teacher_share=1.0)

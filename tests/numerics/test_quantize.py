@@ -357,7 +357,7 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     hessians = {}
     walk_blocks(
         BlocksInMemory(tiny_model), tiny_rows,
-        lambda layer: hessians.update({layer.name: layer.statistics.hessian_II}),
+        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}),
         comm=Comm.single(), batch_size=12, wants=Wants(),
     )  # fmt: skip
     name = "model.layers.1.self_attn.q_proj"
@@ -402,10 +402,10 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
     with torch.no_grad():
         tiny_model(input_ids=tiny_rows.ids_NT)
     expected = inputs_before.T @ inputs.pop() / tiny_rows.num_tokens
-    cross = layers[name].statistics.cross_II
+    cross = layers[name].moments.cross_II
     assert torch.allclose(cross, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
-    assert not torch.allclose(cross, layers[name].statistics.hessian_II, rtol=0.05)
-    first = layers["model.layers.0.mlp.down_proj"].statistics
+    assert not torch.allclose(cross, layers[name].moments.hessian_II, rtol=0.05)
+    first = layers["model.layers.0.mlp.down_proj"].moments
     assert torch.allclose(first.cross_II, first.hessian_II, rtol=1e-4, atol=1e-7)
 
 

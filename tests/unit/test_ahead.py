@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.calibration.hidden_states import StreamStore
 from sparsify.calibration.layers import Layer, Order, Wants
 from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -186,18 +186,18 @@ def test_the_dense_model_passes_the_next_block_while_layers_are_solved(wants: Wa
 def test_hessians_are_factored_while_the_first_layer_is_solved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, here, factored = Statistics.factor, threading.get_ident(), threading.Event()
+    original, here, factored = InputMoments.factor, threading.get_ident(), threading.Event()
 
-    def factor(self: Statistics, damping: float, name: str) -> Any:
+    def factor(self: InputMoments, damping: float, name: str) -> Any:
         if "down_proj" in name:
             assert threading.get_ident() != here
             factored.set()
         return original(self, damping, name)
 
-    monkeypatch.setattr(Statistics, "factor", factor)
+    monkeypatch.setattr(InputMoments, "factor", factor)
 
     def solve(layer: Layer) -> None:
-        assert layer.statistics.known_factor(0.01) is not None
+        assert layer.moments.known_factor(0.01) is not None
         assert factored.wait(PATIENCE_S), "the last layer's factor waits for the first's solution"
 
     wants = Wants(factor_damping=0.01, order="block")
@@ -222,14 +222,14 @@ def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
     overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ahead, it is known when the layer's turn comes."""
-    original, solved = Statistics.factor, []
+    original, solved = InputMoments.factor, []
 
-    def factor(self: Statistics, damping: float, name: str) -> Any:
+    def factor(self: InputMoments, damping: float, name: str) -> Any:
         if "down_proj" in name:
             raise SingularHessianError(name)
         return original(self, damping, name)
 
-    monkeypatch.setattr(Statistics, "factor", factor)
+    monkeypatch.setattr(InputMoments, "factor", factor)
     with pytest.raises(SingularHessianError, match="down_proj"):
         walk_blocks(
             BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append,

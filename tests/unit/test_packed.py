@@ -98,7 +98,7 @@ def test_calibration_sees_documents_one_by_one(family):
     hessians = {}
     walk_blocks(
         BlocksInMemory(model), TokenRows(ids_NT, positions_NT),
-        lambda layer: hessians.update({layer.name: layer.statistics.hessian_II}),
+        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}),
         comm=Comm.single(), batch_size=3, wants=Wants(),
     )  # fmt: skip
     inputs = {name: [] for name in hessians}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments, TargetShares
+from sparsify.calibration.accumulate import MomentSums, TargetShares
 from sparsify.calibration.groups import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
 from sparsify.calibration.hidden_states import StreamStore
 from sparsify.calibration.layers import Layer, Order, Wants
@@ -205,7 +205,7 @@ def halve(found: dict[str, Tensor]) -> Callable[[Layer], None]:
     """A solver that keeps what it was given and halves every weight."""
 
     def solve(layer: Layer) -> None:
-        found[layer.name] = layer.statistics.hessian_II.clone()
+        found[layer.name] = layer.moments.hessian_II.clone()
         layer.module.weight.data.mul_(0.5)
 
     return solve
@@ -338,15 +338,15 @@ def test_the_teacher_is_the_dense_model(order: Order, hold: bool) -> None:
         )  # fmt: skip
         assert len(layers) == 3 * 7
         for layer in layers:
-            statistics, wanted_OI = layer.statistics, layer.wanted_OI
+            moments, wanted_OI = layer.moments, layer.wanted_OI
             if shares is not None and layer.name.endswith(WRITERS):
-                assert statistics.cross_II is None and wanted_OI is not None
-                expected_OI = shares.teacher * layer.module.weight @ statistics.hessian_II
+                assert moments.cross_II is None and wanted_OI is not None
+                expected_OI = shares.teacher * layer.module.weight @ moments.hessian_II
                 torch.testing.assert_close(wanted_OI, expected_OI, rtol=1e-5, atol=1e-6)
             else:
-                cross_II = statistics.cross_II
+                cross_II = moments.cross_II
                 assert wanted_OI is None and cross_II is not None
-                torch.testing.assert_close(cross_II, statistics.hessian_II, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(cross_II, moments.hessian_II, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -369,7 +369,7 @@ def test_moments_and_targets_are_those_of_both_models(
     found: dict[str, tuple[Layer, Tensor]] = {}
 
     def solve(layer: Layer) -> None:
-        problem = Problem(layer.name, layer.module.weight, layer.statistics, layer.wanted_OI)
+        problem = Problem(layer.name, layer.module.weight, layer.moments, layer.wanted_OI)
         found[layer.name] = layer, teacher_target(problem, params)
         layer.module.weight.data.mul_(0.5)
 
@@ -402,13 +402,13 @@ def test_moments_and_targets_are_those_of_both_models(
         layer, target = found[f"model.layers.{index}.{name}"]
         pull = SHARES.teacher * weight @ (cross - hessian)
         if name.endswith(WRITERS):
-            assert layer.statistics.cross_II is None and layer.wanted_OI is not None
+            assert layer.moments.cross_II is None and layer.wanted_OI is not None
             pull = pull + SHARES.residual * residual
             expected = SHARES.teacher * weight @ cross + SHARES.residual * residual
             near(layer.wanted_OI, expected, expected)
         else:
-            assert layer.statistics.cross_II is not None and layer.wanted_OI is None
-            near(layer.statistics.cross_II, cross, cross)
+            assert layer.moments.cross_II is not None and layer.wanted_OI is None
+            near(layer.moments.cross_II, cross, cross)
         damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
         trust = shrinkage(len(x), len(hessian))
         move = trust * torch.linalg.solve(damped, pull.T).T
@@ -452,20 +452,20 @@ def test_a_layer_that_writes_and_shares_its_input_has_both(hold: bool) -> None:
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
     stages = stages_of(block, mine, shared_input_groups(block, mine))
     assert stages == Stages([["first", "second"], ["third"]], {"first": BLOCK_INPUT, "third": 0})
-    at_once = Moments(block, stages.groups, True, SHARES, stages.streams)
+    at_once = MomentSums(block, stages.groups, True, SHARES, stages.streams)
     at_once.add_pair(mine, dense, None)
     one = at_once.reduce(Comm.single())
-    statistics, wanted = {}, {}
+    moments, wanted = {}, {}
     with StoppingBlock(block, stages, hold=hold) as pruned:
         for stage, group in enumerate(stages.groups):
-            moments = Moments(block, [group], True, SHARES, stages.streams)
+            moments = MomentSums(block, [group], True, SHARES, stages.streams)
             here = pruned.stop_at(stage, 0, lambda: mine)
             there, _ = pass_stages(
                 block, stages, dense, with_outputs=True, last=None if hold else stage
             )
             moments.add_stop(here, there[stage], None)
             found = moments.reduce(Comm.single())
-            statistics.update(found.statistics)
+            moments.update(found.moments)
             wanted.update(found.wanted)
     x, y = mine.hidden_BTD, dense.hidden_BTD
     gap = SHARES.residual * (y - x)
@@ -473,7 +473,7 @@ def test_a_layer_that_writes_and_shares_its_input_has_both(hold: bool) -> None:
     inner_x, inner_y = (block.second(v.tanh()).relu() for v in (x, y))
     gap = SHARES.residual * (y + block.first(y.tanh()) - x - block.first(x.tanh()))
     third = products(SHARES.teacher * inner_y @ block.third.weight.T + gap, inner_x)
-    for some, products_OI in ((one.statistics, one.wanted), (statistics, wanted)):
+    for some, products_OI in ((one.moments, one.wanted), (moments, wanted)):
         cross = some["first"].cross_II
         assert cross is not None and some["third"].cross_II is None
         torch.testing.assert_close(cross, products(y.tanh(), x.tanh()))
@@ -503,11 +503,11 @@ def test_experts_with_other_tokens_have_no_product_and_the_rest_of_the_block_has
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
     stages = stages_of(block, mine, shared_input_groups(block, mine))
     assert not stages.is_in_order and stages.streams["attention"] == BLOCK_INPUT
-    moments = Moments(block, stages.groups, True, SHARES, stages.streams)
+    moments = MomentSums(block, stages.groups, True, SHARES, stages.streams)
     moments.add_pair(mine, dense, None)
     found = moments.reduce(Comm.single())
     assert set(found.wanted) == {"attention"}
-    assert all(statistics.cross_II is None for statistics in found.statistics.values())
+    assert all(moments.cross_II is None for moments in found.moments.values())
     x, y = mine.hidden_BTD, dense.hidden_BTD
     left = SHARES.teacher * y.tanh() @ block.attention.weight.T + SHARES.residual * (y - x)
     torch.testing.assert_close(found.wanted["attention"], products(left, x.tanh()))
@@ -530,13 +530,13 @@ def test_a_layer_that_writes_twice_has_the_cross_moment() -> None:
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
     stages = stages_of(block, mine, shared_input_groups(block, mine))
     assert stages == Stages([["layer"]], {}, is_in_order=False)
-    moments = Moments(block, stages.groups, True, SHARES, stages.streams)
+    moments = MomentSums(block, stages.groups, True, SHARES, stages.streams)
     moments.add_pair(mine, dense, None)
     found = moments.reduce(Comm.single())
     inputs = []
     for x in (mine.hidden_BTD, dense.hidden_BTD):
         inputs.append(torch.cat([x, x + block.layer(x.tanh())]).tanh())
-    cross = found.statistics["layer"].cross_II
+    cross = found.moments["layer"].cross_II
     assert not found.wanted and cross is not None
     torch.testing.assert_close(cross, products(inputs[1], inputs[0]))
 

@@ -168,7 +168,7 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
     found: dict[str, torch.Tensor] = {}
 
     def solve(layer) -> None:  # type: ignore[no-untyped-def]
-        found[layer.name] = layer.statistics.hessian_II
+        found[layer.name] = layer.moments.hessian_II
         layer.module.weight.data.mul_(0.5)
 
     walk_blocks(BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4, wants=Wants())
@@ -197,7 +197,7 @@ def test_layers_that_share_an_input_share_the_hessian() -> None:
     seen: dict[str, torch.Tensor | None] = {}
     walk_blocks(
         BlocksInMemory(tiny("Llama", 1)), token_rows(2),
-        lambda layer: seen.update({layer.name: layer.statistics.hessian_II}),
+        lambda layer: seen.update({layer.name: layer.moments.hessian_II}),
         comm=Comm.single(), batch_size=2, wants=Wants(),
     )  # fmt: skip
     prefix = "model.layers.0.self_attn."
