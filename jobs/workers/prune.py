@@ -22,7 +22,7 @@ from jobs.workers.prune_inputs import (
     wanted_rotation_steps,
 )
 from sparsify.calibration.hidden_states import Placement
-from sparsify.calibration.layers import Order, passes_ahead
+from sparsify.calibration.layers import InputOrder, passes_ahead
 from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.packed24 import packed_num_bytes
@@ -217,7 +217,7 @@ class Pruning:
             save_masks(folder / "masks-00001.safetensors", result.keep_masks)
         return result
 
-    def _order(self, name: str) -> Order:
+    def _order(self, name: str) -> InputOrder:
         """When inputs are measured: as asked for, or as the method has it."""
         asked = self._config.prune.order
         return get_method(name).order if asked == "auto" else asked  # type: ignore[return-value]

@@ -19,7 +19,7 @@ from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError
 from sparsify.kernels.gram import add_cross_, sum_dtype
-from sparsify.models.calls import BlockInputs, Enough, run_block
+from sparsify.models.calls import BlockInputs, StopForward, run_block
 from sparsify.models.structure import linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, watch_linears, watch_outputs
 
@@ -117,9 +117,9 @@ class MomentSums:
         def note(name: str, value: Tensor) -> None:
             self._add_input(name, value, weights_BT)
             if name == self._last and not to_end:
-                raise Enough
+                raise StopForward
 
-        with watch_linears(self._watched, note), contextlib.suppress(Enough):
+        with watch_linears(self._watched, note), contextlib.suppress(StopForward):
             output_BTD = run_block(self._block, call)
             return output_BTD if to_end else None
         return None

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sparsify.calibration.accumulate import MomentSums
 from sparsify.calibration.batches import Batch
 from sparsify.calibration.groups import Stages, Stop, pass_stages, stages_of
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.timing import Phases
+from sparsify.calibration.hidden_states import HiddenStateStore
+from sparsify.calibration.timing import PhaseTimer
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import Blocks
@@ -26,7 +26,7 @@ from sparsify.models.watch import shared_input_groups
 
 
 @dataclass
-class OpenBlock:
+class LoadedBlock:
     """A block with its weights, and what the solver's walk has to know of it."""
 
     index: int
@@ -66,7 +66,7 @@ class DensePass:
             yield from self.moments.tensors()
 
 
-class Opener:
+class BlockReader:
     """Opens blocks one after another.
 
     Args:
@@ -79,7 +79,7 @@ class Opener:
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        batches: list[Batch], store: StreamStore,
+        batches: list[Batch], store: HiddenStateStore,
     ) -> None:  # fmt: skip
         self.calls = BlockCalls(source.model, source.blocks)
         self._source = source
@@ -94,7 +94,7 @@ class Opener:
         hidden_BTD = self._store.get(stream, batch.number)
         return self.calls.call(index, batch.rows, hidden_BTD)
 
-    def open(self, index: int, stream: str, phases: Phases) -> OpenBlock:
+    def open(self, index: int, stream: str, phases: PhaseTimer) -> LoadedBlock:
         """A block with its weights, and its layers in stages.
 
         Args:
@@ -113,13 +113,13 @@ class Opener:
         layers = {
             name.removeprefix(prefix): module for at, name, module in self._linears if at == index
         }
-        opened = OpenBlock(index, block, layers, None)
+        opened = LoadedBlock(index, block, layers, None)
         if layers:
             with phases.measure("statistics"):
                 opened.stages = self.stages(opened, stream)
         return opened
 
-    def stages(self, opened: OpenBlock, stream: str) -> Stages:
+    def stages(self, opened: LoadedBlock, stream: str) -> Stages:
         """The layers to be pruned in stages, as the first batch of a stream calls them."""
         index, block = opened.index, opened.block
         left_out = [name for name in linears_of(block) if name not in opened.layers]
@@ -144,7 +144,7 @@ class Opener:
                 type(model).__name__,
             )
 
-    def pass_dense(self, opened: OpenBlock, stream: str, with_outputs: bool) -> DensePass | None:
+    def pass_dense(self, opened: LoadedBlock, stream: str, with_outputs: bool) -> DensePass | None:
         """Have the dense model's batches pass a block whose layers are to be solved in stages.
 
         Args:

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 
 from sparsify.calibration.hessian import InverseFactor
-from sparsify.calibration.lookahead import Ahead
+from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import NonFiniteError, SingularHessianError
 
 
-def share_factors(
-    moments: dict[str, InputMoments], damping: float, comm: Comm, ahead: Ahead | None
+def assign_factors(
+    moments: dict[str, InputMoments], damping: float, comm: Comm, ahead: Lookahead | None
 ) -> Callable[[str], None]:
     """Factor every Hessian once, or begin to, each on one of the processes.
 
@@ -52,7 +52,7 @@ def share_factors(
     else:
         begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
 
-    def hand_out(name: str) -> None:
+    def assign(name: str) -> None:
         made, failure, facts = None, None, None
         if name in begun:
             try:
@@ -73,4 +73,4 @@ def share_factors(
         factor = InverseFactor(upper_II, used, num_attempts, dead_I, condition)
         moments[name].put_factor(damping, factor)
 
-    return hand_out
+    return assign

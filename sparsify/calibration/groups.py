@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.models.calls import BlockInputs, Enough, run_block
+from sparsify.models.calls import BlockInputs, StopForward, run_block
 from sparsify.models.structure import linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, watch_linears, watch_outputs
 
@@ -212,7 +212,7 @@ class StoppingBlock:
                 self._forward(forward)
             else:
                 held.resume()
-        except Enough:
+        except StopForward:
             pass
         finally:
             self._current = None
@@ -228,7 +228,7 @@ class StoppingBlock:
             return
         forward.found = Stop(inputs, self._stages.streams_at(stage, forward.call, forward.adds))
         if forward.held is None:
-            raise Enough
+            raise StopForward
         forward.held.stand()
 
     def _left(self, name: str, output: Tensor) -> None:
@@ -282,7 +282,7 @@ def pass_stages(
     def finish(stage: int) -> None:
         wanted = [name for name in stages.groups[stage] if name in writers and with_outputs]
         if stage == last and len(stops[stage].outputs) == len(wanted):
-            raise Enough
+            raise StopForward
 
     firsts = {group[0]: linears[group[0]] for group in stages.groups}
     adding = {name: linears[name] for name in writers}
@@ -290,7 +290,7 @@ def pass_stages(
     with watch_linears(firsts, enter), watch_outputs(adding, leave), adds:
         try:
             output_BTD = run_block(block, call)
-        except Enough:
+        except StopForward:
             return stops, None
     if len(stops) < len(stages.groups):
         raise _not_in_order(block, stages.groups[len(stops)][0])
@@ -326,7 +326,7 @@ class _Held:
             if not self._is_abandoned:
                 with torch.no_grad():
                     self._run(self.forward)
-        except Enough:
+        except StopForward:
             pass
         except BaseException as error:  # handed to the caller of `resume`
             self._failure = error
@@ -345,7 +345,7 @@ class _Held:
         self._back.release()
         self._go.acquire()
         if self._is_abandoned:
-            raise Enough
+            raise StopForward
 
     def abandon(self) -> None:
         """End the forward where it stands, if it has not ended by itself."""

@@ -26,7 +26,7 @@ Placement = Literal["device", "host", "disk"]
 _METADATA = {"format": "pt"}
 
 
-class StreamStore:
+class HiddenStateStore:
     """The streams of this process's batches, all standing before the same block.
 
     Args:

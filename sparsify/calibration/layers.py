@@ -17,7 +17,7 @@ from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError
 from sparsify.models.structure import find_blocks, linears_of
 
-Order = Literal["layer", "block", "dense"]
+InputOrder = Literal["layer", "block", "dense"]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Wants:
+class SolverNeeds:
     """What a solver needs of the walk."""
 
     teacher: bool = False
@@ -48,13 +48,13 @@ class Wants:
     Their moments have no `cross_II` then, unless another kind of layer shares them"""
     factor_damping: float | None = None
     """compute the factors with this damping, each on one process, before handing out the layers"""
-    order: Order = "block"
+    order: InputOrder = "block"
     """layer: measure a layer's input when the layers before it are solved; block: when the blocks
     before it are; dense: as it is in the dense model, without a teacher. Where layer is asked for,
     blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
 
 
-def passes_ahead(order: Order, has_teacher: bool) -> bool:
+def passes_ahead(order: InputOrder, has_teacher: bool) -> bool:
     """Whether the dense model can pass blocks that the walk has not come to: it is followed, and
     not beside the pruned one."""
     return order == ("layer" if has_teacher else "dense")

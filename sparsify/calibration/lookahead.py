@@ -13,7 +13,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Ahead:
+class Lookahead:
     """A thread, and on a GPU a stream of its own, that does one piece of work after another.
 
     A context: leaving it waits until the thread is done with what it was at, and drops the rest.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Phases:
+class PhaseTimer:
     """Seconds by phase.
 
     Args:

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import MomentSums
-from sparsify.calibration.batches import Batch, share_of
-from sparsify.calibration.block import DensePass, OpenBlock, Opener
-from sparsify.calibration.factors import share_factors
+from sparsify.calibration.batches import Batch, lanes_of
+from sparsify.calibration.block import BlockReader, DensePass, LoadedBlock
+from sparsify.calibration.factors import assign_factors
 from sparsify.calibration.groups import Stages, Stop, StoppingBlock, pass_stages
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.layers import Layer, Wants, passes_ahead, prunable_linears
-from sparsify.calibration.lookahead import Ahead
+from sparsify.calibration.hidden_states import HiddenStateStore
+from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
+from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.moments import InputMoments
-from sparsify.calibration.timing import Phases
+from sparsify.calibration.timing import PhaseTimer
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
@@ -46,14 +46,14 @@ def walk_blocks(
     *,
     comm: Comm,
     batch_size: int,
-    wants: Wants,
+    needs: SolverNeeds,
     skip: Sequence[str] = (),
-    store: StreamStore | None = None,
+    store: HiddenStateStore | None = None,
     first_block: int = 0,
     on_block: Callable[[int, nn.Module], None] | None = None,
-    phases: Phases | None = None,
+    phases: PhaseTimer | None = None,
     token_weights: Tensor | None = None,
-    settle: Callable[[], None] = lambda: None,
+    wait_for_pending: Callable[[], None] = lambda: None,
     overlap: bool = False,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with its statistics.
@@ -63,10 +63,10 @@ def walk_blocks(
         rows: calibration rows, the same on all processes; each process takes its lanes of them.
         solve: called once per layer, in the same order on all processes; sets
             `layer.module.weight.data` in place, to the same values on all processes, at the latest
-            in the next `settle`.
+            in the next `wait_for_pending`.
         comm: the processes that take part, and whether they add up in a fixed order.
         batch_size: rows per forward of a block.
-        wants: what `solve` needs.
+        needs: what `solve` needs.
         skip: see `prunable_linears`.
         store: keeps the hidden states between blocks; None keeps them beside the weights. If it
             keeps them on the device, forwards too are held there while layers are solved; else
@@ -77,7 +77,7 @@ def walk_blocks(
             streams stand before the next block; the block's weights are still there.
         phases: collects the time of each kind of work.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
-        settle: called before the weights of solved layers are used.
+        wait_for_pending: called before the weights of solved layers are used.
         overlap: while layers are solved, factor the Hessians of the next ones (orders block and
             dense), and have the dense model pass the next block where it is followed (order layer
             with a teacher, order dense); `store` keeps the hidden states on the device then. The
@@ -92,7 +92,7 @@ def walk_blocks(
 
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
     one the first only up to the last layer; hidden states of this process's rows and the moments of
-    one block in memory. Order "dense": one forward, and the same memory. Order "layer": one forward
+    one block in memory. InputOrder "dense": one forward, and the same memory. InputOrder "layer": one forward
     (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
     these rows, and with a teacher three times the hidden states; about two (four) and a second copy
     of the block where they are not. The moments of one input at a time. What the dense model does
@@ -101,8 +101,8 @@ def walk_blocks(
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
-        source, linears, rows, comm, batch_size, wants, store, phases or Phases(), token_weights,
-        settle, overlap,
+        source, linears, rows, comm, batch_size, needs, store, phases or PhaseTimer(), token_weights,
+        wait_for_pending, overlap,
     )  # fmt: skip
     was_training = source.model.training
     source.model.eval()
@@ -142,23 +142,23 @@ class _Walk:
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        comm: Comm, batch_size: int, wants: Wants, store: StreamStore | None, phases: Phases,
-        token_weights: Tensor | None, settle: Callable[[], None], overlap: bool,
+        comm: Comm, batch_size: int, needs: SolverNeeds, store: HiddenStateStore | None, phases: PhaseTimer,
+        token_weights: Tensor | None, wait_for_pending: Callable[[], None], overlap: bool,
     ) -> None:  # fmt: skip
         self.phases = phases
-        self._settle = settle
+        self._wait_for_pending = wait_for_pending
         self._source = source
         self._comm = comm
-        self._wants = wants
-        self._lanes = share_of(rows, comm, batch_size)
+        self._needs = needs
+        self._lanes = lanes_of(rows, comm, batch_size)
         self._batches = [batch for lane in self._lanes for batch in lane]
         device = _device_of(source.model)
-        self._store = store or StreamStore("device", device, None)
-        self._opener = Opener(source, linears, rows, self._batches, self._store)
-        self._streams = ("pruned", "dense") if wants.teacher else ("pruned",)
+        self._store = store or HiddenStateStore("device", device, None)
+        self._opener = BlockReader(source, linears, rows, self._batches, self._store)
+        self._streams = ("pruned", "dense") if needs.teacher else ("pruned",)
         self._token_weights = token_weights
-        self._next: Callable[[], OpenBlock] | None = None
-        has_dense_pass = overlap and passes_ahead(wants.order, wants.teacher)
+        self._next: Callable[[], LoadedBlock] | None = None
+        has_dense_pass = overlap and passes_ahead(needs.order, needs.teacher)
         if has_dense_pass and not self._store.is_on_device:
             raise InputError(
                 "prune.overlap=true: what the dense model does ahead is kept on the device, which "
@@ -167,8 +167,8 @@ class _Walk:
             )
         self._running = ExitStack()
         begin = self._running.enter_context
-        self._ahead = begin(Ahead(device, "dense pass")) if has_dense_pass else None
-        self._factors = begin(Ahead(device, "factors")) if overlap else None
+        self._ahead = begin(Lookahead(device, "dense pass")) if has_dense_pass else None
+        self._factors = begin(Lookahead(device, "factors")) if overlap else None
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +202,7 @@ class _Walk:
             return opened.block
         layers = (
             self._layers_by_stage(opened, opened.stages)
-            if opened.stages.is_in_order and self._wants.order == "layer"
+            if opened.stages.is_in_order and self._needs.order == "layer"
             else self._layers_at_once(opened, opened.stages)
         )
         for relative, moments, wanted_OI in layers:
@@ -210,7 +210,7 @@ class _Walk:
             solve(Layer(name, opened.layers[relative], index, moments, wanted_OI))
         return opened.block
 
-    def _open(self, index: int) -> OpenBlock:
+    def _open(self, index: int) -> LoadedBlock:
         """The block; if the dense model has passed it, its stream stands behind it already."""
         if self._ahead is None:
             return self._opener.open(index, "pruned", self.phases)
@@ -226,13 +226,13 @@ class _Walk:
             self._next = self._begin(self._ahead, index + 1)
         return opened
 
-    def _begin(self, ahead: Ahead, index: int) -> Callable[[], OpenBlock]:
+    def _begin(self, ahead: Lookahead, index: int) -> Callable[[], LoadedBlock]:
         """Begin to open a block and to have the dense model, which stands before it, pass it."""
 
-        def work() -> OpenBlock:
+        def work() -> LoadedBlock:
             stream = self._streams[-1]
-            opened = self._opener.open(index, stream, Phases())
-            if self._wants.teacher or opened.stages is None:
+            opened = self._opener.open(index, stream, PhaseTimer())
+            if self._needs.teacher or opened.stages is None:
                 opened.dense = self._opener.pass_dense(opened, stream, self._with_outputs)
             else:
                 opened.dense = dense = DensePass()
@@ -241,15 +241,15 @@ class _Walk:
                 )
             return opened
 
-        return ahead.start(work, OpenBlock.tensors)
+        return ahead.start(work, LoadedBlock.tensors)
 
-    def _layers_at_once(self, opened: OpenBlock, stages: Stages) -> _Found:
+    def _layers_at_once(self, opened: LoadedBlock, stages: Stages) -> _Found:
         """The layers, all measured in the dense block; then the pruned stream follows.
 
         In the order dense it is the dense block's output that flows on, from the same forward.
         """
         index = opened.index
-        if self._wants.order == "dense":
+        if self._needs.order == "dense":
 
             def put(number: int, output_BTD: Tensor) -> None:
                 self._put("pruned", number, output_BTD, index + 1)
@@ -261,7 +261,7 @@ class _Walk:
 
         def note(moments: MomentSums, batch: Batch, weights_BT: Tensor | None) -> None:
             call = self._opener.call(index, "pruned", batch)
-            if not self._wants.teacher:
+            if not self._needs.teacher:
                 moments.add(call, weights_BT)
                 return
             hidden_BTD = self._store.get("dense", batch.number)
@@ -274,7 +274,7 @@ class _Walk:
         self._follow(opened, "pruned")
 
     def _dense_moments(
-        self, opened: OpenBlock, stages: Stages, put: Callable[[int, Tensor], None]
+        self, opened: LoadedBlock, stages: Stages, put: Callable[[int, Tensor], None]
     ) -> MomentSums:
         """The moments of all inputs; `put(number of the batch, output)` takes what comes out."""
         to_end = opened.index + 1 < len(self._source.blocks)
@@ -287,10 +287,10 @@ class _Walk:
 
         return self._moments(opened, stages, stages.groups, note)
 
-    def _layers_by_stage(self, opened: OpenBlock, stages: Stages) -> _Found:
+    def _layers_by_stage(self, opened: LoadedBlock, stages: Stages) -> _Found:
         """The layers, each measured behind the solved ones; the streams follow as they go."""
         index, block, hold = opened.index, opened.block, self._store.is_on_device
-        dense = self._dense_stops(opened, stages) if self._wants.teacher else None
+        dense = self._dense_stops(opened, stages) if self._needs.teacher else None
         with StoppingBlock(block, stages, hold=hold) as pruned:
             for stage, group in enumerate(stages.groups):
 
@@ -312,7 +312,7 @@ class _Walk:
                         output_BTD = pruned.end(batch.number, call)
                         self._put("pruned", batch.number, output_BTD, index + 1)
 
-    def _dense_stops(self, opened: OpenBlock, stages: Stages) -> Callable[[int, Batch], Stop]:
+    def _dense_stops(self, opened: LoadedBlock, stages: Stages) -> Callable[[int, Batch], Stop]:
         """What the dense model has at a stage, for one stage after another.
 
         Where there is room, each batch passes the block once, before any layer is solved, and what
@@ -345,11 +345,11 @@ class _Walk:
     @property
     def _with_outputs(self) -> bool:
         """Whether layers that write to the residual stream aim at the dense model's outputs."""
-        shares = self._wants.target_shares
+        shares = self._needs.target_shares
         return shares is not None and shares.teacher > 0
 
     def _measured(
-        self, opened: OpenBlock, groups: list[list[str]], moments: Callable[[], MomentSums]
+        self, opened: LoadedBlock, groups: list[list[str]], moments: Callable[[], MomentSums]
     ) -> _Found:
         """The layers of some groups with the statistics of their inputs, over all rows."""
         prefix = f"{self._source.list_name}.{opened.index}."
@@ -361,28 +361,28 @@ class _Walk:
             except (NonFiniteError, CalibrationError) as error:
                 where = self._where_not_finite(opened, groups)
                 raise type(error)(f"block {opened.index}, layer {prefix}{error}{where}") from error
-        damping, hand_out = self._wants.factor_damping, None
+        damping, assign = self._needs.factor_damping, None
         if damping is not None:
             with self.phases.measure("factor"):
                 named = {f"{prefix}{group}": stats for group, stats in found.moments.items()}
                 ahead = self._factors if len(groups) > 1 else None
-                hand_out = share_factors(named, damping, self._comm, ahead)
+                assign = assign_factors(named, damping, self._comm, ahead)
         for group in groups:
-            if hand_out is not None:
+            if assign is not None:
                 with self.phases.measure("factor"):
-                    hand_out(f"{prefix}{group[0]}")
+                    assign(f"{prefix}{group[0]}")
             for name in group:
                 yield name, found.moments[group[0]], found.wanted.get(name)
-        self._settle()
+        self._wait_for_pending()
 
     def _moments(
-        self, opened: OpenBlock, stages: Stages, groups: list[list[str]], note: _Note
+        self, opened: LoadedBlock, stages: Stages, groups: list[list[str]], note: _Note
     ) -> MomentSums:
         """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
 
         def of(lane: list[Batch]) -> MomentSums:
             moments = MomentSums(
-                opened.block, groups, self._wants.teacher, self._wants.target_shares,
+                opened.block, groups, self._needs.teacher, self._needs.target_shares,
                 stages.streams, stages.is_in_order,
             )  # fmt: skip
             for batch in lane:
@@ -398,7 +398,7 @@ class _Walk:
         if block < len(self._source.blocks):  # nobody reads what the last block puts out
             self._store.put(stream, batch, hidden_BTD, block)
 
-    def _follow(self, opened: OpenBlock, stream: str) -> None:
+    def _follow(self, opened: LoadedBlock, stream: str) -> None:
         """Run the block as it is, so that the stream stands before the next one."""
         if opened.index + 1 == len(self._source.blocks):
             return
@@ -407,7 +407,7 @@ class _Walk:
                 output_BTD = run_block(opened.block, self._opener.call(opened.index, stream, batch))
                 self._put(stream, batch.number, output_BTD, opened.index + 1)
 
-    def _where_not_finite(self, opened: OpenBlock, groups: list[list[str]]) -> str:
+    def _where_not_finite(self, opened: LoadedBlock, groups: list[list[str]]) -> str:
         """The first rows that make a layer's input NaN or infinite, for the message."""
         mine = None
         for batch in self._batches:

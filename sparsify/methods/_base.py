@@ -118,7 +118,7 @@ class Method:
     """True: `solve` reads `wanted_OI`, or `cross_II` where there is none, for which the dense model
     runs beside"""
     order: Literal["layer", "block"] = "block"
-    """how its inputs are measured unless asked otherwise, see `layers.Wants`"""
+    """how its inputs are measured unless asked otherwise, see `layers.SolverNeeds`"""
 
 
 def check_problem(problem: Problem, pattern: Pattern) -> None:

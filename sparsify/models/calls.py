@@ -25,7 +25,7 @@ class BlockInputs:
     kwargs: dict[str, Any]
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a forward that has come as far as it was wanted."""
 
 
@@ -121,7 +121,7 @@ class BlockCalls:
                 )
             if at == index:
                 found.append(call)
-                raise Enough
+                raise StopForward
             assert self._is_known, "learn() comes before call()"
             # A new tensor each time, so that the check above knows whose output came in.
             passed = call.hidden_BTD.view_as(call.hidden_BTD)
@@ -142,7 +142,7 @@ class BlockCalls:
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
             rows = rows.to(device)
             self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-        except Enough:
+        except StopForward:
             return found[0]
         finally:
             for block in self._blocks:

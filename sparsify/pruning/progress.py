@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsify.calibration.hidden_states import StreamStore
+from sparsify.calibration.hidden_states import HiddenStateStore
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.files import write_json
@@ -90,7 +90,7 @@ class PruneState:
         """Add a block's reports to the next commit."""
         self._layers += [asdict(report) for report in reports]
 
-    def commit(self, num_done: int, reports: list[LayerReport], store: StreamStore) -> None:
+    def commit(self, num_done: int, reports: list[LayerReport], store: HiddenStateStore) -> None:
         """Everything up to here is on the disk on every process: say so, then clean up."""
         self.keep(reports)
         self._comm.barrier()

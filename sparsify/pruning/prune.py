@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import TargetShares
-from sparsify.calibration.batches import share_of
-from sparsify.calibration.hidden_states import Placement, StreamStore
-from sparsify.calibration.layers import Layer, Order, Wants, prunable_linears
-from sparsify.calibration.timing import Phases
+from sparsify.calibration.batches import lanes_of
+from sparsify.calibration.hidden_states import HiddenStateStore, Placement
+from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
+from sparsify.calibration.timing import PhaseTimer
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -65,7 +65,7 @@ def prune_model(
     batch_size: int,
     skip: Sequence[str] = (),
     existing: Existing = "ignore",
-    order: Order | None = None,
+    order: InputOrder | None = None,
     token_weights: Tensor | None = None,
     overlap: bool = False,
     on_block: Callable[[int, int], None] | None = None,
@@ -88,7 +88,7 @@ def prune_model(
         skip: glob patterns of layer names to leave dense.
         existing: what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero
             and others join them, "keep" they are the mask.
-        order: how inputs are measured, see `layers.Wants`; None: as the method has it.
+        order: how inputs are measured, see `layers.SolverNeeds`; None: as the method has it.
         token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
         overlap: work ahead while layers are solved, see `calibrate.walk_blocks`.
         on_block: called as on_block(blocks done, blocks in all).
@@ -103,7 +103,7 @@ def prune_model(
     Cost: that of `walk_blocks`, of the method, and O I^2 twice per layer for the errors.
     """
     source = BlocksInMemory(model)
-    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
+    run = _Run(source, method, pattern, params, comm, existing, order, PhaseTimer(clock), skip)
     result = PruneResult()
 
     def finish(index: int, block: nn.Module) -> None:
@@ -132,7 +132,7 @@ def prune_checkpoint(
     device: str | torch.device = "cpu",
     skip: Sequence[str] = (),
     existing: Existing = "ignore",
-    order: Order | None = None,
+    order: InputOrder | None = None,
     activations: Placement = "device",
     token_weights: Tensor | None = None,
     overlap: bool = False,
@@ -154,7 +154,7 @@ def prune_checkpoint(
             overlap, on_block, clock: see `prune_model`.
         dtype: float32, bfloat16 or float16.
         device: where blocks are worked on.
-        activations: where hidden states are kept between blocks; see `streams.StreamStore`.
+        activations: where hidden states are kept between blocks; see `streams.HiddenStateStore`.
         checkpoint_every_blocks: blocks between two states that a killed run can go on from.
 
     Returns:
@@ -170,10 +170,10 @@ def prune_checkpoint(
     on disk; with `overlap` a third block and what the dense model has in it.
     """
     source = StreamedBlocks(path, dtype, device)
-    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
-    num_batches = sum(comm.gather_objects(sum(map(len, share_of(rows, comm, batch_size)))))
+    run = _Run(source, method, pattern, params, comm, existing, order, PhaseTimer(clock), skip)
+    num_batches = sum(comm.gather_objects(sum(map(len, lanes_of(rows, comm, batch_size)))))
     state = PruneState(out, comm, len(source.blocks), num_batches)
-    store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
+    store = HiddenStateStore(activations, device, out / "streams", comm.rank, comm.world_size)
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
     def finish(index: int, block: nn.Module) -> None:
@@ -207,7 +207,7 @@ class _Run:
 
     def __init__(
         self, source: Blocks, method: Method, pattern: Pattern, params: PruneParams, comm: Comm,
-        existing: Existing, order: Order | None, phases: Phases, skip: Sequence[str],
+        existing: Existing, order: InputOrder | None, phases: PhaseTimer, skip: Sequence[str],
     ) -> None:  # fmt: skip
         if existing not in EXISTING:
             raise InputError(f"prune.existing={existing}: use one of {', '.join(EXISTING)}")
@@ -233,21 +233,21 @@ class _Run:
 
     def walk(
         self, rows: TokenRows, batch_size: int, on_block: Callable[[int, nn.Module], None],
-        store: StreamStore | None = None, first_block: int = 0,
+        store: HiddenStateStore | None = None, first_block: int = 0,
         token_weights: Tensor | None = None, overlap: bool = False,
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
         method, params = self._method, self._params
-        wants = Wants(
+        needs = SolverNeeds(
             teacher=method.needs_teacher,
             target_shares=TargetShares(params.teacher_share, params.residual_share),
             factor_damping=params.damping if method.needs_factor else None,
             order=self._order,
         )
         walk_blocks(
-            self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,
+            self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, needs=needs,
             skip=self._skip, store=store, first_block=first_block, on_block=on_block,
-            phases=self.phases, token_weights=token_weights, settle=self._settle,
+            phases=self.phases, token_weights=token_weights, wait_for_pending=self._wait_for_pending,
             overlap=overlap,
         )  # fmt: skip
 
@@ -278,13 +278,13 @@ class _Run:
                     *_large_kept(dense_RI, solution.keep_mask_OI),
                 ]
             )
-        self._settle()
+        self._wait_for_pending()
         with self.phases.measure("gather"):
             weights = self._comm.gather_rows(solution.weight_OI, num_rows)
             keep_masks = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
         self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks)
 
-    def _settle(self) -> None:
+    def _wait_for_pending(self) -> None:
         """Put the layer that was solved last into its module, if it is not there yet."""
         if self._pending is not None:
             pending, self._pending = self._pending, None

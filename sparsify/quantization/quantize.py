@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.layers import Layer, Wants, prunable_linears
+from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -108,7 +108,7 @@ def quantize_model(
 
     walk_blocks(
         source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
-        wants=Wants(teacher=params.method == "gptq" and params.teacher_share > 0, order="layer"),
+        needs=SolverNeeds(teacher=params.method == "gptq" and params.teacher_share > 0, order="layer"),
     )  # fmt: skip
     return result
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
-from sparsify.models.calls import Enough
+from sparsify.models.calls import StopForward
 from sparsify.rotation.sites import RotationSites
 
 
@@ -100,7 +100,7 @@ class _Sums:
         handles.append(self._sites.norms[-1].norm.register_forward_pre_hook(_stop))
         batch = batch.to(self._sites.head.weight.device)
         try:
-            with contextlib.suppress(Enough):
+            with contextlib.suppress(StopForward):
                 model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
         finally:
             for handle in handles:
@@ -142,4 +142,4 @@ def _adder(total: HessianSum) -> Callable[[nn.Module, Any], None]:
 
 
 def _stop(module: nn.Module, args: Any) -> None:
-    raise Enough
+    raise StopForward

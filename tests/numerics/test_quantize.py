@@ -348,7 +348,7 @@ def test_model_keeps_its_pattern_and_what_is_not_pruned(tiny_model, tiny_rows):
 
 def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     """The second block's statistics must be those behind the quantised first block."""
-    from sparsify.calibration.layers import Wants
+    from sparsify.calibration.layers import SolverNeeds
     from sparsify.calibration.walk import walk_blocks
 
     masks = masked_(tiny_model)
@@ -358,7 +358,7 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     walk_blocks(
         BlocksInMemory(tiny_model), tiny_rows,
         lambda layer: hessians.update({layer.name: layer.moments.hessian_II}),
-        comm=Comm.single(), batch_size=12, wants=Wants(),
+        comm=Comm.single(), batch_size=12, needs=SolverNeeds(),
     )  # fmt: skip
     name = "model.layers.1.self_attn.q_proj"
     total = next(r.error / r.relative_error for r in result.reports if r.name == name)
@@ -373,7 +373,7 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
 
 
 def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
-    from sparsify.calibration.layers import Layer, Wants
+    from sparsify.calibration.layers import Layer, SolverNeeds
     from sparsify.calibration.walk import walk_blocks
 
     name = "model.layers.1.mlp.down_proj"
@@ -396,7 +396,7 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
     handle.remove()
     walk_blocks(
         BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), batch_size=5,
-        wants=Wants(teacher=True),
+        needs=SolverNeeds(teacher=True),
     )  # fmt: skip
     tiny_model.get_submodule(name).register_forward_pre_hook(record)
     with torch.no_grad():

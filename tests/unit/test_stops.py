@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import MomentSums, TargetShares
 from sparsify.calibration.groups import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.layers import Layer, Order, Wants
+from sparsify.calibration.hidden_states import HiddenStateStore
+from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -197,8 +197,8 @@ def test_experts_and_layers_called_twice_have_no_stages() -> None:
     assert stages_of(block, call, groups) == Stages([["first"]], {})
 
 
-def store_of(hold: bool) -> StreamStore:
-    return StreamStore("device" if hold else "host", "cpu", None)
+def store_of(hold: bool) -> HiddenStateStore:
+    return HiddenStateStore("device" if hold else "host", "cpu", None)
 
 
 def halve(found: dict[str, Tensor]) -> Callable[[Layer], None]:
@@ -231,7 +231,7 @@ def test_hessians_are_those_of_all_layers_before(family: str, rows: TokenRows) -
     found: dict[str, Tensor] = {}
     walk_blocks(
         BlocksInMemory(model), rows, halve(found), comm=Comm.single(), batch_size=4,
-        wants=Wants(order="layer"),
+        needs=SolverNeeds(order="layer"),
     )  # fmt: skip
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
@@ -256,7 +256,7 @@ def test_hessians_of_the_order_dense_are_those_of_the_dense_model(family: str) -
     last.register_forward_hook(lambda _, args, __: calls.append(args[0].numel()))
     walk_blocks(
         BlocksInMemory(model), rows, halve(found), comm=Comm.single(), batch_size=4,
-        wants=Wants(order="dense"),
+        needs=SolverNeeds(order="dense"),
     )  # fmt: skip
     # Behind two probes of one row, to see what calls what.
     assert [size // calls[0] for size in calls] == [1, 1, 1, 3, 3]
@@ -287,7 +287,7 @@ def test_held_forwards_and_new_ones_give_the_same_bits(
 ) -> None:
     found = []
     for hold in (True, False):
-        monkeypatch.setattr(StreamStore, "is_on_device", property(lambda _, hold=hold: hold))
+        monkeypatch.setattr(HiddenStateStore, "is_on_device", property(lambda _, hold=hold: hold))
         model = tiny(family)
         result = prune_model(
             model, token_rows(NUM_ROWS), get_method(method), Pattern.parse("2:4"),
@@ -327,13 +327,13 @@ def with_biases() -> nn.Module:
 
 @torch.no_grad()
 @either_order
-def test_the_teacher_is_the_dense_model(order: Order, hold: bool) -> None:
+def test_the_teacher_is_the_dense_model(order: InputOrder, hold: bool) -> None:
     """Nothing changed: dense and pruned inputs are the same, and streams differ by nothing."""
     for shares in (None, SHARES, TargetShares(teacher=0.0, residual=1.0)):
         layers: list[Layer] = []
         walk_blocks(
             BlocksInMemory(with_biases()), token_rows(NUM_ROWS), layers.append, comm=Comm.single(),
-            batch_size=4, wants=Wants(teacher=True, target_shares=shares, order=order),
+            batch_size=4, needs=SolverNeeds(teacher=True, target_shares=shares, order=order),
             store=store_of(hold),
         )  # fmt: skip
         assert len(layers) == 3 * 7
@@ -353,7 +353,7 @@ def test_the_teacher_is_the_dense_model(order: Order, hold: bool) -> None:
 @either_order
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_moments_and_targets_are_those_of_both_models(
-    order: Order, hold: bool, is_weighted: bool
+    order: InputOrder, hold: bool, is_weighted: bool
 ) -> None:
     """H, G = mean y x^T and C = mean (r' - r) x^T of whole forwards of two models, in float64.
 
@@ -375,7 +375,7 @@ def test_moments_and_targets_are_those_of_both_models(
 
     walk_blocks(
         BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4,
-        wants=Wants(teacher=True, target_shares=SHARES, order=order), store=store_of(hold),
+        needs=SolverNeeds(teacher=True, target_shares=SHARES, order=order), store=store_of(hold),
         token_weights=weights,
     )  # fmt: skip
 
@@ -550,7 +550,7 @@ def test_bad_activations_name_layer_and_rows_and_leave_nothing_running() -> None
     ):
         walk_blocks(
             BlocksInMemory(model), rows, lambda _: None, comm=Comm.single(), batch_size=2,
-            wants=Wants(teacher=True, order="layer"), store=store_of(True),
+            needs=SolverNeeds(teacher=True, order="layer"), store=store_of(True),
         )  # fmt: skip
     assert not any(thread.name == "held forward" for thread in threading.enumerate())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -574,7 +574,7 @@ def test_measuring_a_block_at_once_ends_at_its_last_layer(family: str) -> None:
     found: dict[str, Tensor] = {}
     walk_blocks(
         BlocksInMemory(model), token_rows(NUM_ROWS), halve(found), comm=Comm.single(),
-        batch_size=4, wants=Wants(order="block"),
+        batch_size=4, needs=SolverNeeds(order="block"),
     )  # fmt: skip
     num_batches = -(-NUM_ROWS // 4)
     num_looks = 2  # at one row: which layers share an input, and in which order they come

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.calibration.layers import Wants, prunable_linears
+from sparsify.calibration.layers import SolverNeeds, prunable_linears
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -171,7 +171,9 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
         found[layer.name] = layer.moments.hessian_II
         layer.module.weight.data.mul_(0.5)
 
-    walk_blocks(BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4, wants=Wants())
+    walk_blocks(
+        BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4, needs=SolverNeeds()
+    )
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
         inputs: dict[str, torch.Tensor] = {}
@@ -198,7 +200,7 @@ def test_layers_that_share_an_input_share_the_hessian() -> None:
     walk_blocks(
         BlocksInMemory(tiny("Llama", 1)), token_rows(2),
         lambda layer: seen.update({layer.name: layer.moments.hessian_II}),
-        comm=Comm.single(), batch_size=2, wants=Wants(),
+        comm=Comm.single(), batch_size=2, needs=SolverNeeds(),
     )  # fmt: skip
     prefix = "model.layers.0.self_attn."
     assert seen[prefix + "q_proj"] is seen[prefix + "v_proj"]
@@ -213,7 +215,7 @@ def test_walk_restores_training_mode() -> None:
         lambda _: None,
         comm=Comm.single(),
         batch_size=2,
-        wants=Wants(),
+        needs=SolverNeeds(),
     )
     assert model.training and all(module.training for module in model.modules())
 
@@ -313,7 +315,7 @@ def test_nan_activation_names_block_and_layer() -> None:
     with pytest.raises(NonFiniteError, match=r"block 1, layer model\.layers\.1\.mlp\.down_proj"):
         walk_blocks(
             BlocksInMemory(model), token_rows(2), lambda _: None,
-            comm=Comm.single(), batch_size=2, wants=Wants(),
+            comm=Comm.single(), batch_size=2, needs=SolverNeeds(),
         )  # fmt: skip
 
 
@@ -328,5 +330,5 @@ def test_unusable_rows_are_refused(rows: torch.Tensor, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         walk_blocks(
             BlocksInMemory(tiny("Llama")), TokenRows(rows, rows), lambda _: None,
-            comm=Comm.single(), batch_size=2, wants=Wants(),
+            comm=Comm.single(), batch_size=2, needs=SolverNeeds(),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsify.calibration.layers import Order
+    from sparsify.calibration.layers import InputOrder
 
 
 def now() -> tuple[float, float]:
@@ -27,7 +27,7 @@ BEGIN = ("", *now())
 
 def prune_folder(
     walk: str,
-    order: Order,
+    order: InputOrder,
     model: Path,
     rows: Path,
     out: Path,
@@ -40,7 +40,7 @@ def prune_folder(
     Args:
         walk: "memory" loads the model, prunes it and saves it; "streamed" does it block by block,
             and all of it counts as pruning.
-        order: when inputs are measured, see `sparsify.calibration.layers.Wants`.
+        order: when inputs are measured, see `sparsify.calibration.layers.SolverNeeds`.
         model: dense model folder with a tokenizer.
         rows: safetensors file with int64 `input_ids` (N, T).
         out: folder for the pruned model.
