@@ -6,7 +6,7 @@ nothing of who started the processes or where they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -185,6 +185,17 @@ def sum_lanes(lanes: Iterable[T], merge: Callable[[T, T], Any]) -> T:
             merge(left, right)
             tree.append((level + 1, left))
     return tree[0][1]
+
+
+def assign_by_size(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Indices of `sizes` in `num_parts` parts: the largest goes first, to the smallest part."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    filled = [0] * num_parts
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        least = filled.index(min(filled))
+        parts[least].append(index)
+        filled[least] += sizes[index]
+    return parts
 
 
 def _slice_of(index: int, num_shares: int, num_items: int) -> slice:

@@ -10,7 +10,7 @@ import torch
 from sparsify.calibration.hessian import InverseFactor
 from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.moments import InputMoments
-from sparsify.comm import Comm
+from sparsify.comm import Comm, assign_by_size
 from sparsify.errors import NonFiniteError, SingularHessianError
 
 
@@ -35,12 +35,10 @@ def assign_factors(
     Raises, or has the returned raise, on all processes alike:
         NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
     """
-    work = [0.0] * comm.world_size
-    owner: dict[str, int] = {}
-    sizes = {name: len(stats.hessian_II) for name, stats in moments.items()}
-    for name in sorted(sizes, key=lambda n: -sizes[n]):
-        owner[name] = work.index(min(work))
-        work[owner[name]] += float(sizes[name]) ** 3
+    names = list(moments)
+    work = [len(found.hessian_II) ** 3 for found in moments.values()]
+    parts = assign_by_size(work, comm.world_size)
+    owner = {names[index]: rank for rank, part in enumerate(parts) for index in part}
     mine = {
         name: partial(stats.factor, damping, name)
         for name, stats in moments.items()
@@ -50,7 +48,7 @@ def assign_factors(
     if ahead is None:
         comm.run_together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
-        begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
+        begun = {name: ahead.start(make, InverseFactor.tensors) for name, make in mine.items()}
 
     def assign(name: str) -> None:
         made, failure, facts = None, None, None

@@ -92,8 +92,8 @@ def walk_blocks(
 
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
     one the first only up to the last layer; hidden states of this process's rows and the moments of
-    one block in memory. InputOrder "dense": one forward, and the same memory. InputOrder "layer": one forward
-    (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
+    one block in memory. Order "dense": one forward, and the same memory. Order "layer": one
+    forward (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
     these rows, and with a teacher three times the hidden states; about two (four) and a second copy
     of the block where they are not. The moments of one input at a time. What the dense model does
     ahead takes one block more, and with a teacher six times the hidden states, in the order dense
@@ -101,8 +101,8 @@ def walk_blocks(
     """
     linears = prunable_linears(source.model, skip)
     walk = _Walk(
-        source, linears, rows, comm, batch_size, needs, store, phases or PhaseTimer(), token_weights,
-        wait_for_pending, overlap,
+        source, linears, rows, comm, batch_size, needs, store, phases or PhaseTimer(),
+        token_weights, wait_for_pending, overlap,
     )  # fmt: skip
     was_training = source.model.training
     source.model.eval()
@@ -142,8 +142,9 @@ class _Walk:
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        comm: Comm, batch_size: int, needs: SolverNeeds, store: HiddenStateStore | None, phases: PhaseTimer,
-        token_weights: Tensor | None, wait_for_pending: Callable[[], None], overlap: bool,
+        comm: Comm, batch_size: int, needs: SolverNeeds, store: HiddenStateStore | None,
+        phases: PhaseTimer, token_weights: Tensor | None, wait_for_pending: Callable[[], None],
+        overlap: bool,
     ) -> None:  # fmt: skip
         self.phases = phases
         self._wait_for_pending = wait_for_pending

@@ -247,8 +247,8 @@ class _Run:
         walk_blocks(
             self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, needs=needs,
             skip=self._skip, store=store, first_block=first_block, on_block=on_block,
-            phases=self.phases, token_weights=token_weights, wait_for_pending=self._wait_for_pending,
-            overlap=overlap,
+            phases=self.phases, token_weights=token_weights,
+            wait_for_pending=self._wait_for_pending, overlap=overlap,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:

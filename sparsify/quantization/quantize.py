@@ -106,9 +106,10 @@ def quantize_model(
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
 
+    has_teacher = params.method == "gptq" and params.teacher_share > 0
     walk_blocks(
         source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
-        needs=SolverNeeds(teacher=params.method == "gptq" and params.teacher_share > 0, order="layer"),
+        needs=SolverNeeds(teacher=has_teacher, order="layer"),
     )  # fmt: skip
     return result
 

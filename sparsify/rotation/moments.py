@@ -22,7 +22,7 @@ from sparsify.rotation.sites import RotationSites
 
 
 @dataclass
-class StreamMoments:
+class ResidualMoments:
     """Moments of the linears' inputs in the dense model, gains folded."""
 
     norms: list[Tensor]
@@ -34,9 +34,9 @@ class StreamMoments:
 
 
 @torch.no_grad()
-def stream_moments(
+def residual_moments(
     model: nn.Module, sites: RotationSites, rows: TokenRows, batch_size: int, comm: Comm
-) -> StreamMoments:
+) -> ResidualMoments:
     """Means over the tokens of `rows`, of all blocks in one forward without the output layer.
 
     Args:
@@ -66,7 +66,7 @@ def stream_moments(
 
 
 class _Sums:
-    """Sums over the tokens of one lane; see `StreamMoments`."""
+    """Sums over the tokens of one lane; see `ResidualMoments`."""
 
     def __init__(self, sites: RotationSites) -> None:
         device = sites.head.weight.device
@@ -129,8 +129,8 @@ class _Sums:
         for tensor in [*self._diagonals.values(), *self._values.values()]:
             comm.all_reduce_(tensor)
 
-    def means(self, num_tokens: int) -> StreamMoments:
-        return StreamMoments(
+    def means(self, num_tokens: int) -> ResidualMoments:
+        return ResidualMoments(
             [total.mean() for total in self._norms],
             {name: diagonal_I / num_tokens for name, diagonal_I in self._diagonals.items()},
             {key: blocks_HQKK / num_tokens for key, blocks_HQKK in self._values.items()},

@@ -24,14 +24,14 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 _TINY = 1e-12
 
 
-class Turns:
+class RotationParts:
     """R1, and R2 per attention: rotations or the derivatives by them, views of one buffer."""
 
     def __init__(self, flat: Tensor, width: int, heads: Sequence[tuple[int, int]]) -> None:
         sizes = [width**2, *(number * size**2 for number, size in heads)]
         parts = flat.split(sizes)
         self.flat = flat
-        self.stream_DD = parts[0].view(width, width)
+        self.residual_DD = parts[0].view(width, width)
         self.values = [
             part.view(number, size, size)
             for part, (number, size) in zip(parts[1:], heads, strict=True)
@@ -39,7 +39,7 @@ class Turns:
         """(H, K, K) each"""
 
     @classmethod
-    def identity(cls, width: int, heads: Sequence[tuple[int, int]]) -> Turns:
+    def identity(cls, width: int, heads: Sequence[tuple[int, int]]) -> RotationParts:
         """Of float32 on the CPU."""
         turns = cls(torch.zeros(width**2 + sum(n * k**2 for n, k in heads)), width, heads)
         for matrix in turns.matrices:
@@ -49,11 +49,13 @@ class Turns:
     @property
     def matrices(self) -> list[Tensor]:
         """All of them; R1 is first."""
-        return [self.stream_DD, *self.values]
+        return [self.residual_DD, *self.values]
 
-    def over(self, flat: Tensor) -> Turns:
+    def over(self, flat: Tensor) -> RotationParts:
         """Views of the same shapes of another buffer."""
-        return Turns(flat, len(self.stream_DD), [value.shape[:2] for value in self.values])
+        return RotationParts(
+            flat, len(self.residual_DD), [value.shape[:2] for value in self.values]
+        )
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,25 @@ class Readers:
     def num_weights(self) -> int:
         return sum(linear.weight.numel() for linear, _ in self.linears)
 
-    def scores(self, turns: Turns) -> Iterator[Tensor]:
+    def scores(self, turns: RotationParts) -> Iterator[Tensor]:
         """Importance of the turned weights, (D, O), of one linear after another."""
-        importance_D = ((self.moment_DD @ turns.stream_DD) * turns.stream_DD).sum(0)
+        importance_D = ((self.moment_DD @ turns.residual_DD) * turns.residual_DD).sum(0)
         for linear, place in self.linears:
-            turned_DO = turns.stream_DD.T @ _weight(linear, turns).T
+            turned_DO = turns.residual_DD.T @ _weight(linear, turns).T
             if place is not None:
                 turned_DO = _turn_heads(turned_DO, turns.values[place])
             yield turned_DO.square_().mul_(importance_D.unsqueeze(1))
 
-    def add_gradient(self, turns: Turns, objective: Objective, gradient: Turns) -> Tensor:
+    def add_gradient(
+        self, turns: RotationParts, objective: Objective, gradient: RotationParts
+    ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
-        moved_DD = self.moment_DD @ turns.stream_DD
-        importance_D = (moved_DD * turns.stream_DD).sum(0)
+        moved_DD = self.moment_DD @ turns.residual_DD
+        importance_D = (moved_DD * turns.residual_DD).sum(0)
         slope_D, loss = torch.zeros_like(importance_D), torch.zeros_like(importance_D[0])
         for linear, place in self.linears:
             weight_OD = _weight(linear, turns)
-            before_DO = turned_DO = turns.stream_DD.T @ weight_OD.T
+            before_DO = turned_DO = turns.residual_DD.T @ weight_OD.T
             if place is not None:
                 turned_DO = _turn_heads(before_DO, turns.values[place])
             part, slope_DO, by_importance_D = _slopes(turned_DO, importance_D, objective)
@@ -98,8 +102,8 @@ class Readers:
                 heads = [x.unflatten(1, value_HKK.shape[:2]) for x in (before_DO, slope_DO)]
                 gradient.values[place].add_(torch.einsum("dhk,dhl->hkl", *heads))
                 slope_DO = _turn_heads(slope_DO, value_HKK.mT)
-            gradient.stream_DD.addmm_(weight_OD.T, slope_DO.T)
-        gradient.stream_DD.addcmul_(moved_DD, slope_D, value=2.0)
+            gradient.residual_DD.addmm_(weight_OD.T, slope_DO.T)
+        gradient.residual_DD.addcmul_(moved_DD, slope_D, value=2.0)
         return loss
 
 
@@ -121,16 +125,18 @@ class Writer:
     def num_weights(self) -> int:
         return self.linear.weight.numel()
 
-    def scores(self, turns: Turns) -> Iterator[Tensor]:
+    def scores(self, turns: RotationParts) -> Iterator[Tensor]:
         """Importance of the turned weights, (I, D)."""
-        before_ID = _weight(self.linear, turns).T @ turns.stream_DD
+        before_ID = _weight(self.linear, turns).T @ turns.residual_DD
         turned_ID, importance_I, _ = self._turn(before_ID, turns)
         yield turned_ID.square_().mul_(importance_I.unsqueeze(1))
 
-    def add_gradient(self, turns: Turns, objective: Objective, gradient: Turns) -> Tensor:
+    def add_gradient(
+        self, turns: RotationParts, objective: Objective, gradient: RotationParts
+    ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
         weight_DI = _weight(self.linear, turns)
-        before_ID = weight_DI.T @ turns.stream_DD
+        before_ID = weight_DI.T @ turns.residual_DD
         turned_ID, importance_I, moved_HQKK = self._turn(before_ID, turns)
         loss, slope_ID, by_importance_I = _slopes(turned_ID, importance_I, objective)
         if self.place is not None and moved_HQKK is not None:
@@ -143,10 +149,12 @@ class Writer:
             by_value.add_((moved_HQKK * by_column).sum(1), alpha=2.0)
             value_H1KK = turns.values[self.place].unsqueeze(1)
             slope_ID = (value_H1KK @ heads[1]).flatten(0, 2)
-        gradient.stream_DD.addmm_(weight_DI, slope_ID)
+        gradient.residual_DD.addmm_(weight_DI, slope_ID)
         return loss
 
-    def _turn(self, before_ID: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _turn(
+        self, before_ID: Tensor, turns: RotationParts
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """R2^T on the rows of every head; its inputs' importance; and B R2."""
         if self.place is None or self.blocks_HQKK is None:
             return before_ID, self.importance_I, None
@@ -200,7 +208,7 @@ def _slopes(
     return loss, slope_IO.mul_(turned_IO).mul_(2.0 * importance_I1), by_importance_I
 
 
-def _weight(linear: nn.Linear, turns: Turns) -> Tensor:
+def _weight(linear: nn.Linear, turns: RotationParts) -> Tensor:
     return linear.weight.detach().to(turns.flat.dtype)
 
 

@@ -21,7 +21,7 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError
 from sparsify.pattern import Pattern, check_divides
 from sparsify.rotation.basis import Rotation, fold_gains, logits_of, require_same, turn
-from sparsify.rotation.moments import stream_moments
+from sparsify.rotation.moments import residual_moments
 from sparsify.rotation.search import RotationSearch
 from sparsify.rotation.sites import RotationSites, find_rotation_sites
 
@@ -97,8 +97,8 @@ def rotate_model(
 
     Cost: one forward over the rows, and two over the first for the check. A step is about 4 D
     operations per weight of the blocks, shared by the processes, and about 9 D^3 for the turn, on
-    each of them. Memory: one (D, D) per norm (`stream_moments`), of which each process keeps those
-    of its matrices; the largest matrix in float32 a few times over; a dozen of R1.
+    each of them. Memory: one (D, D) per norm (`residual_moments`), of which each process keeps
+    those of its matrices; the largest matrix in float32 a few times over; a dozen of R1.
     """
     if steps < 0 or batch_size < 1:
         raise InputError(f"steps={steps}, batch_size={batch_size}: 0 or more, and at least 1")
@@ -129,7 +129,7 @@ def rotate_model(
     model.eval()
     try:
         before = comm.run_together(fold)
-        moments = stream_moments(model, sites, rows, batch_size, comm)
+        moments = residual_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
         start = partial(
             RotationSearch, sites, moments, counted, pattern, use_values=use_value_rotation,

@@ -13,13 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsify.comm import Comm, sum_lanes
+from sparsify.comm import Comm, assign_by_size, sum_lanes
 from sparsify.errors import NonFiniteError
 from sparsify.kernels.precision import float32_products
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation
-from sparsify.rotation.moments import StreamMoments
-from sparsify.rotation.objective import Objective, Readers, Turns, Writer, entropy, pruned_share
+from sparsify.rotation.moments import ResidualMoments
+from sparsify.rotation.objective import (
+    Objective,
+    Readers,
+    RotationParts,
+    Writer,
+    entropy,
+    pruned_share,
+)
 from sparsify.rotation.sites import RotationSites
 
 LEARNING_RATE = 0.4
@@ -54,14 +61,14 @@ class RotationSearch:
     """
 
     def __init__(
-        self, sites: RotationSites, moments: StreamMoments, counted: Collection[str],
+        self, sites: RotationSites, moments: ResidualMoments, counted: Collection[str],
         pattern: Pattern | None, *, use_values: bool, noise: torch.Generator | None, comm: Comm,
     ) -> None:  # fmt: skip
         self._comm = comm
         self._pattern = pattern
         used = sites.values if use_values else []
         heads = [(site.num_kv_heads, site.head_dim) for site in used]
-        turns = Turns.identity(sites.embedding.weight.shape[1], heads)
+        turns = RotationParts.identity(sites.embedding.weight.shape[1], heads)
         if noise is not None:
             for matrix in turns.matrices:
                 free = torch.randn(matrix.shape, generator=noise) * _NOISE
@@ -69,7 +76,7 @@ class RotationSearch:
         self._turns = turns.over(turns.flat.to(sites.head.weight.device))
         units = _units(sites, moments, counted, use_values)
         self._num_rows = sum(count for _, count in units)
-        dealt = deal([unit.num_weights for unit, _ in units], comm.num_lanes)
+        dealt = assign_by_size([unit.num_weights for unit, _ in units], comm.num_lanes)
         self._lanes = [
             [units[index][0] for index in share]
             for where in comm.lanes(comm.num_lanes)
@@ -119,7 +126,7 @@ class RotationSearch:
             if on_step is not None:
                 on_step(step, steps, total / self._num_rows)
 
-    def _add_gradient(self, objective: Objective, gradient: Turns) -> float:
+    def _add_gradient(self, objective: Objective, gradient: RotationParts) -> float:
         """What is minimised, summed over all matrices; its derivatives go to `gradient`."""
 
         def lanes() -> Iterator[Tensor]:
@@ -139,7 +146,7 @@ class RotationSearch:
         return float(both[-1])
 
     @float32_products()
-    def _turn(self, gradient: Turns, first: Tensor, second: Tensor, step: int) -> None:
+    def _turn(self, gradient: RotationParts, first: Tensor, second: Tensor, step: int) -> None:
         """One step of Adam on the angles, with its moments `first` and `second`."""
         for matrix, slope in zip(self._turns.matrices, gradient.matrices, strict=True):
             spin = matrix.mT @ slope
@@ -165,7 +172,7 @@ class RotationSearch:
 
 
 def _units(
-    sites: RotationSites, moments: StreamMoments, counted: Collection[str], use_values: bool
+    sites: RotationSites, moments: ResidualMoments, counted: Collection[str], use_values: bool
 ) -> list[tuple[Readers | Writer, int]]:
     """The counted matrices, those of one input together, and how many rows they have."""
     used = sites.values if use_values else []
@@ -185,17 +192,6 @@ def _units(
             writer = Writer(linear, moments.diagonals[name], place, blocks)
             units.append((writer, linear.out_features))
     return units
-
-
-def deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Indices of `sizes` in `num_shares` shares: the largest goes first, to the smallest share."""
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    filled = [0] * num_shares
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        least = filled.index(min(filled))
-        shares[least].append(index)
-        filled[least] += sizes[index]
-    return shares
 
 
 def cayley(skew: Tensor) -> Tensor:

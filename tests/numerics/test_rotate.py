@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sparsify.comm import Comm
+from sparsify.comm import Comm, assign_by_size
 from sparsify.data.rows import TokenRows
 from sparsify.distillation.loss import square_head
 from sparsify.errors import CalibrationError, InputError
@@ -24,10 +24,10 @@ from sparsify.models.load import load_model, save_model
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation
-from sparsify.rotation.moments import stream_moments
-from sparsify.rotation.objective import Readers, Turns, Writer, entropy, pruned_share
+from sparsify.rotation.moments import residual_moments
+from sparsify.rotation.objective import Readers, RotationParts, Writer, entropy, pruned_share
 from sparsify.rotation.rotate import find_rotation_sites, rotate_model
-from sparsify.rotation.search import cayley, deal
+from sparsify.rotation.search import cayley
 
 TWO_FOUR = Pattern.parse("2:4")
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"]
@@ -232,7 +232,7 @@ def test_layers_left_dense_do_not_count() -> None:
     lost = []
     for model in models:
         sites = find_rotation_sites(model)
-        moments = stream_moments(model.eval(), sites, rows, 6, Comm.single())
+        moments = residual_moments(model.eval(), sites, rows, 6, Comm.single())
         total = 0.0
         for name, linear in sites.writers.items():
             if name.endswith("down_proj"):
@@ -290,12 +290,12 @@ def test_a_rotation_of_another_model_or_a_damaged_file_is_refused(tmp_path: Path
     rotation = rotate_model(tiny(), packed_rows(), steps=1, seed=0, batch_size=6).rotation
     model = tiny()
     before = copy.deepcopy(model.state_dict())
-    for bad in (Rotation(torch.eye(16), []), Rotation(rotation.stream_DD, rotation.values[:1])):
+    for bad in (Rotation(torch.eye(16), []), Rotation(rotation.residual_DD, rotation.values[:1])):
         with pytest.raises(InputError, match="rotation and model are of different runs"):
             fold_rotation(model, bad)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     with pytest.raises(InputError, match="does not rotate"):  # not orthogonal
-        fold_rotation(model, Rotation(rotation.stream_DD * 1.5, rotation.values))
+        fold_rotation(model, Rotation(rotation.residual_DD * 1.5, rotation.values))
     path = tmp_path / "rotation.safetensors"
     rotation.save(path)
     path.write_bytes(path.read_bytes()[:-8])
@@ -408,7 +408,7 @@ def test_gradient_is_that_of_autograd(pattern_text: str | None) -> None:
     random, width, (num_heads, num_queries, size) = generator(), 12, (2, 3, 4)
     heads = [(num_heads, size)]
     flat = torch.randn(width**2 + num_heads * size**2, generator=random, dtype=torch.float64)
-    turns = Turns(flat, width, heads)
+    turns = RotationParts(flat, width, heads)
 
     def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
         made = nn.Linear(num_inputs, num_outputs, bias=False, dtype=torch.float64)
@@ -435,7 +435,7 @@ def test_gradient_is_that_of_autograd(pattern_text: str | None) -> None:
         scores = [scores_IO.T for unit in units for scores_IO in unit.scores(turns)]
 
     leaf = flat.clone().requires_grad_(True)
-    stream, (values,) = turns.over(leaf).stream_DD, turns.over(leaf).values
+    stream, (values,) = turns.over(leaf).residual_DD, turns.over(leaf).values
     of_rows = torch.block_diag(*values)
     of_columns = torch.block_diag(*(one for one in values for _ in range(num_queries)))
     by_norm = (stream.T @ moment_DD @ stream).diagonal()
@@ -472,7 +472,7 @@ def test_found_rotations_are_orthogonal_and_easier_to_prune() -> None:
             tiny(), packed_rows(), steps=steps, seed=0, batch_size=6, pattern=TWO_FOUR
         )
         rotation = report.rotation
-        for matrix in [rotation.stream_DD, *rotation.values]:
+        for matrix in [rotation.residual_DD, *rotation.values]:
             identity = torch.eye(matrix.shape[-1], dtype=torch.float64).expand(matrix.shape)
             torch.testing.assert_close(matrix @ matrix.mT, identity, rtol=0, atol=1e-10)
         # Measured: 0.54 of it, then 0.91 of that.
@@ -483,7 +483,7 @@ def test_found_rotations_are_orthogonal_and_easier_to_prune() -> None:
 
 def test_matrices_are_dealt_evenly() -> None:
     sizes = [5, 1, 1, 9, 4, 4, 1, 5]
-    shares = deal(sizes, 3)
+    shares = assign_by_size(sizes, 3)
     assert sorted(index for share in shares for index in share) == list(range(len(sizes)))
     assert [sum(sizes[index] for index in share) for share in shares] == [10, 10, 10]
-    assert deal([3, 2], 4) == [[0], [1], [], []]
+    assert assign_by_size([3, 2], 4) == [[0], [1], [], []]

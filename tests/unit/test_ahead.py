@@ -235,7 +235,8 @@ def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
     with pytest.raises(SingularHessianError, match="down_proj"):
         walk_blocks(
             BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append,
-            comm=Comm.single(), batch_size=2, needs=SolverNeeds(factor_damping=0.01), overlap=overlap,
+            comm=Comm.single(), batch_size=2, needs=SolverNeeds(factor_damping=0.01),
+            overlap=overlap,
         )  # fmt: skip
     assert len(solved) == (6 if overlap else 0)
 
