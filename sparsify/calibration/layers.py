@@ -51,7 +51,14 @@ class SolverNeeds:
     order: InputOrder = "block"
     """layer: measure a layer's input when the layers before it are solved; block: when the blocks
     before it are; dense: as it is in the dense model, without a teacher. Where layer is asked for,
-    blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
+    blocks that are not `groups.LayerGroups.is_in_order` are measured in the order block"""
+    token_weights: Tensor | None = None
+    """float32 (blocks, N, T), how much each token of the N rows counts; None: all the same"""
+
+    @property
+    def has_dense_outputs(self) -> bool:
+        """Whether layers that write to the residual stream aim at the dense model's outputs."""
+        return self.target_shares is not None and self.target_shares.teacher > 0
 
 
 def passes_ahead(order: InputOrder, has_teacher: bool) -> bool:

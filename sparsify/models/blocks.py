@@ -1,6 +1,6 @@
 """A model's decoder blocks one at a time: in memory, or read from a checkpoint and let go again.
 
-`StreamedBlocks` holds what comes before the blocks and one or two blocks, whatever the size of the
+`BlocksOnDisk` holds what comes before the blocks and one or two blocks, whatever the size of the
 model, so that a model is pruned on a device, or a machine, that it does not fit on.
 `ShardWriter` puts finished blocks into a model folder while the rest is still being worked on.
 """
@@ -80,7 +80,7 @@ class BlocksInMemory:
         """Nothing to do."""
 
 
-class StreamedBlocks:
+class BlocksOnDisk:
     """The blocks of a checkpoint folder, each read when it is opened and dropped when closed.
 
     While a block is open, the next one is read from the disk in the background.
@@ -94,7 +94,7 @@ class StreamedBlocks:
 
     Raises:
         InputError: see `models.load.check_checkpoint`; or the checkpoint's tensors are not named
-            and shaped as the model's (`unstreamable` says so without raising).
+            and shaped as the model's (`reason_to_hold_whole` says so without raising).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StreamedBlocks:
         with_head: bool = False,
     ) -> None:  # fmt: skip
         folder = resolve_path(path)
-        reason = unstreamable(folder)
+        reason = reason_to_hold_whole(folder)
         if reason is not None:
             raise InputError(f"model folder {folder}: {reason}; load the whole model instead")
         self.folder = folder
@@ -202,7 +202,7 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def unstreamable(path: str | Path) -> str | None:
+def reason_to_hold_whole(path: str | Path) -> str | None:
     """Why a checkpoint cannot be read block by block, or None when it can.
 
     Its tensors must have the names and shapes of the model's own. Checkpoints that transformers
@@ -293,7 +293,7 @@ class ShardWriter:
         }
         write_tensors(self.folder / self._shard(index), tensors, _METADATA)
 
-    def finish(self, source: StreamedBlocks) -> None:
+    def finish(self, source: BlocksOnDisk) -> None:
         """Write the tensors outside the blocks, the index and config.json."""
         number, num_bytes = self._num_blocks, 0
         held: dict[str, Tensor] = {}

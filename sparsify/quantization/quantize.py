@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
-from sparsify.calibration.walk import walk_blocks
+from sparsify.calibration.walk import Progress, walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
@@ -108,8 +109,8 @@ def quantize_model(
 
     has_teacher = params.method == "gptq" and params.teacher_share > 0
     walk_blocks(
-        source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
-        needs=SolverNeeds(teacher=has_teacher, order="layer"),
+        source, rows, solve, comm=comm, memory=Memory(batch_size), skip=skip,
+        needs=SolverNeeds(teacher=has_teacher, order="layer"), progress=Progress(report),
     )  # fmt: skip
     return result
 

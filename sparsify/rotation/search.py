@@ -7,7 +7,7 @@ all go the same way. Shape suffixes: D hidden size, H key-value heads, K width o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch

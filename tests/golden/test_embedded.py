@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import token_rows
 from sparsify.evaluation.perplexity import evaluate_rows
@@ -31,7 +32,7 @@ def figures(method: str) -> dict:
     rows = token_rows([TEXT.read_text(encoding="utf-8")], tokenizer, 128)
     result = prune_model(
         model, rows[::2], get_method(method), Pattern.parse("2:4"), PruneParams(),
-        comm=Comm.single(), batch_size=4,
+        comm=Comm.single(), memory=Memory(4),
     )  # fmt: skip
     scores = evaluate_rows(model, rows[1::2], 8, dense)
     return {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import count_violations, keep_mask_from_scores
@@ -357,8 +358,8 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     hessians = {}
     walk_blocks(
         BlocksInMemory(tiny_model), tiny_rows,
-        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}),
-        comm=Comm.single(), batch_size=12, needs=SolverNeeds(),
+        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}), comm=Comm.single(),
+        memory=Memory(12), needs=SolverNeeds(),
     )  # fmt: skip
     name = "model.layers.1.self_attn.q_proj"
     total = next(r.error / r.relative_error for r in result.reports if r.name == name)
@@ -395,7 +396,7 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
     inputs_before = inputs.pop()
     handle.remove()
     walk_blocks(
-        BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), batch_size=5,
+        BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), memory=Memory(5),
         needs=SolverNeeds(teacher=True),
     )  # fmt: skip
     tiny_model.get_submodule(name).register_forward_pre_hook(record)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.hidden_states import HiddenStateStore
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds
 from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.moments import InputMoments
@@ -24,7 +24,7 @@ from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.calls import BlockCalls, run_block
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
+from sparsify.pruning.prune import LayerChoice, prune_model
 from tests.families import in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6
@@ -123,7 +123,8 @@ def prune(family: str, overlap: bool, method: str, order: InputOrder, **options:
     rows = options.pop("rows", token_rows(NUM_ROWS))
     result = prune_model(
         model, rows, get_method(method), Pattern.parse("2:4"), PruneParams(block_size=16),
-        comm=Comm.single(), batch_size=2, order=order, overlap=overlap, **options,
+        comm=Comm.single(), memory=Memory(2, overlap=overlap),
+        layers=LayerChoice(order=order, **options),
     )  # fmt: skip
     return model.state_dict(), result.layers
 
@@ -165,7 +166,7 @@ def watched(model: nn.Module, at: int) -> threading.Event:
 
 def walk(model: nn.Module, rows: TokenRows, solve: Callable[[Layer], None], **options: Any) -> None:
     walk_blocks(
-        BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=2, overlap=True,
+        BlocksInMemory(model), rows, solve, comm=Comm.single(), memory=Memory(2, overlap=True),
         **options,
     )  # fmt: skip
 
@@ -223,7 +224,7 @@ def test_failures_of_what_is_done_ahead_are_told() -> None:
 def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
     overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lookahead, it is known when the layer's turn comes."""
+    """Ahead, it is known when the layer's turn comes."""
     original, solved = InputMoments.factor, []
 
     def factor(self: InputMoments, damping: float, name: str) -> Any:
@@ -234,9 +235,8 @@ def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
     monkeypatch.setattr(InputMoments, "factor", factor)
     with pytest.raises(SingularHessianError, match="down_proj"):
         walk_blocks(
-            BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append,
-            comm=Comm.single(), batch_size=2, needs=SolverNeeds(factor_damping=0.01),
-            overlap=overlap,
+            BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append, comm=Comm.single(),
+            memory=Memory(2, overlap=overlap), needs=SolverNeeds(factor_damping=0.01),
         )  # fmt: skip
     assert len(solved) == (6 if overlap else 0)
 

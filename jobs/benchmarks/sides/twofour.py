@@ -53,12 +53,13 @@ def prune_folder(
     from safetensors.torch import load_file
 
     from jobs.benchmarks.support.record import peak_memory_bytes
+    from sparsify.calibration.hidden_states import Memory
     from sparsify.comm import Comm
     from sparsify.data.rows import TokenRows
     from sparsify.methods import PruneParams, get_method
     from sparsify.models.load import load_pair, save_model
     from sparsify.pattern import Pattern
-    from sparsify.pruning.prune import prune_checkpoint, prune_model
+    from sparsify.pruning.prune import LayerChoice, prune_checkpoint, prune_model
 
     torch.set_num_threads(num_threads)
     method, pattern, params = get_method("sparsegpt"), Pattern.parse("2:4"), PruneParams()
@@ -69,7 +70,8 @@ def prune_folder(
         marks.append(("load", *marks[0][1:]))
         pruned = prune_checkpoint(
             model, out, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
+            comm=Comm.single(), memory=Memory(batch_size), layers=LayerChoice(order=order),
+            clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
     else:
@@ -77,7 +79,8 @@ def prune_folder(
         marks.append(("load", *now()))
         pruned = prune_model(
             dense, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
+            comm=Comm.single(), memory=Memory(batch_size), layers=LayerChoice(order=order),
+            clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
         save_model(dense, tokenizer, out)
