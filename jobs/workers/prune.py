@@ -43,6 +43,7 @@ from sparsify.models.structure import fused_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
+from sparsify.tensors import tensor_names
 
 if TYPE_CHECKING:
     from cluster.runtime.backend import WorkerContext
@@ -334,7 +335,7 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in tensor_names(file):
                 part = file.get_slice(name)
                 dtype = dtypes.get(part.get_dtype())
                 if dtype is None:  # a buffer of integers or truth values: no weight

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.models.calls import hidden_of
+from sparsify.models.calls import hidden_of, logits_of
 from sparsify.models.structure import find_blocks
 
 CEILING = 20.0  # times the mean: a few tokens of an outlier's size must not decide the Hessian
@@ -141,9 +141,7 @@ def _squared_gradients(
     handles = [watch(index, block) for index, block in enumerate(blocks)]
     try:
         with torch.enable_grad():
-            logits_BTV = model(
-                input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False
-            ).logits
+            logits_BTV = logits_of(model, batch)
         if not bool(torch.isfinite(logits_BTV).all()):
             raise NonFiniteError(
                 f"Fisher weights: logits of {type(model).__name__} are NaN or infinite; check the "

@@ -30,7 +30,7 @@ from sparsify.models.load import (
     weight_files,
 )
 from sparsify.models.structure import find_blocks
-from sparsify.tensors import write_tensors
+from sparsify.tensors import tensor_names, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -223,7 +223,7 @@ def reason_to_hold_whole(path: str | Path) -> str | None:
         return f"it has {len(unexpected)} tensors that the model has not, such as {unexpected[0]}"
     for path in sorted(set(where.values())):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in tensor_names(file):
                 shape = tuple(file.get_slice(name).get_shape())
                 if name in needed and shape != tuple(needed[name].shape):
                     wanted = tuple(needed[name].shape)

@@ -140,8 +140,7 @@ class BlockCalls:
             for at, block in enumerate(self._blocks):
                 object.__setattr__(block, "forward", stand_in(at, block))
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
-            rows = rows.to(device)
-            self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+            run_model(self._model, rows.to(device))
         except StopForward:
             return found[0]
         finally:
@@ -151,6 +150,17 @@ class BlockCalls:
             f"{name}: its forward called only {len(expected)} of {index + 1} blocks; models that "
             "skip blocks cannot be pruned block by block"
         )
+
+
+def run_model(model: nn.Module, rows: TokenRows, **more: Any) -> Any:
+    """What a transformers decoder returns for rows (N, T) on its device, their documents apart."""
+    return model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False, **more)
+
+
+def logits_of(model: nn.Module, rows: TokenRows) -> Tensor:
+    """(N, T, V) logits of `rows`, which go to the model's device."""
+    logits: Tensor = run_model(model, rows.to(next(model.parameters()).device)).logits
+    return logits
 
 
 def run_block(block: nn.Module, inputs: BlockInputs) -> Tensor:

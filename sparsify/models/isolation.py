@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
+from sparsify.models.calls import run_model
 
 _LENGTH = 8
 
@@ -38,7 +39,7 @@ def check_isolation(model: nn.Module) -> None:
     def logits(rows: TokenRows) -> Tensor:
         rows = rows.to(device)
         try:
-            output = model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+            output = run_model(model, rows)
         except TypeError as error:
             if "position_ids" not in str(error):
                 raise

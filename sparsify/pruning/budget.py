@@ -20,6 +20,7 @@ from sparsify.costs.roofline import Device, matrix_bytes, matrix_latency
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.evaluation.divergence import forward_kl
+from sparsify.models.calls import logits_of
 from sparsify.pattern import Pattern
 
 BudgetKind = Literal["size", "latency"]
@@ -131,10 +132,7 @@ def _linear(model: nn.Module, name: str, weight_OI: Tensor) -> nn.Linear:
 
 def _logits(model: nn.Module, batch: TokenRows) -> Tensor:
     """Logits of the positions that have a next token, (tokens, vocabulary)."""
-    logits: Tensor = model(
-        input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False
-    ).logits
-    return logits[batch.has_next_NT]
+    return logits_of(model, batch)[batch.has_next_NT]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.models.calls import logits_of
 from sparsify.rotation.sites import RotationSites, find_rotation_sites
 from sparsify.tensors import write_tensors
 
@@ -164,15 +165,6 @@ def rotate_columns(weight_OI: Tensor, rotation_HKK: Tensor) -> Tensor:
     num_heads, width, _ = rotation_HKK.shape
     heads = weight_OI.unflatten(1, (num_heads, -1, width))
     return torch.einsum("ohqk,hkl->ohql", heads, rotation_HKK).flatten(1)
-
-
-def logits_of(model: nn.Module, rows: TokenRows) -> Tensor:
-    """(N, T, V) logits of `rows`, which go to the model's device."""
-    rows = rows.to(next(model.parameters()).device)
-    logits: Tensor = model(
-        input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False
-    ).logits
-    return logits
 
 
 def require_same(model: nn.Module, rows: TokenRows, before: Tensor) -> float:

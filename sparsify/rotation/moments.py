@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
-from sparsify.models.calls import StopForward
+from sparsify.models.calls import StopForward, run_model
 from sparsify.rotation.sites import RotationSites
 
 
@@ -101,7 +101,7 @@ class _Sums:
         batch = batch.to(self._sites.head.weight.device)
         try:
             with contextlib.suppress(StopForward):
-                model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
+                run_model(model, batch)
         finally:
             for handle in handles:
                 handle.remove()

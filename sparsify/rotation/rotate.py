@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError
+from sparsify.models.calls import logits_of
 from sparsify.pattern import Pattern, check_divides
-from sparsify.rotation.basis import Rotation, fold_gains, logits_of, require_same, turn
+from sparsify.rotation.basis import Rotation, fold_gains, require_same, turn
 from sparsify.rotation.moments import residual_moments
 from sparsify.rotation.search import RotationSearch
 from sparsify.rotation.sites import RotationSites, find_rotation_sites
