@@ -9,7 +9,7 @@ weight, G groups of a row, H key-value heads, Q query heads of one of them, K wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.pattern import Pattern
-
-Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""scores (I, O) of a matrix -> a number that counts its rows, and the derivative (I, O) by them"""
 
 _TINY = 1e-12
 
@@ -83,7 +80,7 @@ class Readers:
             yield turned_DO.square_().mul_(importance_D.unsqueeze(1))
 
     def add_gradient(
-        self, turns: RotationParts, objective: Objective, gradient: RotationParts
+        self, turns: RotationParts, pattern: Pattern, gradient: RotationParts
     ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
         moved_DD = self.moment_DD @ turns.residual_DD
@@ -94,7 +91,7 @@ class Readers:
             before_DO = turned_DO = turns.residual_DD.T @ weight_OD.T
             if place is not None:
                 turned_DO = _turn_heads(before_DO, turns.values[place])
-            part, slope_DO, by_importance_D = _slopes(turned_DO, importance_D, objective)
+            part, slope_DO, by_importance_D = _slopes(turned_DO, importance_D, pattern)
             loss += part
             slope_D += by_importance_D
             if place is not None:
@@ -132,13 +129,13 @@ class Writer:
         yield turned_ID.square_().mul_(importance_I.unsqueeze(1))
 
     def add_gradient(
-        self, turns: RotationParts, objective: Objective, gradient: RotationParts
+        self, turns: RotationParts, pattern: Pattern, gradient: RotationParts
     ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
         weight_DI = _weight(self.linear, turns)
         before_ID = weight_DI.T @ turns.residual_DD
         turned_ID, importance_I, moved_HQKK = self._turn(before_ID, turns)
-        loss, slope_ID, by_importance_I = _slopes(turned_ID, importance_I, objective)
+        loss, slope_ID, by_importance_I = _slopes(turned_ID, importance_I, pattern)
         if self.place is not None and moved_HQKK is not None:
             num_heads, num_queries, width, _ = moved_HQKK.shape
             shape = (num_heads, num_queries, width)
@@ -165,18 +162,18 @@ class Writer:
         return (value_H1KK.mT @ heads_HQKD).flatten(0, 2), importance_I, moved_HQKK
 
 
-def entropy(scores_IO: Tensor) -> tuple[Tensor, Tensor]:
-    """`Objective`: summed over rows, the entropy in nats of the shares of a row's importance."""
+def entropy(scores_IO: Tensor) -> Tensor:
+    """Summed over rows, the entropy in nats of the shares of a row's importance."""
     totals_O = scores_IO.sum(0).clamp_min(_TINY)
     shares_IO = scores_IO / totals_O
     logs_IO = (shares_IO + _TINY).log_()
-    entropy_O = -(shares_IO * logs_IO).sum(0)
-    return entropy_O.sum(), logs_IO.add_(entropy_O).neg_().div_(totals_O)
+    return (-(shares_IO * logs_IO).sum(0)).sum()
 
 
 def pruned_share(scores_IO: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """`Objective`: O times the share of importance lost when each group (unstructured: row) keeps
-    its largest. Which are lost is held fixed in the derivative, as it is almost everywhere."""
+    """O times the share of importance lost when each group (unstructured: row) keeps its largest,
+    and the derivative (I, O) by the scores. Which are lost is held fixed in the derivative, as it
+    is almost everywhere."""
     is_lost_IO = _lost(scores_IO, pattern).to(scores_IO.dtype)
     total = scores_IO.sum().clamp_min(_TINY)
     share = (scores_IO * is_lost_IO).sum() / total
@@ -198,12 +195,12 @@ def _lost(scores_IO: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _slopes(
-    turned_IO: Tensor, importance_I: Tensor, objective: Objective
+    turned_IO: Tensor, importance_I: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The objective of T_ij^2 h_i; its derivatives by T and by h."""
+    """The pruned share of T_ij^2 h_i; its derivatives by T and by h."""
     importance_I1 = importance_I.unsqueeze(1)
     squares_IO = turned_IO.square()
-    loss, slope_IO = objective(squares_IO * importance_I1)
+    loss, slope_IO = pruned_share(squares_IO * importance_I1, pattern)
     by_importance_I = squares_IO.mul_(slope_IO).sum(1)
     return loss, slope_IO.mul_(turned_IO).mul_(2.0 * importance_I1), by_importance_I
 
