@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conf.schema import Config
 from jobs.corpus.rows import load_rows
+from jobs.runs.folder import disk_errors, write_json
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -45,9 +47,8 @@ from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from sparsify.tensors import tensor_names
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # loads Ray
     from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
 
 _FIGURES = (
     "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
@@ -351,8 +352,6 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     A method's folder in the scratch space holds its finished blocks. All of them become part of
     the stage's result at the end, so that a run that is killed loses no more than a block.
     """
-    from jobs.runs.folder import disk_errors, write_json
-
     pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
     with disk_errors(payload["scratch"]):
         found = {

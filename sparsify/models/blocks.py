@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from sparsify.errors import InputError
 from sparsify.files import write_json
@@ -32,7 +33,7 @@ from sparsify.models.load import (
 from sparsify.models.structure import find_blocks
 from sparsify.tensors import tensor_names, write_tensors
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is made
     from transformers import PreTrainedModel
 
 _METADATA = {"format": "pt"}
@@ -246,8 +247,6 @@ def _parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
 
 def _empty_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The model of config.json with real buffers and parameters that have only a shape."""
-    from transformers import AutoModelForCausalLM
-
     with _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             read_config(folder), dtype=DTYPES[dtype], trust_remote_code=False

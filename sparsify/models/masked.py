@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
 from sparsify.masks.storage import PackedMasks, pack_mask, spread
 from sparsify.models.structure import find_blocks
-from sparsify.pattern import check_divides
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from sparsify.pattern import Pattern
+from sparsify.pattern import Pattern, check_divides
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
