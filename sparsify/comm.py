@@ -26,7 +26,7 @@ class Comm:
     rank: int
     world_size: int
     is_fixed: bool = False
-    """True: shares are cut and sums are added in one order for every number of processes, so that
+    """True: parts are cut and sums are added in one order for every number of processes, so that
     results do not depend on it by a single bit; False: in the order that is fastest"""
 
     NUM_LANES = 8
@@ -34,7 +34,7 @@ class Comm:
 
     @property
     def num_lanes(self) -> int:
-        """Shares that work is cut into over all processes; see `lanes`."""
+        """Parts that work is cut into over all processes; see `lanes`."""
         return self.NUM_LANES if self.is_fixed else self.world_size
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Comm:
         dist.broadcast(tensor, src=0)
 
     def lanes(self, num_items: int) -> list[slice]:
-        """This process's shares of `num_items` items, each to be worked on by itself.
+        """This process's parts of `num_items` items, each to be worked on by itself.
 
         They are contiguous, and sizes differ by at most one. There is one, or with a fixed order
         NUM_LANES over all processes, whatever their number.
@@ -94,7 +94,7 @@ class Comm:
         return [_slice_of(lane, self.num_lanes, num_items) for lane in mine]
 
     def row_slice(self, num_rows: int) -> slice:
-        """This process's share of `num_rows` rows: contiguous, sizes differ by at most one."""
+        """This process's part of `num_rows` rows: contiguous, sizes differ by at most one."""
         return _slice_of(self.rank, self.world_size, num_rows)
 
     def broadcast_(self, tensor: Tensor, source: int) -> None:
@@ -135,7 +135,7 @@ class Comm:
             dist.barrier()
 
     def gather_rows(self, local_rows: Tensor, num_rows: int) -> Callable[[], Tensor]:
-        """Begin to put the shares of all processes together again, on all of them.
+        """Start to put the parts of all processes together again, on all of them.
 
         Args:
             local_rows: rows `row_slice(num_rows)` of the whole; any dtype.
@@ -156,10 +156,10 @@ class Comm:
         # Raw bytes travel, so that bool and bfloat16 need nothing of the backend.
         as_bytes = padded.reshape(-1).view(torch.uint8)
         received = [torch.empty_like(as_bytes) for _ in sizes]
-        begun = dist.all_gather(received, as_bytes, async_op=True)
+        started = dist.all_gather(received, as_bytes, async_op=True)
 
         def wait() -> Tensor:
-            begun.wait()
+            started.wait()
             return torch.cat(
                 [part.view(padded.dtype).reshape(padded.shape)[:size]
                  for part, size in zip(received, sizes, strict=True)]
@@ -198,5 +198,5 @@ def assign_by_size(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
     return parts
 
 
-def _slice_of(index: int, num_shares: int, num_items: int) -> slice:
-    return slice(index * num_items // num_shares, (index + 1) * num_items // num_shares)
+def _slice_of(index: int, num_parts: int, num_items: int) -> slice:
+    return slice(index * num_items // num_parts, (index + 1) * num_items // num_parts)

@@ -273,7 +273,7 @@ class Pruning:
         return "host" if states <= _ROOM_ON_HOST * available else "disk"
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
-        """Say which layers have too little data behind them."""
+        """Say which layers have seen too little data."""
         few = [layer for layer in layers if layer.tokens_per_column < FEW_TOKENS]
         if few:
             worst = min(few, key=lambda layer: layer.tokens_per_column)

@@ -2,7 +2,7 @@
 rotations, and which layers stay dense under a budget.
 
 Each is worked out once, rotations by all workers and the rest by rank 0, and put into the run's
-scratch folder, where all workers read it and a run that is carried on finds it again.
+scratch folder, where all workers read it and a run that resumes finds it again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Say = Callable[[float, float, str], None]
 
 
 def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = False) -> float:
-    """Make `path` unless it is there; all processes go on when it is.
+    """Make `path` unless it is there; all processes continue when it is.
 
     Args:
         path: file or folder, on a disk that all processes see.
@@ -76,12 +76,12 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
         return marker.exists()
 
     if not comm.gather_objects(comm.run_together(is_made))[0]:  # as rank 0 sees it
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         if is_shared:
             make()
         else:
             comm.run_together(lambda: make() if comm.rank == 0 else None)
-        seconds = time.perf_counter() - begun_s
+        seconds = time.perf_counter() - started_s
         comm.run_together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
     return float(json.loads(marker.read_text(encoding="utf-8")))
 
@@ -210,7 +210,7 @@ def dense_layers(
     """Which layers stay dense under prune.budget, judged by the layers pruned in `pruned`.
 
     Returns:
-        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`; and
+        {"dense_names", "damages", "cost_share", "least_share"}, see `budget.Allocation`; and
         {"seconds"} that it took.
     """
     path = scratch / "allocation.json"

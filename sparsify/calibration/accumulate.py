@@ -246,7 +246,7 @@ class MomentSums:
         """The means over all processes' tokens, on all of them.
 
         Raises:
-            NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; the message begins
+            NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; the message starts
                 with the layer's name.
         """
         unpaired = set().union(*comm.gather_objects(self._unpaired))

@@ -17,7 +17,7 @@ from sparsify.errors import NonFiniteError, SingularHessianError
 def assign_factors(
     moments: dict[str, InputMoments], damping: float, comm: Comm, ahead: Lookahead | None
 ) -> Callable[[str], None]:
-    """Factor every Hessian once, or begin to, each on one of the processes.
+    """Factor every Hessian once, or start to, each on one of the processes.
 
     The largest go first, each to the process with the least work so far.
 
@@ -44,17 +44,17 @@ def assign_factors(
         for name, stats in moments.items()
         if owner[name] == comm.rank
     }
-    begun: Mapping[str, Callable[[], InverseFactor]] = mine
+    started: Mapping[str, Callable[[], InverseFactor]] = mine
     if ahead is None:
         comm.run_together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
-        begun = {name: ahead.start(make, InverseFactor.tensors) for name, make in mine.items()}
+        started = {name: ahead.start(make, InverseFactor.tensors) for name, make in mine.items()}
 
     def assign(name: str) -> None:
         made, failure, facts = None, None, None
-        if name in begun:
+        if name in started:
             try:
-                made = begun[name]()
+                made = started[name]()
                 facts = made.damping, made.num_attempts, made.condition
             except (NonFiniteError, SingularHessianError) as error:
                 failure = error

@@ -55,11 +55,11 @@ def fisher_token_weights(
     Args:
         model: a causal LM, dense. Its weights, their requires_grad and its mode are left as they
             were.
-        rows: calibration rows, this process's share. Positions whose next token belongs to
+        rows: calibration rows, this process's part. Positions whose next token belongs to
             another document, or that end a row, predict nothing.
         batch_size: rows per forward and backward.
         on_batch: called as on_batch(rows done, rows in all).
-        seed: draws the labels, one stream of numbers for all rows: the weights do not depend on
+        seed: draws the labels, one sequence of numbers for all rows: the weights do not depend on
             batch_size but for rounding. Processes with different rows should differ in it.
         comm: the processes whose rows make up the mean; None for this one alone.
 
@@ -126,7 +126,7 @@ def _squared_gradients(
     def watch(index: int, block: nn.Module) -> Any:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden_BTD = hidden_of(output)
-            if index == 0:  # parameters are frozen, so the graph begins here
+            if index == 0:  # parameters are frozen, so the graph starts here
                 hidden_BTD.requires_grad_(True)
 
             def keep(grad_BTD: Tensor) -> None:
@@ -174,7 +174,7 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
             probabilities = logits_TV[chosen].to(wide).softmax(dim=-1)
             cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
             marks = (draws_T[chosen] * cumulated[:, -1])[:, None]
-            # A draw close to 1 may round to the total, behind the last token.
+            # A draw close to 1 may round to the total, after the last token.
             label = torch.searchsorted(cumulated, marks, right=True)
             label.clamp_(max=logits_TV.shape[-1] - 1)
             probabilities.scatter_add_(1, label, -torch.ones_like(marks, dtype=wide))

@@ -330,7 +330,7 @@ class _HeldForward:
             self._back.release()
 
     def resume(self) -> None:
-        """Let the forward run until it stands, ends or fails; raises what it raised."""
+        """Let the forward run until it pauses, ends or fails; raises what it raised."""
         self._go.release()
         self._back.acquire()
         if self._failure is not None:
@@ -344,7 +344,7 @@ class _HeldForward:
             raise StopForward
 
     def cancel(self) -> None:
-        """End the forward where it stands, if it has not ended by itself."""
+        """End the forward where it is paused, if it has not ended by itself."""
         self._is_cancelled = True
         self._go.release()
         self._thread.join()

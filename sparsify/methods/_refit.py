@@ -53,7 +53,7 @@ def refit(
 
     Args:
         start_OI: Z to start from, zero off the mask; not changed.
-        target_OI: T, the dense weights to stand in for.
+        target_OI: T, the dense weights to replace.
         keep_mask_OI: bool, True = may be nonzero.
         damped_II: H_l, see `damped_hessian`; positive definite, dtype of the others.
         iterations: steps; 0 returns a copy of the start.

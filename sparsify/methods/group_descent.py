@@ -158,7 +158,7 @@ def _group_solvers(
 ) -> tuple[Tensor, Tensor]:
     """The patterns of a group, and H_pp^-1 of every group and pattern, zero outside of p.
 
-    With `with_smaller` the patterns that keep fewer than n come behind, for groups in which not
+    With `with_smaller` the patterns that keep fewer than n come last, for groups in which not
     all n are allowed.
     """
     sizes = range(pattern.n, -1 if with_smaller else pattern.n - 1, -1)

@@ -35,7 +35,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     Raises:
         InputError, NonFiniteError, SingularHessianError: see `sparsegpt.solve`.
 
-    Reference: SparseGPT (arXiv:2301.00774), then `refit.refit`.
+    Reference: SparseGPT (arXiv:2301.00774), then `_refit.refit`.
 
     Cost: that of SparseGPT and refit_iterations + 2 products of (O, I) with (I, I).
     """

@@ -2,7 +2,7 @@
 
 Every other method reproduces the layer's own dense output from inputs that earlier pruning has
 already changed. This one aims at the dense model's output, so that errors are made up for as the
-walk goes on instead of adding up.
+walk proceeds instead of adding up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     Raises:
         InputError, NonFiniteError, SingularHessianError: see `sparsegpt.solve`.
 
-    Reference: `targets.teacher_target`, then as the method sparsegpt_refit.
+    Reference: `_target.teacher_target`, then as the method sparsegpt_refit.
 
     Cost: that of sparsegpt_refit and three products of (O, I) with (I, I).
     """

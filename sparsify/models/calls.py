@@ -72,7 +72,7 @@ class BlockCalls:
         self._model = model
         self._blocks = blocks
         self._rest: tuple[None, ...] | None = None
-        """what stands after the hidden states in a block's answer; None: it answers a tensor"""
+        """what comes after the hidden states in a block's answer; None: it answers a tensor"""
         self._is_known = False
         self._lock = threading.Lock()
 

@@ -92,7 +92,7 @@ _KERNEL_RELATIVE = 0.03  # bfloat16 keeps 8 bits of scores, outputs and gradient
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of some rows stand when the rows are laid end to end."""
+    """Where the documents of some rows are when the rows are laid end to end."""
 
     cu_seqlens_K: Tensor
     """int32: first token of every document, and at last the number of tokens"""

@@ -37,7 +37,7 @@ class LayerReport:
     shape: tuple[int, int]
     """(output features, input features)"""
     num_tokens: int
-    """calibration tokens behind the Hessian"""
+    """calibration tokens in the Hessian"""
     tokens_per_column: float
     """the same for each input column; below about ten, the Hessian is mostly noise"""
     error: float
@@ -79,9 +79,9 @@ class PruneState:
                 )
             if found["num_batches"] != num_batches:
                 raise InputError(
-                    f"{out}: begun with the rows cut into {found['num_batches']} batches, now into "
-                    f"{num_batches}; go on with the prune.batch_size (and, with few rows, the "
-                    "number of workers) that it was begun with"
+                    f"{out}: started with the rows cut into {found['num_batches']} batches, now "
+                    f"into {num_batches}; resume with the prune.batch_size (and, with few rows, the "
+                    "number of workers) that it was started with"
                 )
             self.num_done, self._layers = found["num_done"], found["layers"]
         self.num_done, self._layers = comm.gather_objects((self.num_done, self._layers))[0]

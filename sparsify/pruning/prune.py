@@ -323,8 +323,8 @@ class _Run:
     def _solve_rows(self, layer: Layer, weight_OI: Tensor) -> Solution:
         """The solutions of this process's lanes of rows, one below the other."""
         solutions = []
-        for share in self._comm.lanes(len(weight_OI)):
-            rows_RI = weight_OI[share]
+        for part in self._comm.lanes(len(weight_OI)):
+            rows_RI = weight_OI[part]
             if len(rows_RI) == 0:
                 continue
             allowed_RI = None if self._choice.existing == "ignore" else rows_RI != 0
@@ -333,7 +333,7 @@ class _Run:
                 layer.name,
                 rows_RI,
                 layer.moments,
-                None if wanted_OI is None else wanted_OI[share],
+                None if wanted_OI is None else wanted_OI[part],
                 allowed_RI,
                 is_mask_fixed=self._choice.existing == "keep",
             )

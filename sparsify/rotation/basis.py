@@ -100,7 +100,7 @@ def _check_fits(sites: RotationSites, rotation: Rotation) -> None:
     found = [tuple(value.shape) for value in rotation.values]
     if tuple(rotation.residual_DD.shape) != (width, width) or found not in ([], wanted):
         raise InputError(
-            f"rotation: of a stream of width {len(rotation.residual_DD)} and {len(found)} "
+            f"rotation: of a residual stream of width {len(rotation.residual_DD)} and {len(found)} "
             f"attentions, the model has width {width} and {len(wanted)}; rotation and model are "
             "of different runs"
         )

@@ -42,7 +42,7 @@ def residual_moments(
     Args:
         model: in evaluation mode; on every process the same.
         sites: of the model.
-        rows: all rows, on every process; each works on its share of them.
+        rows: all rows, on every process; each works on its part of them.
         batch_size: rows per forward.
         comm: the processes that take part.
 

@@ -123,7 +123,7 @@ class RotationSearch:
             with float32_products(allow_tf32=True):
                 return sum_lanes(lanes(), Tensor.add_)
 
-        both = self._comm.run_together(work)  # one sum for the derivatives and the loss behind them
+        both = self._comm.run_together(work)  # one sum for the derivatives and after them the loss
         self._comm.all_reduce_(both)
         gradient.flat.copy_(both[:-1])
         return float(both[-1])
