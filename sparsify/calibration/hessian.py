@@ -126,6 +126,11 @@ class HessianSum:
         return mirror_upper_((self._sum_II / self.weight).float())
 
 
+def row_energies(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """d H d^T of every row d, (O,): with H the mean of x x^T, its mean square output."""
+    return ((change_OI @ hessian_II) * change_OI).sum(1)
+
+
 @dataclass(frozen=True)
 class InverseFactor:
     """U with inverse(H + d I) = U^T U, and what it took to get it."""

@@ -80,8 +80,8 @@ class PruneState:
             if found["num_batches"] != num_batches:
                 raise InputError(
                     f"{out}: started with the rows cut into {found['num_batches']} batches, now "
-                    f"into {num_batches}; resume with the prune.batch_size (and, with few rows, the "
-                    "number of workers) that it was started with"
+                    f"into {num_batches}; resume with the prune.batch_size (and, with few rows, "
+                    "the number of workers) that it was started with"
                 )
             self.num_done, self._layers = found["num_done"], found["layers"]
         self.num_done, self._layers = comm.gather_objects((self.num_done, self._layers))[0]

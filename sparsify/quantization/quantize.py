@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
 from sparsify.calibration.walk import Progress, walk_blocks
@@ -147,7 +148,7 @@ def _quantize_layer(
     )
     change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
     energies = torch.stack(
-        [_row_energy(change_RI, hessian_II).sum(), _row_energy(before_RI, hessian_II).sum()]
+        [row_energies(rows_RI, hessian_II).sum() for rows_RI in (change_RI, before_RI)]
     ).double()
     comm.all_reduce_(energies)
     error, total = energies.tolist()
@@ -167,8 +168,3 @@ def _quantize_layer(
         mine, codes_OI=codes_OI.cpu(), scales_OG=scales_OG.cpu(), weight_OI=weight_OI.cpu().clone()
     )
     return whole, report
-
-
-def _row_energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
-    """d H d^T of every row d, (R,)."""
-    return ((change_RI @ hessian_II) * change_RI).sum(1)
