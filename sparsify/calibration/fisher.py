@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
 from sparsify.models.calls import hidden_of, logits_of
@@ -34,7 +33,6 @@ def fisher_token_weights(
     on_batch: Callable[[int, int], None] | None = None,
     *,
     seed: int = 0,
-    comm: Comm | None = None,
 ) -> Tensor:
     """Weight of every token for the Hessians of every block.
 
@@ -55,16 +53,15 @@ def fisher_token_weights(
     Args:
         model: a causal LM, dense. Its weights, their requires_grad and its mode are left as they
             were.
-        rows: calibration rows, this process's part. Positions whose next token belongs to
+        rows: calibration rows. Positions whose next token belongs to
             another document, or that end a row, predict nothing.
         batch_size: rows per forward and backward.
         on_batch: called as on_batch(rows done, rows in all).
         seed: draws the labels, one sequence of numbers for all rows: the weights do not depend on
-            batch_size but for rounding. Processes with different rows should differ in it.
-        comm: the processes whose rows make up the mean; None for this one alone.
+            batch_size but for rounding.
 
     Returns:
-        float32 (L, N, T) on the CPU, at least `FLOOR`, mean 1 per block over all processes' rows.
+        float32 (L, N, T) on the CPU, at least `FLOOR`, mean 1 per block.
 
     Raises:
         InputError: a block is not part of the forward, or batch_size is below 1.
@@ -98,7 +95,7 @@ def fisher_token_weights(
                 f"Fisher weights: gradients at {list_name}.{index} are NaN or infinite; check the "
                 "weights or use a wider dtype"
             )
-    return _normalised(raw_LNT, comm or Comm.single(), list_name)
+    return _normalised(raw_LNT, list_name)
 
 
 @contextmanager
@@ -182,14 +179,12 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
     return scores_BTV
 
 
-def _normalised(raw_LNT: Tensor, comm: Comm, list_name: str) -> Tensor:
+def _normalised(raw_LNT: Tensor, list_name: str) -> Tensor:
     """Mean 1 per block, without extremes."""
 
     def mean_L11(values_LNT: Tensor) -> Tensor:
         sums = values_LNT.double().sum((1, 2))
-        sums = torch.cat([sums, sums.new_tensor([values_LNT[0].numel()])])
-        comm.all_reduce_(sums)
-        return (sums[:-1] / sums[-1])[:, None, None]
+        return (sums / values_LNT[0].numel())[:, None, None]
 
     means = mean_L11(raw_LNT)
     if bool((means == 0).any()):
