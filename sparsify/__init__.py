@@ -9,63 +9,46 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from sparsify.comm import Comm
-    from sparsify.distillation.student import DistillStudent
-    from sparsify.evaluation.perplexity import evaluate_rows
-    from sparsify.formats.packed24 import load_packed, save_packed
-    from sparsify.methods import PruneParams, get_method
-    from sparsify.models.load import load_pair, save_model
-    from sparsify.pattern import Pattern
-    from sparsify.pruning import LayerChoice, Memory, prune_checkpoint, prune_model
-    from sparsify.quantization.quantize import quantize_model
-    from sparsify.rotation import rotate_model
+if TYPE_CHECKING:  # what `_FACE` says, for type checkers
+    from sparsify.comm import Comm as Comm
+    from sparsify.distillation.student import DistillStudent as DistillStudent
+    from sparsify.evaluation.perplexity import evaluate_rows as evaluate_rows
+    from sparsify.formats.packed24 import load_packed as load_packed
+    from sparsify.formats.packed24 import save_packed as save_packed
+    from sparsify.methods import PruneParams as PruneParams
+    from sparsify.methods import get_method as get_method
+    from sparsify.models.load import load_pair as load_pair
+    from sparsify.models.load import save_model as save_model
+    from sparsify.pattern import Pattern as Pattern
+    from sparsify.pruning import LayerChoice as LayerChoice
+    from sparsify.pruning import Memory as Memory
+    from sparsify.pruning import prune_checkpoint as prune_checkpoint
+    from sparsify.pruning import prune_model as prune_model
+    from sparsify.quantization.quantize import quantize_model as quantize_model
+    from sparsify.rotation import rotate_model as rotate_model
 
-__all__ = [
-    "Comm",
-    "DistillStudent",
-    "LayerChoice",
-    "Memory",
-    "Pattern",
-    "PruneParams",
-    "evaluate_rows",
-    "get_method",
-    "load_packed",
-    "load_pair",
-    "prune_checkpoint",
-    "prune_model",
-    "quantize_model",
-    "rotate_model",
-    "save_model",
-    "save_packed",
-]
-
-_MODULES = {
-    "Comm": "comm",
-    "DistillStudent": "distillation.student",
-    "LayerChoice": "pruning",
-    "Memory": "pruning",
-    "Pattern": "pattern",
-    "PruneParams": "methods",
-    "evaluate_rows": "evaluation.perplexity",
-    "get_method": "methods",
-    "load_packed": "formats.packed24",
-    "load_pair": "models.load",
-    "prune_checkpoint": "pruning",
-    "prune_model": "pruning",
-    "quantize_model": "quantization.quantize",
-    "rotate_model": "rotation",
-    "save_model": "models.load",
-    "save_packed": "formats.packed24",
+_FACE = {
+    "comm": ("Comm",),
+    "distillation.student": ("DistillStudent",),
+    "evaluation.perplexity": ("evaluate_rows",),
+    "formats.packed24": ("load_packed", "save_packed"),
+    "methods": ("PruneParams", "get_method"),
+    "models.load": ("load_pair", "save_model"),
+    "pattern": ("Pattern",),
+    "pruning": ("LayerChoice", "Memory", "prune_checkpoint", "prune_model"),
+    "quantization.quantize": ("quantize_model",),
+    "rotation": ("rotate_model",),
 }
+
+_MODULES = {name: module for module, names in _FACE.items() for name in names}
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
