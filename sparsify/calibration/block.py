@@ -137,7 +137,7 @@ class BlockReader:
         """See how blocks are called, and that they keep documents apart."""
         self.calls.learn(block, self._rows[:1])
         self._is_known = True
-        if self._rows.is_packed:
+        if self._rows.is_joined:
             model = self._source.model
             require_isolation(
                 lambda rows: run_block(block, self.calls.first(rows)),

@@ -94,7 +94,7 @@ def quantize_model(
     """
     result = QuantResult()
     skip = _unmasked(model, keep_masks)
-    if rows.is_packed:
+    if rows.is_joined:
         check_isolation(model)
 
     def solve(layer: Layer) -> None:
