@@ -35,17 +35,13 @@ for name in {(*HEAVY, "jobs", "conf", "cluster")!r}:
 import importlib, pkgutil, torch, sparsify
 for module in pkgutil.walk_packages(sparsify.__path__, "sparsify."):
     importlib.import_module(module.name)
-from sparsify.comm import Comm
-from sparsify.methods import PruneParams, get_method
-from sparsify.models.load import load_pair
-from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
+from sparsify import Comm, Memory, Pattern, PruneParams, get_method, load_pair, prune_model
 from sparsify.data.rows import TokenRows
 model, tokenizer = load_pair("embedded")
 ids = torch.randint(0, 1024, (8, 64), generator=torch.Generator().manual_seed(0))
 rows = TokenRows.whole(ids)
 result = prune_model(model, rows, get_method("magnitude"), Pattern.parse("2:4"), PruneParams(),
-                     comm=Comm.single(), batch_size=8)
+                     comm=Comm.single(), memory=Memory(8))
 print(len(result.keep_masks))
 """
     done = python(code)
@@ -123,6 +119,26 @@ def test_imports_inside_functions_become_fewer() -> None:
         }
         found += [f"{path.relative_to(REPOSITORY)}:{line}" for line in sorted(lines)]
     assert len(found) <= MOST_LAZY_IMPORTS, found
+
+
+def test_every_name_of_the_face_is_there() -> None:
+    """Read from its module when it is asked for, and the same object as there."""
+    code = """
+import sys, sparsify
+from sparsify import *
+assert "torch" in sys.modules and set(sparsify.__all__) == set(sparsify._MODULES)
+for name in sparsify.__all__:
+    assert globals()[name].__name__ == name, name
+    assert globals()[name].__module__.startswith("sparsify."), name
+assert set(sparsify.__all__) <= set(dir(sparsify))
+try:
+    sparsify.prune_modle
+except AttributeError as error:
+    print(error)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "module 'sparsify' has no attribute 'prune_modle'"
 
 
 @pytest.mark.parametrize("job", JOBS)

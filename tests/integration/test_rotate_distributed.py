@@ -96,12 +96,12 @@ def test_many_processes_find_the_rotation_of_one(ranks, world_size: int) -> None
     state, report = ranks[world_size][0]["fast"]
     for found in ranks[world_size][1:]:
         other_state, other = found["fast"]
-        assert torch.equal(report.rotation.stream_DD, other.rotation.stream_DD)
+        assert torch.equal(report.rotation.residual_DD, other.rotation.residual_DD)
         assert all(torch.equal(state[name], other_state[name]) for name in state)
         assert report.pruned_share_after == other.pruned_share_after
-    matrices = [report.rotation.stream_DD, *report.rotation.values]
+    matrices = [report.rotation.residual_DD, *report.rotation.values]
     for mine, one in zip(
-        matrices, [single.rotation.stream_DD, *single.rotation.values], strict=True
+        matrices, [single.rotation.residual_DD, *single.rotation.values], strict=True
     ):
         # One process that adds up in eight lanes differs by 4e-7.
         torch.testing.assert_close(mine, one, rtol=0, atol=1e-4)
@@ -115,7 +115,7 @@ def test_a_fixed_order_gives_the_same_bits(ranks, world_size: int) -> None:
     model, single = rotate(Comm.single(is_fixed=True))
     for found in ranks[world_size]:
         state, report = found["fixed"]
-        assert torch.equal(report.rotation.stream_DD, single.rotation.stream_DD)
+        assert torch.equal(report.rotation.residual_DD, single.rotation.residual_DD)
         assert all(map(torch.equal, report.rotation.values, single.rotation.values))
         assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
         figures = (report.entropy_after, report.pruned_share_after)
