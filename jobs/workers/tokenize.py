@@ -29,9 +29,10 @@ from jobs.corpus.sources import (
 )
 from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
 from sparsify.data.rows import tokenizer_digest
+from sparsify.data.shards import MANIFEST, is_whole
 from sparsify.data.split import is_held_out, split_documents
-from sparsify.data.store import MANIFEST, Shard, StoreSource, is_store, read_manifest
-from sparsify.data.store_write import is_whole, shard_name, write_manifest, write_shard
+from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
+from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _finished_shards(out: Path, settings: dict[str, Any]) -> dict[str, Shard]:
         InputError: the folder's store, whole or begun, was made from something else.
     """
     if (out / MANIFEST).is_file():
-        manifest = read_manifest(out)
+        manifest = TokenStore.read_manifest(out)
         require_same("tokenize.out", out, manifest["settings"], settings, "the store")
         shards = [Shard(**shard) for s in manifest["sources"] for shard in s["shards"]]
     else:
@@ -292,8 +293,6 @@ def _finish(
 
 
 def _show(out: Path, display: Display) -> None:
-    from sparsify.data.store import TokenStore
-
     store = TokenStore.open(out)
     display.finish_stage(
         "tokenize", f"{len(store):,} rows, {store.num_tokens:,} tokens, digest {store.digest[:12]}"

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify.data.rows import TokenRows, token_rows, tokenizer_digest
-from sparsify.data.store import MANIFEST, StoreSource, TokenStore, is_store, manifest_digest
-from sparsify.data.store_write import is_whole, shard_name, write_manifest, write_shard
+from sparsify.data.shards import MANIFEST, is_whole, manifest_digest
+from sparsify.data.store import StoreSource, TokenStore, is_store
+from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 from sparsify.masks.storage import pack_mask
 from tests.conftest import equal, message
@@ -71,7 +72,8 @@ def test_rows_are_those_of_token_rows(folder, tiny_tokenizer) -> None:
     expected = TokenRows.joined([token_rows(part, tiny_tokenizer, LENGTH) for part in parts])
     assert (expected.positions_NT[:, 1:] == 0).any()
     store = TokenStore.open(folder)
-    store.verify()
+    for shard in store.shards:
+        store.verify_shard(shard)
     assert len(store) == len(expected)
     assert store.num_tokens == expected.num_tokens
     found = store.rows(range(len(store)))
@@ -230,7 +232,7 @@ def test_an_altered_byte_is_found_by_verify(folder, place) -> None:
     path.write_bytes(content)
     store = TokenStore.open(folder)
     with pytest.raises(InputError) as error:
-        store.verify()
+        store.verify_shard(store.sources[1].shards[0])
     assert "tokens-01-00000.safetensors: its SHA-256 changed" in message(error)
     assert not is_whole(folder, store.sources[1].shards[0])
     assert is_whole(folder, store.sources[0].shards[0])
