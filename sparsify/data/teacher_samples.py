@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sparsify.data.shards import Layout, ShardFolder, write_manifest
 from sparsify.data.store import SHARD_PREFIX
-from sparsify.files import file_sha256, fsync
+from sparsify.files import file_sha256, written_whole
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,14 @@ def write_samples(
 
     Args:
         path: the file.
-        rows: the sample of each row, T tokens of K ids; taken one by one.
+        rows: the sample of each row, T tokens of K ids; taken one at a time.
         num_rows: how many there are.
         facts: T and K.
 
     Cost: the memory of one row. The same samples give the same bytes.
     """
     header, starts = _header(_layout(num_rows, facts))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         file.truncate(starts[-1])
         count = 0
@@ -134,10 +132,7 @@ def write_samples(
                 file.seek(start + count * len(data))
                 file.write(data)
             count += 1
-    assert count == num_rows, f"{count} rows of {num_rows}"
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+        assert count == num_rows, f"{count} rows of {num_rows}"
     return SampleShard(path.name, num_rows, path.stat().st_size, file_sha256(path))
 
 
@@ -187,8 +182,10 @@ class TeacherSamples(ShardFolder[SampleShard]):
 
         Cost: reads 8 K + 4 bytes per token, allocates 12 K + 4.
         """
-        found = (torch.from_numpy(part).flatten(0, 1) for part in self._gather(indices))
-        return Sample(*found, self.facts.temperature)
+        ids_NK, weights_NK, entropy_N = (
+            torch.from_numpy(part).flatten(0, 1) for part in self._gather(indices)
+        )
+        return Sample(ids_NK, weights_NK, entropy_N, self.facts.temperature)
 
     def _layout(self, num_rows: int) -> Layout:
         return _layout(num_rows, self.facts)
