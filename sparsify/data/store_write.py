@@ -1,4 +1,4 @@
-"""Writing a token store: shards one by one, in any order and by any process, then the manifest.
+"""Writing a token store: one shard at a time, in any order and by any process, then the manifest.
 
 The format is described in `sparsify.data.store`.
 """

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,6 @@ from torch import nn
 
 from sparsify.errors import InputError
 from sparsify.tensors import write_tensors
-
-if TYPE_CHECKING:
-    pass
 
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
 

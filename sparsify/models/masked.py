@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sparsify.errors import InputError, PatternViolationError
+from sparsify.errors import InputError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
 from sparsify.masks.storage import PackedMasks, pack_mask, spread
 from sparsify.models.structure import find_blocks
@@ -152,23 +152,6 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set every pruned weight to zero, in place; arguments and errors as `mask_gradients`."""
     for weight, keep_mask in _weights(model, masks):
         weight.masked_fill_(~keep_mask.to(weight.device), 0)
-
-
-def require_masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Check that every pruned weight is exactly zero.
-
-    Raises:
-        PatternViolationError: one is not; names the layer, row and column.
-        InputError: as `mask_gradients`.
-    """
-    for (name, keep_mask), weight in zip(masks.items(), _targets(model, masks), strict=True):
-        wrong = (weight.detach() != 0) & ~keep_mask.to(weight.device)
-        if wrong.any():
-            row, column = (int(i) for i in wrong.nonzero()[0])
-            raise PatternViolationError(
-                f"{name}: pruned weight at row {row}, column {column} is "
-                f"{weight[row, column].item():.3e} instead of 0"
-            )
 
 
 def _targets(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:

@@ -20,16 +20,16 @@ from sparsify.pattern import Pattern
 
 
 class MovingMasks:
-    """Lets the pruned weights of a model train behind their masks, until `freeze`.
+    """Lets the pruned weights of a model train under their masks, until `freeze`.
 
     While they move, a layer computes with masked weights and its weights, the pruned ones too, get
     the gradient of the masked ones (straight through), plus a decay of the pruned ones:
 
         y = x (W * M)^T,    dW = d(W * M) + decay * W * (1 - M),
 
-    and M keeps the largest |W| of every group, taken anew after `refresh` (Zhou et al. 2021, arXiv
-    2102.04010, equation 7; there M is taken anew in every step). The optimizer sees the sum as the
-    gradient, so AdamW rescales the decay with it. The weights behind the first masks are zero where
+    and M keeps the largest |W| of every group, taken again after `refresh` (Zhou et al. 2021, arXiv
+    2102.04010, equation 7; there M is taken again in every step). The optimizer sees the sum as the
+    gradient, so AdamW rescales the decay with it. The weights under the first masks are zero where
     a pruned model begins, or alive where a dense one does. After `freeze` the gradients of pruned
     weights are zero, as with masks that never moved; zeroing the weights and moments is the
     caller's part.
@@ -83,7 +83,7 @@ class MovingMasks:
             weight.register_hook(_FrozenGradient(self, name))
 
     def refresh(self) -> None:
-        """Let every layer take its mask anew in its next forward."""
+        """Let every layer take its mask again in its next forward."""
         self._stale = set(self._layers)
 
     def freeze(self) -> None:
@@ -127,7 +127,7 @@ class MovingMasks:
         return moved / max(1, kept)
 
     def packed_for(self, name: str, weight: Tensor) -> Tensor:
-        """The layer's packed mask, taken anew from `weight` if it is due."""
+        """The layer's packed mask, taken again from `weight` if it is due."""
         if name in self._stale:
             self._stale.discard(name)
             scores = weight.detach().abs().float()

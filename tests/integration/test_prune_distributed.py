@@ -16,11 +16,11 @@ from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
-from sparsify.masks.select import count_violations
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from tests.conftest import count_violations
 
 PATTERN = Pattern.parse("2:4")
 NUM_ROWS = 11  # odd, so that the processes' shares differ
