@@ -32,9 +32,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Write a file or a folder so that `path` is what it was or the whole new one.
 
     Yields:
-        A path beside `path` to write to. When the block ends it is flushed to the disk (a folder's
-        files are the caller's to flush) and takes the name; when the block fails `path` stays as
-        it was, and what was written lies there until the next attempt.
+        A path beside `path` to write to. When the block ends it is flushed to the disk and takes
+        the name; when the block fails `path` stays as it was, and what was written lies there until
+        the next attempt. A folder's name must be free, and its files are the caller's to flush.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     if temporary.is_dir():

@@ -62,6 +62,11 @@ def test_rows_come_back_by_number_in_the_order_asked_for(folder: Path) -> None:
         assert found.temperature == 2.0
 
 
+def test_rows_that_are_not_there_are_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher cache .*: row 7; it has 7 rows"):
+        TeacherSamples.open(folder).rows([0, 7])
+
+
 def test_files_are_safetensors_of_so_many_bytes_per_token(folder: Path) -> None:
     cache = TeacherSamples.open(folder)
     path = folder / cache.shards[0].file
