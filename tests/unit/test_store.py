@@ -15,7 +15,7 @@ from sparsify.data.shards import MANIFEST, is_whole, manifest_digest
 from sparsify.data.store import StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
-from sparsify.masks.storage import pack_mask
+from sparsify.masks.storage import mask_to_bits
 from tests.conftest import equal, message
 
 LENGTH = 20  # not a multiple of 8: the starts of a row end inside a byte
@@ -103,7 +103,7 @@ def test_starts_are_packed_as_masks_are(folder, tiny_tokenizer) -> None:
     for place in (begun.cumsum(0)[:-1]).tolist():
         if place < is_start.numel():
             is_start.view(-1)[place] = True  # documents that happen to begin with a row
-    assert torch.equal(starts, torch.stack([pack_mask(row) for row in is_start]))
+    assert torch.equal(starts, torch.stack([mask_to_bits(row) for row in is_start]))
 
 
 @pytest.mark.parametrize(
