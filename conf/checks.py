@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-
 METHODS = tuple(
     sorted(
         path.stem

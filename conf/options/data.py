@@ -54,7 +54,7 @@ class DataConfig:
     sequence_length: int = option(256, low=8)
     """tokens per row, in every stage; at least 8"""
     isolate_documents: bool = True
-    """documents packed into one row do not attend to each other; positions restart"""
+    """documents joined into one row do not attend to each other; positions restart"""
 
     def __post_init__(self) -> None:
         check_options(self, "data")

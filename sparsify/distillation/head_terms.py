@@ -6,17 +6,13 @@ N tokens of a call, C of a chunk, R of a block of a chunk, V vocabulary, K sampl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from sparsify.data.teacher_samples import Sample
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import HeadTransform
-
-if TYPE_CHECKING:
-    from sparsify.distillation.schedule import TokenCounts
-    from sparsify.params import LossWeights
+from sparsify.params import LossWeights
 
 NO_TARGET = -100
 
