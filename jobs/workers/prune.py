@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
@@ -220,7 +221,7 @@ class Pruning:
             checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
         )  # fmt: skip
 
-    def _whole_model(self, dense: Path) -> nn.Module:
+    def _whole_model(self, dense: Path) -> PreTrainedModel:
         """A checkpoint that cannot be read block by block."""
         model = load_model(dense, self._config.model.dtype, self._context.device)
         if experts := fused_experts(model):
