@@ -1,53 +1,28 @@
 """Turn training text into a store of token rows: once, in parallel, for many recoveries.
 
 `python -m jobs.tokenize model.path=MODEL data.train=TEXT tokenize.out=FOLDER` writes FOLDER, which
-`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command goes on at the
-shards that are not finished.
+`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command continues with
+the shards that are not finished.
 """
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from conf.options.tokenize import TokenizeJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main
 
-if TYPE_CHECKING:
-    from conf.options.tokenize import TokenizeJobConfig
-
 
 def run(config: TokenizeJobConfig) -> Path:
-    """Write the store, or what is missing of it; its folder.
-
-    Raises:
-        InputError: something the user can put right.
-        TwofourError: a shard could not be made; finished ones are kept.
-    """
-    from jobs.runs import folder
-    from jobs.runs.display import Display
-    from jobs.runs.session import ROOT, cluster_errors
+    """Write the store, or what is missing of it; its folder. Raises as `fill_folder`."""
+    from jobs.workers.shards import fill_folder  # both cost torch
     from jobs.workers.tokenize import write_store
 
-    out = Path(config.tokenize.out).absolute()
-    folder.prepare_run_dir(out, "tokenize.out")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(folder.run_lock(out, "tokenize.out"))
-        display = stack.enter_context(Display())
-
-        def map_shards(work: Any, payloads: list[Any]) -> None:
-            from cluster.runtime.backend import RayCluster
-            from cluster.runtime.backend import map_shards as map_by_ray
-
-            name = f"tokenize {out.name}"
-            cluster = RayCluster(config.cluster, name, ROOT, display.on_event)
-            with cluster_errors(), cluster:
-                map_by_ray(cluster, "tokenize", work, payloads, "shards")
-
-        with folder.disk_errors(out):
-            write_store(config, out, map_shards, display)
-    return out
+    return fill_folder(
+        "tokenize", config.tokenize.out, config.cluster,
+        lambda *given: write_store(config, *given),
+    )  # fmt: skip
 
 
 def describe_plan(config: TokenizeJobConfig) -> list[str]:

@@ -16,7 +16,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where workers post progress, metrics, failures and rank 0's result, for the driver to read."""
+    """Where workers post events, failures and rank 0's result, and the driver reads them."""
 
     def __init__(self) -> None:
         self.clear(0)

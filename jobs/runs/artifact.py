@@ -8,24 +8,19 @@ identity is refused with the fields that differ, unless the user asked to redo t
 """
 
 from __future__ import annotations
+
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from sparsify import files
-from sparsify.errors import InputError, TwofourError
+
+from jobs.runs.folder import disk_errors, write_json
+from sparsify.errors import InputError
 from sparsify.files import file_sha256, fsync
-from jobs.runs.folder import disk_errors
-from jobs.runs.folder import write_json
 
 RECORD = "record.json"
 
@@ -35,6 +30,7 @@ _VERSIONED = (
     "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
 )  # fmt: skip
 
+
 @dataclass
 class Artifact:
     """A finished stage."""
@@ -43,10 +39,6 @@ class Artifact:
     record: dict[str, Any]
     is_reused: bool
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """What the stage measured."""
-        return dict(self.record["metrics"])
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a result depends on."""
@@ -55,6 +47,7 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a finished stage.
@@ -77,6 +70,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise
         raise InputError(f"{path}: not a stage record ({error}); redo the stage") from None
 
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`field: old -> new` for every leaf in which two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -87,16 +81,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         return lines
     return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
 
+
 def _short(value: Any) -> str:
     text = str(value)
     is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return text[:12] if is_hash else text
+
 
 def _refuse(run_dir: Path, stage: str, changes: list[str], what: str) -> InputError:
     return InputError(
         f"{run_dir.name}: {what} {stage} was made from something else ({'; '.join(changes)}); use "
         f"another run.dir=, go back to the old values, or add run.redo=[{stage}]"
     )
+
 
 def find_finished(
     run_dir: Path, stage: str, identity: dict[str, Any], may_extend: bool, may_follow: bool
@@ -137,6 +134,7 @@ def find_finished(
                              f"damaged, add run.redo=[{stage}]")  # fmt: skip
     return Artifact(folder, record, is_reused=True)
 
+
 class StageWriter:
     """The partial folder of a stage that is being made.
 
@@ -161,7 +159,7 @@ class StageWriter:
         self._command = command
         self._started_at_s = time.time()
         partial = run_dir / f".{stage}.partial"
-        self._settle_interrupted(partial, redo, may_replace)
+        self._clean_up_interrupted(partial, redo, may_replace)
         self.folder = partial / "result"
         self.scratch = partial / "scratch"
         self.train_storage = partial / "train"
@@ -172,7 +170,7 @@ class StageWriter:
             self.scratch.mkdir(exist_ok=True)
             write_json(partial / "begun.json", {"identity": identity, "redo": redo})
 
-    def _settle_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
+    def _clean_up_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
         """Keep an interrupted stage of the same identity, throw another away only when asked to.
 
         A redo that was interrupted is carried on by the next one of the same identity.

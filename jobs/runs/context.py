@@ -1,27 +1,20 @@
-"""What every stage of a run shares: the config, the folders, the models so far, the cluster.
-
-A stage is a module of this package with two functions: `identity(context)`, the plain values that
-decide its result, and `run(context, writer)`, which fills the writer's folder and returns metrics.
-"""
+"""What every stage of a run shares: the config, the folders, the models so far, the cluster."""
 
 from __future__ import annotations
-import json
-from collections.abc import Callable, Mapping
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from conf.options.run import STAGES
+
 from conf.schema import Config, to_dict
-from jobs.runs.artifact import RECORD
-from sparsify.formats.sparse_folder import SPARSITY, model_fingerprint
-from jobs.runs.folder import write_json
-from sparsify.errors import InputError
 from jobs.runs.models import Models
-from sparsify.formats.sparse_folder import read_sparsity
-if TYPE_CHECKING:
+from jobs.runs.tracking import Tracker
+from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
+
+if TYPE_CHECKING:  # both cost what only a run needs: Ray, rich
     from cluster.runtime.backend import RayCluster
     from jobs.runs.display import Display
-    from jobs.runs.tracking import Tracker
 
 _ONLY_SPEED = {
     "micro_batch_size", "checkpoint_every_steps", "checkpoint_every_blocks", "activations",
@@ -33,13 +26,14 @@ _ONLY_SPEED = {
 }  # fmt: skip
 """options that change memory and speed, and a result by rounding at most"""
 
+
 @dataclass
 class StageContext:
     """One run, as its stages see it."""
 
     config: Config
     worker_config: Config
-    """the same with absolute paths, for workers, which may stand elsewhere"""
+    """the same with absolute paths, for workers, which may be elsewhere"""
     run_dir: Path
     command: str
     models: Models
@@ -67,19 +61,25 @@ class StageContext:
             for group in groups
         }
 
-def heldout_inputs(context: StageContext) -> dict[str, str]:
-    """For identities: held-out text of its own decides which documents are not trained on."""
-    from jobs.corpus.sources import source_fingerprint
+    def source_fingerprint(self, which: str) -> str:
+        """Fingerprint of the run's `train`, `calibration` or `heldout` text, for identities."""
+        from jobs.corpus.sources import source_fingerprint  # costs torch
 
-    if context.config.data.heldout is None:
-        return {}
-    return {"heldout": source_fingerprint(context.config.data, "heldout")}
+        return source_fingerprint(self.config.data, which)
 
-def given_masks(config: Config, folder: Path) -> dict[str, Any]:
-    """For identities: the options that say where the masks of a foreign model are."""
-    if read_sparsity(folder) is not None:
-        return {}
-    return {"prune.pattern": config.prune.pattern, "prune.skip": config.prune.skip}
+    def heldout_inputs(self) -> dict[str, str]:
+        """For identities: held-out text of its own decides which documents are not trained on."""
+        if self.config.data.heldout is None:
+            return {}
+        return {"heldout": self.source_fingerprint("heldout")}
+
+    def given_masks(self, folder: Path) -> dict[str, Any]:
+        """For identities: the options that say where the masks of a foreign model are."""
+        if read_sparsity(folder) is not None:
+            return {}
+        prune = self.config.prune
+        return {"prune.pattern": prune.pattern, "prune.skip": prune.skip}
+
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:
     """Name -> fingerprint of each model folder."""

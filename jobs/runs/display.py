@@ -1,9 +1,11 @@
 """What a person sees while a run works: one bar per stage with an ETA, or lines in a log file."""
 
 from __future__ import annotations
+
 import sys
 import time
 from typing import Any
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,8 +20,10 @@ from rich.table import Column
 
 _LOG_EVERY_S = 10.0
 
+
 def _number() -> Column:
     return Column(no_wrap=True, min_width=7)
+
 
 class Display:
     """Progress of a run on stderr.
@@ -88,8 +92,10 @@ class Display:
             self.say(f"{name}: {text}")
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take an event of the board: progress or a warning."""
-        if event["kind"] == "warning":
+        """Take an event of the board: progress, information or a warning."""
+        if event["kind"] == "info":
+            self.say(event["text"])
+        elif event["kind"] == "warning":
             self.say(f"warning: {event['text']}")
         elif event["kind"] == "progress":
             done, total, text = event["done"], event["total"], event.get("text", "")

@@ -5,6 +5,7 @@ Weights & Biases is one warning, and the JSONL file has every metric regardless.
 """
 
 from __future__ import annotations
+
 import json
 import math
 import netrc
@@ -16,7 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
 from conf.options.tracker import TrackerConfig
+from jobs.runs.folder import cut_torn_line
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,6 +29,7 @@ _FINISH_TIMEOUT_S = 60  # what it costs at the end; the rest stays on disk for `
 
 _ENVIRONMENT_MODES = {"offline": "offline", "dryrun": "offline", "disabled": "off"}
 
+
 class Tracker(Protocol):
     """A place for metrics."""
 
@@ -34,6 +38,7 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write out what is left; nothing may be logged afterwards."""
+
 
 class JsonlTracker:
     """One JSON object per line: `time_s` (Unix time), `step` if given, and the metrics.
@@ -45,7 +50,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(path)
+        cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -57,6 +62,7 @@ class JsonlTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
 
 class WandbTracker:
     """A Weights & Biases run whose files stay inside the run folder.
@@ -114,6 +120,7 @@ class WandbTracker:
             f"metrics are in {METRICS_FILE}"
         )
 
+
 class _Composite:
     """Every metric to every tracker, in order."""
 
@@ -127,6 +134,7 @@ class _Composite:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
+
 
 def open_tracker(
     config: TrackerConfig,
@@ -155,12 +163,14 @@ def open_tracker(
         )
     return _Composite(trackers)
 
+
 def wandb_mode(asked: str) -> str:
     """What `auto` means here: WANDB_MODE if set, else online with credentials, else offline."""
     if asked != "auto":
         return asked
     environment = _ENVIRONMENT_MODES.get(os.environ.get("WANDB_MODE", ""))
     return environment or ("online" if has_wandb_credentials() else "offline")
+
 
 def has_wandb_credentials() -> bool:
     """Whether WANDB_API_KEY or a netrc entry for the server exists; never reads what it says."""
@@ -177,10 +187,11 @@ def has_wandb_credentials() -> bool:
             continue  # no such file, or one that wandb could not use either
     return False
 
+
 def _start_wandb(
     config: TrackerConfig, online: bool, run_dir: Path, run_name: str, config_dict: dict[str, Any]
 ) -> Any:
-    import wandb
+    import wandb  # costs a second, and many runs track without it
 
     settings = wandb.Settings(
         silent=True,
@@ -206,20 +217,15 @@ def _start_wandb(
     run.define_metric("*", step_metric="step")
     return run
 
+
 def _wandb_id(run_dir: Path) -> str:
-    """Identity of the run, kept in its folder so that a resumed run goes on in the same place."""
+    """Identity of the run, kept in its folder so that a resumed run continues there."""
     path = run_dir / "wandb" / "run-id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 
-def _cut_unfinished_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
 
 def _finite(value: Any) -> Any:
     """`value` as JSON takes it; one-element tensors and NumPy numbers become floats."""
@@ -227,6 +233,7 @@ def _finite(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)
+
 
 def _warn_on_stderr(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)

@@ -9,18 +9,16 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from cluster.runtime.worker import WorkerContext
+from conf.options.distill import DistillConfig
 from jobs.training.ledger import Ledger, goodput, read_ledger
 from sparsify.costs.flops import mfu, peak_flops
 from sparsify.costs.young import checkpoint_interval_steps
 from sparsify.files import write_json
-
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.distill import DistillConfig
 
 LEDGER = "ledger.jsonl"
 
@@ -76,7 +74,7 @@ class Pace:
         self.trained_s += step_s
 
     def resumed(self, step: int, trained_s: float) -> None:
-        """Go on behind a checkpoint."""
+        """Continue after a checkpoint."""
         self.trained_s, self._saved_at = trained_s, step
 
     def saved(self, step: int, stall_s: float) -> None:

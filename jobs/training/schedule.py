@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conf.options.distill import DistillConfig
 from conf.schema import Config
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # costs torch, and `jobs.forecast` reads rates without it
     from sparsify.training.forecast import Forecast
 
 FORECAST_SHARES = tuple(tenth / 10 for tenth in range(3, 10))
@@ -51,3 +51,9 @@ def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Fore
     return forecast(
         [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
     )
+
+
+def early_forecast(settings: DistillConfig, curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the first part of a finished run let expect; the report draws it beside what came."""
+    part = curve[: round(FORECAST_SHARES[0] * len(curve))]
+    return forecast_of(part, planned_rates(settings, len(curve))).as_dict()

@@ -7,13 +7,16 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cluster.runtime.worker import WorkerContext
+from conf.schema import Config
 from jobs.corpus.rows import load_rows
+from jobs.runs.folder import disk_errors
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -42,10 +45,6 @@ from sparsify.models.structure import fused_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
-
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
 
 _FIGURES = (
     "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
@@ -127,7 +126,7 @@ class Pruning:
         """of the main method's work on the whole model, before the walk that its layers report"""
 
     def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
-        """Prune with method `name`, going on where an earlier run was stopped.
+        """Prune with method `name`, continuing where an earlier run was stopped.
 
         Returns:
             The layers' reports as plain values.
@@ -260,7 +259,7 @@ class Pruning:
         return "host" if streams <= _ROOM_ON_HOST * available else "disk"
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
-        """Say which layers have too little data behind them."""
+        """Say which layers have too little data."""
         few = [layer for layer in layers if layer.tokens_per_column < FEW_TOKENS]
         if few:
             worst = min(few, key=lambda layer: layer.tokens_per_column)
@@ -333,14 +332,15 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any] | None:
     """On every worker: prune the dense model with each method, each from where it was left.
 
     A method's folder in the scratch space holds its finished blocks. All of them become part of
     the stage's result at the end, so that a run that is killed loses no more than a block.
-    """
-    from jobs.runs.folder import disk_errors, write_json
 
+    Returns:
+        On rank 0 the figures of all methods, else None.
+    """
     pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
     with disk_errors(payload["scratch"]):
         found = {
@@ -348,14 +348,14 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
             for index, name in enumerate(payload["methods"])
         }
         if context.rank != 0:
-            return
+            return None
         for name in payload["methods"]:
             pruning.publish(name, payload["folder"] / name)
     phases = {name: _seconds(reports) for name, reports in found.items()}
     seconds = {name: sum(parts.values()) for name, parts in phases.items()}
     seconds[payload["config"].prune.method] += pruning.seconds_ahead
     layers = [{"method": name, **layer} for name, reports in found.items() for layer in reports]
-    figures = {
+    return {
         "layers": layers,
         "packed_bytes": {name: pruning.packed_bytes(payload["folder"] / name) for name in found},
         "phases": phases,
@@ -363,7 +363,6 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
         "dense_layers": pruning.dense_layers,
         "rotation": pruning.rotation,
     }
-    write_json(payload["folder"] / "figures.json", figures)
 
 
 def _seconds(reports: list[dict[str, Any]]) -> dict[str, float]:

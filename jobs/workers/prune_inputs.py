@@ -2,7 +2,7 @@
 rotations, and which layers stay dense under a budget.
 
 Each is worked out once, rotations by all workers and the rest by rank 0, and put into the run's
-scratch folder, where all workers read it and a run that is carried on finds it again.
+scratch folder, where all workers read it and a run that is continued finds it again.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conf.schema import Config
+from sparsify.calibration.fisher import fisher_token_weights
+from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.formats.sparse_folder import ROTATION
+from sparsify.masks.storage import MaskFile
 from sparsify.models.load import load_model, save_model, weight_files
+from sparsify.pattern import Pattern
+from sparsify.pruning.budget import allocate
+from sparsify.rotation.rotate import rotate_model
+from sparsify.rotation.sites import RotationSites, find_rotation_sites
 from sparsify.tensors import write_tensors
-
-if TYPE_CHECKING:
-    from conf.schema import Config
-    from sparsify.comm import Comm
-    from sparsify.data.rows import TokenRows
 
 NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
@@ -49,7 +54,7 @@ Say = Callable[[float, float, str], None]
 
 
 def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = False) -> float:
-    """Make `path` unless it is there; all processes go on when it is.
+    """Make `path` unless it is there; all processes continue when it is.
 
     Args:
         path: file or folder, on a disk that all processes see.
@@ -58,7 +63,7 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             it raises on one of them raised on all.
 
     Returns:
-        The seconds that it took, by this run or by the one that this run carries on.
+        The seconds that it took, by this run or by the one that this run continues.
 
     Raises:
         What `make` raises, on all processes.
@@ -88,8 +93,6 @@ def fisher_weights(
     path = scratch / "fisher.safetensors"
 
     def make() -> None:
-        from sparsify.calibration.fisher import fisher_token_weights
-
         model = load_model(dense, config.model.dtype, device)
         weights_LNT = fisher_token_weights(
             model, rows, config.prune.batch_size,
@@ -141,10 +144,6 @@ def _rotate(
     dense: Path, rows: TokenRows, config: Config, folder: Path, comm: Comm, device: str, say: Say
 ) -> None:
     """Make the folder of the rotated model, or of why there is none; all processes together."""
-    from sparsify.pattern import Pattern
-    from sparsify.rotation.rotate import rotate_model
-    from sparsify.rotation.sites import RotationSites, find_rotation_sites
-
     steps = wanted_rotation_steps(config, dense)
 
     def load() -> tuple[Any, RotationSites | str]:
@@ -217,12 +216,6 @@ def dense_layers(
     path = scratch / "allocation.json"
 
     def make() -> None:
-        from dataclasses import asdict
-
-        from sparsify.masks.storage import MaskFile
-        from sparsify.pattern import Pattern
-        from sparsify.pruning.budget import allocate
-
         names = [n for f in sorted(pruned.glob("masks-*.safetensors")) for n in MaskFile(f)]
         kind, _, share = str(config.prune.budget).partition(":")
         found = allocate(

@@ -35,7 +35,10 @@ class Group:
         self.number, self._result = number, (0, None)
 
     def fit(self) -> None:
-        self._result = (self.number, "what rank 0 returned")  # before a peer's end, for all it knows
+        self._result = (
+            self.number,
+            "what rank 0 returned",
+        )  # a peer may end badly
         now = self.script[self.num_starts]
         self.num_starts += 1
         if isinstance(now, dict):
