@@ -24,7 +24,7 @@ from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
-from jobs.runs.models import Models, find_models
+from jobs.runs.models import find_models
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
@@ -52,8 +52,9 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # costs torch
-    from jobs.runs.display import Display  # costs rich
+    from jobs.corpus.sources import with_absolute_paths  # these two cost torch, the third rich
+    from jobs.runs.display import Display
+    from jobs.workers.checks import check_inputs
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
     prepare_run_dir(run_dir)
@@ -63,7 +64,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)
-        _check_inputs(config, models)
+        check_inputs(config.data, models)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
@@ -130,15 +131,6 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
         journal.add(stage.name)
     context.display.finish_stage(stage.name, stage.result)
     return artifact
-
-
-def _check_inputs(config: Config, models: Models) -> None:
-    """Find what is wrong with the user's model, text and options before anything is started."""
-    from jobs.corpus.sources import source_fingerprint  # both cost torch
-    from jobs.workers.checks import check_models
-
-    check_models(models.dense, models.made.get("prune", {}).values(), config.data.sequence_length)
-    source_fingerprint(config.data, "calibration")
 
 
 def describe_plan(config: Config) -> list[str]:

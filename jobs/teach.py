@@ -15,14 +15,10 @@ from jobs.cli.main import main
 
 
 def run(config: TeachJobConfig) -> Path:
-    """Write the cache, or what is missing of it; its folder. Raises as `fill_folder`."""
-    from jobs.workers.shards import fill_folder  # both cost torch
-    from jobs.workers.teach import write_cache
+    """Write the cache, or what is missing of it; its folder."""
+    from jobs.workers.teach import make_cache  # costs torch
 
-    return fill_folder(
-        "teach", config.teach.out, config.cluster,
-        lambda *given: write_cache(config, *given),
-    )  # fmt: skip
+    return make_cache(config)
 
 
 def describe_plan(config: TeachJobConfig) -> list[str]:

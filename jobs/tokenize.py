@@ -15,14 +15,10 @@ from jobs.cli.main import main
 
 
 def run(config: TokenizeJobConfig) -> Path:
-    """Write the store, or what is missing of it; its folder. Raises as `fill_folder`."""
-    from jobs.workers.shards import fill_folder  # both cost torch
-    from jobs.workers.tokenize import write_store
+    """Write the store, or what is missing of it; its folder."""
+    from jobs.workers.tokenize import make_store  # costs torch
 
-    return fill_folder(
-        "tokenize", config.tokenize.out, config.cluster,
-        lambda *given: write_store(config, *given),
-    )  # fmt: skip
+    return make_store(config)
 
 
 def describe_plan(config: TokenizeJobConfig) -> list[str]:

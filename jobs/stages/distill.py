@@ -8,9 +8,6 @@ from cluster.preempt import SignalRelay
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-from sparsify.formats.basis import teacher_rotation
-
-_STORE, _HELDOUT = "rows", "heldout"
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -37,38 +34,22 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Tokenise once, train on all workers, check the zeros of what was written."""
-    from jobs.training import inputs  # both cost torch
-    from jobs.workers import distill as worker
-    from sparsify.formats.verify import check_files, masks_of
+    from jobs.workers import distill as worker  # costs torch
 
     student, teacher = context.models.sparse("distill"), context.models.dense
-    config, settings = context.config, context.config.distill
-    weight = settings.losses().peak("square_head")
-    rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
-    given = inputs.given_store(config)
-    if given is not None:
-        inputs.check_store(given, config, teacher)
-    store = writer.scratch / _STORE if given is None else given.absolute()
-    cache = inputs.open_cache(config)
-    heldout = None if settings.heldout_every_steps is None else writer.scratch / _HELDOUT
-    payload = {
-        "config": context.worker_config, "student": student, "teacher": teacher,
-        "rotation": rotation, "folder": writer.folder, "scratch": writer.scratch, "store": store,
-        "heldout": heldout, "run_dir": context.run_dir, "cache": cache,
-    }  # fmt: skip
+    payload = worker.make_payload(context.worker_config, student, teacher, writer, context.run_dir)
     cluster = context.cluster  # started before the relay: ray.init takes SIGTERM for itself
     if not worker.has_rows(payload):
         cluster.run_tasks("distill", worker.prepare_rows, [payload], "sources tokenised")
-    if cache is not None:
+    if (cache := payload["cache"]) is not None:
         files = [(cache, index) for index in range(len(cache.shards))]
-        cluster.run_tasks("distill", inputs.verify_file, files, "files of the teacher's cache read")
+        cluster.run_tasks("distill", worker.verify_file, files, "files of the teacher's cache read")
     with SignalRelay(context.run_dir, context.display.say):
         figures = cluster.run_workers(
             "distill", worker.distill_on_worker, payload, writer.train_storage
         )
-    folder = writer.folder / "model"
-    gate = check_files(folder, *masks_of(folder))
-    return {**figures, "gate": gate, "is_teacher_rotated": rotation is not None}
+    gate = worker.check_result(writer.folder / "model")
+    return {**figures, "gate": gate, "is_teacher_rotated": payload["rotation"] is not None}
 
 
 def check(context: StageContext) -> None:

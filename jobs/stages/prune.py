@@ -7,8 +7,6 @@ from typing import Any
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-from sparsify.formats.sparse_folder import MASKS
-from sparsify.pattern import Pattern
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -32,9 +30,7 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Prune with the baselines and the main method; one model folder each."""
-    from jobs.workers.prune import prune_on_worker  # costs torch
-    from sparsify.formats.verify import check_files
-    from sparsify.masks.storage import MaskFile
+    from jobs.workers.prune import check_result, prune_on_worker  # costs torch
 
     settings = context.config.prune
     methods = [name for name in settings.baselines if name != settings.method] + [settings.method]
@@ -43,17 +39,12 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
     figures = context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
-    folders = {method: writer.folder / method for method in methods}
-    pattern = Pattern.parse(settings.pattern)
     return {
         "method": settings.method,
         "methods": methods,
         "pattern": settings.pattern,
         **figures,
-        "gate": {
-            method: check_files(folder, MaskFile(folder / MASKS), pattern)
-            for method, folder in folders.items()
-        },
+        "gate": {name: check_result(writer.folder / name, settings.pattern) for name in methods},
     }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import nn
 
-from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from sparsify.data.store import TokenStore, is_store
 from sparsify.data.teacher_samples import SampleCache
@@ -24,19 +23,15 @@ def given_store(config: Config) -> Path | None:
     return Path(train) if train is not None and is_store(train) else None
 
 
-def given_digests(config: Config) -> dict[str, str]:
-    """For identities: the digests of the store and of the teacher's samples that were given."""
-    store, cache = given_store(config), open_cache(config)
-    found = {} if store is None else {"train": TokenStore.open(store).digest}
-    return found if cache is None else {**found, "teacher_cache": cache.digest}
-
-
-def check_store(folder: Path, config: Config, teacher: Path) -> None:
-    """Require rows that this run can read.
+def checked_store(config: Config, teacher: Path) -> Path | None:
+    """`given_store`, held against what this run reads.
 
     Raises:
         InputError: rows of another length, or made with another tokenizer.
     """
+    folder = given_store(config)
+    if folder is None:
+        return None
     store = TokenStore.open(folder)
     if store.sequence_length != config.data.sequence_length:
         raise InputError(
@@ -45,6 +40,14 @@ def check_store(folder: Path, config: Config, teacher: Path) -> None:
             "tokenise the text again"
         )
     store.check_tokenizer(load_tokenizer(teacher), str(teacher))
+    return folder.absolute()
+
+
+def given_digests(config: Config) -> dict[str, str]:
+    """For identities: the digests of the store and of the teacher's samples that were given."""
+    store, cache = given_store(config), open_cache(config)
+    found = {} if store is None else {"train": TokenStore.open(store).digest}
+    return found if cache is None else {**found, "teacher_cache": cache.digest}
 
 
 def open_cache(config: Config) -> SampleCache | None:
@@ -112,13 +115,3 @@ def check_words(cache: SampleCache, student: nn.Module) -> None:
             f"distill: the student has {found} tokens, the teacher of {cache.folder} "
             f"{cache.facts.num_words}; teacher and student must share the vocabulary"
         )
-
-
-def verify_file(context: WorkerContext, payload: tuple[SampleCache, int]) -> None:
-    """One task: hash a file of a cache.
-
-    Raises:
-        InputError: it differs from what was written.
-    """
-    cache, index = payload
-    cache.verify_shard(cache.shards[index])

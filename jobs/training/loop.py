@@ -26,8 +26,8 @@ from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs.training.heldout import Heldout, as_metrics
 from jobs.training.ledger import EVALUATE, SAVE
 from jobs.training.mask_guard import MaskGuard
-from jobs.training.pace import Pace
-from jobs.training.schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rates
+from jobs.training.pace import FORECAST_SHARES, Pace, forecast_of
+from jobs.training.schedule import num_steps, planned_rates
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher

@@ -1,18 +1,9 @@
-"""How many steps a recovery has, the learning rate of each, and where its curve is going."""
+"""How many steps a recovery has, and the learning rate of each; without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 from conf.options.distill import DistillConfig
 from conf.schema import Config
-
-if TYPE_CHECKING:  # costs torch, and `jobs.forecast` reads rates without it
-    from sparsify.training.forecast import Forecast
-
-FORECAST_SHARES = tuple(tenth / 10 for tenth in range(3, 10))
-"""shares of a run after which its end is forecast"""
 
 _FINAL_SHARE = 0.05  # of the steps, at the end, whose mean is forecast
 
@@ -40,20 +31,3 @@ def planned_rates(settings: DistillConfig, total: int) -> list[float]:
 def num_final_steps(total: int) -> int:
     """Steps at the end whose mean is what a forecast is of."""
     return max(1, int(_FINAL_SHARE * total))
-
-
-def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Forecast:
-    """Where the training KL of a run will end, from its steps so far."""
-    from sparsify.training.forecast import forecast
-
-    sound = (one for one in curve if not one["is_skipped"])  # the others may have no figures
-    points = [(one["step"], one["kl"]) for one in sound if one["kl"] > 0]
-    return forecast(
-        [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
-    )
-
-
-def early_forecast(settings: DistillConfig, curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the first part of a finished run let expect; the report draws it beside what came."""
-    part = curve[: round(FORECAST_SHARES[0] * len(curve))]
-    return forecast_of(part, planned_rates(settings, len(curve))).as_dict()

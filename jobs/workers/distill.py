@@ -6,6 +6,7 @@ checkpoint; an interrupted recovery continues from the last one, and on CPU ends
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,24 +14,49 @@ import torch
 from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
+from jobs.runs.artifact import StageWriter
 from jobs.runs.folder import disk_errors
 from jobs.training.build import build_recovery
 from jobs.training.engine import Partitioner, gathered_state_dict
 from jobs.training.heldout import Heldout, write_heldout
-from jobs.training.inputs import check_words
+from jobs.training.inputs import check_words, checked_store, open_cache
 from jobs.training.ledger import START
 from jobs.training.loop import Recovery
-from jobs.training.pace import Pace
-from jobs.training.schedule import early_forecast, num_steps
+from jobs.training.pace import Pace, early_forecast
+from jobs.training.schedule import num_steps
 from jobs.training.student import load_student
 from jobs.training.teacher import TeacherModel, load_teacher
 from sparsify.data.store import MANIFEST, TokenStore
 from sparsify.data.store_write import write_rows
 from sparsify.data.teacher_samples import SampleCache
-from sparsify.formats.basis import carry_rotation
+from sparsify.formats.basis import carry_rotation, teacher_rotation
 from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsity, write_sparsity
+from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_tokenizer
+
+_STORE, _HELDOUT = "rows", "heldout"
+
+
+def make_payload(
+    config: Config, student: Path, teacher: Path, writer: StageWriter, run_dir: Path
+) -> dict[str, Any]:
+    """On the driver: what the tasks and workers of the stage are told, its inputs checked.
+
+    Raises:
+        InputError: the token store does not fit the run, or no rotation that is known brings the
+            teacher into the student's basis.
+    """
+    settings = config.distill
+    weight = settings.losses().peak("square_head")
+    rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
+    return {
+        "config": config, "student": student, "teacher": teacher, "rotation": rotation,
+        "folder": writer.folder, "scratch": writer.scratch, "run_dir": run_dir,
+        "store": checked_store(config, teacher) or writer.scratch / _STORE,
+        "heldout": None if settings.heldout_every_steps is None else writer.scratch / _HELDOUT,
+        "cache": open_cache(config),
+    }  # fmt: skip
 
 
 def has_rows(payload: dict[str, Any]) -> bool:
@@ -55,6 +81,16 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
         context.warn(warning)
     with disk_errors(folder):
         write_rows(folder, {"train": rows}, tokenizer, config.data.sequence_length)
+
+
+def verify_file(context: WorkerContext, payload: tuple[SampleCache, int]) -> None:
+    """One task: hash a file of a cache.
+
+    Raises:
+        InputError: it differs from what was written.
+    """
+    cache, index = payload
+    cache.verify_shard(cache.shards[index])
 
 
 def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any] | None:
@@ -123,6 +159,11 @@ def prepare(
         payload["run_dir"],
     )  # fmt: skip
     return recovery, str(student.pattern), teacher_kl
+
+
+def check_result(folder: Path) -> dict[str, int]:
+    """On the driver: whether every pruned weight of what was written is zero; its counts."""
+    return check_files(folder, *masks_of(folder))
 
 
 def _write(

@@ -30,6 +30,7 @@ from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.packed24 import packed_num_bytes
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
+from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
 from sparsify.models.blocks import unstreamable
@@ -363,6 +364,11 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str
         "dense_layers": pruning.dense_layers,
         "rotation": pruning.rotation,
     }
+
+
+def check_result(folder: Path, pattern: str) -> dict[str, int]:
+    """On the driver: whether every pruned weight of what was written is zero; its counts."""
+    return check_files(folder, MaskFile(folder / MASKS), Pattern.parse(pattern))
 
 
 def _seconds(reports: list[dict[str, Any]]) -> dict[str, float]:

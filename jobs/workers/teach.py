@@ -19,7 +19,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.teach import TeachJobConfig
 from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors
-from jobs.workers.shards import MapShards, ShardFolder, write_record
+from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.order import key_of
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore, is_store
@@ -63,6 +63,13 @@ class TeachTask:
     """which of the store's"""
     facts: SampleFacts
     batch_size: int
+
+
+def make_cache(config: TeachJobConfig) -> Path:
+    """Fill the folder that the config names on its cluster; raises as `fill_folder`."""
+    return fill_folder(
+        "teach", config.teach.out, config.cluster, lambda *given: write_cache(config, *given)
+    )
 
 
 def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, display: Display) -> None:

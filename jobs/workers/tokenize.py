@@ -32,7 +32,7 @@ from jobs.corpus.sources import (
     with_absolute_paths,
 )
 from jobs.runs.display import Display
-from jobs.workers.shards import MapShards, ShardFolder, write_record
+from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.rows import tokenizer_digest
 from sparsify.data.split import is_held_out, split_documents
 from sparsify.data.store import Shard, StoreSource, TokenStore, is_store, read_manifest
@@ -86,6 +86,13 @@ class ShardTask:
     rule: str
     heldout: Path | None
     """file of digests of documents to leave out"""
+
+
+def make_store(config: TokenizeJobConfig) -> Path:
+    """Fill the folder that the config names on its cluster; raises as `fill_folder`."""
+    return fill_folder(
+        "tokenize", config.tokenize.out, config.cluster, lambda *given: write_store(config, *given)
+    )
 
 
 def write_store(

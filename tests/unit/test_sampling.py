@@ -23,8 +23,9 @@ from jobs.runs.artifact import differences
 from jobs.runs.context import StageContext
 from jobs.runs.models import Models
 from jobs.stages import distill
-from jobs.training.inputs import check_cache, check_words, verify_file
+from jobs.training.inputs import check_cache, check_words
 from jobs.workers import teach as _teach
+from jobs.workers.distill import verify_file
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
