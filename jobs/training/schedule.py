@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conf.options.distill import DistillConfig
 from conf.schema import Config
+from sparsify.training.schedule import learning_rate
 
 _FINAL_SHARE = 0.05  # of the steps, at the end, whose mean is forecast
 
@@ -13,19 +14,12 @@ def num_steps(config: Config) -> int:
     return config.distill.num_tokens // (config.distill.batch_size * config.data.sequence_length)
 
 
-def learning_rate(settings: DistillConfig, step: int, total: int) -> float:
-    """Rate of step `step` (from 0): linear warm-up, then linear decay to the smallest share."""
-    warmup = min(settings.num_warmup_steps, total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    left = (total - step) / max(1, total - warmup)
-    least = settings.min_learning_rate_share
-    return settings.learning_rate * (least + (1 - least) * left)
-
-
 def planned_rates(settings: DistillConfig, total: int) -> list[float]:
-    """The learning rate of every step."""
-    return [learning_rate(settings, step, total) for step in range(total)]
+    """The learning rate of every step of `total`."""
+    warmup, least = min(settings.num_warmup_steps, total), settings.min_learning_rate_share
+    return [
+        learning_rate(settings.learning_rate, step, total, warmup, least) for step in range(total)
+    ]
 
 
 def num_final_steps(total: int) -> int:
