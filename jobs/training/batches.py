@@ -11,7 +11,7 @@ from conf.options.distill import DistillConfig
 from sparsify.costs.flops import ModelFlops, distillation_flops, document_lengths
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
-from sparsify.data.teacher_samples import Sample, SampleCache
+from sparsify.data.teacher_samples import Sample, TeacherSamples
 from sparsify.distillation.sampling import rows_of
 from sparsify.distillation.schedule import TokenCounts
 
@@ -48,7 +48,7 @@ class Batches:
     def __init__(
         self, store: TokenStore, settings: DistillConfig, seed: int, rank: int, world_size: int,
         isolate: bool, flops: tuple[ModelFlops, ModelFlops | None] | None,
-        cache: SampleCache | None = None,
+        cache: TeacherSamples | None = None,
     ) -> None:  # fmt: skip
         self._store, self._order = store, store.order(seed)
         self._size, self._micro = settings.batch_size, settings.micro_batch_size

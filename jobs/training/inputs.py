@@ -11,7 +11,7 @@ from torch import nn
 
 from conf.schema import Config
 from sparsify.data.store import TokenStore, is_store
-from sparsify.data.teacher_samples import SampleCache
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import model_fingerprint
 from sparsify.models.load import load_tokenizer
@@ -50,14 +50,14 @@ def given_digests(config: Config) -> dict[str, str]:
     return found if cache is None else {**found, "teacher_cache": cache.digest}
 
 
-def open_cache(config: Config) -> SampleCache | None:
+def open_cache(config: Config) -> TeacherSamples | None:
     """The samples of the teacher that stand for it, None where the teacher itself is asked.
 
     Raises:
         InputError: the folder is not a whole cache.
     """
     folder = config.distill.teacher_cache
-    return None if folder is None else SampleCache.open(Path(folder).absolute())
+    return None if folder is None else TeacherSamples.open(Path(folder).absolute())
 
 
 def check_cache(config: Config, teacher: Path) -> None:
@@ -103,7 +103,7 @@ def check_cache(config: Config, teacher: Path) -> None:
         )
 
 
-def check_words(cache: SampleCache, student: nn.Module) -> None:
+def check_words(cache: TeacherSamples, student: nn.Module) -> None:
     """Require that the student's head has as many ids as the teacher's.
 
     Raises:

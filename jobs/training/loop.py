@@ -33,7 +33,7 @@ from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
-from sparsify.masks.storage import PackedMasks, load_masks
+from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.lm_head import LanguageHead
 from sparsify.training.fragments import Checkpoint
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
@@ -62,7 +62,7 @@ class Setup:
     """the dense model, without gradients, in its two parts; None: batches have samples"""
     moving: MovingMasks | None
     """lets the masks move for a part of the run; None where they stay"""
-    masks: PackedMasks
+    masks: BitMasks
     """keep masks to start with"""
     batches: Batches
     """the rows"""
@@ -325,7 +325,7 @@ class Recovery:
         share = moving.share_moved()
         self._context.say(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
 
-    def _set_masks(self, masks: PackedMasks) -> None:
+    def _set_masks(self, masks: BitMasks) -> None:
         self.masks = masks
         self._guard.set_masks(masks)
         if self._moving is not None:

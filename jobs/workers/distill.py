@@ -26,9 +26,10 @@ from jobs.training.pace import Pace, early_forecast
 from jobs.training.schedule import num_steps
 from jobs.training.student import load_student
 from jobs.training.teacher import TeacherModel, load_teacher
-from sparsify.data.store import MANIFEST, TokenStore
+from sparsify.data.shards import MANIFEST
+from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.data.teacher_samples import SampleCache
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.formats.basis import carry_rotation, teacher_rotation
 from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, masks_of
@@ -83,7 +84,7 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
         write_rows(folder, {"train": rows}, tokenizer, config.data.sequence_length)
 
 
-def verify_file(context: WorkerContext, payload: tuple[SampleCache, int]) -> None:
+def verify_file(context: WorkerContext, payload: tuple[TeacherSamples, int]) -> None:
     """One task: hash a file of a cache.
 
     Raises:
@@ -138,9 +139,9 @@ def prepare(
     student = load_student(
         payload["student"], payload["teacher"], payload["rotation"], config, context, split
     )
-    cache: SampleCache | None = payload.get("cache")
+    cache: TeacherSamples | None = payload.get("cache")
     teacher_kl: float | None = None
-    teacher: TeacherModel | SampleCache
+    teacher: TeacherModel | TeacherSamples
     if cache is not None:
         check_words(cache, student.model)
         teacher = cache

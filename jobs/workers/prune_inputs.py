@@ -2,7 +2,7 @@
 rotations, and which layers stay dense under a budget.
 
 Each is worked out once, rotations by all workers and the rest by rank 0, and put into the run's
-scratch folder, where all workers read it and a run that is continued finds it again.
+scratch folder, where all workers read it and a run that resumes finds it again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             it raises on one of them raised on all.
 
     Returns:
-        The seconds that it took, by this run or by the one that this run continues.
+        The seconds that it took, by this run or by the one that this run carries on.
 
     Raises:
         What `make` raises, on all processes.
@@ -75,14 +75,14 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             shutil.rmtree(path)  # made, and killed before that was noted
         return marker.exists()
 
-    if not comm.share(comm.together(is_made))[0]:  # as rank 0 sees it
-        begun_s = time.perf_counter()
+    if not comm.gather_objects(comm.run_together(is_made))[0]:  # as rank 0 sees it
+        started_s = time.perf_counter()
         if is_shared:
             make()
         else:
-            comm.together(lambda: make() if comm.rank == 0 else None)
-        seconds = time.perf_counter() - begun_s
-        comm.together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
+            comm.run_together(lambda: make() if comm.rank == 0 else None)
+        seconds = time.perf_counter() - started_s
+        comm.run_together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
     return float(json.loads(marker.read_text(encoding="utf-8")))
 
 
@@ -155,10 +155,10 @@ def _rotate(
                 raise
             return model, str(error)
 
-    model, sites = comm.together(load)
+    model, sites = comm.run_together(load)
     if isinstance(sites, str):
         refused = {"refused": sites}
-        comm.together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
+        comm.run_together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
         return
     is_tied = sites.head.weight is sites.embedding.weight
     width = model.config.get_text_config().hidden_size
@@ -185,7 +185,7 @@ def _rotate(
         save_model(model, None, partial)
         report.rotation.save(partial / ROTATION)
 
-    comm.together(lambda: _write_rotated(folder, facts, fill, comm))
+    comm.run_together(lambda: _write_rotated(folder, facts, fill, comm))
 
 
 def _write_rotated(
@@ -210,7 +210,7 @@ def dense_layers(
     """Which layers stay dense under prune.budget, judged by the layers pruned in `pruned`.
 
     Returns:
-        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`; and
+        {"dense_names", "damages", "cost_share", "least_share"}, see `budget.Allocation`; and
         {"seconds"} that it took.
     """
     path = scratch / "allocation.json"

@@ -14,7 +14,7 @@ from sparsify.comm import Comm
 from sparsify.formats.packed_folder import save_packed_folder
 from sparsify.formats.verify import masks_of
 from sparsify.models.load import load_pair
-from sparsify.quantization.quantize import QuantParams, quantize_model
+from sparsify.quantization import QuantParams, quantize_model
 
 
 def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from jobs.runs.artifact import differences
 from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock, write_json
 from jobs.runs.session import cluster_errors, new_cluster
-from sparsify.data.store import MANIFEST, Shard
-from sparsify.data.store_write import is_whole
+from sparsify.data.shards import MANIFEST, is_whole
+from sparsify.data.store import Shard
 from sparsify.data.teacher_samples import SampleShard
 from sparsify.errors import InputError
 

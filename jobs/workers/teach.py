@@ -25,11 +25,10 @@ from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore, is_store
 from sparsify.data.teacher_samples import (
     Sample,
-    SampleCache,
     SampleFacts,
     SampleShard,
+    TeacherSamples,
     facts_of,
-    read_sample_manifest,
     sample_name,
     write_sample_manifest,
     write_samples,
@@ -104,7 +103,7 @@ def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, displa
         write_sample_manifest(out, facts, list(shards.values()))
 
     folder.complete(list(places), make, finish, display)
-    cache = SampleCache.open(out)
+    cache = TeacherSamples.open(out)
     num_tokens = len(cache) * facts.sequence_length
     display.finish_stage(
         "teach", f"{len(cache):,} rows, {num_tokens:,} tokens, digest {cache.digest[:12]}"
@@ -112,7 +111,7 @@ def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, displa
 
 
 def _contents(out: Path) -> tuple[Any, list[dict[str, Any]]]:
-    manifest = read_sample_manifest(out)
+    manifest = TeacherSamples.read_manifest(out)
     return asdict(facts_of(manifest)), manifest["shards"]
 
 

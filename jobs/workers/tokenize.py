@@ -34,10 +34,11 @@ from jobs.corpus.sources import (
 from jobs.runs.display import Display
 from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.rows import tokenizer_digest
-from sparsify.data.split import is_held_out, split_documents
-from sparsify.data.store import Shard, StoreSource, TokenStore, is_store, read_manifest
+from sparsify.data.split import MIN_DOCUMENTS, is_held_out, split_documents
+from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
+from sparsify.files import written_whole
 from sparsify.models.load import load_tokenizer, resolve_path
 
 STATE = ".tokenize"
@@ -45,8 +46,6 @@ STATE = ".tokenize"
 _HELD = "heldout.bin"
 
 _DIGEST_BYTES = 32
-
-_MIN_DOCUMENTS = 20  # fewer are split at the end of every document, as everywhere
 
 _DROPPED_SHARE = 0.01  # of a source's tokens, above which a warning is due
 
@@ -147,7 +146,7 @@ def write_store(
 
 
 def _contents(out: Path) -> tuple[Any, list[dict[str, Any]]]:
-    manifest = read_manifest(out)
+    manifest = TokenStore.read_manifest(out)
     return manifest["settings"], [shard for s in manifest["sources"] for shard in s["shards"]]
 
 
@@ -162,7 +161,7 @@ def _open_source(
     shards = cut_source(name, side, data, shard_bytes)
     rule = "none"
     if held_out is not None and not is_by_name:
-        rule = "hash" if _has_documents(shards, data, _MIN_DOCUMENTS) else "tail"
+        rule = "hash" if _has_documents(shards, data, MIN_DOCUMENTS) else "tail"
     return _Source(
         name, weight, side, rule, not gives_heldout(data, name),
         content_fingerprint(data, name, held_out), shards,
@@ -238,9 +237,8 @@ _tokenizer = cache(load_tokenizer)
 
 
 def _write_digests(path: Path, digests: set[bytes]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(sorted(digests)))
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(b"".join(sorted(digests)))
 
 
 @cache
