@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -31,26 +31,13 @@ from sparsify.calibration.groups import GroupInputs, LayerGroups, PausableBlock,
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
 from sparsify.calibration.lookahead import Lookahead
-from sparsify.calibration.timing import PhaseTimer
+from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockInputs, run_block
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the walk tells its caller."""
-
-    on_block: Callable[[int, nn.Module], None] = lambda index, block: None
-    """called as on_block(index, block) after a block's layers are solved and the hidden states are
-    before the next block; the block's weights are still there"""
-    wait_for_pending: Callable[[], None] = lambda: None
-    """called before the weights of solved layers are used"""
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
-    """collects the time of each kind of work"""
 
 
 @torch.no_grad()
