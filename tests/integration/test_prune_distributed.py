@@ -17,11 +17,12 @@ from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
-from sparsify.masks.select import count_violations
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from tests.conftest import count_violations
+from tests.integration.recoveries import warm_context
 
 PATTERN = Pattern.parse("2:4")
 NUM_ROWS = 11  # odd, so that the processes' shares differ
@@ -102,8 +103,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     folder = tmp_path_factory.mktemp("gloo")
     save_model(model_and_rows()[0], None, folder / "dense")
     prune_from_disk(folder / "dense", folder / "out1", Comm.single(is_fixed=True))
+    warm_context()
     for world_size in WORLD_SIZES:
-        mp.spawn(worker, args=(world_size, str(folder)), nprocs=world_size)
+        mp.start_processes(
+            worker, args=(world_size, str(folder)), nprocs=world_size, start_method="forkserver"
+        )
     found = {
         world_size: [
             torch.load(folder / f"rank{rank}-of-{world_size}.pt", weights_only=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
+from tests.integration.recoveries import warm_context
 
 NUM_KILLS = 20
 PATTERN = Pattern.parse("2:4")
@@ -94,8 +94,7 @@ def test_streamed_equals_in_memory(dense, tmp_path, method: str, options: dict[s
 
 def test_killed_twenty_times_gives_the_same_bytes(dense: Path, undisturbed: Path, tmp_path) -> None:
     """SIGKILL at random moments; every new process goes on at the block the last one was at."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["sparsify.pruning.prune", "transformers", __name__])
+    processes = warm_context()
     moments, out, blocks_seen = random.Random(0), tmp_path / "out", []
 
     def num_blocks() -> int:

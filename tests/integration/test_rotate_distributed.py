@@ -16,6 +16,7 @@ from sparsify.errors import NonFiniteError, SingularHessianError
 from sparsify.pattern import Pattern
 from sparsify.rotation import search as rotation_search
 from sparsify.rotation.rotate import RotationReport, rotate_model
+from tests.integration.recoveries import warm_context
 
 WORLD_SIZES = (2, 4)
 STEPS = 15
@@ -75,11 +76,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What every process of a group of 2, and of a group of 4, found."""
     folder = tmp_path_factory.mktemp("gloo")
-    # The processes are forked from one that has imported the heavy packages.
-    processes = mp.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["sparsify.rotation.rotate", "transformers.models.llama", __name__]
-    )
+    warm_context()
     for world_size in WORLD_SIZES:
         mp.start_processes(
             worker, args=(world_size, str(folder)), nprocs=world_size, start_method="forkserver"

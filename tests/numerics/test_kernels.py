@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -188,7 +186,7 @@ def test_without_triton_a_kernel_says_what_to_install(monkeypatch: pytest.Monkey
 if INTERPRETED:
 
     class TestInterpreted:
-        """Run by `test_kernels_in_the_interpreter`."""
+        """Run by tests/integration/test_processes.py."""
 
         @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
         @pytest.mark.parametrize("case", [0, 1, 2], ids=["free", "allowed", "fixed"])
@@ -228,17 +226,6 @@ if INTERPRETED:
             above = torch.ones(40, 40).triu().bool()
             torch.testing.assert_close(total[above].double(), expected[above], rtol=0, atol=1e-4)
             assert (total[16:, :16] == 1).all() and (total[32:, :32] == 1).all()
-
-
-@needs_triton
-def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", "TestInterpreted"],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=240,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "11 passed" in done.stdout, done.stdout + done.stderr
 
 
 @needs_triton

@@ -19,13 +19,13 @@ from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
-from sparsify.methods import PruneParams, get_method
+from sparsify.methods import get_method
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.calls import BlockCalls, run_block
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
-from tests.families import in_two_documents, tiny, token_rows
+from tests.families import FEW_STEPS, in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6
 PATIENCE_S = 30.0
@@ -119,10 +119,10 @@ def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatc
 
 
 def prune(family: str, overlap: bool, method: str, order: InputOrder, **options: Any) -> Any:
-    model = tiny(family, num_layers=4)
+    model = tiny(family)  # of three blocks: one to be passed ahead before and after the middle one
     rows = options.pop("rows", token_rows(NUM_ROWS))
     result = prune_model(
-        model, rows, get_method(method), Pattern.parse("2:4"), PruneParams(block_size=16),
+        model, rows, get_method(method), Pattern.parse("2:4"), FEW_STEPS,
         comm=Comm.single(), memory=Memory(2, overlap=overlap),
         layers=LayerChoice(order=order, **options),
     )  # fmt: skip

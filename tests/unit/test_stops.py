@@ -32,7 +32,7 @@ from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.watch import shared_input_groups, watch_inputs, watch_outputs
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
-from tests.families import FAMILIES, in_two_documents, tiny, token_rows
+from tests.families import FAMILIES, FEW_STEPS, in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6
 
@@ -279,7 +279,7 @@ def test_the_order_dense_has_no_teacher() -> None:
     with pytest.raises(InputError, match=r"prune.order=dense: twofour .* prune.order=layer"):
         prune_model(
             tiny("Llama"), token_rows(NUM_ROWS), get_method("twofour"), Pattern.parse("2:4"),
-            PruneParams(), comm=Comm.single(), memory=Memory(2), layers=LayerChoice(order="dense"),
+            FEW_STEPS, comm=Comm.single(), memory=Memory(2), layers=LayerChoice(order="dense"),
         )  # fmt: skip
 
 
@@ -295,8 +295,7 @@ def test_held_forwards_and_new_ones_give_the_same_bits(
         model = tiny(family)
         result = prune_model(
             model, token_rows(NUM_ROWS), get_method(method), Pattern.parse("2:4"),
-            PruneParams(block_size=16), comm=Comm.single(), memory=Memory(2),
-            layers=LayerChoice(order="layer"),
+            FEW_STEPS, comm=Comm.single(), memory=Memory(2), layers=LayerChoice(order="layer"),
         )  # fmt: skip
         found.append((model.state_dict(), result))
     (one, first), (other, second) = found

@@ -22,7 +22,7 @@ from sparsify.models.structure import find_blocks, linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, shared_input_groups, watch_outputs
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
-from tests.families import FAMILIES, in_two_documents, tiny, token_rows
+from tests.families import FAMILIES, FEW_STEPS, in_two_documents, tiny, token_rows
 
 
 def calls_of(model: nn.Module) -> BlockCalls:
@@ -139,7 +139,7 @@ def test_every_method_prunes_every_family(family: str) -> None:
         before = {name: p.clone() for name, p in model.named_parameters()}
         progress: list[tuple[int, int]] = []
         result = prune_model(
-            model, token_rows(10), method, pattern, PruneParams(), comm=Comm.single(),
+            model, token_rows(10), method, pattern, FEW_STEPS, comm=Comm.single(),
             memory=Memory(4), on_block=lambda *step, seen=progress: seen.append(step),
         )  # fmt: skip
         assert progress == [(1, 3), (2, 3), (3, 3)]
