@@ -37,7 +37,7 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
-from sparsify.models.calls import BlockInputs, run_block
+from sparsify.models.calls import BlockInputs, evaluating, run_block
 
 
 @torch.no_grad()
@@ -93,17 +93,12 @@ def walk_blocks(
     linears = prunable_linears(source.model, skip)
     progress = progress or Progress()
     walk = _Walk(source, linears, rows, comm, memory, needs, store, progress)
-    was_training = source.model.training
-    source.model.eval()
-    try:
-        with walk, float32_products():
-            walk.enter(first_block)
-            for index in range(first_block, len(source.blocks)):
-                block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
-                progress.on_block(index, block)
-                source.close(index)
-    finally:
-        source.model.train(was_training)
+    with evaluating(source.model), walk, float32_products():
+        walk.enter(first_block)
+        for index in range(first_block, len(source.blocks)):
+            block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
+            progress.on_block(index, block)
+            source.close(index)
 
 
 def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
