@@ -85,19 +85,18 @@ class ShardFolder(ABC, Generic[S]):
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], shards: Sequence[S]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.digest = str(manifest["digest"])
         """SHA-256 (hex) over everything that the manifest says, the shards' hashes among it"""
-        self.shards = tuple(shards)
+        self.shards = tuple(self._shards_of(manifest))
         """all its files, in the order in which their rows are numbered"""
-        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in shards)])
+        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
         self._maps: dict[int, list[NDArray[Any]]] = {}
 
-    @classmethod
     @abstractmethod
-    def _of(cls, folder: Path, manifest: Mapping[str, Any]) -> Self:
-        """The rows that a checked manifest describes."""
+    def _shards_of(self, manifest: Mapping[str, Any]) -> Sequence[S]:
+        """The shards that a checked manifest lists."""
 
     @abstractmethod
     def _layout(self, num_rows: int) -> Layout:
@@ -111,7 +110,7 @@ class ShardFolder(ABC, Generic[S]):
             InputError: no such folder, not finished, of another version; a shard missing, truncated
                 or of another shape. Bytes changed inside one are found by `verify_shard` only.
         """
-        found = cls._of(Path(folder), cls.read_manifest(Path(folder)))
+        found = cls(Path(folder), cls.read_manifest(Path(folder)))
         for shard in found.shards:
             found._map(shard)
         return found
