@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 # Before any Hugging Face package is imported: a test that reaches for the network must fail.
@@ -40,11 +39,6 @@ def count_violations(weight: torch.Tensor, pattern: Pattern) -> int:
     """Groups (rows for unstructured) of an (O, I) weight with more nonzeros than allowed."""
     width = pattern.m or weight.shape[1]
     return int(((weight != 0).unflatten(1, (-1, width)).sum(-1) > pattern.num_kept(width)).sum())
-
-
-def is_masked(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> bool:
-    """Whether every pruned weight is exactly zero."""
-    return not any(model.get_submodule(n).weight[~mask].any() for n, mask in masks.items())
 
 
 @pytest.fixture(scope="session")

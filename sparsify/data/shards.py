@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparsify.errors import InputError
 from sparsify.files import file_sha256, write_json
+from sparsify.tensors import tensor_names
 
 MANIFEST = "manifest.json"
 
@@ -205,7 +206,7 @@ class ShardFolder(ABC, Generic[S]):
         try:
             # Of torch, because its tensors are views of the mapped file; those of numpy are read.
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in tensor_names(file)}
                 found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
                 if found == layout:
                     return [file.get_tensor(name).numpy() for name in layout]
