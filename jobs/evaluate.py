@@ -4,9 +4,8 @@ from jobs.cli.main import main
 from jobs.pipeline import command
 
 COMMAND = command(
-    "evaluate", __doc__,
-    ("run.from=runs/first evaluate.num_tokens=100_000",),
-    ("run", "model", "data", "prune.pattern", "prune.skip", "evaluate", "tracker", "cluster"),
+    "evaluate", __doc__, "run model data prune.pattern prune.skip evaluate tracker cluster",
+    "run.from=runs/first evaluate.num_tokens=100_000",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from jobs.cli.main import main
 from jobs.pipeline import command
 
 COMMAND = command(
-    "export", __doc__,
-    ("run.from=runs/first export.dtype=bfloat16",),
-    ("run", "model", "prune.pattern", "prune.skip", "export", "tracker", "cluster"),
+    "export", __doc__, "run model prune.pattern prune.skip export tracker cluster",
+    "run.from=runs/first export.dtype=bfloat16",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -33,13 +33,18 @@ from jobs.runs.tracking import open_tracker
 PIPELINE: tuple[Stage, ...] = tuple(stages.stage(name) for name in STAGES)
 
 
-def command(
-    name: str, summary: str, examples: tuple[str, ...], uses: tuple[str, ...] = ()
-) -> Command:
-    """The command that runs this pipeline, or one stage of it, as conf/<name>.yaml says."""
+def command(name: str, summary: str, uses: str, *examples: str) -> Command:
+    """The command that runs this pipeline, or one stage of it, as conf/<name>.yaml says.
+
+    Args:
+        name: of the command's module.
+        summary: its docstring.
+        uses: the groups and options that it takes, with spaces between; '' takes all.
+        examples: words of command lines that people may want to copy.
+    """
     return Command(
         name, Config, lambda config: run_pipeline(config, name), lambda c: describe_plan(c),
-        summary, examples, uses, needs="run.from=PATH" if uses else "",
+        summary, examples, tuple(uses.split()), needs="run.from=PATH" if uses else "",
     )  # fmt: skip
 
 

@@ -4,9 +4,8 @@ from jobs.cli.main import main
 from jobs.pipeline import command
 
 COMMAND = command(
-    "report", __doc__,
-    ("run.from=runs/first",),
-    ("run", "tracker", "cluster"),
+    "report", __doc__, "run tracker cluster",
+    "run.from=runs/first",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import ALIASES, Config, to_dict, written_name
 from jobs.cli.command import Command, find_command
+from jobs.cli.completion import completed
 from jobs.cli.options import (
     CONF_DIR,
     Option,
@@ -55,17 +56,6 @@ _TYPE_WORDS = {
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
-_BASH_COMPLETION = """\
-_twofour_complete() {
-    [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == jobs.* ]] || return
-    local choices
-    choices=$(COMP_LINE=$COMP_LINE COMP_POINT=$COMP_POINT \\
-        "${COMP_WORDS[0]}" -m "${COMP_WORDS[2]}" -sc query=bash 2>/dev/null)
-    COMPREPLY=($(compgen -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
-}
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _twofour_complete python"""
-
 _LONGEST_NAME = 120  # of the folder of a run in a sweep
 
 
@@ -78,8 +68,20 @@ def load_config(job: str, words: Sequence[str]) -> Any:
     command = find_command(job)
     _register(command)
     checked = [_checked(command, word, (CONF_DIR,), is_sweep=False) for word in words]
-    with _mistakes(job), initialize_config_dir(str(CONF_DIR), version_base=_VERSION_BASE):
-        return _typed(command, compose(job, overrides=checked))
+    folder, name = _primary(command)
+    started = (
+        initialize_config_dir(folder, version_base=_VERSION_BASE)
+        if folder
+        else initialize(folder, version_base=_VERSION_BASE)
+    )
+    with _mistakes(job), started:
+        return _typed(command, compose(name, overrides=checked))
+
+
+def _primary(command: Command) -> tuple[str | None, str]:
+    """Where a command's config begins: its YAML, or its dataclass alone where it has no presets,
+    whose options may have the names of groups."""
+    return (str(CONF_DIR), command.name) if takes_presets(command) else (None, "options")
 
 
 def launch(
@@ -105,7 +107,7 @@ def launch(
     """
     _register(command)
     if {"-sc", "--shell-completion"} & set(flags):
-        if _completed(list(words)):
+        if completed(list(words)):
             return
     else:
         is_sweep = bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in words
@@ -143,7 +145,7 @@ def launch(
             if is_dry and is_sweep:
                 _remove_empty(Path(folder), Path(setting.sweep.dir))
 
-    program = hydra.main(str(CONF_DIR), command.name, _VERSION_BASE)(task)
+    program = hydra.main(*_primary(command), _VERSION_BASE)(task)
     try:
         with _mistakes(command.name), _hydra_process([*words, *flags]):
             program()
@@ -189,15 +191,6 @@ def _hydra_process(argv: list[str]) -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR")
         if told is not None:
             os.environ["HYDRA_FULL_ERROR"] = told
-
-
-def _completed(words: list[str]) -> bool:
-    """Whether the shell's completion is answered here: Hydra's own does not know `python -m`."""
-    line = os.environ.get("COMP_LINE", "")
-    os.environ["COMP_LINE"] = re.sub(r"^\S+ +-m +jobs\.\w+", "jobs", line)
-    if words == ["install=bash"]:
-        print(_BASH_COMPLETION)
-    return words == ["install=bash"]
 
 
 @contextmanager

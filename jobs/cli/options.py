@@ -21,8 +21,12 @@ from sparsify.params import as_list, close_match
 
 CONF_DIR = Path(schema.__file__).parent
 
-JOBS = tuple(sorted(path.stem for path in CONF_DIR.glob("*.yaml")))
-"""Every command that has options."""
+JOBS = tuple(
+    path.stem
+    for path in sorted(Path(__file__).parents[1].glob("*.py"))
+    if "\nCOMMAND = " in path.read_text(encoding="utf-8")
+)
+"""Every command that has options of conf/."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def test_cluster_preset_says_what_it_is(name: str) -> None:
 
 def test_every_yaml_is_of_a_command() -> None:
     assert all(find_command(job).name == job for job in JOBS)
+    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(JOBS) - {"pretrain"}
 
 
 @pytest.mark.parametrize("cluster", cluster_names())

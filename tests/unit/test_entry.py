@@ -230,6 +230,10 @@ def test_plain_words_of_hydra() -> None:
     assert twice.cluster.name == "h100x8"  # the last one wins, so that scripts can append
 
 
+def test_option_may_have_the_name_of_a_group() -> None:
+    assert load_config("pretrain", ["data=books.txt"]).data == "books.txt"
+
+
 def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWOFOUR_TEST_SEED", "7")
     monkeypatch.setenv("TWOFOUR_TEST_MODEL", "/m (1)/007")
