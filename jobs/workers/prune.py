@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
@@ -47,7 +47,9 @@ from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from sparsify.tensors import tensor_names
 
-if TYPE_CHECKING:  # loads Ray
+if TYPE_CHECKING:  # loads Ray, or what loading a model loads
+    from transformers import PreTrainedModel
+
     from cluster.runtime.backend import WorkerContext
 
 _FIGURES = (
@@ -220,7 +222,7 @@ class Pruning:
             checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
         )  # fmt: skip
 
-    def _whole_model(self, dense: Path) -> nn.Module:
+    def _whole_model(self, dense: Path) -> PreTrainedModel:
         """A checkpoint that cannot be read block by block."""
         model = load_model(dense, self._config.model.dtype, self._context.device)
         if experts := fused_experts(model):
