@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.data.rows import TokenRows
+from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
 from sparsify.models.calls import evaluating, hidden_of, logits_of
 from sparsify.models.structure import find_blocks
@@ -24,8 +24,6 @@ from sparsify.models.watch import hooked
 CEILING = 20.0  # times the mean: a few tokens of an outlier's size must not decide the Hessian
 
 FLOOR = 0.1  # share of the plain mean that is mixed in, so that every token keeps a say
-
-_CHUNK_TOKENS = 1024  # predictions whose float32 probabilities exist at one time
 
 
 def fisher_token_weights(
@@ -162,7 +160,7 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
         logits_BTV, scores_BTV, batch.has_next_NT, draws_BT.to(logits_BTV.device), strict=True
     ):
         predicting = has_next_T.nonzero().flatten()
-        for chosen in predicting.split(_CHUNK_TOKENS):
+        for chosen in predicting.split(CHUNK_TOKENS):
             wide = torch.promote_types(logits_TV.dtype, torch.float32)
             probabilities = logits_TV[chosen].to(wide).softmax(dim=-1)
             cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
