@@ -33,5 +33,12 @@ def describe_plan(config: PretrainConfig) -> list[str]:
     ]
 
 
+COMMAND = Command(
+    "pretrain", PretrainConfig, run, describe_plan,
+    summary="Train the small embedded model from scratch.",
+    examples=("seed=1 out=models/small",),
+    out="out",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(Command("pretrain", run, describe_plan))
+    main(COMMAND)

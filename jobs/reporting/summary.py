@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors import safe_open
+
+from conf.options.run import STAGES
 from jobs.runs.artifact import RECORD, versions
+from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
 from sparsify.formats.sparse_folder import read_sparsity
 
-if TYPE_CHECKING:
-    from jobs.runs.context import StageContext
-
 SCHEMA = 1
-
-_LABELS = {
-    "dense": "dense",
-    "recovered": "recovered",
-}
 
 
 def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
@@ -33,8 +30,6 @@ def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
 
 def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
     """The summary as plain values; nothing but the records decides its figures."""
-    from conf.options.run import STAGES
-
     records = {}
     for stage in STAGES:
         path = run_dir / stage / RECORD
@@ -117,10 +112,6 @@ def _pattern_of(context: StageContext) -> str:
 
 def _num_parameters(folder: Path) -> int:
     """Elements of all tensors in a model folder's files (headers only are read)."""
-    import math
-
-    from safetensors import safe_open
-
     total = 0
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -130,7 +121,7 @@ def _num_parameters(folder: Path) -> int:
 
 def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per model, in the order of the pipeline."""
-    from sparsify.evaluation.perplexity import log_gap_recovered
+    from sparsify.evaluation.perplexity import log_gap_recovered  # imports torch
 
     scores = dict(metrics.get("evaluate", {}).get("results", {}))
     gates = {
@@ -171,7 +162,7 @@ def _label(name: str, context: StageContext) -> str:
         is_recovered = "distill" in context.models.made
         base = base if is_recovered else f"one-shot {context.models.method}"
         return f"{base} + INT{bits}"
-    return _LABELS.get(name, f"one-shot {name}")
+    return name if name in ("dense", "recovered") else f"one-shot {name}"
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:
@@ -199,13 +190,14 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
 
 def show(summary: dict[str, Any]) -> None:
     """Print the tables of a run to stdout."""
+    # rich and the tables made of it: a run that fails early does without them
     from rich.console import Console
 
     from jobs.reporting.tables import pruning_table, results_table, stages_table
 
     console = Console()
     if summary["results"]:
-        console.print(results_table(summary))
+        console.print(results_table(summary, console.width))
     if summary["layers"]:
         console.print(pruning_table(summary))
     console.print(stages_table(summary))

@@ -23,7 +23,7 @@ from sparsify.data.split import shuffled
 from sparsify.errors import InputError
 from sparsify.evaluation.perplexity import evaluate_rows
 from sparsify.models.load import save_model
-from sparsify.training.pretrain import PretrainParams, pretrain
+from sparsify.training.pretrain import pretrain
 
 _END = "<|endoftext|>"
 
@@ -45,11 +45,11 @@ def make_model(config: PretrainConfig) -> Path:
     with disk_errors(out):
         partial.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.num_threads)
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     with Display() as display:
         display.start_stage("pretrain")
-        vocabulary_texts, texts, heldout = read_documents(config)
-        tokenizer = train_tokenizer(vocabulary_texts, config)
+        vocabulary_texts, texts, heldout = _read_documents(config)
+        tokenizer = _train_tokenizer(vocabulary_texts, config)
         texts = [texts[index] for index in shuffled(len(texts), config.seed)]
         num_rows = config.num_tokens // config.sequence_length
         rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
@@ -60,17 +60,13 @@ def make_model(config: PretrainConfig) -> Path:
             )
         held_rows = token_rows(heldout, tokenizer, config.sequence_length)
         torch.manual_seed(config.seed)
-        model = new_model(config).to(config.device)
-        params = PretrainParams(
-            config.batch_size, config.learning_rate, config.num_warmup_steps,
-            config.weight_decay, config.max_grad_norm, config.bf16,
-        )  # fmt: skip
+        model = _new_model(config).to(config.device)
 
         def on_step(step: int, total: int, loss: float) -> None:
             event = {"kind": "progress", "done": step + 1, "total": total}
             display.on_event({**event, "text": f"steps, loss {loss:.4f}"})
 
-        num_tokens = pretrain(model, rows.ids_NT, params, config.seed, on_step)
+        num_tokens = pretrain(model, rows.ids_NT, config, config.seed, on_step)
         sums = evaluate_rows(model, held_rows, config.batch_size)
         usual = DataConfig() if config.data == "code" else DataConfig(calibration=config.data)
         usual_rows, _ = load_rows(usual, "heldout", tokenizer, _USUAL_ROWS, config.seed)
@@ -79,17 +75,17 @@ def make_model(config: PretrainConfig) -> Path:
             "perplexity": sums.perplexity,
             "usual_perplexity": evaluate_rows(model, usual_rows, config.batch_size).perplexity,
             "num_heldout_tokens": sums.num_tokens,
-            "duration_s": time.monotonic() - begun_s,
+            "duration_s": time.monotonic() - started_s,
             "versions": versions(),
         }
         save_model(model, tokenizer, partial)
-        (partial / "README.md").write_text(model_card(model, config, facts), encoding="utf-8")
+        (partial / "README.md").write_text(_model_card(model, config, facts), encoding="utf-8")
         partial.rename(out)
         display.finish_stage("pretrain", f"held-out perplexity {sums.perplexity:.3f}")
     return out
 
 
-def read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
+def _read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
     """Texts for the vocabulary, for training and held-out ones, without held-out text in the first.
 
     From code: the standard library for the vocabulary, repeated beside the packages for training.
@@ -105,7 +101,7 @@ def read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[s
     return stdlib, stdlib * config.stdlib_repeats + packages, heldout
 
 
-def train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
+def _train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
     """A byte-level BPE tokenizer of the training text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,7 +119,7 @@ def train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
     )  # fmt: skip
 
 
-def new_model(config: PretrainConfig) -> Any:
+def _new_model(config: PretrainConfig) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -141,7 +137,7 @@ def new_model(config: PretrainConfig) -> Any:
     )
 
 
-def model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
+def _model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
     """The README.md of a model folder: data, recipe, tokens, held-out perplexity, limits."""
     num_parameters = sum(p.numel() for p in model.parameters())
     installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -17,7 +17,7 @@ from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast
 from jobs.cli.compose import load_config
-from jobs.cli.main import _FLAGS
+from jobs.cli.main import FLAGS
 from jobs.cli.options import JOBS, job_options
 from jobs.pipeline import PIPELINE
 from jobs.reporting.summary import _num_parameters, build_summary
@@ -78,7 +78,7 @@ def test_command_names_a_job_and_its_words_parse(command: str) -> None:
     assert job in JOBS
     assert (ROOT / "jobs" / f"{job}.py").is_file()
     flags = [word for word in words if word.startswith("-")]
-    assert set(flags) <= set(_FLAGS)
+    assert set(flags) <= set(FLAGS)
     if "--help" in flags:  # its words say which options to show
         words = [word for word in words if "=" in word]
     load_config(job, [word for word in words if word not in flags])
