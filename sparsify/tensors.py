@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.files import fsync
+from sparsify.files import written_whole
+
+
+def tensor_names(file: safe_open) -> list[str]:
+    """Names in an open safetensors file, which is no mapping though it has keys."""
+    return list(file.keys())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """`write_json` for a safetensors file; the same tensors give the same bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)

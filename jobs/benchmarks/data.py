@@ -26,11 +26,11 @@ from sparsify.data.store import (
     Shard,
     StoreSource,
     TokenStore,
-    file_sha256,
     id_type,
 )
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
+from sparsify.files import file_sha256
 from sparsify.models.load import load_tokenizer
 from sparsify.tensors import write_tensors
 

@@ -31,10 +31,11 @@ from jobs.benchmarks.support.random_llama import (
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, peak_memory_bytes
 from jobs.benchmarks.support.stopwatch import phase_seconds
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.methods import PruneParams, get_method
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
+from sparsify.pruning.prune import LayerChoice, prune_model
 
 SUMMARY = "a whole model's time and memory from some of its blocks, phase by phase"
 
@@ -115,9 +116,9 @@ def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[s
     marks = [wall_s(device)]
     result = prune_model(
         model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
-        comm=Comm.single(), batch_size=options.batch_size, clock=time.perf_counter,
-        order=None if options.order == "auto" else options.order, overlap=overlap,
-        on_block=lambda done, total: marks.append(wall_s(device)),
+        comm=Comm.single(), memory=Memory(options.batch_size, overlap=overlap),
+        layers=LayerChoice(order=None if options.order == "auto" else options.order),
+        clock=time.perf_counter, on_block=lambda done, total: marks.append(wall_s(device)),
     )  # fmt: skip
     end_s = wall_s(device)
     return {

@@ -18,6 +18,7 @@ from jobs.benchmarks.support.arguments import add_calibration, add_option, setti
 from jobs.benchmarks.support.random_llama import llama_config, random_model, random_rows
 from jobs.benchmarks.support.record import Outcome, Table, Target, num_cpus
 from jobs.benchmarks.support.stopwatch import phase_seconds
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.masks.storage import load_masks, save_masks
@@ -81,7 +82,7 @@ def prune_as_worker(rank: int, num_workers: int, task: dict[str, Any], folder: P
         result = prune_model(
             model, rows, get_method(task["method"]), Pattern.parse("2:4"), PruneParams(),
             comm=Comm.distributed(is_fixed=task["reduction"] == "fixed"),
-            batch_size=task["batch_size"], clock=time.perf_counter,
+            memory=Memory(task["batch_size"]), clock=time.perf_counter,
         )  # fmt: skip
         dist.barrier()
         taken_s = time.perf_counter() - started_s

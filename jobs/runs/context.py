@@ -5,19 +5,16 @@ decide its result, and `run(context, writer)`, which fills the writer's folder a
 """
 
 from __future__ import annotations
-import json
-from collections.abc import Callable, Mapping
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from conf.options.run import STAGES
+
 from conf.schema import Config, to_dict
-from jobs.runs.artifact import RECORD
-from sparsify.formats.sparse_folder import SPARSITY, model_fingerprint
-from jobs.runs.folder import write_json
-from sparsify.errors import InputError
 from jobs.runs.models import Models
-from sparsify.formats.sparse_folder import read_sparsity
+from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
+
 if TYPE_CHECKING:
     from cluster.runtime.backend import RayCluster
     from jobs.runs.display import Display
@@ -32,6 +29,7 @@ _ONLY_SPEED = {
     "pause_limit_s", "checksum_every_steps",
 }  # fmt: skip
 """options that change memory and speed, and a result by rounding at most"""
+
 
 @dataclass
 class StageContext:
@@ -67,6 +65,7 @@ class StageContext:
             for group in groups
         }
 
+
 def heldout_inputs(context: StageContext) -> dict[str, str]:
     """For identities: held-out text of its own decides which documents are not trained on."""
     from jobs.corpus.sources import source_fingerprint
@@ -75,11 +74,13 @@ def heldout_inputs(context: StageContext) -> dict[str, str]:
         return {}
     return {"heldout": source_fingerprint(context.config.data, "heldout")}
 
+
 def given_masks(config: Config, folder: Path) -> dict[str, Any]:
     """For identities: the options that say where the masks of a foreign model are."""
     if read_sparsity(folder) is not None:
         return {}
     return {"prune.pattern": config.prune.pattern, "prune.skip": config.prune.skip}
+
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:
     """Name -> fingerprint of each model folder."""

@@ -1,9 +1,11 @@
 """What a person sees while a run works: one bar per stage with an ETA, or lines in a log file."""
 
 from __future__ import annotations
+
 import sys
 import time
 from typing import Any
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,8 +20,10 @@ from rich.table import Column
 
 _LOG_EVERY_S = 10.0
 
+
 def _number() -> Column:
     return Column(no_wrap=True, min_width=7)
+
 
 class Display:
     """Progress of a run on stderr.

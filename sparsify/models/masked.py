@@ -7,28 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import InputError, PatternViolationError
+from sparsify.errors import InputError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
-from sparsify.masks.storage import PackedMasks, pack_mask, spread
+from sparsify.masks.storage import BitMasks, mask_to_bits, spread
 from sparsify.models.structure import find_blocks
-from sparsify.pattern import check_divides
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from sparsify.pattern import Pattern
+from sparsify.pattern import Pattern, check_divides
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def infer_masks(
     model: nn.Module, pattern: Pattern, skip: Sequence[str] = (), may_be_dense: bool = False
-) -> PackedMasks:
+) -> BitMasks:
     """The masks of a model that was pruned elsewhere, from the zeros in its block linears.
 
     Every non-zero weight is kept. Where a group (or row) has more zeros than the pattern asks
@@ -40,7 +35,7 @@ def infer_masks(
         pattern: what every linear layer of the blocks must satisfy.
         skip: glob patterns of full layer names that were left dense.
         may_be_dense: take the largest |W| of every group (or row) of a layer that does not satisfy
-            the pattern; the weights behind its mask are alive.
+            the pattern; the weights under its mask are alive.
 
     Returns:
         Full layer name (without ".weight") -> bool tensor of the weight's shape.
@@ -50,7 +45,7 @@ def infer_masks(
             does not divide into groups.
     """
     name, blocks = find_blocks(model)
-    return PackedMasks.of(infer_block_masks(name, blocks, pattern, skip, may_be_dense))
+    return BitMasks.of(infer_block_masks(name, blocks, pattern, skip, may_be_dense))
 
 
 def infer_block_masks(
@@ -77,7 +72,7 @@ def infer_block_masks(
 
 
 def num_alive(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
-    """Weights behind the masks that are not zero; arguments and errors as `mask_gradients`."""
+    """Weights under the masks that are not zero; arguments and errors as `mask_gradients`."""
     return sum(
         int(torch.count_nonzero(weight.detach().masked_fill(keep_mask.to(weight.device), 0)))
         for weight, keep_mask in _weights(model, masks)
@@ -85,19 +80,19 @@ def num_alive(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
 
 
 class _GradientMask:
-    """Tensor hook that clears the gradient where the mask is False; holds the mask packed."""
+    """Tensor hook that clears the gradient where the mask is False; holds the mask bits."""
 
     def __init__(self, keep_mask: torch.Tensor) -> None:
         self._shape = tuple(keep_mask.shape)
-        self._packed = pack_mask(keep_mask)
+        self._bits = mask_to_bits(keep_mask)
 
     def __call__(self, grad: torch.Tensor) -> torch.Tensor:
-        if self._packed.device != grad.device:  # the engine moved the model after registration
-            self._packed = self._packed.to(grad.device)
+        if self._bits.device != grad.device:  # the engine moved the model after registration
+            self._bits = self._bits.to(grad.device)
         # By bits, not multiplied: inf * 0 would put NaN where a zero belongs. Eight times as fast
         # on a CPU as filling: an element is kept by a word of ones, or cleared by one of zeros.
         dtype = _INTEGERS[grad.element_size()]
-        bits = spread(self._packed, grad.numel(), dtype, -1).view(self._shape)
+        bits = spread(self._bits, grad.numel(), dtype, -1).view(self._shape)
         torch.bitwise_and(grad.view(dtype), bits, out=bits)
         return bits.view(grad.dtype)
 
@@ -152,23 +147,6 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set every pruned weight to zero, in place; arguments and errors as `mask_gradients`."""
     for weight, keep_mask in _weights(model, masks):
         weight.masked_fill_(~keep_mask.to(weight.device), 0)
-
-
-def require_masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Check that every pruned weight is exactly zero.
-
-    Raises:
-        PatternViolationError: one is not; names the layer, row and column.
-        InputError: as `mask_gradients`.
-    """
-    for (name, keep_mask), weight in zip(masks.items(), _targets(model, masks), strict=True):
-        wrong = (weight.detach() != 0) & ~keep_mask.to(weight.device)
-        if wrong.any():
-            row, column = (int(i) for i in wrong.nonzero()[0])
-            raise PatternViolationError(
-                f"{name}: pruned weight at row {row}, column {column} is "
-                f"{weight[row, column].item():.3e} instead of 0"
-            )
 
 
 def _targets(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:

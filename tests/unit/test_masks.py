@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsify.errors import InputError, PatternViolationError
+from sparsify.errors import InputError
 from sparsify.masks.select import keep_mask_from_scores
-from sparsify.masks.storage import load_masks, mask_digest, pack_mask, save_masks, unpack_mask
+from sparsify.masks.storage import load_masks, mask_digest, mask_from_bits, mask_to_bits, save_masks
 from sparsify.models.masked import (
     apply_masks_,
     has_alive,
     infer_masks,
     mask_gradients,
-    require_masked,
+    num_alive,
 )
 from sparsify.pattern import Pattern
 
@@ -34,21 +34,21 @@ def test_bit_order_is_pinned():
     """A file written today must mean the same tomorrow."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 0] = mask[0, 3] = mask[1, 4] = True  # elements 0, 3 and 9
-    assert pack_mask(mask).tolist() == [0b0000_1001, 0b0000_0010]
+    assert mask_to_bits(mask).tolist() == [0b0000_1001, 0b0000_0010]
 
 
 @settings(max_examples=50, deadline=None)
 @given(rows=st.integers(0, 9), columns=st.integers(1, 37), seed=st.integers(0, 2**31))
 def test_pack_round_trip(rows, columns, seed):
     mask = random_mask(rows, columns, seed=seed)
-    packed = pack_mask(mask)
+    packed = mask_to_bits(mask)
     assert packed.numel() == -(-rows * columns // 8)
-    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+    assert torch.equal(mask_from_bits(packed, mask.shape), mask)
 
 
 def test_unpack_refuses_a_wrong_size():
     with pytest.raises(InputError, match="needs 3 bytes"):
-        unpack_mask(pack_mask(random_mask(4, 4)), (4, 5))
+        mask_from_bits(mask_to_bits(random_mask(4, 4)), (4, 5))
 
 
 def test_digest_depends_on_bits_and_shape():
@@ -57,7 +57,7 @@ def test_digest_depends_on_bits_and_shape():
     other[3, 7] ^= True
     assert mask_digest(mask) == mask_digest(mask.clone())
     assert len({mask_digest(m) for m in (mask, other, mask.view(8, 4), mask.T)}) == 4
-    expected = hashlib.sha256(b"(4, 8)" + bytes(pack_mask(mask).tolist())).hexdigest()
+    expected = hashlib.sha256(b"(4, 8)" + bytes(mask_to_bits(mask).tolist())).hexdigest()
     assert mask_digest(mask) == expected
 
 
@@ -212,7 +212,7 @@ def test_zeros_survive_adamw_with_decay_clipping_and_bfloat16():
     model = nn.Sequential(nn.Linear(16, 16)).bfloat16()
     masks = {NAME: random_mask(16, 16)}
     apply_masks_(model, masks)
-    require_masked(model, masks)
+    assert num_alive(model, masks) == 0
     mask_gradients(model, masks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     before = model[0].weight.detach().clone()
@@ -221,7 +221,7 @@ def test_zeros_survive_adamw_with_decay_clipping_and_bfloat16():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad()
-    require_masked(model, masks)
+    assert num_alive(model, masks) == 0
     assert (model[0].weight != before)[masks[NAME]].float().mean() > 0.9
 
 
@@ -243,7 +243,7 @@ def test_tied_weights(names):
     model.second(model.first(torch.randn(3, 4))).sum().backward()
     assert not model.first.weight.grad[~mask].any()
     assert model.first.weight.grad[mask].any()
-    require_masked(model, masks)
+    assert num_alive(model, masks) == 0
 
 
 def test_tied_weights_with_unequal_masks_are_refused():
@@ -253,20 +253,17 @@ def test_tied_weights_with_unequal_masks_are_refused():
 
 def test_masks_of_another_model_are_refused():
     model = nn.Sequential(nn.Linear(8, 6))
-    for action in (mask_gradients, apply_masks_, require_masked):
+    for action in (mask_gradients, apply_masks_, num_alive):
         with pytest.raises(InputError, match="layer 3: the model has no such layer"):
             action(model, {"3": random_mask(6, 8)})
         with pytest.raises(InputError, match=r"layer 0: shape \(8, 6\).*\(6, 8\)"):
             action(model, {NAME: random_mask(8, 6)})
 
 
-def test_a_pruned_weight_that_moved_is_named():
+def test_a_pruned_weight_that_moved_is_counted():
     model = nn.Sequential(nn.Linear(8, 6))
     masks = {NAME: random_mask(6, 8)}
     apply_masks_(model, masks)
     row, column = (int(i) for i in (~masks[NAME]).nonzero()[-1])
     model[0].weight.data[row, column] = 1e-30
-    with pytest.raises(
-        PatternViolationError, match=f"0: .*row {row}, column {column} is 1.000e-30"
-    ):
-        require_masked(model, masks)
+    assert num_alive(model, masks) == 1

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from jobs.benchmarks.support.device import forget_peak, peak_bytes
-from sparsify.distillation.head_loss import HeadProducts, Teacher, chunks, head_loss
+from sparsify.data.rows import chunks
+from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
 from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.models.lm_head import Head
 

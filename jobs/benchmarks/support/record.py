@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.runs.artifact import versions
+from sparsify.files import written_whole
 
 SCHEMA = 1
 
@@ -115,9 +116,8 @@ def build_record(
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Write the record so that the file is the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def default_name(record: dict[str, Any]) -> str:
