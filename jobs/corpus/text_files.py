@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sparsify.errors import InputError
+from sparsify.errors import InputError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 
@@ -298,7 +298,7 @@ def parquet_file(path: Path, text_field: str) -> Iterator[Any]:
                 raise _no_field(f"data source {path}", text_field, fields)
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data source {path}: not valid parquet ({_first_line(error)})") from None
+        raise InputError(f"data source {path}: not valid parquet ({first_line(error)})") from None
 
 
 def column_documents(path: Path, table: Any, text_field: str, first_row: int = 0) -> Documents:
@@ -330,7 +330,7 @@ def _load_saved_dataset(path: Path, split: str | None) -> Any:
         dataset = _datasets().load_from_disk(str(path))
     except Exception as error:
         raise InputError(
-            f"data source {path}: not a usable dataset folder ({_first_line(error)})"
+            f"data source {path}: not a usable dataset folder ({first_line(error)})"
         ) from None
     if isinstance(dataset, dict):
         wanted = split or "train"
@@ -357,7 +357,7 @@ def load_hub_dataset(name: str) -> Any:
         return _datasets().load_dataset(repository, config or None, split=split or "train")
     except Exception as error:
         raise InputError(
-            f"data source {name}: cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            f"data source {name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); "
             "check the name (hf:NAME[:CONFIG][@SPLIT]) and the network, or give a local file"
         ) from None
 
@@ -369,8 +369,3 @@ def _dataset_documents(name: str, dataset: Any, text_field: str) -> Documents:
     if len(dataset) == 0:
         raise InputError(f"{place}: no rows in it; give a source that has some")
     return _records(f"{place}, row", dataset.select_columns([text_field]), text_field)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

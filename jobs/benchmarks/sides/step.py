@@ -34,6 +34,7 @@ from sparsify.data.rows import TokenRows
 from sparsify.data.store import ID_TYPES, id_type
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
+from sparsify.models.calls import run_model
 from sparsify.models.masked import apply_masks_, infer_masks
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
 from sparsify.models.varlen import choose_attention
@@ -238,25 +239,21 @@ def _arithmetic(
     loss is computed: the gradient of the logits is the logits themselves, which costs nothing.
     """
 
-    def forward(model: Any, rows: TokenRows) -> Any:
-        output = model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-        return output.logits
-
     def teach(rows: TokenRows) -> None:
         with torch.no_grad():
-            forward(teacher, rows)
+            run_model(teacher, rows)
 
     def learn(logits: Any) -> None:
         logits.backward(logits.detach())
 
     teach = watch.around(teach, "alone: teacher")
-    student_forward = watch.around(forward, "alone: student forward")
+    student_forward = watch.around(run_model, "alone: student forward")
     learn = watch.around(learn, "alone: backward")
 
     def step() -> None:
         for rows in parts:
             teach(rows)
-            learn(student_forward(student, rows))
+            learn(student_forward(student, rows).logits)
         student.zero_grad(set_to_none=True)
 
     return step

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsify.calibration.layers import prunable_linears
 from sparsify.data.rows import TokenRows
 from sparsify.masks.select import find_violation
+from sparsify.models.calls import run_model
 from sparsify.models.load import load_model
 from sparsify.pattern import Pattern
 
@@ -49,8 +50,7 @@ def dense_hessians(
     ]
     with torch.no_grad():
         for batch in rows.split(batch_size):
-            model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False,
-                  logits_to_keep=1)  # fmt: skip
+            run_model(model, batch, logits_to_keep=1)
             seen.clear()
     for handle in handles:
         handle.remove()
