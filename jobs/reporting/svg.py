@@ -132,7 +132,7 @@ def areas(
     points: list[_Point | None] = [
         None if span is None else (x, *span) for x, span in zip(xs, spans, strict=True)
     ]
-    outlines: list[list[_Point]] = [
+    outlines = [
         [(x, high) for x, _, high in run] + [(x, low) for x, low, _ in reversed(run)]
         for run in _runs(points, lone)
     ]
