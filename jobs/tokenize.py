@@ -1,53 +1,24 @@
 """Turn training text into a store of token rows: once, in parallel, for many recoveries.
 
 `python -m jobs.tokenize model.path=MODEL data.train=TEXT tokenize.out=FOLDER` writes FOLDER, which
-`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command goes on at the
+`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command resumes at the
 shards that are not finished.
 """
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from conf.options.tokenize import TokenizeJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main
 
-if TYPE_CHECKING:
-    from conf.options.tokenize import TokenizeJobConfig
-
 
 def run(config: TokenizeJobConfig) -> Path:
-    """Write the store, or what is missing of it; its folder.
+    """Write the store, or what is missing of it; its folder."""
+    from jobs.workers.tokenize import make_store  # costs torch
 
-    Raises:
-        InputError: something the user can put right.
-        TwofourError: a shard could not be made; finished ones are kept.
-    """
-    from jobs.runs import folder
-    from jobs.runs.display import Display
-    from jobs.runs.session import ROOT, cluster_errors
-    from jobs.workers.tokenize import write_store
-
-    out = Path(config.tokenize.out).absolute()
-    folder.prepare_run_dir(out, "tokenize.out")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(folder.run_lock(out, "tokenize.out"))
-        display = stack.enter_context(Display())
-
-        def map_shards(work: Any, payloads: list[Any]) -> None:
-            from cluster.runtime.backend import RayCluster
-            from cluster.runtime.backend import map_shards as map_by_ray
-
-            name = f"tokenize {out.name}"
-            cluster = RayCluster(config.cluster, name, ROOT, display.on_event)
-            with cluster_errors(), cluster:
-                map_by_ray(cluster, "tokenize", work, payloads, "shards")
-
-        with folder.disk_errors(out):
-            write_store(config, out, map_shards, display)
-    return out
+    return make_store(config)
 
 
 def describe_plan(config: TokenizeJobConfig) -> list[str]:
@@ -62,5 +33,21 @@ def describe_plan(config: TokenizeJobConfig) -> list[str]:
     ]
 
 
+COMMAND = Command(
+    "tokenize", TokenizeJobConfig, run, describe_plan,
+    summary="Turn training text into a store of token rows, once for many recoveries.",
+    examples=(
+        "tokenize.out=runs/tokens model.path=/models/8b data.train=/data/text",
+        "tokenize.out=mix 'data.mix=[7 a.jsonl,3 b.parquet]'",
+        "data.train=/data/text --dry-run",
+    ),
+    uses=(
+        "model.path", "data.train", "data.mix", "data.calibration", "data.heldout",
+        "data.text_field", "data.separator", "data.heldout_share", "data.sequence_length",
+        "tokenize", "cluster",
+    ),
+    out="tokenize.out",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(Command("tokenize", run, describe_plan))
+    main(COMMAND)

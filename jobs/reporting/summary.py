@@ -35,10 +35,9 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         path = run_dir / stage / RECORD
         if path.is_file() and stage != "report":
             records[stage] = json.loads(path.read_text(encoding="utf-8"))
-    if context.models.recovered is None:
-        records.pop("distill", None)  # made from an earlier pruning than the one there is now
-    if context.models.packed_int4 is None:
-        records.pop("quantize", None)
+    for stage in ("distill", "quantize"):
+        if stage not in context.models.made:
+            records.pop(stage, None)  # made from an earlier pruning than the one there is now
     metrics = {stage: record["metrics"] for stage, record in records.items()}
     durations = {stage: record["duration_s"] for stage, record in records.items()}
     distill = metrics.get("distill")
@@ -104,8 +103,8 @@ def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:
 def _pattern_of(context: StageContext) -> str:
     """Pattern of the sparse model that a run without a prune stage started from."""
     models = context.models
-    for folder in [models.recovered, *models.pruned.values()]:
-        sparsity = read_sparsity(folder) if folder is not None else None
+    for folder in reversed(models.all_sparse().values()):
+        sparsity = read_sparsity(folder)
         if sparsity is not None:
             return str(sparsity["pattern"])
     return context.config.prune.pattern
@@ -160,7 +159,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
 def _label(name: str, context: StageContext) -> str:
     base, _, bits = name.partition("_int")
     if bits:
-        is_recovered = context.models.recovered is not None
+        is_recovered = "distill" in context.models.made
         base = base if is_recovered else f"one-shot {context.models.method}"
         return f"{base} + INT{bits}"
     return name if name in ("dense", "recovered") else f"one-shot {name}"
@@ -169,9 +168,7 @@ def _label(name: str, context: StageContext) -> str:
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:
     """Bytes of each model's weight files, and of the packed form where one was written."""
     models = context.models
-    folders = {"dense": models.dense, **models.pruned}
-    if models.recovered is not None:
-        folders["recovered"] = models.recovered
+    folders = {"dense": models.dense, **models.all_sparse()}
     # One-shot models are not packed into files: theirs is the size of the packed tensors.
     packed = {
         **metrics.get("prune", {}).get("packed_bytes", {}),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from conf.options.data import DataConfig, parse_mix
 from conf.schema import Config
@@ -16,10 +17,8 @@ from jobs.corpus.sources import source_label
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.distillation.schedule import LossWeights, TokenCounts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sparsify.distillation.schedule import TokenCounts
+from sparsify.params import LossWeights
 
 FIGURES = ("kl", "ce", "agreement")
 

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
-from sparsify.calibration.walk import Progress, walk_blocks
+from sparsify.calibration.timing import Progress
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.isolation import check_isolation
-from sparsify.quantization.codes import Quantized, QuantParams, dequantize
+from sparsify.params import QuantParams
+from sparsify.quantization.codes import Quantized, dequantize
 from sparsify.quantization.gptq import quantize_weight
 
 

@@ -6,38 +6,14 @@ One process, next-token cross-entropy, AdamW. The order of the rows depends on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from sparsify.data.split import shuffled
 from sparsify.errors import NonFiniteError
-
-
-@dataclass
-class PretrainParams:
-    """Recipe of a run from scratch."""
-
-    batch_size: int = 32
-    """rows per step"""
-    learning_rate: float = 3e-3
-    """peak of the schedule: linear warm-up, then linear decay to zero"""
-    num_warmup_steps: int = 100
-    """steps of linear warm-up"""
-    weight_decay: float = 0.1
-    """decoupled decay on matrices; vectors have none"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-    bf16: bool = True
-    """forward and backward in bfloat16 autocast, weights in float32"""
-
-
-def learning_rate_scale(step: int, num_steps: int, num_warmup_steps: int) -> float:
-    """Linear warm-up to 1, then linear decay that would reach 0 one step after the last."""
-    if step < num_warmup_steps:
-        return (step + 1) / num_warmup_steps
-    return (num_steps - step) / max(1, num_steps - num_warmup_steps)
+from sparsify.params import PretrainParams
+from sparsify.training.schedule import learning_rate
 
 
 def pretrain(
@@ -79,7 +55,7 @@ def pretrain(
     model.train()
     for step in range(num_steps):
         batch = rows[order[step * params.batch_size : (step + 1) * params.batch_size]].to(device)
-        scale = learning_rate_scale(step, num_steps, params.num_warmup_steps)
+        scale = learning_rate(1.0, step, num_steps, params.num_warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = params.learning_rate * scale
         with torch.autocast(device.type, torch.bfloat16, enabled=params.bf16):

@@ -17,8 +17,9 @@ from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast
 from jobs.cli.compose import load_config
-from jobs.cli.main import _FLAGS
+from jobs.cli.main import FLAGS
 from jobs.cli.options import JOBS, job_options
+from jobs.pipeline import PIPELINE
 from jobs.reporting.summary import _num_parameters, build_summary
 from jobs.runs.artifact import RECORD
 from jobs.runs.context import StageContext
@@ -77,7 +78,7 @@ def test_command_names_a_job_and_its_words_parse(command: str) -> None:
     assert job in JOBS
     assert (ROOT / "jobs" / f"{job}.py").is_file()
     flags = [word for word in words if word.startswith("-")]
-    assert set(flags) <= set(_FLAGS)
+    assert set(flags) <= set(FLAGS)
     if "--help" in flags:  # its words say which options to show
         words = [word for word in words if "=" in word]
     load_config(job, [word for word in words if word not in flags])
@@ -180,8 +181,10 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     quantized = dict.fromkeys([field.name for field in fields(QuantLayerReport)], 0)
     step = dict.fromkeys(literal_keys("training/loop", "_step", "grad_norm"), 0)
     quantization = dict.fromkeys(literal_keys("stages/quantize", "run", "group_size"), 0)
-    recovery = dict.fromkeys(literal_keys("workers/distill", "_write", "tokens_per_s"), 0)
-    score = dict.fromkeys(literal_keys("stages/evaluate", "score", "kl"), 1.0)
+    recovery = dict.fromkeys(
+        literal_keys("workers/distill", "distill_on_worker", "tokens_per_s"), 0
+    )
+    score = dict.fromkeys(literal_keys("workers/evaluate", "total", "kl"), 1.0)
     gate = {"num_violations": 0}
     return {
         "prune": {
@@ -222,7 +225,8 @@ def test_table_of_summary_keys_is_what_the_builder_writes(
         (tmp_path / stage / RECORD).write_text(json.dumps(record), encoding="utf-8")
     nothing: Any = None
     one = tiny_model_dir
-    models = Models(one, {"wanda": one}, "wanda", recovered=one, packed_int4=one)
+    made = {"prune": {"wanda": one}, "distill": {"recovered": one}, "quantize": {"packed": one}}
+    models = Models(one, PIPELINE, made, "wanda")
     context = StageContext(
         Config(), Config(), tmp_path, "command", models, nothing, nothing, nothing
     )
