@@ -35,7 +35,7 @@ _EXAMPLES = (
     "python -m jobs.bench prune --against llmcompressor --model embedded",
     "python -m jobs.bench scaling --workers 1 2 --reduction fixed",
     "python -m jobs.bench memory --checkpoint-gb 6 --limit-gb 3",
-    "python -m jobs.bench quality --models embedded --out docs/quality.md",
+    "python -m jobs.bench quality --models embedded --out docs/benchmarks/quality.md",
     "python -m jobs.bench recovery --models embedded --recipes kl ce dense-ce",
     "python -m jobs.bench kernel --device cuda --save",
     "python -m jobs.bench data --store-gb 4 --save",

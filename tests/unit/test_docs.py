@@ -193,6 +193,17 @@ def test_mentioned_file_exists(where: Page, path: str) -> None:
     assert (ROOT / path).exists()
 
 
+def test_code_names_pages_that_exist() -> None:
+    missing = [
+        (path.name, name)
+        for top in ("jobs", "conf", "cluster", "sparsify", "tests")
+        for path in (ROOT / top).rglob("*.py")
+        for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
 def test_menu_of_the_site_has_every_page() -> None:
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
 
