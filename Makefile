@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo` and `make test`.
+# Everything a newcomer needs: `make demo`, `make quick` before a commit, `make test` before a merge.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,12 @@ READY := $(VENV)/.ready
 # One thread per process: more than the cores makes everything slower, and results depend on it.
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
+# Tests on WORKERS processes. Those of one file stay together, for they share what they start; the
+# order is the files', so that the long ones of tests/integration come first.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test quick lint all-tests quick-tests docs clean
 
 setup: $(READY)
 
@@ -21,8 +25,18 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m jobs.prune
 
-test: $(READY) lint
-	$(BIN)/python -m pytest
+# Lint (one process) runs beside the tests: types take a core for two minutes when nothing is cached.
+test: $(READY)
+	$(MAKE) --jobs=2 lint all-tests
+
+quick: $(READY)
+	$(MAKE) --jobs=2 lint quick-tests
+
+all-tests: $(READY)
+	$(PYTEST) tests
+
+quick-tests: $(READY)
+	$(PYTEST) tests/unit tests/numerics
 
 lint: $(READY)
 	$(BIN)/ruff check .

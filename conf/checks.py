@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_RENAMED = {
+    "resolve": "sparsegpt_refit", "teacher": "sparsegpt_teacher", "descent": "group_descent",
+}  # fmt: skip
+"""words that options once took -> what they are called now, for the message alone"""
+
 
 def method_names() -> tuple[str, ...]:
     """Pruning methods that exist: the modules of `sparsify/methods`, listed without importing."""
@@ -30,6 +35,8 @@ def as_list(values: Sequence[object]) -> str:
 
 def close_match(text: str, known: Sequence[str]) -> str:
     """' (did you mean X?)' for the known word nearest to `text`, or nothing."""
+    if (renamed := _RENAMED.get(text)) in known:
+        return f" (it is now called {renamed})"
     close = difflib.get_close_matches(text, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -6,7 +6,7 @@ nothing of who started the processes or where they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -26,7 +26,7 @@ class Comm:
     rank: int
     world_size: int
     is_fixed: bool = False
-    """True: shares are cut and sums are added in one order for every number of processes, so that
+    """True: parts are cut and sums are added in one order for every number of processes, so that
     results do not depend on it by a single bit; False: in the order that is fastest"""
 
     NUM_LANES = 8
@@ -34,7 +34,7 @@ class Comm:
 
     @property
     def num_lanes(self) -> int:
-        """Shares that work is cut into over all processes; see `lanes`."""
+        """Parts that work is cut into over all processes; see `lanes`."""
         return self.NUM_LANES if self.is_fixed else self.world_size
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Comm:
         dist.broadcast(tensor, src=0)
 
     def lanes(self, num_items: int) -> list[slice]:
-        """This process's shares of `num_items` items, each to be worked on by itself.
+        """This process's parts of `num_items` items, each to be worked on by itself.
 
         They are contiguous, and sizes differ by at most one. There is one, or with a fixed order
         NUM_LANES over all processes, whatever their number.
@@ -94,7 +94,7 @@ class Comm:
         return [_slice_of(lane, self.num_lanes, num_items) for lane in mine]
 
     def row_slice(self, num_rows: int) -> slice:
-        """This process's share of `num_rows` rows: contiguous, sizes differ by at most one."""
+        """This process's part of `num_rows` rows: contiguous, sizes differ by at most one."""
         return _slice_of(self.rank, self.world_size, num_rows)
 
     def broadcast_(self, tensor: Tensor, source: int) -> None:
@@ -102,7 +102,7 @@ class Comm:
         if self.world_size > 1:
             dist.broadcast(tensor, src=source)
 
-    def share(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """Small plain values of all processes, by rank, on all of them."""
         if self.world_size == 1:
             return [value]
@@ -110,7 +110,7 @@ class Comm:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_together(self, work: Callable[[], T]) -> T:
         """Have every process do its part, which exchanges nothing, and return what its own gave.
 
         Raises:
@@ -122,7 +122,7 @@ class Comm:
             result = work()
         except Exception as error:
             failure = error
-        failures = self.share(failure)
+        failures = self.gather_objects(failure)
         failures[self.rank] = failure  # where it happened, with its traceback
         for found in failures:
             if found is not None:
@@ -135,7 +135,7 @@ class Comm:
             dist.barrier()
 
     def gather_rows(self, local_rows: Tensor, num_rows: int) -> Callable[[], Tensor]:
-        """Begin to put the shares of all processes together again, on all of them.
+        """Start to put the parts of all processes together again, on all of them.
 
         Args:
             local_rows: rows `row_slice(num_rows)` of the whole; any dtype.
@@ -156,10 +156,10 @@ class Comm:
         # Raw bytes travel, so that bool and bfloat16 need nothing of the backend.
         as_bytes = padded.reshape(-1).view(torch.uint8)
         received = [torch.empty_like(as_bytes) for _ in sizes]
-        begun = dist.all_gather(received, as_bytes, async_op=True)
+        started = dist.all_gather(received, as_bytes, async_op=True)
 
         def wait() -> Tensor:
-            begun.wait()
+            started.wait()
             return torch.cat(
                 [part.view(padded.dtype).reshape(padded.shape)[:size]
                  for part, size in zip(received, sizes, strict=True)]
@@ -187,5 +187,16 @@ def sum_lanes(lanes: Iterable[T], merge: Callable[[T, T], Any]) -> T:
     return tree[0][1]
 
 
-def _slice_of(index: int, num_shares: int, num_items: int) -> slice:
-    return slice(index * num_items // num_shares, (index + 1) * num_items // num_shares)
+def assign_by_size(sizes: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Indices of `sizes` in `num_parts` parts: the largest goes first, to the smallest part."""
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    filled = [0] * num_parts
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        least = filled.index(min(filled))
+        parts[least].append(index)
+        filled[least] += sizes[index]
+    return parts
+
+
+def _slice_of(index: int, num_parts: int, num_items: int) -> slice:
+    return slice(index * num_items // num_parts, (index + 1) * num_items // num_parts)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify.files import fsync
+
+
+def tensor_names(file: safe_open) -> list[str]:
+    """Names in an open safetensors file, which is no mapping though it has keys."""
+    return list(file.keys())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

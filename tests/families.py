@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 
 from sparsify.data.rows import TokenRows
+from sparsify.methods import PruneParams
 
 GATED = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -40,6 +41,10 @@ FAMILIES = {
         ["fc2"],
     ],
 }
+
+
+# A search and a refit of few steps, for what does not depend on how many there are.
+FEW_STEPS = PruneParams(block_size=16, refit_iterations=2, descent_sweeps=1, admm_iterations=3)
 
 
 def tiny(family: str, num_layers: int = 3, seed: int = 0) -> nn.Module:

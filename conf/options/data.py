@@ -59,7 +59,7 @@ class DataConfig:
     sequence_length: int = 256
     """tokens per row, in every stage; at least 8"""
     isolate_documents: bool = True
-    """documents packed into one row do not attend to each other; positions restart"""
+    """documents joined into one row do not attend to each other; positions restart"""
 
     def __post_init__(self) -> None:
         parse_mix("data.mix", self.mix)

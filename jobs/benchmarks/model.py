@@ -20,7 +20,9 @@ from jobs.benchmarks.support.record import (
     num_cpus,
     peak_memory_bytes,
 )
+from sparsify.calibration.hidden_states import Memory
 from sparsify.errors import InputError
+from sparsify.pruning.prune import LayerChoice
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +140,9 @@ def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[s
     marks = [now_s()]
     result = prune_model(
         model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
-        comm=Comm.single(), batch_size=options.batch_size, clock=time.perf_counter,
-        order=None if options.order == "auto" else options.order, overlap=overlap,
-        on_block=lambda done, total: marks.append(now_s()),
+        comm=Comm.single(), memory=Memory(options.batch_size, overlap=overlap),
+        layers=LayerChoice(order=None if options.order == "auto" else options.order),
+        clock=time.perf_counter, on_block=lambda done, total: marks.append(now_s()),
     )  # fmt: skip
     end_s = now_s()
     blocks: list[dict[str, float]] = [{} for _ in range(options.blocks)]

@@ -30,7 +30,8 @@ _OWN_RUN = {PLAIN: ["prune.method=twofour", "prune.rotation_steps=0", "prune.bas
 """rows of the table that are no method of their own -> what their run is told"""
 
 _METHODS = (
-    "magnitude", "wanda", "sparsegpt", "resolve", "descent", "admm", "teacher", PLAIN, "twofour",
+    "magnitude", "wanda", "sparsegpt", "sparsegpt_refit", "group_descent", "admm",
+    "sparsegpt_teacher", PLAIN, "twofour",
 )  # fmt: skip
 
 _REFERENCE = "sparsegpt"

@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.benchmarks.support.arguments import add_calibration, add_option
 from jobs.benchmarks.support.record import Outcome, Table, Target, num_cpus
+from sparsify.calibration.hidden_states import Memory
 from sparsify.errors import InputError
 
 _TARGET_SPEEDUP = 1.7
@@ -84,7 +85,7 @@ def prune_as_worker(rank: int, num_workers: int, task: dict[str, Any], folder: P
         result = prune_model(
             model, rows, get_method(task["method"]), Pattern.parse("2:4"), PruneParams(),
             comm=Comm.distributed(is_fixed=task["reduction"] == "fixed"),
-            batch_size=task["batch_size"], clock=time.perf_counter,
+            memory=Memory(task["batch_size"]), clock=time.perf_counter,
         )  # fmt: skip
         dist.barrier()
         taken_s = time.perf_counter() - begun_s

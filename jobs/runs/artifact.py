@@ -8,24 +8,19 @@ identity is refused with the fields that differ, unless the user asked to redo t
 """
 
 from __future__ import annotations
+
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from sparsify import files
-from sparsify.errors import InputError, TwofourError
+
+from jobs.runs.folder import disk_errors, write_json
+from sparsify.errors import InputError
 from sparsify.files import file_sha256, fsync
-from jobs.runs.folder import disk_errors
-from jobs.runs.folder import write_json
 
 RECORD = "record.json"
 

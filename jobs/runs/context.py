@@ -5,19 +5,16 @@ decide its result, and `run(context, writer)`, which fills the writer's folder a
 """
 
 from __future__ import annotations
-import json
-from collections.abc import Callable, Mapping
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from conf.options.run import STAGES
+
 from conf.schema import Config, to_dict
-from jobs.runs.artifact import RECORD
-from sparsify.formats.sparse_folder import SPARSITY, model_fingerprint
-from jobs.runs.folder import write_json
-from sparsify.errors import InputError
 from jobs.runs.models import Models
-from sparsify.formats.sparse_folder import read_sparsity
+from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
+
 if TYPE_CHECKING:
     from cluster.runtime.backend import RayCluster
     from jobs.runs.display import Display

@@ -1,9 +1,11 @@
 """What a person sees while a run works: one bar per stage with an ETA, or lines in a log file."""
 
 from __future__ import annotations
+
 import sys
 import time
 from typing import Any
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,

@@ -1,22 +1,19 @@
 """A run's folder: made, locked to one command at a time, its JSON written whole or not at all."""
 
 from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
 from sparsify import files
 from sparsify.errors import InputError, TwofourError
-from sparsify.files import file_sha256, fsync
+
 
 def write_json(path: Path, value: Any) -> None:
     """`files.write_json`, with a full or unwritable disk as one line."""

@@ -1,22 +1,20 @@
 """Model folders by what has been done to them: found in earlier runs, added as stages finish."""
 
 from __future__ import annotations
+
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
 from conf.options.run import STAGES
-from conf.schema import Config, to_dict
+from conf.schema import Config
 from jobs.runs.artifact import RECORD
-from sparsify.formats.sparse_folder import SPARSITY, model_fingerprint
-from jobs.runs.folder import write_json
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import read_sparsity
+
 if TYPE_CHECKING:
-    from cluster.runtime.backend import RayCluster
-    from jobs.runs.display import Display
-    from jobs.runs.tracking import Tracker
+    pass
 
 @dataclass
 class Models:

@@ -1,24 +1,16 @@
 """Which stages an interrupted command with run.redo has already made again."""
 
 from __future__ import annotations
+
 import contextlib
-import importlib
 import json
-import shlex
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
 from jobs.runs.folder import write_json
-from conf.schema import Config, default_run_dir, to_dict
-from jobs.runs import artifact as _artifact, folder as folder_module, context as _stage, models as models_module
-from sparsify import errors
-from sparsify.errors import InputError, TwofourError
+
 if TYPE_CHECKING:
-    from cluster.runtime.backend import RayCluster
-    from jobs.runs.artifact import Artifact
-    from jobs.runs.display import Display
+    pass
 
 class RedoJournal:
     """Stages that an interrupted command with run.redo has already made again.

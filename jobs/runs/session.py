@@ -1,22 +1,19 @@
 """The run's Ray: started when the first stage needs it, its errors brought back as ours."""
 
 from __future__ import annotations
+
 import contextlib
-import importlib
-import json
-import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from conf.schema import Config, default_run_dir, to_dict
-from jobs.runs import artifact as _artifact, folder as folder_module, context as _stage, models as models_module
+
+from conf.schema import Config
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
+
 if TYPE_CHECKING:
     from cluster.runtime.backend import RayCluster
-    from jobs.runs.artifact import Artifact
     from jobs.runs.display import Display
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ Weights & Biases is one warning, and the JSONL file has every metric regardless.
 """
 
 from __future__ import annotations
+
 import json
 import math
 import netrc
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
 from conf.options.tracker import TrackerConfig
 
 METRICS_FILE = "metrics.jsonl"

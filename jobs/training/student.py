@@ -18,7 +18,7 @@ from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError
 from sparsify.formats.verify import masks_of, own_masks
 from sparsify.masks.storage import PackedMasks
-from sparsify.models.blocks import Blocks, BlocksInMemory, StreamedBlocks, unstreamable
+from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.calls import first_block_alone
 from sparsify.models.isolation import check_isolation
 from sparsify.models.lm_head import LanguageHead, check_head
@@ -68,9 +68,9 @@ def open_blocks(
         why_whole: the option that asks for that, for the warning.
     """
     if is_split:
-        reason = unstreamable(path)
+        reason = reason_to_hold_whole(path)
         if reason is None:
-            source = StreamedBlocks(path, dtype, context.device, with_head=True)
+            source = BlocksOnDisk(path, dtype, context.device, with_head=True)
             for module in source.model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = buffer.to(context.device)
@@ -97,7 +97,7 @@ def prove(
     Raises:
         InputError: see `check_head`, `check_isolation` and `choose_attention`.
     """
-    is_streamed = isinstance(source, StreamedBlocks)
+    is_streamed = isinstance(source, BlocksOnDisk)
     with first_block_alone(source.model) if is_streamed else nullcontext():
         found = check_head(source.model)
         if isolate:

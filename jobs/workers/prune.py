@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from conf.schema import Config
 from jobs.corpus.rows import load_rows
+from jobs.runs.folder import disk_errors, write_json
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -21,15 +24,15 @@ from jobs.workers.prune_inputs import (
     rotated_model,
     wanted_rotation_steps,
 )
-from sparsify.calibration.hidden_states import Placement
-from sparsify.calibration.layers import Order, passes_ahead
+from sparsify.calibration.hidden_states import Memory, Placement
+from sparsify.calibration.layers import InputOrder, passes_ahead
 from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.packed24 import packed_num_bytes
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
-from sparsify.models.blocks import unstreamable
+from sparsify.models.blocks import reason_to_hold_whole
 from sparsify.models.load import (
     DTYPES,
     check_sequence_length,
@@ -41,11 +44,11 @@ from sparsify.models.load import (
 from sparsify.models.structure import fused_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
-from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
+from sparsify.tensors import tensor_names
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # loads Ray
     from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
 
 _FIGURES = (
     "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
@@ -113,7 +116,7 @@ class Pruning:
         self._held_rows = rows[len(rows) - num_held :]
         if warning:
             context.warn(warning)
-        self._reason = unstreamable(dense)
+        self._reason = reason_to_hold_whole(dense)
         if self._reason is not None:
             context.warn(
                 f"prune: the whole model is held in memory and is not resumable by blocks, because "
@@ -127,7 +130,7 @@ class Pruning:
         """of the main method's work on the whole model, before the walk that its layers report"""
 
     def run(self, name: str, index: int, num_methods: int) -> list[dict[str, Any]]:
-        """Prune with method `name`, going on where an earlier run was stopped.
+        """Prune with method `name`, resuming where an earlier run was stopped.
 
         Returns:
             The layers' reports as plain values.
@@ -139,12 +142,14 @@ class Pruning:
             share = index + done / total
             context.progress(share * total, num_methods * total, f"{text}, {name}")
 
-        common: dict[str, Any] = {
-            "comm": self._comm, "batch_size": settings.batch_size, "skip": list(settings.skip),
-            "existing": settings.existing, "order": self._order(name), "clock": time.perf_counter,
-            "overlap": settings.overlap,
-            "on_block": lambda done, total: say(done, total, "blocks"),
-        }  # fmt: skip
+        def on_block(done: int, total: int) -> None:
+            say(done, total, "blocks")
+
+        layers = LayerChoice(
+            settings.skip,
+            settings.existing,  # type: ignore[arg-type]
+            self._order(name),
+        )
         dense = self._dense
         shared = (self._config, self._scratch, self._comm, context.device, say)
         if is_main and wanted_rotation_steps(self._config, dense):
@@ -153,18 +158,19 @@ class Pruning:
             self.seconds_ahead += self.rotation["seconds"]
             self._warn_of_rotation(self.rotation)
         if is_main and settings.fisher:
-            common["token_weights"], seconds = fisher_weights(dense, self._rows, *shared)
+            weights_LNT, seconds = fisher_weights(dense, self._rows, *shared)
+            layers = replace(layers, token_weights=weights_LNT)
             self.seconds_ahead += seconds
         folder = self._scratch / name
         if is_main and settings.budget:
             everything = self._scratch / f"{name}-all"
-            first = self._prune(name, dense, everything, common)
+            first = self._prune(name, dense, everything, layers, on_block)
             found = dense_layers(dense, everything, self._held_rows, *shared)
             self.dense_layers = found["dense_names"]
             self.seconds_ahead += found["seconds"]
             self.seconds_ahead += sum(sum(layer.seconds.values()) for layer in first.layers)
-            common["skip"] += self.dense_layers
-        result = self._prune(name, dense, folder, common)
+            layers = replace(layers, skip=[*layers.skip, *self.dense_layers])
+        result = self._prune(name, dense, folder, layers, on_block)
         if is_main:
             self._warn_of(result.layers)
         for number, report in enumerate(result.layers):
@@ -180,44 +186,51 @@ class Pruning:
                 f"{facts['untied_bytes'] / 1e6:,.1f} MB more; prune.rotation_steps=0 keeps it tied"
             )
 
-    def _prune(self, name: str, dense: Path, folder: Path, common: dict[str, Any]) -> PruneResult:
+    def _prune(
+        self, name: str, dense: Path, folder: Path, layers: LayerChoice,
+        on_block: Callable[[int, int], None],
+    ) -> PruneResult:  # fmt: skip
         """One walk over the model, block by block from the disk where that is possible."""
-        settings, method = self._config.prune, get_method(name)
+        settings, context, method = self._config.prune, self._context, get_method(name)
         args = (self._rows, method, self._pattern, self._params)
+        memory = Memory(
+            settings.batch_size, self._config.model.dtype, context.device, overlap=settings.overlap
+        )
+        common: dict[str, Any] = {
+            "comm": self._comm, "layers": layers, "on_block": on_block,
+            "clock": time.perf_counter,
+        }  # fmt: skip
         if self._reason is not None:
-            return self._in_memory(dense, folder, args, common)
-        placement = self._placement(method)
-        if self._passes_ahead(method) and placement != "device":
+            model = self._whole_model(dense)
+            result = prune_model(model, *args, memory=memory, **common)
+            if context.rank == 0:
+                save_model(model, None, folder)
+                save_masks(folder / "masks-00001.safetensors", result.keep_masks)
+            return result
+        memory = replace(memory, activations=self._placement(method))
+        if self._passes_ahead(method) and memory.activations != "device":
             # Each worker may decide for itself: the others need not know.
-            self._context.warn(
+            context.warn(
                 f"prune: no prune.overlap for {name}: the device has no room for what the dense "
                 "model does ahead; use fewer calibration rows or more workers"
             )
-            common = {**common, "overlap": False}
+            memory = replace(memory, overlap=False)
         return prune_checkpoint(
-            dense, folder, *args, **common,
-            dtype=self._config.model.dtype, device=self._context.device,
-            activations=placement,
-            checkpoint_every_blocks=settings.checkpoint_every_blocks,
+            dense, folder, *args, memory=memory,
+            checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
         )  # fmt: skip
 
-    def _in_memory(
-        self, dense: Path, folder: Path, args: Any, common: dict[str, Any]
-    ) -> PruneResult:
-        """The same of a checkpoint that cannot be read block by block."""
+    def _whole_model(self, dense: Path) -> nn.Module:
+        """A checkpoint that cannot be read block by block."""
         model = load_model(dense, self._config.model.dtype, self._context.device)
         if experts := fused_experts(model):
             self._context.warn(
                 f"prune: {len(experts)} expert weights are fused into one parameter each and stay "
                 f"dense, such as {experts[0]}"
             )
-        result = prune_model(model, *args, **common)
-        if self._context.rank == 0:
-            save_model(model, None, folder)
-            save_masks(folder / "masks-00001.safetensors", result.keep_masks)
-        return result
+        return model
 
-    def _order(self, name: str) -> Order:
+    def _order(self, name: str) -> InputOrder:
         """When inputs are measured: as asked for, or as the method has it."""
         asked = self._config.prune.order
         return get_method(name).order if asked == "auto" else asked  # type: ignore[return-value]
@@ -232,7 +245,7 @@ class Pruning:
 
         On the device, where a pass over a block's layers one by one also holds forwards: for them
         a Llama keeps the hidden states twice more and its widest activation. What the dense model
-        does ahead takes the hidden states of a stream once more, with a teacher six times.
+        does ahead takes a model's hidden states once more, with a teacher six times.
         """
         asked = self._config.prune.activations
         if asked != "auto":
@@ -242,25 +255,25 @@ class Pruning:
             self._rows.num_tokens / self._context.world_size
             * DTYPES[self._config.model.dtype].itemsize * (2 if method.needs_teacher else 1)
         )  # fmt: skip
-        streams = bytes_per_feature * config.hidden_size
+        states = bytes_per_feature * config.hidden_size
         widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        held = 2 * streams + bytes_per_feature * widest
+        held = 2 * states + bytes_per_feature * widest
         if self._order(method.name) != "layer":
             held = 0
         if self._passes_ahead(method):
-            held += 3 * streams if method.needs_teacher else streams
+            held += 3 * states if method.needs_teacher else states
         workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
         if self._context.device == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            if streams + held <= _ROOM_ON_GPU * free:
+            if states + held <= _ROOM_ON_GPU * free:
                 return "device"
-        elif streams + held <= _ROOM_ON_HOST * available:
+        elif states + held <= _ROOM_ON_HOST * available:
             return "device"
-        return "host" if streams <= _ROOM_ON_HOST * available else "disk"
+        return "host" if states <= _ROOM_ON_HOST * available else "disk"
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
-        """Say which layers have too little data behind them."""
+        """Say which layers have seen too little data."""
         few = [layer for layer in layers if layer.tokens_per_column < FEW_TOKENS]
         if few:
             worst = min(few, key=lambda layer: layer.tokens_per_column)
@@ -323,7 +336,7 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in tensor_names(file):
                 part = file.get_slice(name)
                 dtype = dtypes.get(part.get_dtype())
                 if dtype is None:  # a buffer of integers or truth values: no weight
@@ -339,8 +352,6 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     A method's folder in the scratch space holds its finished blocks. All of them become part of
     the stage's result at the end, so that a run that is killed loses no more than a block.
     """
-    from jobs.runs.folder import disk_errors, write_json
-
     pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
     with disk_errors(payload["scratch"]):
         found = {

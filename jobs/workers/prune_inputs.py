@@ -2,7 +2,7 @@
 rotations, and which layers stay dense under a budget.
 
 Each is worked out once, rotations by all workers and the rest by rank 0, and put into the run's
-scratch folder, where all workers read it and a run that is carried on finds it again.
+scratch folder, where all workers read it and a run that resumes finds it again.
 """
 
 from __future__ import annotations
@@ -12,23 +12,28 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from conf.schema import Config
+from sparsify.calibration.fisher import fisher_token_weights
+from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.formats.sparse_folder import ROTATION
+from sparsify.masks.storage import MaskFile
 from sparsify.models.load import load_model, save_model, weight_files
+from sparsify.pattern import Pattern
+from sparsify.pruning.budget import allocate
+from sparsify.rotation.rotate import rotate_model
+from sparsify.rotation.sites import RotationSites, find_rotation_sites
 from sparsify.tensors import write_tensors
-
-if TYPE_CHECKING:
-    from conf.schema import Config
-    from sparsify.comm import Comm
-    from sparsify.data.rows import TokenRows
 
 NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
@@ -49,7 +54,7 @@ Say = Callable[[float, float, str], None]
 
 
 def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = False) -> float:
-    """Make `path` unless it is there; all processes go on when it is.
+    """Make `path` unless it is there; all processes continue when it is.
 
     Args:
         path: file or folder, on a disk that all processes see.
@@ -70,14 +75,14 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             shutil.rmtree(path)  # made, and killed before that was noted
         return marker.exists()
 
-    if not comm.share(comm.together(is_made))[0]:  # as rank 0 sees it
-        begun_s = time.perf_counter()
+    if not comm.gather_objects(comm.run_together(is_made))[0]:  # as rank 0 sees it
+        started_s = time.perf_counter()
         if is_shared:
             make()
         else:
-            comm.together(lambda: make() if comm.rank == 0 else None)
-        seconds = time.perf_counter() - begun_s
-        comm.together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
+            comm.run_together(lambda: make() if comm.rank == 0 else None)
+        seconds = time.perf_counter() - started_s
+        comm.run_together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
     return float(json.loads(marker.read_text(encoding="utf-8")))
 
 
@@ -88,8 +93,6 @@ def fisher_weights(
     path = scratch / "fisher.safetensors"
 
     def make() -> None:
-        from sparsify.calibration.fisher import fisher_token_weights
-
         model = load_model(dense, config.model.dtype, device)
         weights_LNT = fisher_token_weights(
             model, rows, config.prune.batch_size,
@@ -141,10 +144,6 @@ def _rotate(
     dense: Path, rows: TokenRows, config: Config, folder: Path, comm: Comm, device: str, say: Say
 ) -> None:
     """Make the folder of the rotated model, or of why there is none; all processes together."""
-    from sparsify.pattern import Pattern
-    from sparsify.rotation.rotate import rotate_model
-    from sparsify.rotation.sites import RotationSites, find_rotation_sites
-
     steps = wanted_rotation_steps(config, dense)
 
     def load() -> tuple[Any, RotationSites | str]:
@@ -156,10 +155,10 @@ def _rotate(
                 raise
             return model, str(error)
 
-    model, sites = comm.together(load)
+    model, sites = comm.run_together(load)
     if isinstance(sites, str):
         refused = {"refused": sites}
-        comm.together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
+        comm.run_together(lambda: _write_rotated(folder, refused, lambda partial: None, comm))
         return
     is_tied = sites.head.weight is sites.embedding.weight
     width = model.config.get_text_config().hidden_size
@@ -186,7 +185,7 @@ def _rotate(
         save_model(model, None, partial)
         report.rotation.save(partial / ROTATION)
 
-    comm.together(lambda: _write_rotated(folder, facts, fill, comm))
+    comm.run_together(lambda: _write_rotated(folder, facts, fill, comm))
 
 
 def _write_rotated(
@@ -211,18 +210,12 @@ def dense_layers(
     """Which layers stay dense under prune.budget, judged by the layers pruned in `pruned`.
 
     Returns:
-        {"dense_names", "damages", "cost_share", "least_share"}, see `allocate.Allocation`; and
+        {"dense_names", "damages", "cost_share", "least_share"}, see `budget.Allocation`; and
         {"seconds"} that it took.
     """
     path = scratch / "allocation.json"
 
     def make() -> None:
-        from dataclasses import asdict
-
-        from sparsify.masks.storage import MaskFile
-        from sparsify.pattern import Pattern
-        from sparsify.pruning.budget import allocate
-
         names = [n for f in sorted(pruned.glob("masks-*.safetensors")) for n in MaskFile(f)]
         kind, _, share = str(config.prune.budget).partition(":")
         found = allocate(

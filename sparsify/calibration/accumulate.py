@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.groups import Stop
+from sparsify.calibration.groups import GroupInputs
 from sparsify.calibration.hessian import HessianSum
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError
 from sparsify.kernels.gram import add_cross_, sum_dtype
-from sparsify.models.calls import BlockInputs, Enough, run_block
+from sparsify.models.calls import BlockInputs, StopForward, run_block
 from sparsify.models.structure import linears_of, writers_of
-from sparsify.models.watch import ResidualAdds, watch_linears, watch_outputs
+from sparsify.models.watch import ResidualAdds, watch_inputs, watch_outputs
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class TargetShares:
     """How far a layer that writes to the residual stream aims at the dense model's output."""
 
     teacher: float
-    """a of `targets.teacher_target`: for the error of the layer's input; 0 to 1"""
+    """a of `_target.teacher_target`: for the error of the layer's input; 0 to 1"""
     residual: float
     """b there: for the error of the residual stream that it adds to; 0 to 1"""
 
 
 @dataclass
-class BlockStatistics:
+class BlockMoments:
     """What a block's layers are solved with; names are relative to the block."""
 
-    statistics: dict[str, Statistics]
+    moments: dict[str, InputMoments]
     """first layer of a group that shares an input -> its moments"""
     wanted: dict[str, Tensor]
     """layer that writes to the residual stream -> float32 (O, I), see `layers.Layer.wanted_OI`
@@ -53,11 +53,11 @@ class _Seen:
     """first layer of a group -> (..., I) of the group"""
     outputs: dict[str, list[Tensor]]
     """layer that writes to the residual stream -> what it put out, (..., D)"""
-    streams: dict[str, list[Tensor]]
+    residuals: dict[str, list[Tensor]]
     """the same layer -> the residual stream that this was added to, (..., D)"""
 
 
-class Moments:
+class MomentSums:
     """Running sums over tokens of one block's inputs.
 
     With a teacher, a layer that writes to the residual stream has one product measured for its
@@ -66,11 +66,11 @@ class Moments:
 
     Args:
         block: with its dense weights.
-        groups: its layers by shared input (`models.structure.shared_input_groups`).
-        with_teacher: also sums with what the dense model has, by `add_pair` or `add_stop`.
+        groups: its layers by shared input (`models.watch.shared_input_groups`).
+        with_teacher: also sums with what the dense model has, by `add_pair` or `add_group`.
         shares: of the product for layers that write; None: no such product, and the inputs in both
             models for all groups.
-        writers: layers of the block that write to the residual stream (`models.stops.stages_of`).
+        writers: layers of the block that write to the residual stream (`groups.find_groups`).
         is_in_order: every forward calls the groups once each, in their order, so that `add` can end
             it at the last one: nobody needs that layer's product, a fifth of a Llama's block.
     """
@@ -111,15 +111,15 @@ class Moments:
         Args:
             call: of the block.
             weights_BT: how much each token counts; None: all the same.
-            to_end: run on behind the last layer, and return the block's output (B, T, D).
+            to_end: run on after the last layer, and return the block's output (B, T, D).
         """
 
         def note(name: str, value: Tensor) -> None:
             self._add_input(name, value, weights_BT)
             if name == self._last and not to_end:
-                raise Enough
+                raise StopForward
 
-        with watch_linears(self._watched, note), contextlib.suppress(Enough):
+        with watch_inputs(self._watched, note), contextlib.suppress(StopForward):
             output_BTD = run_block(self._block, call)
             return output_BTD if to_end else None
         return None
@@ -154,13 +154,15 @@ class Moments:
                 # A copy, for the block may add the residual stream to it in place.
                 seen.outputs.setdefault(name, []).append(output.clone())
 
-        with watch_linears(self._watched, enter), watch_outputs(adding, leave), adds:
+        with watch_inputs(self._watched, enter), watch_outputs(adding, leave), adds:
             output_BTD = run_block(self._block, call)
-        for name, stream in adds.onto:
-            seen.streams.setdefault(name, []).append(stream)
+        for name, residual in adds.onto:
+            seen.residuals.setdefault(name, []).append(residual)
         return seen, output_BTD
 
-    def add_stop(self, mine: Stop, teacher: Stop | None, weights_BT: Tensor | None) -> None:
+    def add_group(
+        self, mine: GroupInputs, teacher: GroupInputs | None, weights_BT: Tensor | None
+    ) -> None:
         """Add what one group's layers receive, and beside it what they do in the dense model.
 
         Args:
@@ -215,7 +217,7 @@ class Moments:
     def _add_residual_(self, wanted_TO: Tensor, name: str, mine: _Seen, dense: _Seen) -> None:
         """Add b (r_dense - r), where the layer was added once in both models."""
         assert self._shares is not None
-        ours, theirs = mine.streams.get(name, []), dense.streams.get(name, [])
+        ours, theirs = mine.residuals.get(name, []), dense.residuals.get(name, [])
         if self._shares.residual > 0 and len(ours) == len(theirs) == 1:
             gap_TO = (theirs[0].float() - ours[0].float()).flatten(0, -2)
             wanted_TO.add_(gap_TO, alpha=self._shares.residual)
@@ -231,7 +233,7 @@ class Moments:
         yield from self._crosses.values()
         yield from self._wanted.values()
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: MomentSums) -> None:
         """Add the sums of `other`, of the same block."""
         for name, total in self._sums.items():
             total.merge(other._sums[name])
@@ -240,15 +242,15 @@ class Moments:
                 sums[name] += value
         self._unpaired |= other._unpaired
 
-    def reduce(self, comm: Comm) -> BlockStatistics:
+    def reduce(self, comm: Comm) -> BlockMoments:
         """The means over all processes' tokens, on all of them.
 
         Raises:
-            NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; the message begins
+            NonFiniteError, CalibrationError: see `hessian.HessianSum.mean`; the message starts
                 with the layer's name.
         """
-        unpaired = set().union(*comm.share(self._unpaired))
-        found = BlockStatistics({}, {})
+        unpaired = set().union(*comm.gather_objects(self._unpaired))
+        found = BlockMoments({}, {})
         for name, total in self._sums.items():
             total.reduce(comm)
             try:
@@ -263,7 +265,7 @@ class Moments:
                         found.wanted[member] = _mean(sum_OI, total.weight, comm)
                 if name in self._crosses:
                     cross_II = _mean(self._crosses.pop(name), total.weight, comm)
-            found.statistics[name] = Statistics(hessian_II, total.num_tokens, cross_II)
+            found.moments[name] = InputMoments(hessian_II, total.num_tokens, cross_II)
         return found
 
 
@@ -279,13 +281,13 @@ def _mean(sums: Tensor, weight: float, comm: Comm) -> Tensor:
     return sums.div_(weight).float()
 
 
-def _seen_at(name: str, stop: Stop) -> _Seen:
+def _seen_at(name: str, found: GroupInputs) -> _Seen:
     """What a forward shows at a group whose first layer is `name`."""
-    outputs, streams = (
+    outputs, residuals = (
         {member: [value] for member, value in values.items()}
-        for values in (stop.outputs, stop.streams)
+        for values in (found.outputs, found.residuals)
     )
-    return _Seen({name: [stop.inputs]}, outputs, streams)
+    return _Seen({name: [found.inputs]}, outputs, residuals)
 
 
 def _weights_for(name: str, value: Tensor, weights_BT: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ class Batch:
     rows: TokenRows
 
 
-def share_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
+def lanes_of(rows: TokenRows, comm: Comm, batch_size: int) -> list[list[Batch]]:
     """This process's lanes of batches.
 
     The batches and their numbers are the same for every number of processes, as long as there are

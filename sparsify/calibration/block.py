@@ -1,4 +1,4 @@
-"""Opening a block: reading it, seeing its layers, and having the dense model pass it.
+"""Loading a block: its weights, its layers in groups, and the dense model's pass over it.
 
 Nothing of this waits for a layer to be solved, so all of it can be done for the next block while
 the layers of this one are. Shape suffixes: B rows of a batch, T tokens of a row, D hidden size.
@@ -6,16 +6,16 @@ the layers of this one are. Shape suffixes: B rows of a batch, T tokens of a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments
+from sparsify.calibration.accumulate import MomentSums
 from sparsify.calibration.batches import Batch
-from sparsify.calibration.groups import Stages, Stop, pass_stages, stages_of
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.timing import Phases
+from sparsify.calibration.groups import GroupInputs, LayerGroups, find_groups, run_groups
+from sparsify.calibration.hidden_states import HiddenStateStore
+from sparsify.calibration.timing import PhaseTimer
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import Blocks
@@ -26,14 +26,14 @@ from sparsify.models.watch import shared_input_groups
 
 
 @dataclass
-class OpenBlock:
+class LoadedBlock:
     """A block with its weights, and what the solver's walk has to know of it."""
 
     index: int
     block: nn.Module
     layers: dict[str, nn.Linear]
     """those to be pruned, by their names relative to the block"""
-    stages: Stages | None
+    groups: LayerGroups | None
     """of the layers to be pruned; None: there are none"""
     dense: DensePass | None = None
     """None: the dense model has not passed it yet"""
@@ -51,23 +51,24 @@ class DensePass:
     """What all batches have of a block in the dense model."""
 
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    """number of the batch -> hidden states behind the block, (B, T, D); none behind the last"""
-    stops: dict[tuple[int, int], Stop] = field(default_factory=dict)
-    """(stage, number of the batch) -> what a teacher has there"""
-    moments: Moments | None = None
+    """number of the batch -> hidden states after the block, (B, T, D), until they are stored; none
+    after the last"""
+    inputs: dict[tuple[int, int], GroupInputs] = field(default_factory=dict)
+    """(group, number of the batch) -> what a teacher has there"""
+    moments: MomentSums | None = None
     """of all inputs, where they are measured in the dense model"""
 
     def tensors(self) -> Iterator[Tensor]:
         """All that are held here."""
         yield from self.outputs.values()
-        for stop in self.stops.values():
-            yield from (stop.inputs, *stop.streams.values(), *stop.outputs.values())
+        for found in self.inputs.values():
+            yield from (found.inputs, *found.residuals.values(), *found.outputs.values())
         if self.moments is not None:
             yield from self.moments.tensors()
 
 
-class Opener:
-    """Opens blocks one after another.
+class BlockReader:
+    """Loads blocks one after another.
 
     Args:
         source: the model's blocks.
@@ -79,7 +80,7 @@ class Opener:
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        batches: list[Batch], store: StreamStore,
+        batches: list[Batch], store: HiddenStateStore,
     ) -> None:  # fmt: skip
         self.calls = BlockCalls(source.model, source.blocks)
         self._source = source
@@ -89,23 +90,23 @@ class Opener:
         self._store = store
         self._is_known = False
 
-    def call(self, index: int, stream: str, batch: Batch) -> BlockInputs:
-        """The call of block `index` for a batch, whose stream stands before it."""
-        hidden_BTD = self._store.get(stream, batch.number)
+    def call(self, index: int, model: str, batch: Batch) -> BlockInputs:
+        """The call of block `index` for a batch, whose hidden states in `model` are before it."""
+        hidden_BTD = self._store.get(model, batch.number)
         return self.calls.call(index, batch.rows, hidden_BTD)
 
-    def open(self, index: int, stream: str, phases: Phases) -> OpenBlock:
-        """A block with its weights, and its layers in stages.
+    def load(self, index: int, model: str, timer: PhaseTimer) -> LoadedBlock:
+        """A block with its weights, and its layers in groups.
 
         Args:
-            index: of the block; that before it has been opened, or is the walk's first.
-            stream: one that stands before the block.
-            phases: collects the time of reading and of looking.
+            index: of the block; that before it has been loaded, or is the walk's first.
+            model: one whose hidden states are before the block, "pruned" or "dense".
+            timer: of reading and of looking.
 
         Raises:
-            InputError: see `models.blocks`, `models.structure` and `models.packed`.
+            InputError: see `models.blocks`, `models.structure` and `models.isolation`.
         """
-        with phases.measure("load"):
+        with timer.measure("load"):
             block = self._source.open(index)
         if not self._is_known:
             self._learn(block)
@@ -113,30 +114,30 @@ class Opener:
         layers = {
             name.removeprefix(prefix): module for at, name, module in self._linears if at == index
         }
-        opened = OpenBlock(index, block, layers, None)
+        loaded = LoadedBlock(index, block, layers, None)
         if layers:
-            with phases.measure("statistics"):
-                opened.stages = self.stages(opened, stream)
-        return opened
+            with timer.measure("statistics"):
+                loaded.groups = self.groups(loaded, model)
+        return loaded
 
-    def stages(self, opened: OpenBlock, stream: str) -> Stages:
-        """The layers to be pruned in stages, as the first batch of a stream calls them."""
-        index, block = opened.index, opened.block
-        left_out = [name for name in linears_of(block) if name not in opened.layers]
-        call = self.call(index, stream, self._batches[0])
+    def groups(self, loaded: LoadedBlock, model: str) -> LayerGroups:
+        """The layers to be pruned in groups, as the first batch in a model calls them."""
+        index, block = loaded.index, loaded.block
+        left_out = [name for name in linears_of(block) if name not in loaded.layers]
+        call = self.call(index, model, self._batches[0])
         row, hidden_BTD = self._batches[0].rows[:1], call.hidden_BTD[:1]
         one = self.calls.call(index, row, hidden_BTD)
         try:  # one row shows what calls what, unless there are experts that it does not call
-            groups = shared_input_groups(block, one, left_out)
+            names = shared_input_groups(block, one, left_out)
         except InputError:
-            groups = shared_input_groups(block, call, left_out)
-        return stages_of(block, one, groups)
+            names = shared_input_groups(block, call, left_out)
+        return find_groups(block, one, names)
 
     def _learn(self, block: nn.Module) -> None:
         """See how blocks are called, and that they keep documents apart."""
         self.calls.learn(block, self._rows[:1])
         self._is_known = True
-        if self._rows.is_packed:
+        if self._rows.is_joined:
             model = self._source.model
             require_isolation(
                 lambda rows: run_block(block, self.calls.first(rows)),
@@ -144,29 +145,31 @@ class Opener:
                 type(model).__name__,
             )
 
-    def pass_dense(self, opened: OpenBlock, stream: str, with_outputs: bool) -> DensePass | None:
-        """Have the dense model's batches pass a block whose layers are to be solved in stages.
+    def pass_dense(
+        self, loaded: LoadedBlock, model: str, with_outputs: bool,
+        put: Callable[[int, Tensor], None],
+    ) -> dict[tuple[int, int], GroupInputs]:  # fmt: skip
+        """Have all batches of the dense model pass a block whose groups, if any, are in order.
 
         Args:
-            opened: with its dense weights.
-            stream: the dense model's.
-            with_outputs: see `models.stops.pass_stages`.
+            loaded: with its dense weights.
+            model: under which the store has the dense model's hidden states.
+            with_outputs: see `groups.run_groups`.
+            put: takes (number of a batch, the block's output).
 
         Returns:
-            Stops and outputs; or None where the stages are not in order.
+            See `DensePass.inputs`.
         """
-        if opened.stages is not None and not opened.stages.is_in_order:
-            return None
-        found = DensePass()
+        inputs: dict[tuple[int, int], GroupInputs] = {}
         for batch in self._batches:
-            call = self.call(opened.index, stream, batch)
-            if opened.stages is None:
-                output_BTD: Tensor | None = run_block(opened.block, call)
+            call = self.call(loaded.index, model, batch)
+            if loaded.groups is None:
+                output_BTD: Tensor | None = run_block(loaded.block, call)
             else:
-                stops, output_BTD = pass_stages(
-                    opened.block, opened.stages, call, with_outputs=with_outputs
+                passed, output_BTD = run_groups(
+                    loaded.block, loaded.groups, call, with_outputs=with_outputs
                 )
-                found.stops |= {(at, batch.number): stop for at, stop in enumerate(stops)}
-            if output_BTD is not None and opened.index + 1 < len(self._source.blocks):
-                found.outputs[batch.number] = output_BTD
-        return found
+                inputs |= {(at, batch.number): found for at, found in enumerate(passed)}
+            assert output_BTD is not None
+            put(batch.number, output_BTD)
+        return inputs

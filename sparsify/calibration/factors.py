@@ -8,21 +8,21 @@ from functools import partial
 import torch
 
 from sparsify.calibration.hessian import InverseFactor
-from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
-from sparsify.comm import Comm
+from sparsify.calibration.lookahead import Lookahead
+from sparsify.calibration.moments import InputMoments
+from sparsify.comm import Comm, assign_by_size
 from sparsify.errors import NonFiniteError, SingularHessianError
 
 
-def share_factors(
-    statistics: dict[str, Statistics], damping: float, comm: Comm, ahead: Ahead | None
+def assign_factors(
+    moments: dict[str, InputMoments], damping: float, comm: Comm, ahead: Lookahead | None
 ) -> Callable[[str], None]:
-    """Factor every Hessian once, or begin to, each on one of the processes.
+    """Factor every Hessian once, or start to, each on one of the processes.
 
     The largest go first, each to the process with the least work so far.
 
     Args:
-        statistics: layer name, for messages -> its moments; the same on all processes.
+        moments: layer name, for messages -> its moments; the same on all processes.
         damping: see `hessian.inverse_factor`.
         comm: the processes.
         ahead: does this process's part beside the caller, in the order of the layers; None: it is
@@ -35,42 +35,40 @@ def share_factors(
     Raises, or has the returned raise, on all processes alike:
         NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
     """
-    work = [0.0] * comm.world_size
-    owner: dict[str, int] = {}
-    sizes = {name: len(stats.hessian_II) for name, stats in statistics.items()}
-    for name in sorted(sizes, key=lambda n: -sizes[n]):
-        owner[name] = work.index(min(work))
-        work[owner[name]] += float(sizes[name]) ** 3
+    names = list(moments)
+    work = [len(found.hessian_II) ** 3 for found in moments.values()]
+    parts = assign_by_size(work, comm.world_size)
+    owner = {names[index]: rank for rank, part in enumerate(parts) for index in part}
     mine = {
         name: partial(stats.factor, damping, name)
-        for name, stats in statistics.items()
+        for name, stats in moments.items()
         if owner[name] == comm.rank
     }
-    begun: Mapping[str, Callable[[], InverseFactor]] = mine
+    started: Mapping[str, Callable[[], InverseFactor]] = mine
     if ahead is None:
-        comm.together(lambda: [make() for make in mine.values()])  # they keep what they made
+        comm.run_together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
-        begun = {name: ahead.start(work, InverseFactor.tensors) for name, work in mine.items()}
+        started = {name: ahead.start(make, InverseFactor.tensors) for name, make in mine.items()}
 
-    def hand_out(name: str) -> None:
+    def assign(name: str) -> None:
         made, failure, facts = None, None, None
-        if name in begun:
+        if name in started:
             try:
-                made = begun[name]()
+                made = started[name]()
                 facts = made.damping, made.num_attempts, made.condition
             except (NonFiniteError, SingularHessianError) as error:
                 failure = error
-        failure, facts = comm.share((failure, facts))[owner[name]]
+        failure, facts = comm.gather_objects((failure, facts))[owner[name]]
         if failure is not None:
             raise failure
         assert facts is not None
         used, num_attempts, condition = facts
-        hessian_II = statistics[name].hessian_II
+        hessian_II = moments[name].hessian_II
         # One layout on all processes, whether the factor was computed here or received.
         upper_II = torch.empty_like(hessian_II) if made is None else made.upper_II.contiguous()
         comm.broadcast_(upper_II, owner[name])
         dead_I = hessian_II.diagonal() == 0
         factor = InverseFactor(upper_II, used, num_attempts, dead_I, condition)
-        statistics[name].put_factor(damping, factor)
+        moments[name].put_factor(damping, factor)
 
-    return hand_out
+    return assign

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.models.calls import hidden_of
+from sparsify.models.calls import hidden_of, logits_of
 from sparsify.models.structure import find_blocks
 
 CEILING = 20.0  # times the mean: a few tokens of an outlier's size must not decide the Hessian
@@ -34,7 +33,6 @@ def fisher_token_weights(
     on_batch: Callable[[int, int], None] | None = None,
     *,
     seed: int = 0,
-    comm: Comm | None = None,
 ) -> Tensor:
     """Weight of every token for the Hessians of every block.
 
@@ -55,16 +53,15 @@ def fisher_token_weights(
     Args:
         model: a causal LM, dense. Its weights, their requires_grad and its mode are left as they
             were.
-        rows: calibration rows, this process's share. Positions whose next token belongs to
+        rows: calibration rows. Positions whose next token belongs to
             another document, or that end a row, predict nothing.
         batch_size: rows per forward and backward.
         on_batch: called as on_batch(rows done, rows in all).
-        seed: draws the labels, one stream of numbers for all rows: the weights do not depend on
-            batch_size but for rounding. Processes with different rows should differ in it.
-        comm: the processes whose rows make up the mean; None for this one alone.
+        seed: draws the labels, one sequence of numbers for all rows: the weights do not depend on
+            batch_size but for rounding.
 
     Returns:
-        float32 (L, N, T) on the CPU, at least `FLOOR`, mean 1 per block over all processes' rows.
+        float32 (L, N, T) on the CPU, at least `FLOOR`, mean 1 per block.
 
     Raises:
         InputError: a block is not part of the forward, or batch_size is below 1.
@@ -98,7 +95,7 @@ def fisher_token_weights(
                 f"Fisher weights: gradients at {list_name}.{index} are NaN or infinite; check the "
                 "weights or use a wider dtype"
             )
-    return _normalised(raw_LNT, comm or Comm.single(), list_name)
+    return _normalised(raw_LNT, list_name)
 
 
 @contextmanager
@@ -126,7 +123,7 @@ def _squared_gradients(
     def watch(index: int, block: nn.Module) -> Any:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden_BTD = hidden_of(output)
-            if index == 0:  # parameters are frozen, so the graph begins here
+            if index == 0:  # parameters are frozen, so the graph starts here
                 hidden_BTD.requires_grad_(True)
 
             def keep(grad_BTD: Tensor) -> None:
@@ -141,9 +138,7 @@ def _squared_gradients(
     handles = [watch(index, block) for index, block in enumerate(blocks)]
     try:
         with torch.enable_grad():
-            logits_BTV = model(
-                input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False
-            ).logits
+            logits_BTV = logits_of(model, batch)
         if not bool(torch.isfinite(logits_BTV).all()):
             raise NonFiniteError(
                 f"Fisher weights: logits of {type(model).__name__} are NaN or infinite; check the "
@@ -176,7 +171,7 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
             probabilities = logits_TV[chosen].to(wide).softmax(dim=-1)
             cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
             marks = (draws_T[chosen] * cumulated[:, -1])[:, None]
-            # A draw close to 1 may round to the total, behind the last token.
+            # A draw close to 1 may round to the total, after the last token.
             label = torch.searchsorted(cumulated, marks, right=True)
             label.clamp_(max=logits_TV.shape[-1] - 1)
             probabilities.scatter_add_(1, label, -torch.ones_like(marks, dtype=wide))
@@ -184,14 +179,12 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
     return scores_BTV
 
 
-def _normalised(raw_LNT: Tensor, comm: Comm, list_name: str) -> Tensor:
+def _normalised(raw_LNT: Tensor, list_name: str) -> Tensor:
     """Mean 1 per block, without extremes."""
 
     def mean_L11(values_LNT: Tensor) -> Tensor:
         sums = values_LNT.double().sum((1, 2))
-        sums = torch.cat([sums, sums.new_tensor([values_LNT[0].numel()])])
-        comm.all_reduce_(sums)
-        return (sums[:-1] / sums[-1])[:, None, None]
+        return (sums / values_LNT[0].numel())[:, None, None]
 
     means = mean_L11(raw_LNT)
     if bool((means == 0).any()):

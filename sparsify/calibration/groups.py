@@ -1,18 +1,19 @@
-"""A block's forward that stops before its layers, so that each sees what pruned layers make.
+"""A block's forward that pauses before its layers, so that each sees what pruned layers make.
 
-Layers of a block are solved one after another: a layer's input is measured when the layers before
-it are pruned already. A forward that is held at a layer goes on from there once the layer is
-solved, so that the calibration rows pass the block once. Where there is no room to hold the
-forwards of all rows, each is begun anew and ends at the next layer: the same numbers for more
-time. The dense model's forward beside it, in which nothing changes, stands nowhere: it passes the
-stages and shows what it had there. Shape suffixes: B rows, T tokens of a row, I input features, D
-hidden size.
+Layers of a block are solved one group after another, and a group's input is measured when the
+layers before it are pruned already. A forward that is paused at a group continues there once the
+group is solved, so that the calibration rows pass the block once. Where there is no room to keep
+the paused forwards of all rows, each starts again for every group and ends there: the same numbers
+for more time. The dense model's forward beside it, in which nothing changes, never pauses: it runs
+through the groups and records what it has at each. Shape suffixes: B rows, T tokens of a row, I
+input features, D hidden size.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -20,30 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.models.calls import BlockInputs, Enough, run_block
+from sparsify.models.calls import BlockInputs, StopForward, run_block
 from sparsify.models.structure import linears_of, writers_of
-from sparsify.models.watch import ResidualAdds, watch_linears, watch_outputs
+from sparsify.models.watch import ResidualAdds, watch_inputs, watch_outputs
 
 BLOCK_INPUT = -1
 
 
 @dataclass(frozen=True)
-class Stages:
+class LayerGroups:
     """The layers of a block in the order in which they can be solved."""
 
-    groups: list[list[str]]
-    """names relative to the block; those of one group share an input"""
-    streams: dict[str, int]
+    names: list[list[str]]
+    """relative to the block; the layers of one group share an input"""
+    residuals: dict[str, int]
     """layer that writes to the residual stream -> which tensor it is added to: the result of this
     add to the stream, counted from 0, or BLOCK_INPUT"""
     is_in_order: bool = True
-    """every forward comes to the groups one after another, once each, so that it can stop there"""
+    """every forward comes to the groups one after another, once each, so that it can pause there"""
 
-    def streams_at(self, stage: int, call: BlockInputs, adds: ResidualAdds) -> dict[str, Tensor]:
-        """What a forward's layers of a stage will be added to; see `Stop.streams`."""
+    def residuals_at(self, group: int, call: BlockInputs, adds: ResidualAdds) -> dict[str, Tensor]:
+        """What a forward's layers of a group will be added to; see `GroupInputs.residuals`."""
         found = {}
-        for name in self.groups[stage]:
-            source = self.streams.get(name)
+        for name in self.names[group]:
+            source = self.residuals.get(name)
             if source == BLOCK_INPUT:
                 found[name] = call.hidden_BTD
             elif source is not None and source < len(adds.sums):
@@ -52,19 +53,19 @@ class Stages:
 
 
 @dataclass
-class Stop:
-    """What a forward has when it stands before a group of layers, or has passed it."""
+class GroupInputs:
+    """What a forward has at a group of layers."""
 
     inputs: Tensor
     """(..., I) of the group"""
-    streams: dict[str, Tensor]
+    residuals: dict[str, Tensor]
     """layer of the group -> the residual stream (B, T, D) that its output will be added to"""
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """the same layers -> what they put out (..., D), if the forward has passed them"""
 
 
-def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> Stages:
-    """Whether a block's layers can be solved one group after another, and its residual stream.
+def find_groups(block: nn.Module, call: BlockInputs, names: list[list[str]]) -> LayerGroups:
+    """Whether a block's layers can be solved one group after another, and what they are added to.
 
     They cannot in a block with a list of modules inside (a mixture of experts), whose layers are
     not called by every token, nor where the call comes to a layer not once.
@@ -72,31 +73,31 @@ def stages_of(block: nn.Module, call: BlockInputs, groups: list[list[str]]) -> S
     Args:
         block: a decoder block.
         call: one call of it.
-        groups: from `shared_input_groups`.
+        names: from `shared_input_groups`.
     """
     linears = linears_of(block)
     lists = [name for name, module in block.named_modules() if isinstance(module, nn.ModuleList)]
-    counts = {name: 0 for group in groups for name in group}
+    counts = {name: 0 for group in names for name in group}
     has_list = any(name.startswith(f"{outer}.") for name in counts for outer in lists)
 
     def count(name: str, _: Tensor) -> None:
         counts[name] += 1
 
-    watched = {name: linears[name] for group in groups for name in group}
+    watched = {name: linears[name] for group in names for name in group}
     adds = ResidualAdds()
     adding = writers_of(watched, call.hidden_BTD.shape[-1])
-    with watch_linears(watched, count), watch_outputs(adding, adds.saw), adds:
+    with watch_inputs(watched, count), watch_outputs(adding, adds.saw), adds:
         run_block(block, call)
-    streams = _streams(adds, call.hidden_BTD)
-    return Stages(
-        groups,
-        {name: source for name, source in streams.items() if counts[name] == 1},
+    residuals = _residuals(adds, call.hidden_BTD)
+    return LayerGroups(
+        names,
+        {name: source for name, source in residuals.items() if counts[name] == 1},
         is_in_order=not has_list and all(count == 1 for count in counts.values()),
     )
 
 
-def _streams(adds: ResidualAdds, hidden_BTD: Tensor) -> dict[str, int]:
-    """See `Stages.streams`; layers that are added to another tensor are left out."""
+def _residuals(adds: ResidualAdds, hidden_BTD: Tensor) -> dict[str, int]:
+    """See `LayerGroups.residuals`; layers that are added to another tensor are left out."""
     found = {}
     for position, (name, other) in enumerate(adds.onto):
         before = [index for index in range(position) if _is_same(adds.sums[index], other)]
@@ -119,92 +120,88 @@ class _Forward:
     call: BlockInputs
     adds: ResidualAdds = field(default_factory=ResidualAdds)
     wanted: int | None = None
-    """stage that is looked for; None: the end alone"""
-    found: Stop | None = None
+    """group that is looked for; None: the end alone"""
+    found: GroupInputs | None = None
     output_BTD: Tensor | None = None
-    held: _Held | None = None
-    """None: not to be gone on with"""
+    held: _HeldForward | None = None
+    """None: ends where it is stopped"""
 
 
-class StoppingBlock:
-    """Forwards of one block on many batches, each going from stage to stage.
+class PausableBlock:
+    """Forwards of one block on many batches, each going from group to group.
 
     A context: leaving it ends all forwards and removes the hooks.
 
     Args:
-        block: whose layers may change while forwards stand before them.
-        stages: from `stages_of`, in order.
-        hold: True holds every forward where it stands, in a thread of its own of which never more
-            than one runs. False begins it anew for each stage.
+        block: whose layers may change while forwards are paused before them.
+        groups: from `find_groups`, in order.
+        hold: True keeps every forward where it is paused, in a thread of its own of which never
+            more than one runs. False starts it again for each group.
     """
 
-    def __init__(self, block: nn.Module, stages: Stages, *, hold: bool) -> None:
+    def __init__(self, block: nn.Module, groups: LayerGroups, *, hold: bool) -> None:
         self._block = block
-        self._linears = linears_of(block)
-        self._stages = stages
+        self._groups = groups
         self._hold = hold
         self._current: _Forward | None = None
-        self._held: dict[int, _Held] = {}
-        self._handles: list[Any] = []
+        self._held: dict[int, _HeldForward] = {}
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
-        for stage, group in enumerate(self._stages.groups):
-            self._handles.append(
-                self._linears[group[0]].register_forward_pre_hook(
-                    lambda _, args, stage=stage: self._reached(stage, args[0])
-                )
+        linears = linears_of(self._block)
+        firsts = {names[0]: at for at, names in enumerate(self._groups.names)}
+        self._hooks.enter_context(
+            watch_inputs(
+                {name: linears[name] for name in firsts},
+                lambda name, inputs: self._reached(firsts[name], inputs),
             )
-        for name in self._stages.streams:
-            self._handles.append(
-                self._linears[name].register_forward_hook(
-                    lambda _, __, out, name=name: self._left(name, out)
-                )
-            )
+        )
+        adding = {name: linears[name] for name in self._groups.residuals}
+        self._hooks.enter_context(watch_outputs(adding, self._left))
         return self
 
     def __exit__(self, *error: Any) -> None:
         for batch in list(self._held):
-            self._let_go(batch)
-        for handle in self._handles:
-            handle.remove()
+            self._drop(batch)
+        self._hooks.close()
 
-    def stop_at(self, stage: int, batch: int, call: Callable[[], BlockInputs]) -> Stop:
-        """What the forward of a batch has at a stage; stages come in order.
+    def inputs_of(self, group: int, batch: int, call: Callable[[], BlockInputs]) -> GroupInputs:
+        """What the forward of a batch has at a group; groups come in order.
 
         Args:
-            stage: index into `Stages.groups`.
+            group: index into `LayerGroups.names`.
             batch: its number.
-            call: the block's call for the batch, asked for when a forward begins.
+            call: the block's call for the batch, asked for when a forward starts.
 
         Raises:
-            InputError: the forward did not come to the stage.
+            InputError: the forward did not come to the group.
         """
-        forward = self._run(batch, call, stage)
-        stop, forward.found = forward.found, None
-        if stop is None:
-            raise _not_in_order(self._block, self._stages.groups[stage][0])
-        return stop
+        forward = self._run(batch, call, group)
+        found, forward.found = forward.found, None
+        if found is None:
+            raise _not_in_order(self._block, self._groups.names[group][0])
+        return found
 
-    def end(self, batch: int, call: Callable[[], BlockInputs]) -> Tensor:
+    def finish(self, batch: int, call: Callable[[], BlockInputs]) -> Tensor:
         """The block's output for a batch, (B, T, D), with the weights as they are now."""
         output_BTD = self._run(batch, call, None).output_BTD
         assert output_BTD is not None
-        self._let_go(batch)
+        self._drop(batch)
         return output_BTD
 
-    def _let_go(self, batch: int) -> None:
+    def _drop(self, batch: int) -> None:
         """End a forward. It and its thread refer to each other, and its tensors must not wait for
         the garbage collector."""
         held = self._held.pop(batch, None)
         if held is not None:
-            held.abandon()
+            held.cancel()
             held.forward.held = None
 
     def _run(self, batch: int, call: Callable[[], BlockInputs], wanted: int | None) -> _Forward:
         held = self._held.get(batch)
         forward = _Forward(call()) if held is None else held.forward
         if held is None and self._hold:
-            held = self._held[batch] = forward.held = _Held(self._forward, forward)
+            held = self._held[batch] = forward.held = _HeldForward(self._forward, forward)
         forward.wanted = wanted
         self._current = forward
         try:
@@ -212,7 +209,7 @@ class StoppingBlock:
                 self._forward(forward)
             else:
                 held.resume()
-        except Enough:
+        except StopForward:
             pass
         finally:
             self._current = None
@@ -222,79 +219,78 @@ class StoppingBlock:
         with forward.adds:
             forward.output_BTD = run_block(self._block, forward.call)
 
-    def _reached(self, stage: int, inputs: Tensor) -> None:
+    def _reached(self, group: int, inputs: Tensor) -> None:
         forward = self._current
-        if forward is None or stage != forward.wanted:
+        if forward is None or group != forward.wanted:
             return
-        forward.found = Stop(inputs, self._stages.streams_at(stage, forward.call, forward.adds))
+        residuals = self._groups.residuals_at(group, forward.call, forward.adds)
+        forward.found = GroupInputs(inputs, residuals)
         if forward.held is None:
-            raise Enough
-        forward.held.stand()
+            raise StopForward
+        forward.held.pause()
 
     def _left(self, name: str, output: Tensor) -> None:
         if self._current is not None:
             self._current.adds.saw(name, output)
 
 
-def pass_stages(
-    block: nn.Module, stages: Stages, call: BlockInputs, *, with_outputs: bool,
+def run_groups(
+    block: nn.Module, groups: LayerGroups, call: BlockInputs, *, with_outputs: bool,
     last: int | None = None,
-) -> tuple[list[Stop], Tensor | None]:  # fmt: skip
-    """One forward that does not stand anywhere, and what it had at the stages on its way.
+) -> tuple[list[GroupInputs], Tensor | None]:  # fmt: skip
+    """One forward that never pauses, and what it had at the groups on its way.
 
     Args:
         block: whose layers do not change meanwhile.
-        stages: from `stages_of`, in order.
+        groups: from `find_groups`, in order.
         call: of the block.
-        with_outputs: stops have the outputs of layers that write to the residual stream, and of
+        with_outputs: record the outputs of layers that write to the residual stream, and for
             groups of such layers alone no inputs, but a tensor of their shape without values.
-        last: the forward ends at this stage, or behind its outputs; None lets it run to its end.
+        last: the forward ends at this group, or after its outputs; None lets it run to its end.
 
     Returns:
-        A stop for each stage passed; and what the block put out, (B, T, D), or None.
+        What it had at each group that it reached; and the block's output, (B, T, D), or None.
 
     Raises:
-        InputError: the forward did not come to the stages in their order.
+        InputError: the forward did not come to the groups in their order.
     """
-    linears, writers = linears_of(block), stages.streams
-    stops: list[Stop] = []
+    linears, writers = linears_of(block), groups.residuals
+    passed: list[GroupInputs] = []
     adds = ResidualAdds()
 
     def enter(name: str, value: Tensor) -> None:
-        stage = len(stops)
-        if stage == len(stages.groups) or stages.groups[stage][0] != name:
+        at = len(passed)
+        if at == len(groups.names) or groups.names[at][0] != name:
             raise _not_in_order(block, name)
-        group = stages.groups[stage]
-        if with_outputs and all(member in writers for member in group):
+        if with_outputs and all(member in writers for member in groups.names[at]):
             value = value.new_empty(()).expand(value.shape)
-        stops.append(Stop(value, stages.streams_at(stage, call, adds)))
-        finish(stage)
+        passed.append(GroupInputs(value, groups.residuals_at(at, call, adds)))
+        stop_after(at)
 
     def leave(name: str, output: Tensor) -> None:
         adds.saw(name, output)
         if not with_outputs:
             return
-        stage = next(i for i, group in enumerate(stages.groups) if name in group)
+        at = next(at for at, names in enumerate(groups.names) if name in names)
         # A copy, for the block may add the residual stream to it in place.
-        stops[stage].outputs[name] = output.clone()
-        finish(stage)
+        passed[at].outputs[name] = output.clone()
+        stop_after(at)
 
-    def finish(stage: int) -> None:
-        wanted = [name for name in stages.groups[stage] if name in writers and with_outputs]
-        if stage == last and len(stops[stage].outputs) == len(wanted):
-            raise Enough
+    def stop_after(at: int) -> None:
+        wanted = [name for name in groups.names[at] if name in writers and with_outputs]
+        if at == last and len(passed[at].outputs) == len(wanted):
+            raise StopForward
 
-    firsts = {group[0]: linears[group[0]] for group in stages.groups}
+    firsts = {names[0]: linears[names[0]] for names in groups.names}
     adding = {name: linears[name] for name in writers}
-    output_BTD = None
-    with watch_linears(firsts, enter), watch_outputs(adding, leave), adds:
+    with watch_inputs(firsts, enter), watch_outputs(adding, leave), adds:
         try:
             output_BTD = run_block(block, call)
-        except Enough:
-            return stops, None
-    if len(stops) < len(stages.groups):
-        raise _not_in_order(block, stages.groups[len(stops)][0])
-    return stops, output_BTD
+        except StopForward:
+            return passed, None
+    if len(passed) < len(groups.names):
+        raise _not_in_order(block, groups.names[len(passed)][0])
+    return passed, output_BTD
 
 
 def _not_in_order(block: nn.Module, name: str) -> InputError:
@@ -304,7 +300,7 @@ def _not_in_order(block: nn.Module, name: str) -> InputError:
     )
 
 
-class _Held:
+class _HeldForward:
     """A forward in a thread that runs only while `resume` waits for it."""
 
     def __init__(self, run: Callable[[_Forward], None], forward: _Forward) -> None:
@@ -312,7 +308,7 @@ class _Held:
         self._run = run
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._failure: BaseException | None = None
-        self._is_abandoned = False
+        self._is_cancelled = False
         self._device = forward.call.hidden_BTD.device
         self._thread = threading.Thread(target=self._work, name="held forward", daemon=True)
         self._thread.start()
@@ -323,10 +319,10 @@ class _Held:
             # What torch keeps for each thread has to be as it is in the caller's.
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            if not self._is_abandoned:
+            if not self._is_cancelled:
                 with torch.no_grad():
                     self._run(self.forward)
-        except Enough:
+        except StopForward:
             pass
         except BaseException as error:  # handed to the caller of `resume`
             self._failure = error
@@ -334,21 +330,21 @@ class _Held:
             self._back.release()
 
     def resume(self) -> None:
-        """Let the forward run until it stands, ends or fails; raises what it raised."""
+        """Let the forward run until it pauses, ends or fails; raises what it raised."""
         self._go.release()
         self._back.acquire()
         if self._failure is not None:
             raise self._failure
 
-    def stand(self) -> None:
+    def pause(self) -> None:
         """Called by the forward itself: wait for the next `resume`."""
         self._back.release()
         self._go.acquire()
-        if self._is_abandoned:
-            raise Enough
+        if self._is_cancelled:
+            raise StopForward
 
-    def abandon(self) -> None:
-        """End the forward where it stands, if it has not ended by itself."""
-        self._is_abandoned = True
+    def cancel(self) -> None:
+        """End the forward where it is paused, if it has not ended by itself."""
+        self._is_cancelled = True
         self._go.release()
         self._thread.join()

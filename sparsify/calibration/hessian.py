@@ -43,9 +43,7 @@ class HessianSum:
         self.weight = 0.0
         """sum of the tokens' weights, by which the mean divides"""
 
-    def add(
-        self, inputs: Tensor, token_weights: Tensor | None = None, *, allow_tf32: bool = False
-    ) -> None:
+    def add(self, inputs: Tensor, token_weights: Tensor | None = None) -> None:
         """Add the tokens of `inputs`, which must all be real tokens.
 
         Args:
@@ -53,8 +51,6 @@ class HessianSum:
                 `kernels.gram.add_gram_`.
             token_weights: (...), finite and 0 or more: how much each token counts. None: 1 each.
                 With weights, inputs are scaled by their roots and multiplied in float32.
-            allow_tf32: multiply float32 in TF32 on a GPU, ten times as fast and with 10 bits of
-                mantissa in place of 23.
 
         Raises:
             InputError: a weight is negative or not finite, or there are not as many as tokens.
@@ -71,7 +67,7 @@ class HessianSum:
                 raise InputError("token weights must be finite and 0 or more")
             weight = float(weights_T.sum(dtype=torch.float64))
             inputs_TI = inputs_TI.float() * weights_T.sqrt().unsqueeze(1)
-        add_gram_(self._sum_II, inputs_TI, allow_tf32=allow_tf32)
+        add_gram_(self._sum_II, inputs_TI)
         self.num_tokens += len(inputs_TI)
         self.weight += weight
 
@@ -124,6 +120,11 @@ class HessianSum:
                 f"column {int(bad[0])}; check the weights before this layer or use a wider dtype"
             )
         return mirror_upper_((self._sum_II / self.weight).float())
+
+
+def row_energies(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """d H d^T of every row d, (O,): with H the mean of x x^T, its mean square output."""
+    return ((change_OI @ hessian_II) * change_OI).sum(1)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """Hidden states of the calibration rows between two blocks: where they are kept, and on disk.
 
-A stream is what flows through a model's blocks: one tensor per batch of rows. Pruning follows up to
-two, that of the model being pruned and that of the dense one. They are kept where there is room
-(`placement`), and `commit` puts them on disk so that a run that was killed goes on at this block.
+They are one tensor per batch of rows and model. Pruning follows up to two models, the one that is
+being pruned and the dense one. States are kept where there is room (`placement`), and `commit` puts
+them on disk so that a run that was killed resumes at this block.
 Shape suffixes: B rows of a batch, T tokens of a row, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,26 @@ Placement = Literal["device", "host", "disk"]
 _METADATA = {"format": "pt"}
 
 
-class StreamStore:
-    """The streams of this process's batches, all standing before the same block.
+@dataclass(frozen=True)
+class Memory:
+    """Where a model's walk works and keeps things, and how much at once."""
+
+    batch_size: int
+    """rows per forward"""
+    dtype: str = "float32"
+    """of a checkpoint's blocks: float32, bfloat16 or float16"""
+    device: str | torch.device = "cpu"
+    """where a checkpoint's blocks are worked on"""
+    activations: Placement = "device"
+    """where its hidden states are kept between blocks, see `HiddenStateStore`"""
+    overlap: bool = False
+    """while layers are solved, factor the Hessians of the next ones (orders block and dense), and
+    have the dense model pass the next block where it is followed (order layer with a teacher, order
+    dense); the hidden states are kept on the device then. The results are the same to the bit"""
+
+
+class HiddenStateStore:
+    """The hidden states of this process's batches, all before the same block.
 
     Args:
         placement: "device" keeps them beside the weights, "host" in host memory (pinned where the
@@ -59,11 +78,11 @@ class StreamStore:
         """Whether there is room beside the weights."""
         return self._placement == "device"
 
-    def put(self, stream: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
-        """Keep what the batch's stream is before block `block`."""
-        key = (stream, batch)
+    def put(self, model: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
+        """Keep the batch's hidden states (B, T, D) in `model` before block `block`."""
+        key = (model, batch)
         if self._placement == "disk":
-            path = self._path(block, f"{stream}-{batch:06d}")
+            path = self._path(block, f"{model}-{batch:06d}")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {_name(*key): hidden_BTD.cpu().contiguous()}, _METADATA)
             self._files[key] = path
@@ -76,15 +95,15 @@ class StreamStore:
         else:
             self._held[key] = hidden_BTD
 
-    def get(self, stream: str, batch: int) -> Tensor:
-        """The batch's stream, on the device."""
-        key = (stream, batch)
+    def get(self, model: str, batch: int) -> Tensor:
+        """The batch's hidden states in `model`, on the device."""
+        key = (model, batch)
         if key in self._held:
             return self._held[key].to(self._device, non_blocking=True)
         return load_file(self._files[key], device=str(self._device))[_name(*key)]
 
     def commit(self, block: int) -> None:
-        """Bring the streams before `block` to the disk; earlier blocks' files stay until `drop`."""
+        """Bring the states before `block` to the disk; earlier blocks' files stay until `drop`."""
         if self._folder is None or self._placement == "disk":
             return  # there is nowhere to write to, or every batch is on disk already
         path = self._path(block, f"part-{self._part}")
@@ -103,14 +122,14 @@ class StreamStore:
                 folder.rmdir()
         fsync(self._folder)
 
-    def restore(self, block: int, streams: Iterable[str], batches: Iterable[int]) -> None:
-        """Take up the committed streams before `block`, whichever processes wrote them.
+    def restore(self, block: int, models: Iterable[str], batches: Iterable[int]) -> None:
+        """Take up the committed states before `block`, whichever processes wrote them.
 
         Raises:
-            InputError: a stream is missing or damaged.
+            InputError: a batch's states are missing or damaged.
         """
         assert self._folder is not None
-        wanted = {_name(stream, batch): (stream, batch) for stream in streams for batch in batches}
+        wanted = {_name(model, batch): (model, batch) for model in models for batch in batches}
         for path in sorted(self._block_folder(block).glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -143,5 +162,5 @@ class StreamStore:
         return self._block_folder(block) / f"{stem}.safetensors"
 
 
-def _name(stream: str, batch: int) -> str:
-    return f"{stream}.{batch:06d}"
+def _name(model: str, batch: int) -> str:
+    return f"{model}.{batch:06d}"

@@ -13,11 +13,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import TargetShares
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError
 from sparsify.models.structure import find_blocks, linears_of
 
-Order = Literal["layer", "block", "dense"]
+InputOrder = Literal["layer", "block", "dense"]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Layer:
     module: nn.Linear
     block: int
     """index of the decoder block"""
-    statistics: Statistics
+    moments: InputMoments
     """moments of its input; layers that share an input share them"""
     wanted_OI: Tensor | None = None
     """float32 mean of (a W y + b (r_dense - r)) x^T for a layer that adds to a residual stream r: W
@@ -38,23 +38,30 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Wants:
+class SolverNeeds:
     """What a solver needs of the walk."""
 
     teacher: bool = False
     """follow the dense model too, for `cross_II`"""
     target_shares: TargetShares | None = None
     """with a teacher: `wanted_OI` of layers that write to the residual stream, with these shares.
-    Their statistics have no `cross_II` then, unless another kind of layer shares them"""
+    Their moments have no `cross_II` then, unless another kind of layer shares them"""
     factor_damping: float | None = None
     """compute the factors with this damping, each on one process, before handing out the layers"""
-    order: Order = "block"
+    order: InputOrder = "block"
     """layer: measure a layer's input when the layers before it are solved; block: when the blocks
     before it are; dense: as it is in the dense model, without a teacher. Where layer is asked for,
-    blocks that are not `models.stops.Stages.is_in_order` are measured in the order block"""
+    blocks that are not `groups.LayerGroups.is_in_order` are measured in the order block"""
+    token_weights: Tensor | None = None
+    """float32 (blocks, N, T), how much each token of the N rows counts; None: all the same"""
+
+    @property
+    def has_dense_outputs(self) -> bool:
+        """Whether layers that write to the residual stream aim at the dense model's outputs."""
+        return self.target_shares is not None and self.target_shares.teacher > 0
 
 
-def passes_ahead(order: Order, has_teacher: bool) -> bool:
+def passes_ahead(order: InputOrder, has_teacher: bool) -> bool:
     """Whether the dense model can pass blocks that the walk has not come to: it is followed, and
     not beside the pruned one."""
     return order == ("layer" if has_teacher else "dense")

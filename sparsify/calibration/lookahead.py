@@ -1,4 +1,4 @@
-"""Work that is begun before its result is needed, beside what the caller goes on with."""
+"""Work that is started before its result is needed, beside what the caller does meanwhile."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Ahead:
+class Lookahead:
     """A thread, and on a GPU a stream of its own, that does one piece of work after another.
 
     A context: leaving it waits until the thread is done with what it was at, and drops the rest.
 
-    The work may read the tensors that exist when it is begun, as long as nobody changes or frees
+    The work may read the tensors that exist when it is started, as long as nobody changes or frees
     them before its result is taken. It must not exchange anything with other processes: their
     order would be chance.
 
@@ -31,7 +31,7 @@ class Ahead:
     def __init__(self, device: torch.device, role: str) -> None:
         self._device = device
         self._stream = _stream(device, role) if device.type == "cuda" else None
-        # A thread begins on the first GPU, and torch goes back there when it leaves a stream.
+        # A thread starts on the first GPU, and torch goes back there when it leaves a stream.
         home = None if self._stream is None else lambda: torch.cuda.set_device(device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead", initializer=home)
 
@@ -44,7 +44,7 @@ class Ahead:
     def start(
         self, work: Callable[[], T], tensors_of: Callable[[T], Iterable[Tensor]]
     ) -> Callable[[], T]:
-        """Begin `work`, behind all that the caller has asked of the device.
+        """Start `work`, after all that the caller has asked of the device.
 
         Args:
             work: done without gradients.
@@ -56,11 +56,11 @@ class Ahead:
         stream = self._stream
         if stream is None:
             return self._pool.submit(torch.no_grad()(work)).result
-        begun = torch.cuda.current_stream(self._device).record_event()
+        started = torch.cuda.current_stream(self._device).record_event()
 
         def on_stream() -> tuple[T, torch.cuda.Event]:
             with torch.no_grad(), torch.cuda.stream(stream):
-                stream.wait_event(begun)
+                stream.wait_event(started)
                 return work(), stream.record_event()
 
         future = self._pool.submit(on_stream)

@@ -13,13 +13,13 @@ from sparsify.calibration.hessian import InverseFactor, inverse_factor
 
 
 @dataclass
-class Statistics:
+class InputMoments:
     """What calibration knows of the input of one or more layers."""
 
     hessian_II: Tensor
     """float32 mean of x x^T over all processes' tokens"""
     num_tokens: int
-    """tokens behind the means, over all processes"""
+    """tokens in the means, over all processes"""
     cross_II: Tensor | None = None
     """float32 mean of y x^T over the same tokens, y being the input that the layers have in the
     dense model; None unless it was asked for, where there are no pairs of y and x, and where all
@@ -50,5 +50,5 @@ class Statistics:
 
     @property
     def tokens_per_column(self) -> float:
-        """Tokens behind the means for each input column; few of them make the means noise."""
+        """Tokens in the means for each input column; few of them make the means noise."""
         return self.num_tokens / len(self.hessian_II)

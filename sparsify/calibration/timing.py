@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Phases:
+class PhaseTimer:
     """Seconds by phase.
 
     Args:
@@ -25,16 +25,16 @@ class Phases:
         """Add the time of what is done inside to `phase`.
 
         On a GPU it waits at both ends for the stream that it is on, and for no other: what is done
-        ahead on another one goes on.
+        ahead on another one continues.
         """
         if self._clock is None:
             yield
             return
-        begun_s = self._now()
+        started_s = self._now()
         try:
             yield
         finally:
-            self.seconds[phase] += self._now() - begun_s
+            self.seconds[phase] += self._now() - started_s
 
     def _now(self) -> float:
         assert self._clock is not None

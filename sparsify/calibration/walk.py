@@ -1,41 +1,56 @@
-"""The walk over a model's decoder blocks: statistics of each linear's input, then a solver.
+"""The walk over a model's decoder blocks: moments of each linear's input, then a solver.
 
 Blocks are visited in order, and only one is needed at a time. In the order of layers, the rows
-stop before each of a block's linears until it is solved, so that one pass gives the statistics of
-all of them, each behind the ones pruned before it, and what the next block will receive. In the
-order of blocks, as SparseGPT's authors do it, a first pass gives the statistics of all linears of
-the block as if it were dense, and a second one hands on what the solved block makes. A method with
-a teacher also follows the dense model, in one pass beside the first. Processes share the rows.
+pause before each group of a block's linears until it is solved, so that one pass gives the moments
+of all of them, each after the ones pruned before it, and what the next block will receive. In the
+order of blocks, as SparseGPT's authors do it, a first pass gives the moments of all linears of the
+block as if it were dense, and a second one hands on what the solved block makes: one step with all
+groups in place of one for each. A method with a teacher also follows the dense model, in one pass
+beside the first. Processes share the rows. Hidden states are kept by the model that they are of:
+"pruned" and, for a teacher, "dense".
 Shape suffixes: N rows, T tokens of a row, D hidden size, I input features, O output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments
-from sparsify.calibration.batches import Batch, share_of
-from sparsify.calibration.block import DensePass, OpenBlock, Opener
-from sparsify.calibration.factors import share_factors
-from sparsify.calibration.groups import Stages, Stop, StoppingBlock, pass_stages
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.layers import Layer, Wants, passes_ahead, prunable_linears
-from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
-from sparsify.calibration.timing import Phases
+from sparsify.calibration.accumulate import MomentSums
+from sparsify.calibration.batches import Batch, lanes_of
+from sparsify.calibration.block import BlockReader, DensePass, LoadedBlock
+from sparsify.calibration.factors import assign_factors
+from sparsify.calibration.groups import GroupInputs, LayerGroups, PausableBlock, run_groups
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
+from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
+from sparsify.calibration.lookahead import Lookahead
+from sparsify.calibration.timing import PhaseTimer
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockInputs, run_block
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the walk tells its caller."""
+
+    on_block: Callable[[int, nn.Module], None] = lambda index, block: None
+    """called as on_block(index, block) after a block's layers are solved and the hidden states are
+    before the next block; the block's weights are still there"""
+    wait_for_pending: Callable[[], None] = lambda: None
+    """called before the weights of solved layers are used"""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    """collects the time of each kind of work"""
 
 
 @torch.no_grad()
@@ -45,43 +60,32 @@ def walk_blocks(
     solve: Callable[[Layer], None],
     *,
     comm: Comm,
-    batch_size: int,
-    wants: Wants,
+    memory: Memory,
+    needs: SolverNeeds,
     skip: Sequence[str] = (),
-    store: StreamStore | None = None,
+    store: HiddenStateStore | None = None,
     first_block: int = 0,
-    on_block: Callable[[int, nn.Module], None] | None = None,
-    phases: Phases | None = None,
-    token_weights: Tensor | None = None,
-    settle: Callable[[], None] = lambda: None,
-    overlap: bool = False,
+    progress: Progress | None = None,
 ) -> None:
-    """Hand every linear layer of every decoder block to `solve`, with its statistics.
+    """Hand every linear layer of every decoder block to `solve`, with the moments of its input.
 
     Args:
         source: the model's blocks; their weights change as `solve` changes them.
         rows: calibration rows, the same on all processes; each process takes its lanes of them.
         solve: called once per layer, in the same order on all processes; sets
             `layer.module.weight.data` in place, to the same values on all processes, at the latest
-            in the next `settle`.
+            in the next `Progress.wait_for_pending`.
         comm: the processes that take part, and whether they add up in a fixed order.
-        batch_size: rows per forward of a block.
-        wants: what `solve` needs.
+        memory: rows at once, and whether work may be done ahead; the rest is the source's and the
+            store's.
+        needs: what `solve` needs.
         skip: see `prunable_linears`.
         store: keeps the hidden states between blocks; None keeps them beside the weights. If it
             keeps them on the device, forwards too are held there while layers are solved; else
-            each is begun anew for every group of layers.
-        first_block: go on here; `store` then holds the streams before it, and earlier blocks are
-            not looked at.
-        on_block: called as on_block(index, block) after a block's layers are solved and the
-            streams stand before the next block; the block's weights are still there.
-        phases: collects the time of each kind of work.
-        token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
-        settle: called before the weights of solved layers are used.
-        overlap: while layers are solved, factor the Hessians of the next ones (orders block and
-            dense), and have the dense model pass the next block where it is followed (order layer
-            with a teacher, order dense); `store` keeps the hidden states on the device then. The
-            results are the same to the bit.
+            each starts again for every group of layers.
+        first_block: continue here; `store` then holds the hidden states before it, and earlier
+            blocks are not looked at.
+        progress: see there; None tells nobody.
 
     Raises:
         InputError: see `models.structure`; or the dense model is to pass blocks ahead, and `store`
@@ -100,10 +104,8 @@ def walk_blocks(
     once and the moments of a second block. Float32 is multiplied in full precision on a GPU.
     """
     linears = prunable_linears(source.model, skip)
-    walk = _Walk(
-        source, linears, rows, comm, batch_size, wants, store, phases or Phases(), token_weights,
-        settle, overlap,
-    )  # fmt: skip
+    progress = progress or Progress()
+    walk = _Walk(source, linears, rows, comm, memory, needs, store, progress)
     was_training = source.model.training
     source.model.eval()
     try:
@@ -111,8 +113,7 @@ def walk_blocks(
             walk.enter(first_block)
             for index in range(first_block, len(source.blocks)):
                 block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
-                if on_block is not None:
-                    on_block(index, block)
+                progress.on_block(index, block)
                 source.close(index)
     finally:
         source.model.train(was_training)
@@ -122,43 +123,41 @@ def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
     try:
         solve(layer)
     except SingularHessianError as error:
-        tokens = layer.statistics.num_tokens
+        tokens = layer.moments.num_tokens
         raise SingularHessianError(f"{error} ({tokens} calibration tokens were used)") from error
 
 
-_Found = Iterator[tuple[str, Statistics, Tensor | None]]
-"""(name relative to the block, moments of its input, `Layer.wanted_OI`) of one layer after another,
-each of which has to be solved before the next is asked for"""
+_Note = Callable[[MomentSums, Batch, Tensor | None], None]
+"""adds a batch with its token weights to the sums"""
 
-_Note = Callable[[Moments, Batch, Tensor | None], None]
-"""adds a batch with its token weights to the moments"""
+_Put = Callable[[int, Tensor], None]
+"""takes (number of a batch, its hidden states after the block)"""
 
 
 class _Walk:
-    """The streams before the current block, and what one block does with them.
+    """The hidden states before the current block, and what one block does with them.
 
-    A context: leaving it waits for what was begun ahead.
+    A context: leaving it waits for what was started ahead.
     """
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        comm: Comm, batch_size: int, wants: Wants, store: StreamStore | None, phases: Phases,
-        token_weights: Tensor | None, settle: Callable[[], None], overlap: bool,
+        comm: Comm, memory: Memory, needs: SolverNeeds, store: HiddenStateStore | None,
+        progress: Progress,
     ) -> None:  # fmt: skip
-        self.phases = phases
-        self._settle = settle
+        self._progress = progress
+        self._timer = progress.timer
         self._source = source
         self._comm = comm
-        self._wants = wants
-        self._lanes = share_of(rows, comm, batch_size)
+        self._needs = needs
+        self._lanes = lanes_of(rows, comm, memory.batch_size)
         self._batches = [batch for lane in self._lanes for batch in lane]
         device = _device_of(source.model)
-        self._store = store or StreamStore("device", device, None)
-        self._opener = Opener(source, linears, rows, self._batches, self._store)
-        self._streams = ("pruned", "dense") if wants.teacher else ("pruned",)
-        self._token_weights = token_weights
-        self._next: Callable[[], OpenBlock] | None = None
-        has_dense_pass = overlap and passes_ahead(wants.order, wants.teacher)
+        self._store = store or HiddenStateStore("device", device, None)
+        self._reader = BlockReader(source, linears, rows, self._batches, self._store)
+        self._models = ("pruned", "dense") if needs.teacher else ("pruned",)
+        self._next: Callable[[], LoadedBlock] | None = None
+        has_dense_pass = memory.overlap and passes_ahead(needs.order, needs.teacher)
         if has_dense_pass and not self._store.is_on_device:
             raise InputError(
                 "prune.overlap=true: what the dense model does ahead is kept on the device, which "
@@ -166,9 +165,9 @@ class _Walk:
                 "workers"
             )
         self._running = ExitStack()
-        begin = self._running.enter_context
-        self._ahead = begin(Ahead(device, "dense pass")) if has_dense_pass else None
-        self._factors = begin(Ahead(device, "factors")) if overlap else None
+        start = self._running.enter_context
+        self._ahead = start(Lookahead(device, "dense pass")) if has_dense_pass else None
+        self._factors = start(Lookahead(device, "factors")) if memory.overlap else None
 
     def __enter__(self) -> Self:
         return self
@@ -177,246 +176,239 @@ class _Walk:
         self._running.close()
 
     def enter(self, first_block: int) -> None:
-        """Bring the streams before the first block to be visited."""
-        with self.phases.measure("load"):
+        """Bring the hidden states before the first block to be visited."""
+        with self._timer.measure("load"):
             if first_block > 0:
                 numbers = [batch.number for batch in self._batches]
-                self._store.restore(first_block, self._streams, numbers)
+                self._store.restore(first_block, self._models, numbers)
                 return
             for batch in self._batches:
-                hidden_BTD = self._opener.calls.first(batch.rows).hidden_BTD
-                for stream in self._streams:
-                    self._store.put(stream, batch.number, hidden_BTD, 0)
+                hidden_BTD = self._reader.calls.first(batch.rows).hidden_BTD
+                for model in self._models:
+                    self._store.put(model, batch.number, hidden_BTD, 0)
 
     def visit(self, index: int, solve: Callable[[Layer], None]) -> nn.Module:
-        """Have a block's layers solved, and bring the streams to stand before the next block.
+        """Have a block's layers solved, and bring the hidden states before the next block.
 
         Returns:
             The block.
         """
-        opened = self._open(index)
-        if opened.stages is None:
-            is_dense_behind = opened.dense is not None
-            for stream in self._streams[:-1] if is_dense_behind else self._streams:
-                self._follow(opened, stream)
-            return opened.block
-        layers = (
-            self._layers_by_stage(opened, opened.stages)
-            if opened.stages.is_in_order and self._wants.order == "layer"
-            else self._layers_at_once(opened, opened.stages)
-        )
-        for relative, statistics, wanted_OI in layers:
-            name = f"{self._source.list_name}.{index}.{relative}"
-            solve(Layer(name, opened.layers[relative], index, statistics, wanted_OI))
-        return opened.block
+        loaded = self._load(index)
+        groups, order = loaded.groups, self._needs.order
+        if groups is None:
+            for model in self._models[:-1] if loaded.dense else self._models:
+                self._advance(loaded, model)
+        elif order == "layer" and groups.is_in_order:
+            with PausableBlock(loaded.block, groups, hold=self._store.is_on_device) as pruned:
+                dense = self._dense_inputs(loaded, groups) if self._needs.teacher else None
+                for at, names in enumerate(groups.names):
+                    note = partial(self._note_group, loaded, pruned, dense, at)
+                    self._solve(loaded, [names], partial(self._sum, loaded, [names], note), solve)
+                self._advance(loaded, "pruned", pruned.finish)
+        else:
+            put = partial(self._put, self._models[-1], index)
+            self._solve(loaded, groups.names, partial(self._sum_all, loaded, groups, put), solve)
+            if order != "dense":  # there, the dense block's output is what flows on
+                self._advance(loaded, "pruned")
+        return loaded.block
 
-    def _open(self, index: int) -> OpenBlock:
-        """The block; if the dense model has passed it, its stream stands behind it already."""
-        if self._ahead is None:
-            return self._opener.open(index, "pruned", self.phases)
-        with self.phases.measure("statistics"):
-            opened = (self._next or self._begin(self._ahead, index))()
-            if opened.dense is None:  # experts may be called otherwise than in the dense model
-                opened.stages = self._opener.stages(opened, "pruned")
-        self._next = None
-        if opened.dense is not None and index + 1 < len(self._source.blocks):
-            for number, output_BTD in opened.dense.outputs.items():
-                self._put(self._streams[-1], number, output_BTD, index + 1)
-            opened.dense.outputs.clear()
-            self._next = self._begin(self._ahead, index + 1)
-        return opened
-
-    def _begin(self, ahead: Ahead, index: int) -> Callable[[], OpenBlock]:
-        """Begin to open a block and to have the dense model, which stands before it, pass it."""
-
-        def work() -> OpenBlock:
-            stream = self._streams[-1]
-            opened = self._opener.open(index, stream, Phases())
-            if self._wants.teacher or opened.stages is None:
-                opened.dense = self._opener.pass_dense(opened, stream, self._with_outputs)
-            else:
-                opened.dense = dense = DensePass()
-                dense.moments = self._dense_moments(
-                    opened, opened.stages, dense.outputs.__setitem__
-                )
-            return opened
-
-        return ahead.start(work, OpenBlock.tensors)
-
-    def _layers_at_once(self, opened: OpenBlock, stages: Stages) -> _Found:
-        """The layers, all measured in the dense block; then the pruned stream follows.
-
-        In the order dense it is the dense block's output that flows on, from the same forward.
-        """
-        index = opened.index
-        if self._wants.order == "dense":
-
-            def put(number: int, output_BTD: Tensor) -> None:
-                self._put("pruned", number, output_BTD, index + 1)
-
-            passed = None if opened.dense is None else opened.dense.moments
-            in_dense_model = partial(self._dense_moments, opened, stages, put)
-            yield from self._measured(opened, stages.groups, lambda: passed or in_dense_model())
-            return
-
-        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
-            call = self._opener.call(index, "pruned", batch)
-            if not self._wants.teacher:
-                moments.add(call, weights_BT)
-                return
-            hidden_BTD = self._store.get("dense", batch.number)
-            teacher = BlockInputs(hidden_BTD, call.args, call.kwargs)
-            output_BTD = moments.add_pair(call, teacher, weights_BT)
-            self._put("dense", batch.number, output_BTD, index + 1)
-
-        moments = partial(self._moments, opened, stages, stages.groups, note)
-        yield from self._measured(opened, stages.groups, moments)
-        self._follow(opened, "pruned")
-
-    def _dense_moments(
-        self, opened: OpenBlock, stages: Stages, put: Callable[[int, Tensor], None]
-    ) -> Moments:
-        """The moments of all inputs; `put(number of the batch, output)` takes what comes out."""
-        to_end = opened.index + 1 < len(self._source.blocks)
-
-        def note(moments: Moments, batch: Batch, weights_BT: Tensor | None) -> None:
-            call = self._opener.call(opened.index, "pruned", batch)
-            output_BTD = moments.add(call, weights_BT, to_end=to_end)
-            if output_BTD is not None:
-                put(batch.number, output_BTD)
-
-        return self._moments(opened, stages, stages.groups, note)
-
-    def _layers_by_stage(self, opened: OpenBlock, stages: Stages) -> _Found:
-        """The layers, each measured behind the solved ones; the streams follow as they go."""
-        index, block, hold = opened.index, opened.block, self._store.is_on_device
-        dense = self._dense_stops(opened, stages) if self._wants.teacher else None
-        with StoppingBlock(block, stages, hold=hold) as pruned:
-            for stage, group in enumerate(stages.groups):
-
-                def note(
-                    moments: Moments, batch: Batch, weights_BT: Tensor | None, stage: int = stage
-                ) -> None:
-                    call = partial(self._opener.call, index, "pruned", batch)
-                    # The dense model goes first: its layers are those of the block until one is
-                    # solved.
-                    teacher = None if dense is None else dense(stage, batch)
-                    moments.add_stop(pruned.stop_at(stage, batch.number, call), teacher, weights_BT)
-
-                moments = partial(self._moments, opened, stages, [group], note)
-                yield from self._measured(opened, [group], moments)
-            if index + 1 < len(self._source.blocks):
-                with self.phases.measure("forward"):
-                    for batch in self._batches:
-                        call = partial(self._opener.call, index, "pruned", batch)
-                        output_BTD = pruned.end(batch.number, call)
-                        self._put("pruned", batch.number, output_BTD, index + 1)
-
-    def _dense_stops(self, opened: OpenBlock, stages: Stages) -> Callable[[int, Batch], Stop]:
-        """What the dense model has at a stage, for one stage after another.
-
-        Where there is room, each batch passes the block once, before any layer is solved, and what
-        later stages ask for is kept. Elsewhere it passes a copy of the block for every stage.
-        """
-        index, hold = opened.index, self._store.is_on_device
-        if opened.dense is not None:
-            passed = opened.dense.stops
-            return lambda stage, batch: passed.pop((stage, batch.number))
-        twin = opened.block if hold else deepcopy(opened.block)
-        kept: dict[tuple[int, int], Stop] = {}
-        final = len(stages.groups) - 1
-
-        def at(stage: int, batch: Batch) -> Stop:
-            if stage == 0 or not hold:
-                call = self._opener.call(index, "dense", batch)
-                last = None if hold or stage == final else stage
-                stops, output_BTD = pass_stages(
-                    twin, stages, call, with_outputs=self._with_outputs, last=last
-                )
-                if output_BTD is not None:
-                    self._put("dense", batch.number, output_BTD, index + 1)
-                if not hold:
-                    return stops[stage]
-                kept.update({(number, batch.number): stop for number, stop in enumerate(stops)})
-            return kept.pop((stage, batch.number))
-
-        return at
-
-    @property
-    def _with_outputs(self) -> bool:
-        """Whether layers that write to the residual stream aim at the dense model's outputs."""
-        shares = self._wants.target_shares
-        return shares is not None and shares.teacher > 0
-
-    def _measured(
-        self, opened: OpenBlock, groups: list[list[str]], moments: Callable[[], Moments]
-    ) -> _Found:
-        """The layers of some groups with the statistics of their inputs, over all rows."""
-        prefix = f"{self._source.list_name}.{opened.index}."
-        with self.phases.measure("statistics"):
-            total = moments()
-        with self.phases.measure("reduce"):
+    def _solve(
+        self, loaded: LoadedBlock, groups: list[list[str]], sums: Callable[[], MomentSums],
+        solve: Callable[[Layer], None],
+    ) -> None:  # fmt: skip
+        """Measure the inputs of some groups over all rows, and have their layers solved."""
+        prefix = f"{self._source.list_name}.{loaded.index}."
+        with self._timer.measure("statistics"):
+            total = sums()
+        with self._timer.measure("reduce"):
             try:
                 found = total.reduce(self._comm)
             except (NonFiniteError, CalibrationError) as error:
-                where = self._where_not_finite(opened, groups)
-                raise type(error)(f"block {opened.index}, layer {prefix}{error}{where}") from error
-        damping, hand_out = self._wants.factor_damping, None
+                where = self._where_not_finite(loaded, groups)
+                raise type(error)(f"block {loaded.index}, layer {prefix}{error}{where}") from error
+        damping, assign = self._needs.factor_damping, None
         if damping is not None:
-            with self.phases.measure("factor"):
-                named = {f"{prefix}{group}": stats for group, stats in found.statistics.items()}
+            with self._timer.measure("factor"):
+                named = {f"{prefix}{first}": moments for first, moments in found.moments.items()}
                 ahead = self._factors if len(groups) > 1 else None
-                hand_out = share_factors(named, damping, self._comm, ahead)
+                assign = assign_factors(named, damping, self._comm, ahead)
         for group in groups:
-            if hand_out is not None:
-                with self.phases.measure("factor"):
-                    hand_out(f"{prefix}{group[0]}")
+            if assign is not None:
+                with self._timer.measure("factor"):
+                    assign(f"{prefix}{group[0]}")
+            moments = found.moments[group[0]]
             for name in group:
-                yield name, found.statistics[group[0]], found.wanted.get(name)
-        self._settle()
+                module, wanted_OI = loaded.layers[name], found.wanted.get(name)
+                solve(Layer(f"{prefix}{name}", module, loaded.index, moments, wanted_OI))
+        self._progress.wait_for_pending()
 
-    def _moments(
-        self, opened: OpenBlock, stages: Stages, groups: list[list[str]], note: _Note
-    ) -> Moments:
-        """The moments of this process's rows; lanes are added up as the leaves of a binary tree."""
+    def _sum(self, loaded: LoadedBlock, groups: list[list[str]], note: _Note) -> MomentSums:
+        """The sums of this process's rows; lanes are added up as the leaves of a binary tree."""
+        assert loaded.groups is not None
+        writers, is_in_order = loaded.groups.residuals, loaded.groups.is_in_order
 
-        def of(lane: list[Batch]) -> Moments:
-            moments = Moments(
-                opened.block, groups, self._wants.teacher, self._wants.target_shares,
-                stages.streams, stages.is_in_order,
+        def of(lane: list[Batch]) -> MomentSums:
+            sums = MomentSums(
+                loaded.block, groups, self._needs.teacher, self._needs.target_shares, writers,
+                is_in_order,
             )  # fmt: skip
             for batch in lane:
                 weights_BT = None
-                if self._token_weights is not None:
-                    weights_BT = self._token_weights[opened.index, batch.where]
-                note(moments, batch, weights_BT)
-            return moments
+                if self._needs.token_weights is not None:
+                    weights_BT = self._needs.token_weights[loaded.index, batch.where]
+                note(sums, batch, weights_BT)
+            return sums
 
-        return sum_lanes(map(of, self._lanes), Moments.merge)
+        return sum_lanes(map(of, self._lanes), MomentSums.merge)
 
-    def _put(self, stream: str, batch: int, hidden_BTD: Tensor, block: int) -> None:
-        if block < len(self._source.blocks):  # nobody reads what the last block puts out
-            self._store.put(stream, batch, hidden_BTD, block)
+    def _sum_all(self, loaded: LoadedBlock, groups: LayerGroups, put: _Put) -> MomentSums:
+        """The sums of all inputs, as they are before any layer is solved.
 
-    def _follow(self, opened: OpenBlock, stream: str) -> None:
-        """Run the block as it is, so that the stream stands before the next one."""
-        if opened.index + 1 == len(self._source.blocks):
+        `put` takes the block's output for the last of `_models`: the dense model of a teacher, or
+        the only one in the order dense; in the order block without a teacher there is none yet.
+        """
+        if loaded.dense is not None and loaded.dense.moments is not None:
+            return loaded.dense.moments
+        is_last = loaded.index + 1 == len(self._source.blocks)
+
+        def note(sums: MomentSums, batch: Batch, weights_BT: Tensor | None) -> None:
+            call = self._reader.call(loaded.index, "pruned", batch)
+            if self._needs.teacher:
+                teacher = replace(call, hidden_BTD=self._store.get("dense", batch.number))
+                output_BTD: Tensor | None = sums.add_pair(call, teacher, weights_BT)
+            else:
+                to_end = self._needs.order == "dense" and not is_last
+                output_BTD = sums.add(call, weights_BT, to_end=to_end)
+            if output_BTD is not None:
+                put(batch.number, output_BTD)
+
+        return self._sum(loaded, groups.names, note)
+
+    def _note_group(
+        self, loaded: LoadedBlock, pruned: PausableBlock,
+        dense: Callable[[int, Batch], GroupInputs] | None, at: int, sums: MomentSums, batch: Batch,
+        weights_BT: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add what a group receives after the solved ones, and beside it what it does if dense."""
+        # The dense model goes first: its layers are those of the block until one is solved.
+        teacher = None if dense is None else dense(at, batch)
+        call = partial(self._reader.call, loaded.index, "pruned", batch)
+        sums.add_group(pruned.inputs_of(at, batch.number, call), teacher, weights_BT)
+
+    def _dense_inputs(
+        self, loaded: LoadedBlock, groups: LayerGroups
+    ) -> Callable[[int, Batch], GroupInputs]:
+        """What the dense model has at a group, for one group after another.
+
+        Where there is room, its batches pass the block once, before any layer is solved, and what
+        later groups ask for is kept. Elsewhere each passes a copy of the block for every group.
+        """
+        put = partial(self._put, "dense", loaded.index)
+        final = len(groups.names) - 1
+        if self._store.is_on_device:
+
+            def kept(at: int, batch: Batch) -> GroupInputs:
+                if loaded.dense is None:
+                    loaded.dense = self._pass_dense(loaded, put)
+                assert loaded.dense is not None
+                return loaded.dense.inputs.pop((at, batch.number))
+
+            return kept
+        twin = deepcopy(loaded.block)
+
+        def again(at: int, batch: Batch) -> GroupInputs:
+            call = self._reader.call(loaded.index, "dense", batch)
+            passed, output_BTD = run_groups(
+                twin, groups, call, with_outputs=self._needs.has_dense_outputs,
+                last=None if at == final else at,
+            )  # fmt: skip
+            if output_BTD is not None:
+                put(batch.number, output_BTD)
+            return passed[at]
+
+        return again
+
+    def _pass_dense(self, loaded: LoadedBlock, put: _Put) -> DensePass | None:
+        """Have the dense model pass a block before any of its layers is solved.
+
+        Returns:
+            What was seen there; None where a teacher's groups are not in order, so that experts
+            may be called otherwise than in the pruned model.
+        """
+        groups = loaded.groups
+        if groups is not None and not self._needs.teacher:
+            return DensePass(moments=self._sum_all(loaded, groups, put))
+        if groups is not None and not groups.is_in_order:
+            return None
+        model, with_outputs = self._models[-1], self._needs.has_dense_outputs
+        return DensePass(inputs=self._reader.pass_dense(loaded, model, with_outputs, put))
+
+    def _load(self, index: int) -> LoadedBlock:
+        """The block; if the dense model has passed it, its hidden states are after it already."""
+        if self._ahead is None:
+            return self._reader.load(index, "pruned", self._timer)
+        with self._timer.measure("statistics"):
+            loaded = (self._next or self._start(self._ahead, index))()
+            if loaded.dense is None:  # experts may be called otherwise than in the dense model
+                loaded.groups = self._reader.groups(loaded, "pruned")
+        self._next = None
+        if loaded.dense is not None and index + 1 < len(self._source.blocks):
+            for number, output_BTD in loaded.dense.outputs.items():
+                self._put(self._models[-1], index, number, output_BTD)
+            loaded.dense.outputs.clear()
+            self._next = self._start(self._ahead, index + 1)
+        return loaded
+
+    def _start(self, ahead: Lookahead, index: int) -> Callable[[], LoadedBlock]:
+        """Start to load a block and to have the dense model, which is before it, pass it."""
+
+        def work() -> LoadedBlock:
+            outputs: dict[int, Tensor] = {}
+
+            def keep(number: int, output_BTD: Tensor) -> None:
+                if index + 1 < len(self._source.blocks):
+                    outputs[number] = output_BTD
+
+            loaded = self._reader.load(index, self._models[-1], PhaseTimer())
+            loaded.dense = self._pass_dense(loaded, keep)
+            if loaded.dense is not None:
+                loaded.dense.outputs = outputs
+            return loaded
+
+        return ahead.start(work, LoadedBlock.tensors)
+
+    def _put(self, model: str, index: int, batch: int, output_BTD: Tensor) -> None:
+        """Keep what block `index` made of a batch; nobody reads what the last block puts out."""
+        if index + 1 < len(self._source.blocks):
+            self._store.put(model, batch, output_BTD, index + 1)
+
+    def _advance(
+        self, loaded: LoadedBlock, model: str,
+        finish: Callable[[int, Callable[[], BlockInputs]], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Bring a model's hidden states after the block as it is now, by whole forwards or by
+        finishing paused ones."""
+        if loaded.index + 1 == len(self._source.blocks):
             return
-        with self.phases.measure("forward"):
+        with self._timer.measure("forward"):
             for batch in self._batches:
-                output_BTD = run_block(opened.block, self._opener.call(opened.index, stream, batch))
-                self._put(stream, batch.number, output_BTD, opened.index + 1)
+                call = partial(self._reader.call, loaded.index, model, batch)
+                output_BTD = (
+                    run_block(loaded.block, call()) if finish is None
+                    else finish(batch.number, call)
+                )  # fmt: skip
+                self._put(model, loaded.index, batch.number, output_BTD)
 
-    def _where_not_finite(self, opened: OpenBlock, groups: list[list[str]]) -> str:
+    def _where_not_finite(self, loaded: LoadedBlock, groups: list[list[str]]) -> str:
         """The first rows that make a layer's input NaN or infinite, for the message."""
         mine = None
         for batch in self._batches:
-            moments = Moments(opened.block, groups, with_teacher=False)
-            moments.add(self._opener.call(opened.index, "pruned", batch), None)
-            if not moments.is_finite():
+            sums = MomentSums(loaded.block, groups, with_teacher=False)
+            sums.add(self._reader.call(loaded.index, "pruned", batch), None)
+            if not sums.is_finite():
                 mine = batch.where.start, batch.where.stop - 1
                 break
-        found = [where for where in self._comm.share(mine) if where is not None]
+        found = [where for where in self._comm.gather_objects(mine) if where is not None]
         return "; first in calibration rows {} to {}".format(*min(found)) if found else ""
 
 

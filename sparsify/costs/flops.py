@@ -3,7 +3,7 @@
 Counted is what the model asks for, not what is spent: recomputed activations, padding and the zeros
 of a pruned weight change nothing, so that two runs of one model can be compared by tokens/s alone.
 The convention is the causal one: a token attends to half of its document on average, and documents
-packed into one row cost the sum of their squares, not the square of the row. Figures with the full
+joined into one row cost the sum of their squares, not the square of the row. Figures with the full
 square (57.9 GFLOP/token for training Llama-3.1-8B at 8192 instead of 51.5) are another convention.
 
 Not counted: norms, activations, rotary angles, softmax, additions of biases, the optimizer.

@@ -93,7 +93,7 @@ class TokenRows:
         return is_taught_NT
 
     @property
-    def is_packed(self) -> bool:
+    def is_joined(self) -> bool:
         """Whether any row holds more than one document."""
         return bool((self.positions_NT[:, 1:] == 0).any())
 

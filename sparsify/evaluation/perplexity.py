@@ -109,7 +109,7 @@ def evaluate_rows(
             "two tokens in a row; give more held-out text or a shorter data.sequence_length"
         )
     models = [model] if dense is None else [model, dense]
-    if rows.is_packed:
+    if rows.is_joined:
         for m in models:
             check_isolation(m)
     was_training = [m.training for m in models]

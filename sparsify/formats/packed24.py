@@ -45,6 +45,7 @@ from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks.bits import num_bytes, pack_bits, unpack_bits
 from sparsify.pattern import Pattern, check_divides
 from sparsify.quantization.codes import Quantized, dequantize
+from sparsify.tensors import tensor_names
 
 FORMAT = "twofour-packed"
 
@@ -158,7 +159,7 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in tensor_names(file)}
     except (SafetensorError, OSError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise InputError(

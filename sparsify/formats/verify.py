@@ -16,6 +16,7 @@ from sparsify.masks.select import require_pattern
 from sparsify.masks.storage import PackedMasks, load_masks
 from sparsify.models.masked import infer_masks
 from sparsify.pattern import Pattern
+from sparsify.tensors import tensor_names
 
 
 def check_files(
@@ -49,7 +50,7 @@ def check_packed(folder: Path) -> dict[str, int]:
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a safetensors file, one in memory at a time."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
+        for name in tensor_names(file):
             yield name, file.get_tensor(name)
 
 

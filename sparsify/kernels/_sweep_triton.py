@@ -1,4 +1,4 @@
-"""SparseGPT's sweep for GPUs: one kernel per block of columns, one product behind it.
+"""SparseGPT's sweep for GPUs: one kernel per block of columns, one product after it.
 
 Shape suffixes: O output features (rows), I input features (columns), R rows of one program, B
 columns of one block.

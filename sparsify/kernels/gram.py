@@ -30,7 +30,7 @@ def sum_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
-def add_gram_(sum_II: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False) -> None:
+def add_gram_(sum_II: Tensor, inputs_TI: Tensor) -> None:
     """Add X^T X to the upper triangle of `sum_II`; what is below the diagonal means nothing.
 
     `mirror_upper_` completes the sum once all tokens are in.
@@ -39,7 +39,6 @@ def add_gram_(sum_II: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False) ->
         sum_II: float32 or float64 (I, I), contiguous; float32 for half precision on a GPU.
         inputs_TI: (T, I), any float dtype. Half precision is multiplied exactly: the product of
             two bfloat16 or float16 numbers fits float32, in which it is summed.
-        allow_tf32: True multiplies float32 inputs in TF32 on a GPU.
 
     Raises:
         InputError: half-precision inputs on a GPU, and Triton is not installed.
@@ -56,7 +55,7 @@ def add_gram_(sum_II: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False) ->
     inputs_TI = inputs_TI.float()
     num_columns = inputs_TI.shape[1]
     width = max(-(-num_columns // _NUM_PANELS), _MIN_PANEL)
-    with float32_products(allow_tf32):
+    with float32_products():
         for start in range(0, num_columns, width):
             panel = slice(start, start + width)
             _add_product_(sum_II[panel, start:], inputs_TI[:, panel], inputs_TI[:, start:])
@@ -82,9 +81,7 @@ def mirror_upper_(matrix_II: Tensor) -> Tensor:
     return matrix_II
 
 
-def add_cross_(
-    sum_LI: Tensor, left_TL: Tensor, inputs_TI: Tensor, *, allow_tf32: bool = False
-) -> None:
+def add_cross_(sum_LI: Tensor, left_TL: Tensor, inputs_TI: Tensor) -> None:
     """Add Y^T X to `sum_LI`.
 
     Args:
@@ -92,7 +89,6 @@ def add_cross_(
         left_TL: Y, (T, L), any float dtype.
         inputs_TI: X, (T, I), any float dtype. If both have the same half precision they are
             multiplied exactly and summed in float32, on a GPU by tensor cores.
-        allow_tf32: True multiplies float32 tensors in TF32 on a GPU.
 
     Cost: 2 T L I operations.
     """
@@ -102,7 +98,7 @@ def add_cross_(
             sum_LI[rows] += torch.mm(left_TL[:, rows].T, inputs_TI, out_dtype=torch.float32)
         return
     left_TL, inputs_TI = left_TL.float(), inputs_TI.float()
-    with float32_products(allow_tf32):
+    with float32_products():
         for start in range(0, len(sum_LI), _CROSS_ROWS):
             rows = slice(start, start + _CROSS_ROWS)
             _add_product_(sum_LI[rows], left_TL[:, rows], inputs_TI)

@@ -25,7 +25,7 @@ def jit(function: Any) -> Any:
 
 
 def require_triton() -> None:
-    """Refuse to go on without Triton.
+    """Refuse to work without Triton.
 
     Raises:
         InputError: it is not installed.

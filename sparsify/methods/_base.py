@@ -1,4 +1,4 @@
-"""What a one-shot method is: parameters and statistics in, pruned weight and keep mask out.
+"""What a one-shot method is: parameters and moments in, pruned weight and keep mask out.
 
 Shape suffixes: O output features (rows), I input features (columns).
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.hessian import InverseFactor
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
 from sparsify.pattern import Pattern, check_divides
@@ -60,7 +60,7 @@ class Problem:
     """layer, for messages"""
     weight_OI: Tensor
     """dense weight, any float dtype"""
-    statistics: Statistics | None = None
+    moments: InputMoments | None = None
     """moments of the layer's input; None for methods that look at the weight alone"""
     wanted_OI: Tensor | None = None
     """float32 mean of (a W y + b (r_dense - r)) x^T, the part of these rows: y is the layer's input
@@ -75,13 +75,13 @@ class Problem:
     @property
     def hessian_II(self) -> Tensor:
         """The Hessian, for methods that need one."""
-        assert self.statistics is not None, f"{self.name}: this method needs calibration"
-        return self.statistics.hessian_II
+        assert self.moments is not None, f"{self.name}: this method needs calibration"
+        return self.moments.hessian_II
 
     def factor(self, damping: float) -> InverseFactor:
-        """The factor of the damped inverse, see `Statistics.factor`."""
-        assert self.statistics is not None, f"{self.name}: this method needs calibration"
-        return self.statistics.factor(damping, self.name)
+        """The factor of the damped inverse, see `InputMoments.factor`."""
+        assert self.moments is not None, f"{self.name}: this method needs calibration"
+        return self.moments.factor(damping, self.name)
 
 
 @dataclass
@@ -110,15 +110,15 @@ class Method:
     summary: str
     """one line for help and reports"""
     needs_hessian: bool
-    """False: `solve` works without statistics"""
+    """False: `solve` works without moments"""
     solve: Solve
     needs_factor: bool = False
-    """True: `solve` reads `statistics.factor(params.damping)`, which is then computed once"""
+    """True: `solve` reads `moments.factor(params.damping)`, which is then computed once"""
     needs_teacher: bool = False
     """True: `solve` reads `wanted_OI`, or `cross_II` where there is none, for which the dense model
     runs beside"""
     order: Literal["layer", "block"] = "block"
-    """how its inputs are measured unless asked otherwise, see `layers.Wants`"""
+    """how its inputs are measured unless asked otherwise, see `layers.SolverNeeds`"""
 
 
 def check_problem(problem: Problem, pattern: Pattern) -> None:
@@ -130,9 +130,9 @@ def check_problem(problem: Problem, pattern: Pattern) -> None:
     """
     shape = tuple(problem.weight_OI.shape)
     check_divides(problem.name, shape[1], pattern)
-    if problem.statistics is not None:
+    if problem.moments is not None:
         expected = (shape[1], shape[1])
-        assert problem.statistics.hessian_II.shape == expected, problem.name
+        assert problem.moments.hessian_II.shape == expected, problem.name
     if problem.wanted_OI is not None:
         assert problem.wanted_OI.shape == shape, problem.name
     if problem.allowed_OI is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hessian import row_energies
 from sparsify.kernels.precision import float32_products
 
 
@@ -35,8 +36,7 @@ def damped_hessian(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> Te
 @float32_products()
 def objective(weight_OI: Tensor, target_OI: Tensor, damped_II: Tensor) -> Tensor:
     """(O,) diagonal of (Z - T) H_l (Z - T)^T: what the refit and the search lower, row by row."""
-    change_OI = weight_OI - target_OI
-    return ((change_OI @ damped_II) * change_OI).sum(1)
+    return row_energies(weight_OI - target_OI, damped_II)
 
 
 @float32_products()
@@ -53,7 +53,7 @@ def refit(
 
     Args:
         start_OI: Z to start from, zero off the mask; not changed.
-        target_OI: T, the dense weights to stand in for.
+        target_OI: T, the dense weights to replace.
         keep_mask_OI: bool, True = may be nonzero.
         damped_II: H_l, see `damped_hessian`; positive definite, dtype of the others.
         iterations: steps; 0 returns a copy of the start.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.kernels.precision import float32_products
 from sparsify.methods._base import Problem, PruneParams, working_weight
 
@@ -44,7 +44,7 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
 
     Args:
         problem: with P in `wanted_OI`, measured with the shares of `params`; or, where it is None,
-            with statistics that have G in `cross_II`.
+            with moments that have G in `cross_II`.
         params: damping; a = teacher_share, b = residual_share. What they add is multiplied by
             `shrinkage`.
 
@@ -60,29 +60,29 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
 
     Cost: three products of (O, I) with (I, I), for a = 0 one less; an (I, I) matrix with G.
     """
-    statistics = problem.statistics
-    assert statistics is not None, f"{problem.name}: the target needs calibration"
-    assert problem.wanted_OI is not None or statistics.cross_II is not None, (
+    moments = problem.moments
+    assert moments is not None, f"{problem.name}: the target needs calibration"
+    assert problem.wanted_OI is not None or moments.cross_II is not None, (
         f"{problem.name}: the target needs the dense model"
     )
     target_OI = working_weight(problem.weight_OI, problem.name)
-    factor = statistics.factor(params.damping, problem.name)
-    pull_OI = _pull(problem, statistics, target_OI, params.teacher_share)
-    pull_OI.mul_(shrinkage(statistics.num_tokens, target_OI.shape[1]))
+    factor = moments.factor(params.damping, problem.name)
+    pull_OI = _pull(problem, moments, target_OI, params.teacher_share)
+    pull_OI.mul_(shrinkage(moments.num_tokens, target_OI.shape[1]))
     upper_II = factor.upper_II.to(target_OI.dtype)
     target_OI.addmm_(pull_OI @ upper_II.T, upper_II)
     target_OI[:, factor.dead_columns] = 0.0
     return target_OI
 
 
-def _pull(problem: Problem, statistics: Statistics, weight_OI: Tensor, share: float) -> Tensor:
+def _pull(problem: Problem, moments: InputMoments, weight_OI: Tensor, share: float) -> Tensor:
     """P - a W H of `teacher_target` for a given share a."""
     if problem.wanted_OI is not None:
         pull_OI = problem.wanted_OI.to(weight_OI.dtype, copy=True)
-        hessian_II = statistics.hessian_II.to(weight_OI.dtype)
+        hessian_II = moments.hessian_II.to(weight_OI.dtype)
         return pull_OI if share == 0 else pull_OI.addmm_(weight_OI, hessian_II, alpha=-share)
     if share == 0:
         return torch.zeros_like(weight_OI)
-    assert statistics.cross_II is not None
-    gap_II = (statistics.cross_II - statistics.hessian_II).to(weight_OI.dtype)
+    assert moments.cross_II is not None
+    gap_II = (moments.cross_II - moments.hessian_II).to(weight_OI.dtype)
     return (weight_OI @ gap_II).mul_(share)

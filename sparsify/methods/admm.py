@@ -32,7 +32,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Search the mask by ADMM from the dense weight, then refit the kept weights.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one. With a fixed
+        problem: the weight, the moments, and the allowed mask if there is one. With a fixed
             mask only the refit is left.
         pattern: any; for unstructured, weights compete within their row.
         params: damping, admm_iterations, refit_iterations.
@@ -106,7 +106,7 @@ def search(
 
     Reference: ADMM pruning (arXiv:2401.02938) and ALPS (arXiv:2406.07831), equation 5. Deviation:
     conjugate gradients in place of a factorisation for every r; X A is carried along instead of
-    multiplied anew. Started from Z, not from the dense weight, it cannot promise to improve: the
+    multiplied again. Started from Z, not from the dense weight, it cannot promise to improve: the
     penalty moves Z away first.
 
     Cost: 2 iterations + 1 products of (O, I) with (I, I); seven (O, I) matrices.

@@ -19,7 +19,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Keep the weights of largest absolute value; nothing is adjusted.
 
     Args:
-        problem: the weight, and the allowed mask if there is one; statistics are not looked at.
+        problem: the weight, and the allowed mask if there is one; moments are not looked at.
         pattern: groups in which weights compete (for unstructured, the row).
         params: not looked at.
 

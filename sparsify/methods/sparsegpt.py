@@ -22,7 +22,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Choose the mask and adjust the kept weights in one sweep over the columns.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one. What is not
+        problem: the weight, the moments, and the allowed mask if there is one. What is not
             allowed is pruned and compensated for; with a fixed mask the sweep only compensates.
         pattern: see `kernels.sweep.sweep`.
         params: damping and block_size.
@@ -39,7 +39,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     is a plain mean without the factor 2 (no effect); unstructured masks are chosen per row rather
     than per block of rows, so that rows stay independent; of equal scores the left one survives.
 
-    Cost: that of `kernels.sweep.sweep`, and 2/3 I^3 if the statistics have no factor yet.
+    Cost: that of `kernels.sweep.sweep`, and 2/3 I^3 if the moments have no factor yet.
     """
     check_problem(problem, pattern)
     check_block_size(params.block_size, pattern)

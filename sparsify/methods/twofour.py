@@ -11,11 +11,11 @@ is left, without rotations, on 128 rows of 256 calibration tokens from the first
     measured input and share a = b     embedded   stories260k   1.8 M, books
     all layers of a block at once, 0.5     0.66          0.67           0.69
     all layers of a block at once, 1       0.76          0.79           0.78
-    one layer behind the other, 0.5        0.59          0.55
-    one layer behind the other, 1          0.57          0.56           0.58
+    one layer after another, 0.5           0.59          0.55
+    one layer after another, 1             0.57          0.56           0.58
 
-At once, the layers of a block would all make up for the same error; one behind the other, each
-makes up for what is left. A sweep of group descent behind ADMM took at most 0.6 % of the error away
+At once, the layers of a block would all make up for the same error; one after another, each
+makes up for what is left. A sweep of group descent after ADMM took at most 0.6 % of the error away
 and is left out.
 
 The schedule of ADMM was chosen on rows from all over the text (share of the excess left without
@@ -48,15 +48,15 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Find the teacher target T, the mask by ADMM on T, the kept weights by refit to T.
 
     Args:
-        problem: the weight, `wanted_OI` or statistics with `cross_II`, and the allowed mask if
+        problem: the weight, `wanted_OI` or moments with `cross_II`, and the allowed mask if
             there is one.
         pattern: any.
         params: damping, admm_iterations, refit_iterations, teacher_share, residual_share.
 
     Raises:
-        InputError, NonFiniteError, SingularHessianError: see `targets.teacher_target`.
+        InputError, NonFiniteError, SingularHessianError: see `_target.teacher_target`.
 
-    Reference: `targets.teacher_target`, then `admm.search_and_refit`.
+    Reference: `_target.teacher_target`, then `admm.search_and_refit`.
 
     Cost: (2 admm_iterations + refit_iterations + 8) products of (O, I) with (I, I).
     """

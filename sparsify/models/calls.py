@@ -25,7 +25,7 @@ class BlockInputs:
     kwargs: dict[str, Any]
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a forward that has come as far as it was wanted."""
 
 
@@ -72,7 +72,7 @@ class BlockCalls:
         self._model = model
         self._blocks = blocks
         self._rest: tuple[None, ...] | None = None
-        """what stands after the hidden states in a block's answer; None: it answers a tensor"""
+        """what comes after the hidden states in a block's answer; None: it answers a tensor"""
         self._is_known = False
         self._lock = threading.Lock()
 
@@ -121,7 +121,7 @@ class BlockCalls:
                 )
             if at == index:
                 found.append(call)
-                raise Enough
+                raise StopForward
             assert self._is_known, "learn() comes before call()"
             # A new tensor each time, so that the check above knows whose output came in.
             passed = call.hidden_BTD.view_as(call.hidden_BTD)
@@ -140,9 +140,8 @@ class BlockCalls:
             for at, block in enumerate(self._blocks):
                 object.__setattr__(block, "forward", stand_in(at, block))
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
-            rows = rows.to(device)
-            self._model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-        except Enough:
+            run_model(self._model, rows.to(device))
+        except StopForward:
             return found[0]
         finally:
             for block in self._blocks:
@@ -151,6 +150,17 @@ class BlockCalls:
             f"{name}: its forward called only {len(expected)} of {index + 1} blocks; models that "
             "skip blocks cannot be pruned block by block"
         )
+
+
+def run_model(model: nn.Module, rows: TokenRows, **more: Any) -> Any:
+    """What a transformers decoder returns for rows (N, T) on its device, their documents apart."""
+    return model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False, **more)
+
+
+def logits_of(model: nn.Module, rows: TokenRows) -> Tensor:
+    """(N, T, V) logits of `rows`, which go to the model's device."""
+    logits: Tensor = run_model(model, rows.to(next(model.parameters()).device)).logits
+    return logits
 
 
 def run_block(block: nn.Module, inputs: BlockInputs) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
+from sparsify.models.calls import run_model
 
 _LENGTH = 8
 
@@ -38,12 +39,12 @@ def check_isolation(model: nn.Module) -> None:
     def logits(rows: TokenRows) -> Tensor:
         rows = rows.to(device)
         try:
-            output = model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
+            output = run_model(model, rows)
         except TypeError as error:
             if "position_ids" not in str(error):
                 raise
             raise InputError(
-                f"{type(model).__name__}: takes no position_ids, so documents packed into one row "
+                f"{type(model).__name__}: takes no position_ids, so documents joined into one row "
                 "cannot be kept apart; this model cannot be used"
             ) from None
         return output.logits
@@ -85,12 +86,12 @@ def require_isolation(run: Callable[[TokenRows], Tensor], vocabulary: int, name:
         difference = (first.double() - second.double())[is_second_NT.to(first.device)]
         return difference.norm().item(), first.dtype
 
-    packed, dtype = change(whole.positions_NT - is_second_NT * starts_N1)
-    if packed == 0:
+    joined, dtype = change(whole.positions_NT - is_second_NT * starts_N1)
+    if joined == 0:
         return
     free, _ = change(whole.positions_NT)
-    if packed > math.sqrt(torch.finfo(dtype).eps) * free:
+    if joined > math.sqrt(torch.finfo(dtype).eps) * free:
         raise InputError(
-            f"{name}: documents packed into one row see each other in this model, whatever its "
+            f"{name}: documents joined into one row see each other in this model, whatever its "
             "position_ids say; set data.isolate_documents=false to allow it"
         )

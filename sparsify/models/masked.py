@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import InputError, PatternViolationError
+from sparsify.errors import InputError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
 from sparsify.masks.storage import PackedMasks, pack_mask, spread
 from sparsify.models.structure import find_blocks
-from sparsify.pattern import check_divides
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from sparsify.pattern import Pattern
+from sparsify.pattern import Pattern, check_divides
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
@@ -40,7 +35,7 @@ def infer_masks(
         pattern: what every linear layer of the blocks must satisfy.
         skip: glob patterns of full layer names that were left dense.
         may_be_dense: take the largest |W| of every group (or row) of a layer that does not satisfy
-            the pattern; the weights behind its mask are alive.
+            the pattern; the weights under its mask are alive.
 
     Returns:
         Full layer name (without ".weight") -> bool tensor of the weight's shape.
@@ -77,7 +72,7 @@ def infer_block_masks(
 
 
 def num_alive(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
-    """Weights behind the masks that are not zero; arguments and errors as `mask_gradients`."""
+    """Weights under the masks that are not zero; arguments and errors as `mask_gradients`."""
     return sum(
         int(torch.count_nonzero(weight.detach().masked_fill(keep_mask.to(weight.device), 0)))
         for weight, keep_mask in _weights(model, masks)
@@ -152,23 +147,6 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set every pruned weight to zero, in place; arguments and errors as `mask_gradients`."""
     for weight, keep_mask in _weights(model, masks):
         weight.masked_fill_(~keep_mask.to(weight.device), 0)
-
-
-def require_masked(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Check that every pruned weight is exactly zero.
-
-    Raises:
-        PatternViolationError: one is not; names the layer, row and column.
-        InputError: as `mask_gradients`.
-    """
-    for (name, keep_mask), weight in zip(masks.items(), _targets(model, masks), strict=True):
-        wrong = (weight.detach() != 0) & ~keep_mask.to(weight.device)
-        if wrong.any():
-            row, column = (int(i) for i in wrong.nonzero()[0])
-            raise PatternViolationError(
-                f"{name}: pruned weight at row {row}, column {column} is "
-                f"{weight[row, column].item():.3e} instead of 0"
-            )
 
 
 def _targets(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[nn.Parameter]:

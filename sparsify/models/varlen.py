@@ -92,7 +92,7 @@ _KERNEL_RELATIVE = 0.03  # bfloat16 keeps 8 bits of scores, outputs and gradient
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of some rows stand when the rows are laid end to end."""
+    """Where the documents of some rows are when the rows are laid end to end."""
 
     cu_seqlens_K: Tensor
     """int32: first token of every document, and at last the number of tokens"""
@@ -147,11 +147,11 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         raise _refusal(module, "it does not hand on where documents begin (cu_seq_lens_q)")
     window = sliding_window or None  # some configs write 0 for none
-    packed = (end_to_end(query), end_to_end(key), end_to_end(value))
+    joined = (end_to_end(query), end_to_end(key), end_to_end(value))
     if has_kernel(query.device, query.dtype):
-        output = _by_kernel(*packed, cu_seq_lens_q, max_length_q, scaling, window)
+        output = _by_kernel(*joined, cu_seq_lens_q, max_length_q, scaling, window)
     else:
-        output = _by_document(*packed, cu_seq_lens_q, scaling, window)
+        output = _by_document(*joined, cu_seq_lens_q, scaling, window)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -223,7 +223,7 @@ def _by_document(
 
 
 def choose_attention(
-    model: Any, wanted: str, is_packed: bool, in_half: bool, warn: Callable[[str], None]
+    model: Any, wanted: str, is_joined: bool, in_half: bool, warn: Callable[[str], None]
 ) -> None:
     """Let a model attend by document if that is wanted, or if it helps and the model allows it.
 
@@ -233,7 +233,7 @@ def choose_attention(
         model: a causal LM of transformers.
         wanted: varlen, masked, or auto: varlen where rows hold several documents, unless the model
             is refused. Rows of one document need no mask to begin with.
-        is_packed: whether rows hold several documents.
+        is_joined: whether rows hold several documents.
         in_half: whether the model will compute in half precision, whatever it is held in now.
         warn: told why the model stays with its mask under auto.
 
@@ -242,7 +242,7 @@ def choose_attention(
 
     Cost: that of `check_varlen`.
     """
-    if wanted == "masked" or (wanted == "auto" and not is_packed):
+    if wanted == "masked" or (wanted == "auto" and not is_joined):
         return
     try:
         check_varlen(model, in_half)
@@ -304,8 +304,8 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
     """Require that a model computes the same by document as with its mask.
 
     Every layer has to call attention, with the window that the config gives it (the rows tried are
-    shorter than windows are). Logits of two short packed rows are compared with those under the
-    mask. On a GPU, the kernel is compared with one document after another, gradients too.
+    shorter than windows are). Logits of two short rows of several documents are compared with those
+    under the mask. On a GPU, the kernel is compared with one document after another, gradients too.
 
     Args:
         model: a causal LM, left as it was; in `first_block_alone`, if all of its layers are alike.

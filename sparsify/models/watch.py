@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import InputError
 from sparsify.models.calls import BlockInputs, run_block
@@ -44,7 +45,7 @@ def shared_input_groups(
         seen.setdefault(name, []).append(value)
         keys.setdefault(name, []).append((id(value), value._version))
 
-    with watch_linears(wanted, note):
+    with watch_inputs(wanted, note):
         run_block(block, inputs)
     idle = [name for name in wanted if name not in seen]
     if idle:
@@ -58,35 +59,34 @@ def shared_input_groups(
     return list(groups.values())
 
 
-@contextmanager
-def watch_linears(
+def watch_inputs(
     linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call `note(name, input tensor)` before every forward of the given linears."""
-    handles = [
+    return _hooked(
         linear.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, linear in linears.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+
+
+def watch_outputs(
+    linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
+) -> AbstractContextManager[None]:
+    """Call `note(name, output tensor)` after every forward of the given linears."""
+    return _hooked(
+        linear.register_forward_hook(lambda _, __, out, name=name: note(name, out))
+        for name, linear in linears.items()
+    )
 
 
 @contextmanager
-def watch_outputs(
-    linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call `note(name, output tensor)` after every forward of the given linears."""
-    handles = [
-        linear.register_forward_hook(lambda _, __, out, name=name: note(name, out))
-        for name, linear in linears.items()
-    ]
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are registered at the entry and removed at the end."""
+    registered = list(handles)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()
 
 

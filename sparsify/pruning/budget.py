@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.costs.roofline import Device, matrix_bytes, matrix_latency
+from sparsify.costs.roofline import matrix_bytes, matrix_latency
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.evaluation.divergence import forward_kl
+from sparsify.models.calls import logits_of
 from sparsify.pattern import Pattern
 
 BudgetKind = Literal["size", "latency"]
@@ -131,10 +132,7 @@ def _linear(model: nn.Module, name: str, weight_OI: Tensor) -> nn.Linear:
 
 def _logits(model: nn.Module, batch: TokenRows) -> Tensor:
     """Logits of the positions that have a next token, (tokens, vocabulary)."""
-    logits: Tensor = model(
-        input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False
-    ).logits
-    return logits[batch.has_next_NT]
+    return logits_of(model, batch)[batch.has_next_NT]
 
 
 @contextmanager
@@ -276,30 +274,25 @@ def allocate(
     pattern: Pattern,
     batch_size: int,
     weight_bits: int = 16,
-    num_tokens: int = 1,
-    device: Device | None = None,
-    damages: Mapping[str, float] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Allocation:
     """Choose which matrices of a model stay dense under a budget of size or latency.
+
+    Damages are measured by `sensitivities` from both ends; taken is t d_dense + (1 - t) d_sparse,
+    with t how far the budget lies between all sparse and all dense. The relative errors of a
+    pruning report cost nothing in their place, and ranked no better than chance where measured.
 
     Args:
         model: the dense model.
         rows: rows to measure damage on, best ones that the weights were not fitted to.
         pruned_weights: layer name -> pruned weight, of all matrices that may be pruned.
-        budget_kind: size counts bytes, latency seconds by `matrix_latency`. With num_tokens=1 the
-            two are the same share, because decoding is bound by memory.
+        budget_kind: size counts bytes, latency seconds of decoding one token by `matrix_latency`:
+            the same share, because decoding is bound by memory.
         budget: share of the cost of these matrices dense; embeddings and other layers that are
             never pruned do not count.
         pattern: of the pruned weights.
         batch_size: rows per forward.
         weight_bits: bits of a stored value, dense and sparse alike.
-        num_tokens: tokens per product, for latency.
-        device: rates, for latency.
-        damages: name -> damage when it is known already, such as the relative errors of a pruning
-            report, which cost nothing and rank no better than chance where that was measured. None
-            measures `sensitivities` from both ends and takes t d_dense + (1 - t) d_sparse, with t
-            how far the budget lies between all sparse and all dense.
         on_batch: called as on_batch(matrices done, matrices in all), over both ends.
 
     Returns:
@@ -311,13 +304,13 @@ def allocate(
             cannot be met is refused before anything is measured.
         NonFiniteError: see `sensitivities`.
 
-    Cost: that of `sensitivities` from both ends, unless damages are given, and of `choose_dense`.
+    Cost: that of `sensitivities` from both ends, and of `choose_dense`.
     """
 
     def cost(name: str, of: Pattern | None) -> float:
         rows_columns = (pruned_weights[name].shape[0], pruned_weights[name].shape[1])
         if budget_kind == "latency":
-            return matrix_latency(rows_columns, of, weight_bits, num_tokens, device)
+            return matrix_latency(rows_columns, of, weight_bits)
         return matrix_bytes(rows_columns, of, weight_bits)
 
     if budget_kind not in ("size", "latency"):
@@ -327,9 +320,8 @@ def allocate(
     choose_dense(dict.fromkeys(pruned_weights, 0.0), dense_cost, sparse_cost, budget)  # checks
     total = math.fsum(dense_cost.values())
     least = math.fsum(sparse_cost.values()) / total
-    if damages is None:
-        nearness = (budget - least) / (1 - least) if least < 1 else 1.0
-        damages = _between(model, rows, pruned_weights, batch_size, nearness, on_batch)
+    nearness = (budget - least) / (1 - least) if least < 1 else 1.0
+    damages = _between(model, rows, pruned_weights, batch_size, nearness, on_batch)
     dense_names = choose_dense(damages, dense_cost, sparse_cost, budget)
     used = math.fsum({**sparse_cost, **{n: dense_cost[n] for n in dense_names}}.values())
-    return Allocation(dense_names, dict(damages), used / total, least)
+    return Allocation(dense_names, damages, used / total, least)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsify.calibration.hidden_states import StreamStore
+from sparsify.calibration.hidden_states import HiddenStateStore
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.files import write_json
@@ -37,7 +37,7 @@ class LayerReport:
     shape: tuple[int, int]
     """(output features, input features)"""
     num_tokens: int
-    """calibration tokens behind the Hessian"""
+    """calibration tokens in the Hessian"""
     tokens_per_column: float
     """the same for each input column; below about ten, the Hessian is mostly noise"""
     error: float
@@ -79,18 +79,18 @@ class PruneState:
                 )
             if found["num_batches"] != num_batches:
                 raise InputError(
-                    f"{out}: begun with the rows cut into {found['num_batches']} batches, now into "
-                    f"{num_batches}; go on with the prune.batch_size (and, with few rows, the "
-                    "number of workers) that it was begun with"
+                    f"{out}: started with the rows cut into {found['num_batches']} batches, now "
+                    f"into {num_batches}; resume with the prune.batch_size (and, with few rows, "
+                    "the number of workers) that it was started with"
                 )
             self.num_done, self._layers = found["num_done"], found["layers"]
-        self.num_done, self._layers = comm.share((self.num_done, self._layers))[0]
+        self.num_done, self._layers = comm.gather_objects((self.num_done, self._layers))[0]
 
     def keep(self, reports: list[LayerReport]) -> None:
         """Add a block's reports to the next commit."""
         self._layers += [asdict(report) for report in reports]
 
-    def commit(self, num_done: int, reports: list[LayerReport], store: StreamStore) -> None:
+    def commit(self, num_done: int, reports: list[LayerReport], store: HiddenStateStore) -> None:
         """Everything up to here is on the disk on every process: say so, then clean up."""
         self.keep(reports)
         self._comm.barrier()

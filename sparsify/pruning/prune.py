@@ -1,10 +1,10 @@
 """Prune a whole model in one shot: any method, any pattern, in memory or block by block from disk.
 
 `prune_model` changes a model that is in memory. `prune_checkpoint` reads a checkpoint one block at
-a time, writes each block when it is done, and after a kill goes on at the block it was at. Both
+a time, writes each block when it is done, and after a kill resumes at the block it was at. Both
 walk the blocks the same way (`sparsify.calibration.walk`) and share rows of calibration data and
 rows of every layer among processes.
-Shape suffixes: O output features (rows of a weight), I input features, R rows of one share.
+Shape suffixes: O output features (rows of a weight), I input features, R rows of one part.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import TargetShares
-from sparsify.calibration.batches import share_of
-from sparsify.calibration.hidden_states import Placement, StreamStore
-from sparsify.calibration.layers import Layer, Order, Wants, prunable_linears
-from sparsify.calibration.timing import Phases
-from sparsify.calibration.walk import walk_blocks
+from sparsify.calibration.batches import lanes_of
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
+from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
+from sparsify.calibration.timing import PhaseTimer
+from sparsify.calibration.walk import Progress, walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.masks.select import require_pattern
 from sparsify.masks.storage import pack_mask, packed_digest, save_packed_masks, unpack_mask
 from sparsify.methods import Method, Problem, PruneParams, Solution
-from sparsify.models.blocks import Blocks, BlocksInMemory, ShardWriter, StreamedBlocks
+from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, ShardWriter
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.progress import LayerReport, PruneState
 
@@ -42,6 +42,21 @@ EXISTING: tuple[Existing, ...] = ("ignore", "keep", "extend")
 _LARGE_SHARE = 0.01
 
 _NUM_PANELS = 8  # of the Hessian, where only half of it is multiplied
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which layers are pruned, what their zeros mean, and how their inputs are measured."""
+
+    skip: Sequence[str] = ()
+    """glob patterns of layer names to leave dense"""
+    existing: Existing = "ignore"
+    """what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero and others
+    join them, "keep" they are the mask"""
+    order: InputOrder | None = None
+    """see `layers.SolverNeeds`; None: as the method has it"""
+    token_weights: Tensor | None = None
+    """float32 (blocks, N, T), how much each token counts; None: all the same"""
 
 
 @dataclass
@@ -62,19 +77,15 @@ def prune_model(
     params: PruneParams,
     *,
     comm: Comm,
-    batch_size: int,
-    skip: Sequence[str] = (),
-    existing: Existing = "ignore",
-    order: Order | None = None,
-    token_weights: Tensor | None = None,
-    overlap: bool = False,
+    memory: Memory,
+    layers: LayerChoice | None = None,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> PruneResult:
     """Prune every linear layer of the decoder blocks in place, block by block.
 
     Hessians are collected for every method, because the reported errors need them. Each process
-    solves its share of a layer's rows, which are independent given the Hessian; all of them end
+    solves its part of a layer's rows, which are independent given the Hessian; all of them end
     with the same weights, masks and reports.
 
     Args:
@@ -84,26 +95,21 @@ def prune_model(
         pattern: must divide every layer's input columns.
         params: numbers for the method.
         comm: the processes that take part; with `is_fixed`, their number does not matter.
-        batch_size: rows per forward.
-        skip: glob patterns of layer names to leave dense.
-        existing: what zeros in the given weights mean: "ignore" nothing, "extend" they stay zero
-            and others join them, "keep" they are the mask.
-        order: how inputs are measured, see `layers.Wants`; None: as the method has it.
-        token_weights: float32 (blocks, N, T), how much each token counts; None: all the same.
-        overlap: work ahead while layers are solved, see `calibrate.walk_blocks`.
+        memory: rows per forward, and whether work may be done ahead; the model is where it is.
+        layers: which are pruned and how they are measured; None: all, as the method has it.
         on_block: called as on_block(blocks done, blocks in all).
         clock: returns seconds, for the times in the reports; None: no times.
 
     Raises:
         InputError: a layer's columns cannot be cut into groups (before anything is changed), or
-            see `calibrate.walk_blocks`.
-        NonFiniteError, SingularHessianError, CalibrationError: see `calibrate.walk_blocks`.
+            see `walk.walk_blocks`.
+        NonFiniteError, SingularHessianError, CalibrationError: see `walk.walk_blocks`.
         PatternViolationError: a method returned more nonzeros than the pattern allows.
 
     Cost: that of `walk_blocks`, of the method, and O I^2 twice per layer for the errors.
     """
     source = BlocksInMemory(model)
-    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
+    run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock)
     result = PruneResult()
 
     def finish(index: int, block: nn.Module) -> None:
@@ -114,7 +120,7 @@ def prune_model(
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
 
-    run.walk(rows, batch_size, finish, token_weights=token_weights, overlap=overlap)
+    run.walk(rows, memory, finish)
     return result
 
 
@@ -127,15 +133,8 @@ def prune_checkpoint(
     params: PruneParams,
     *,
     comm: Comm,
-    batch_size: int,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    skip: Sequence[str] = (),
-    existing: Existing = "ignore",
-    order: Order | None = None,
-    activations: Placement = "device",
-    token_weights: Tensor | None = None,
-    overlap: bool = False,
+    memory: Memory,
+    layers: LayerChoice | None = None,
     checkpoint_every_blocks: int = 1,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
@@ -143,19 +142,16 @@ def prune_checkpoint(
     """Prune a checkpoint of any size, one block in memory at a time, resumably.
 
     `out` receives a model folder (`model-*.safetensors`, index, config.json), `masks-*.safetensors`
-    with each block's masks, and the reports; while it is being made, also the streams before the
-    block that is next. Called again with the same arguments after a kill, it goes on there, and
+    with each block's masks, and the reports; while it is being made, also the hidden states before
+    the block that is next. Called again with the same arguments after a kill, it resumes there, and
     the files that come out are byte for byte those of an undisturbed run.
 
     Args:
-        path: model folder, or "embedded"; see `models.blocks.StreamedBlocks`.
+        path: model folder, or "embedded"; see `models.blocks.BlocksOnDisk`.
         out: folder for the result, on a disk that all processes see.
-        rows, method, pattern, params, comm, batch_size, skip, existing, order, token_weights,
-            overlap, on_block, clock: see `prune_model`.
-        dtype: float32, bfloat16 or float16.
-        device: where blocks are worked on.
-        activations: where hidden states are kept between blocks; see `streams.StreamStore`.
-        checkpoint_every_blocks: blocks between two states that a killed run can go on from.
+        rows, method, pattern, params, comm, layers, on_block, clock: see `prune_model`.
+        memory: where blocks and hidden states are held.
+        checkpoint_every_blocks: blocks between two states that a killed run can resume from.
 
     Returns:
         Reports of all layers, those of an earlier call's blocks among them; no masks (see `out`).
@@ -166,19 +162,21 @@ def prune_checkpoint(
         The rest as `prune_model`.
 
     Cost: that of `prune_model`, plus reading the checkpoint once, writing it once and writing the
-    streams at every checkpoint. Memory: two blocks, their moments, and the streams unless they are
-    on disk; with `overlap` a third block and what the dense model has in it.
+    hidden states at every checkpoint. Memory: two blocks, their moments, and the hidden states
+    unless they are on disk; with `overlap` a third block and what the dense model has in it.
     """
-    source = StreamedBlocks(path, dtype, device)
-    run = _Run(source, method, pattern, params, comm, existing, order, Phases(clock), skip)
-    num_batches = sum(comm.share(sum(map(len, share_of(rows, comm, batch_size)))))
-    state = PruneState(out, comm, len(source.blocks), num_batches)
-    store = StreamStore(activations, device, out / "streams", comm.rank, comm.world_size)
+    source = BlocksOnDisk(path, memory.dtype, memory.device)
+    run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock)
+    mine = sum(map(len, lanes_of(rows, comm, memory.batch_size)))
+    state = PruneState(out, comm, len(source.blocks), sum(comm.gather_objects(mine)))
+    store = HiddenStateStore(
+        memory.activations, memory.device, out / "streams", comm.rank, comm.world_size
+    )
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
     def finish(index: int, block: nn.Module) -> None:
         packed, reports = run.take_block()
-        with run.phases.measure("write"):
+        with run.timer.measure("write"):
             if writer is not None:
                 writer.write_block(index, f"{source.list_name}.{index}.", block)
                 shapes = {report.name: report.shape for report in reports}
@@ -195,7 +193,7 @@ def prune_checkpoint(
     if on_block is not None and state.num_done:
         on_block(state.num_done, len(source.blocks))
     if state.num_done < len(source.blocks):
-        run.walk(rows, batch_size, finish, store, state.num_done, token_weights, overlap)
+        run.walk(rows, memory, finish, store, state.num_done)
     if writer is not None:
         writer.finish(source)
     comm.barrier()
@@ -207,69 +205,67 @@ class _Run:
 
     def __init__(
         self, source: Blocks, method: Method, pattern: Pattern, params: PruneParams, comm: Comm,
-        existing: Existing, order: Order | None, phases: Phases, skip: Sequence[str],
+        layers: LayerChoice, clock: Callable[[], float] | None,
     ) -> None:  # fmt: skip
-        if existing not in EXISTING:
-            raise InputError(f"prune.existing={existing}: use one of {', '.join(EXISTING)}")
-        for _, name, module in prunable_linears(source.model, skip):
+        if layers.existing not in EXISTING:
+            raise InputError(f"prune.existing={layers.existing}: use one of {', '.join(EXISTING)}")
+        for _, name, module in prunable_linears(source.model, layers.skip):
             check_divides(name, module.in_features, pattern)
-        self.phases = phases
+        self.timer = PhaseTimer(clock)
         self._source = source
         self._method = method
         self._pattern = pattern
         self._params = params
         self._comm = comm
-        self._existing = existing
-        self._order = order or method.order
+        self._choice = layers
+        self._order = layers.order or method.order
         if self._order == "dense" and method.needs_teacher:
             raise InputError(
                 f"prune.order=dense: {method.name} makes up for what was pruned before, which that "
                 "order does not look at; use prune.order=layer or block, or prune.method=admm"
             )
-        self._skip = skip
         self._masks: dict[str, Tensor] = {}
         self._reports: list[LayerReport] = []
         self._pending: Callable[[], None] | None = None
 
     def walk(
-        self, rows: TokenRows, batch_size: int, on_block: Callable[[int, nn.Module], None],
-        store: StreamStore | None = None, first_block: int = 0,
-        token_weights: Tensor | None = None, overlap: bool = False,
+        self, rows: TokenRows, memory: Memory, on_block: Callable[[int, nn.Module], None],
+        store: HiddenStateStore | None = None, first_block: int = 0,
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
         method, params = self._method, self._params
-        wants = Wants(
+        needs = SolverNeeds(
             teacher=method.needs_teacher,
             target_shares=TargetShares(params.teacher_share, params.residual_share),
             factor_damping=params.damping if method.needs_factor else None,
             order=self._order,
+            token_weights=self._choice.token_weights,
         )
+        progress = Progress(on_block, self._wait_for_pending, self.timer)
         walk_blocks(
-            self._source, rows, self._solve, comm=self._comm, batch_size=batch_size, wants=wants,
-            skip=self._skip, store=store, first_block=first_block, on_block=on_block,
-            phases=self.phases, token_weights=token_weights, settle=self._settle,
-            overlap=overlap,
+            self._source, rows, self._solve, comm=self._comm, memory=memory, needs=needs,
+            skip=self._choice.skip, store=store, first_block=first_block, progress=progress,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
         """Packed masks and reports since the last call; the block's times go to its layers."""
         masks, reports = self._masks, self._reports
         self._masks, self._reports = {}, []
-        for phase, seconds in self.phases.take().items():
+        for phase, seconds in self.timer.take().items():
             for report in reports:
                 report.seconds[phase] = seconds / len(reports)
         return masks, reports
 
     def _solve(self, layer: Layer) -> None:
-        """Solve this process's rows, measure the damage, and begin to gather those of all.
+        """Solve this process's rows, measure the damage, and start to gather those of all.
 
-        They are gathered while the next layer is solved, and put into the module behind that.
+        They are gathered while the next layer is solved, and put into the module after that.
         """
-        hessian_II = layer.statistics.hessian_II
+        hessian_II = layer.moments.hessian_II
         weight_OI = layer.module.weight.data
         num_rows = len(weight_OI)
         dense_RI = weight_OI[self._comm.row_slice(num_rows)]
-        with self.phases.measure("solve"):
+        with self.timer.measure("solve"):
             solution = self._solve_rows(layer, weight_OI)
             sums = torch.stack(
                 [
@@ -278,13 +274,13 @@ class _Run:
                     *_large_kept(dense_RI, solution.keep_mask_OI),
                 ]
             )
-        self._settle()
-        with self.phases.measure("gather"):
+        self._wait_for_pending()
+        with self.timer.measure("gather"):
             weights = self._comm.gather_rows(solution.weight_OI, num_rows)
             keep_masks = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
         self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks)
 
-    def _settle(self) -> None:
+    def _wait_for_pending(self) -> None:
         """Put the layer that was solved last into its module, if it is not there yet."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -297,22 +293,22 @@ class _Run:
         """Take over the rows of all processes, and report."""
         weight_OI = layer.module.weight.data
         num_rows, num_columns = weight_OI.shape
-        with self.phases.measure("gather"):
+        with self.timer.measure("gather"):
             weight_OI.copy_(weights())
             keep_mask_OI = keep_masks()
             packed = pack_mask(keep_mask_OI).cpu()
             self._comm.all_reduce_(sums)
         require_pattern([(layer.name, weight_OI)], self._pattern)
         error, total, num_large_kept, num_large = sums.tolist()
-        factor = layer.statistics.known_factor(self._params.damping)
+        factor = layer.moments.known_factor(self._params.damping)
         self._masks[layer.name] = packed
         self._reports.append(
             LayerReport(
                 name=layer.name,
                 block=layer.block,
                 shape=(num_rows, num_columns),
-                num_tokens=layer.statistics.num_tokens,
-                tokens_per_column=layer.statistics.tokens_per_column,
+                num_tokens=layer.moments.num_tokens,
+                tokens_per_column=layer.moments.tokens_per_column,
                 error=error,
                 relative_error=error / total if total > 0 else 0.0,
                 sparsity=1 - int(keep_mask_OI.sum()) / keep_mask_OI.numel(),
@@ -327,19 +323,19 @@ class _Run:
     def _solve_rows(self, layer: Layer, weight_OI: Tensor) -> Solution:
         """The solutions of this process's lanes of rows, one below the other."""
         solutions = []
-        for share in self._comm.lanes(len(weight_OI)):
-            rows_RI = weight_OI[share]
+        for part in self._comm.lanes(len(weight_OI)):
+            rows_RI = weight_OI[part]
             if len(rows_RI) == 0:
                 continue
-            allowed_RI = None if self._existing == "ignore" else rows_RI != 0
+            allowed_RI = None if self._choice.existing == "ignore" else rows_RI != 0
             wanted_OI = layer.wanted_OI
             problem = Problem(
                 layer.name,
                 rows_RI,
-                layer.statistics,
-                None if wanted_OI is None else wanted_OI[share],
+                layer.moments,
+                None if wanted_OI is None else wanted_OI[part],
                 allowed_RI,
-                is_mask_fixed=self._existing == "keep",
+                is_mask_fixed=self._choice.existing == "keep",
             )
             solutions.append(self._method.solve(problem, self._pattern, self._params))
         if not solutions:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.layers import Layer, Wants, prunable_linears
-from sparsify.calibration.walk import walk_blocks
+from sparsify.calibration.hessian import row_energies
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
+from sparsify.calibration.walk import Progress, walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
@@ -92,7 +94,7 @@ def quantize_model(
     """
     result = QuantResult()
     skip = _unmasked(model, keep_masks)
-    if rows.is_packed:
+    if rows.is_joined:
         check_isolation(model)
 
     def solve(layer: Layer) -> None:
@@ -106,9 +108,10 @@ def quantize_model(
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
 
+    has_teacher = params.method == "gptq" and params.teacher_share > 0
     walk_blocks(
-        source, rows, solve, comm=comm, batch_size=batch_size, skip=skip, on_block=report,
-        wants=Wants(teacher=params.method == "gptq" and params.teacher_share > 0, order="layer"),
+        source, rows, solve, comm=comm, memory=Memory(batch_size), skip=skip,
+        needs=SolverNeeds(teacher=has_teacher, order="layer"), progress=Progress(report),
     )  # fmt: skip
     return result
 
@@ -134,18 +137,18 @@ def _quantize_layer(
     layer: Layer, keep_mask_OI: Tensor, params: QuantParams, comm: Comm
 ) -> tuple[Quantized, QuantLayerReport]:
     """Solve this process's rows, gather all of them into the module, and measure the damage."""
-    hessian_II = layer.statistics.hessian_II
+    hessian_II = layer.moments.hessian_II
     weight_OI = layer.module.weight.data
     num_rows, num_columns = weight_OI.shape
     share = comm.row_slice(num_rows)
     before_RI = weight_OI[share].to(hessian_II.dtype)
     keep_RI = keep_mask_OI[share].to(weight_OI.device)
     mine = quantize_weight(
-        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.statistics.cross_II
+        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.moments.cross_II
     )
     change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
     energies = torch.stack(
-        [_row_energy(change_RI, hessian_II).sum(), _row_energy(before_RI, hessian_II).sum()]
+        [row_energies(rows_RI, hessian_II).sum() for rows_RI in (change_RI, before_RI)]
     ).double()
     comm.all_reduce_(energies)
     error, total = energies.tolist()
@@ -156,7 +159,7 @@ def _quantize_layer(
         name=layer.name,
         block=layer.block,
         shape=(num_rows, num_columns),
-        num_tokens=layer.statistics.num_tokens,
+        num_tokens=layer.moments.num_tokens,
         error=error,
         relative_error=error / total if total > 0 else 0.0,
         damping=mine.damping,
@@ -165,8 +168,3 @@ def _quantize_layer(
         mine, codes_OI=codes_OI.cpu(), scales_OG=scales_OG.cpu(), weight_OI=weight_OI.cpu().clone()
     )
     return whole, report
-
-
-def _row_energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
-    """d H d^T of every row d, (R,)."""
-    return ((change_RI @ hessian_II) * change_RI).sum(1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.models.calls import logits_of
 from sparsify.rotation.sites import RotationSites, find_rotation_sites
 from sparsify.tensors import write_tensors
 
@@ -31,7 +32,7 @@ _NUM_CHECKED = 16  # tokens of the forward that proves a fold
 class Rotation:
     """Orthogonal matrices found for one model; rows are vectors on the left."""
 
-    stream_DD: Tensor
+    residual_DD: Tensor
     """R1, float64: hidden states h become h R1"""
     values: list[Tensor]
     """R2, float64 (H, K, K) per attention in the model's order; [] leaves values as they are"""
@@ -41,7 +42,7 @@ class Rotation:
 
         Cost: 8 (D^2 + layers H K^2) bytes, for an 8B model below 1 % of its weights.
         """
-        tensors = {"stream": self.stream_DD.cpu().contiguous()}
+        tensors = {"stream": self.residual_DD.cpu().contiguous()}
         tensors |= {f"values.{i}": v.cpu().contiguous() for i, v in enumerate(self.values)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {_FORMAT: str(len(self.values))})
@@ -97,9 +98,9 @@ def _check_fits(sites: RotationSites, rotation: Rotation) -> None:
     width = sites.embedding.weight.shape[1]
     wanted = [(s.num_kv_heads, s.head_dim, s.head_dim) for s in sites.values]
     found = [tuple(value.shape) for value in rotation.values]
-    if tuple(rotation.stream_DD.shape) != (width, width) or found not in ([], wanted):
+    if tuple(rotation.residual_DD.shape) != (width, width) or found not in ([], wanted):
         raise InputError(
-            f"rotation: of a stream of width {len(rotation.stream_DD)} and {len(found)} "
+            f"rotation: of a residual stream of width {len(rotation.residual_DD)} and {len(found)} "
             f"attentions, the model has width {width} and {len(wanted)}; rotation and model are "
             "of different runs"
         )
@@ -127,15 +128,15 @@ def fold_gains(model: Any, sites: RotationSites) -> None:
 def turn(sites: RotationSites, rotation: Rotation) -> None:
     """Fold a rotation into the weights of a model without gains, in float64."""
     device = sites.head.weight.device
-    stream_DD = rotation.stream_DD.to(device)
+    residual_DD = rotation.residual_DD.to(device)
     values = [value.to(device) for value in rotation.values]
     used = list(zip(sites.values, values, strict=True)) if values else []
     value_of = {id(site.value): value for site, value in used}
     output_of = {id(site.output): value for site, value in used}
-    sites.embedding.weight.copy_(sites.embedding.weight.double() @ stream_DD)
+    sites.embedding.weight.copy_(sites.embedding.weight.double() @ residual_DD)
     for site in sites.norms:
         for linear in site.readers.values():
-            weight_OD = linear.weight.double() @ stream_DD
+            weight_OD = linear.weight.double() @ residual_DD
             value = value_of.get(id(linear))
             if value is not None:
                 weight_OD = rotate_rows(weight_OD, value)
@@ -144,13 +145,13 @@ def turn(sites: RotationSites, rotation: Rotation) -> None:
                     linear.bias.copy_(rotate_rows(bias_O1, value)[:, 0])
             linear.weight.copy_(weight_OD)
     for linear in sites.writers.values():
-        weight_DI = stream_DD.T @ linear.weight.double()
+        weight_DI = residual_DD.T @ linear.weight.double()
         value = output_of.get(id(linear))
         if value is not None:
             weight_DI = rotate_columns(weight_DI, value)
         linear.weight.copy_(weight_DI)
         if linear.bias is not None:
-            linear.bias.copy_(linear.bias.double() @ stream_DD)
+            linear.bias.copy_(linear.bias.double() @ residual_DD)
 
 
 def rotate_rows(weight_OI: Tensor, rotation_HKK: Tensor) -> Tensor:
@@ -164,15 +165,6 @@ def rotate_columns(weight_OI: Tensor, rotation_HKK: Tensor) -> Tensor:
     num_heads, width, _ = rotation_HKK.shape
     heads = weight_OI.unflatten(1, (num_heads, -1, width))
     return torch.einsum("ohqk,hkl->ohql", heads, rotation_HKK).flatten(1)
-
-
-def logits_of(model: nn.Module, rows: TokenRows) -> Tensor:
-    """(N, T, V) logits of `rows`, which go to the model's device."""
-    rows = rows.to(next(model.parameters()).device)
-    logits: Tensor = model(
-        input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False
-    ).logits
-    return logits
 
 
 def require_same(model: nn.Module, rows: TokenRows, before: Tensor) -> float:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
-from sparsify.models.calls import Enough
+from sparsify.models.calls import StopForward, run_model
 from sparsify.rotation.sites import RotationSites
 
 
 @dataclass
-class StreamMoments:
+class ResidualMoments:
     """Moments of the linears' inputs in the dense model, gains folded."""
 
     norms: list[Tensor]
@@ -34,15 +34,15 @@ class StreamMoments:
 
 
 @torch.no_grad()
-def stream_moments(
+def residual_moments(
     model: nn.Module, sites: RotationSites, rows: TokenRows, batch_size: int, comm: Comm
-) -> StreamMoments:
+) -> ResidualMoments:
     """Means over the tokens of `rows`, of all blocks in one forward without the output layer.
 
     Args:
         model: in evaluation mode; on every process the same.
         sites: of the model.
-        rows: all rows, on every process; each works on its share of them.
+        rows: all rows, on every process; each works on its part of them.
         batch_size: rows per forward.
         comm: the processes that take part.
 
@@ -60,13 +60,13 @@ def stream_moments(
         return sums
 
     lanes = [rows[where] for where in comm.lanes(len(rows))]
-    total = comm.together(lambda: sum_lanes(map(of_lane, lanes), _Sums.merge))
+    total = comm.run_together(lambda: sum_lanes(map(of_lane, lanes), _Sums.merge))
     total.reduce(comm)
-    return comm.together(lambda: total.means(rows.num_tokens))
+    return comm.run_together(lambda: total.means(rows.num_tokens))
 
 
 class _Sums:
-    """Sums over the tokens of one lane; see `StreamMoments`."""
+    """Sums over the tokens of one lane; see `ResidualMoments`."""
 
     def __init__(self, sites: RotationSites) -> None:
         device = sites.head.weight.device
@@ -100,8 +100,8 @@ class _Sums:
         handles.append(self._sites.norms[-1].norm.register_forward_pre_hook(_stop))
         batch = batch.to(self._sites.head.weight.device)
         try:
-            with contextlib.suppress(Enough):
-                model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False)
+            with contextlib.suppress(StopForward):
+                run_model(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -129,8 +129,8 @@ class _Sums:
         for tensor in [*self._diagonals.values(), *self._values.values()]:
             comm.all_reduce_(tensor)
 
-    def means(self, num_tokens: int) -> StreamMoments:
-        return StreamMoments(
+    def means(self, num_tokens: int) -> ResidualMoments:
+        return ResidualMoments(
             [total.mean() for total in self._norms],
             {name: diagonal_I / num_tokens for name, diagonal_I in self._diagonals.items()},
             {key: blocks_HQKK / num_tokens for key, blocks_HQKK in self._values.items()},
@@ -142,4 +142,4 @@ def _adder(total: HessianSum) -> Callable[[nn.Module, Any], None]:
 
 
 def _stop(module: nn.Module, args: Any) -> None:
-    raise Enough
+    raise StopForward

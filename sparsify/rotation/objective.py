@@ -9,7 +9,7 @@ weight, G groups of a row, H key-value heads, Q query heads of one of them, K wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +18,17 @@ from torch import Tensor, nn
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.pattern import Pattern
 
-Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""scores (I, O) of a matrix -> a number that counts its rows, and the derivative (I, O) by them"""
-
 _TINY = 1e-12
 
 
-class Turns:
+class RotationParts:
     """R1, and R2 per attention: rotations or the derivatives by them, views of one buffer."""
 
     def __init__(self, flat: Tensor, width: int, heads: Sequence[tuple[int, int]]) -> None:
         sizes = [width**2, *(number * size**2 for number, size in heads)]
         parts = flat.split(sizes)
         self.flat = flat
-        self.stream_DD = parts[0].view(width, width)
+        self.residual_DD = parts[0].view(width, width)
         self.values = [
             part.view(number, size, size)
             for part, (number, size) in zip(parts[1:], heads, strict=True)
@@ -39,7 +36,7 @@ class Turns:
         """(H, K, K) each"""
 
     @classmethod
-    def identity(cls, width: int, heads: Sequence[tuple[int, int]]) -> Turns:
+    def identity(cls, width: int, heads: Sequence[tuple[int, int]]) -> RotationParts:
         """Of float32 on the CPU."""
         turns = cls(torch.zeros(width**2 + sum(n * k**2 for n, k in heads)), width, heads)
         for matrix in turns.matrices:
@@ -49,11 +46,13 @@ class Turns:
     @property
     def matrices(self) -> list[Tensor]:
         """All of them; R1 is first."""
-        return [self.stream_DD, *self.values]
+        return [self.residual_DD, *self.values]
 
-    def over(self, flat: Tensor) -> Turns:
+    def over(self, flat: Tensor) -> RotationParts:
         """Views of the same shapes of another buffer."""
-        return Turns(flat, len(self.stream_DD), [value.shape[:2] for value in self.values])
+        return RotationParts(
+            flat, len(self.residual_DD), [value.shape[:2] for value in self.values]
+        )
 
 
 @dataclass(frozen=True)
@@ -71,26 +70,28 @@ class Readers:
     def num_weights(self) -> int:
         return sum(linear.weight.numel() for linear, _ in self.linears)
 
-    def scores(self, turns: Turns) -> Iterator[Tensor]:
+    def scores(self, turns: RotationParts) -> Iterator[Tensor]:
         """Importance of the turned weights, (D, O), of one linear after another."""
-        importance_D = ((self.moment_DD @ turns.stream_DD) * turns.stream_DD).sum(0)
+        importance_D = ((self.moment_DD @ turns.residual_DD) * turns.residual_DD).sum(0)
         for linear, place in self.linears:
-            turned_DO = turns.stream_DD.T @ _weight(linear, turns).T
+            turned_DO = turns.residual_DD.T @ _weight(linear, turns).T
             if place is not None:
                 turned_DO = _turn_heads(turned_DO, turns.values[place])
             yield turned_DO.square_().mul_(importance_D.unsqueeze(1))
 
-    def add_gradient(self, turns: Turns, objective: Objective, gradient: Turns) -> Tensor:
+    def add_gradient(
+        self, turns: RotationParts, pattern: Pattern, gradient: RotationParts
+    ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
-        moved_DD = self.moment_DD @ turns.stream_DD
-        importance_D = (moved_DD * turns.stream_DD).sum(0)
+        moved_DD = self.moment_DD @ turns.residual_DD
+        importance_D = (moved_DD * turns.residual_DD).sum(0)
         slope_D, loss = torch.zeros_like(importance_D), torch.zeros_like(importance_D[0])
         for linear, place in self.linears:
             weight_OD = _weight(linear, turns)
-            before_DO = turned_DO = turns.stream_DD.T @ weight_OD.T
+            before_DO = turned_DO = turns.residual_DD.T @ weight_OD.T
             if place is not None:
                 turned_DO = _turn_heads(before_DO, turns.values[place])
-            part, slope_DO, by_importance_D = _slopes(turned_DO, importance_D, objective)
+            part, slope_DO, by_importance_D = _slopes(turned_DO, importance_D, pattern)
             loss += part
             slope_D += by_importance_D
             if place is not None:
@@ -98,8 +99,8 @@ class Readers:
                 heads = [x.unflatten(1, value_HKK.shape[:2]) for x in (before_DO, slope_DO)]
                 gradient.values[place].add_(torch.einsum("dhk,dhl->hkl", *heads))
                 slope_DO = _turn_heads(slope_DO, value_HKK.mT)
-            gradient.stream_DD.addmm_(weight_OD.T, slope_DO.T)
-        gradient.stream_DD.addcmul_(moved_DD, slope_D, value=2.0)
+            gradient.residual_DD.addmm_(weight_OD.T, slope_DO.T)
+        gradient.residual_DD.addcmul_(moved_DD, slope_D, value=2.0)
         return loss
 
 
@@ -121,18 +122,20 @@ class Writer:
     def num_weights(self) -> int:
         return self.linear.weight.numel()
 
-    def scores(self, turns: Turns) -> Iterator[Tensor]:
+    def scores(self, turns: RotationParts) -> Iterator[Tensor]:
         """Importance of the turned weights, (I, D)."""
-        before_ID = _weight(self.linear, turns).T @ turns.stream_DD
+        before_ID = _weight(self.linear, turns).T @ turns.residual_DD
         turned_ID, importance_I, _ = self._turn(before_ID, turns)
         yield turned_ID.square_().mul_(importance_I.unsqueeze(1))
 
-    def add_gradient(self, turns: Turns, objective: Objective, gradient: Turns) -> Tensor:
+    def add_gradient(
+        self, turns: RotationParts, pattern: Pattern, gradient: RotationParts
+    ) -> Tensor:
         """What is minimised, a scalar; its derivatives are added to `gradient`."""
         weight_DI = _weight(self.linear, turns)
-        before_ID = weight_DI.T @ turns.stream_DD
+        before_ID = weight_DI.T @ turns.residual_DD
         turned_ID, importance_I, moved_HQKK = self._turn(before_ID, turns)
-        loss, slope_ID, by_importance_I = _slopes(turned_ID, importance_I, objective)
+        loss, slope_ID, by_importance_I = _slopes(turned_ID, importance_I, pattern)
         if self.place is not None and moved_HQKK is not None:
             num_heads, num_queries, width, _ = moved_HQKK.shape
             shape = (num_heads, num_queries, width)
@@ -143,10 +146,12 @@ class Writer:
             by_value.add_((moved_HQKK * by_column).sum(1), alpha=2.0)
             value_H1KK = turns.values[self.place].unsqueeze(1)
             slope_ID = (value_H1KK @ heads[1]).flatten(0, 2)
-        gradient.stream_DD.addmm_(weight_DI, slope_ID)
+        gradient.residual_DD.addmm_(weight_DI, slope_ID)
         return loss
 
-    def _turn(self, before_ID: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _turn(
+        self, before_ID: Tensor, turns: RotationParts
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """R2^T on the rows of every head; its inputs' importance; and B R2."""
         if self.place is None or self.blocks_HQKK is None:
             return before_ID, self.importance_I, None
@@ -157,18 +162,18 @@ class Writer:
         return (value_H1KK.mT @ heads_HQKD).flatten(0, 2), importance_I, moved_HQKK
 
 
-def entropy(scores_IO: Tensor) -> tuple[Tensor, Tensor]:
-    """`Objective`: summed over rows, the entropy in nats of the shares of a row's importance."""
+def entropy(scores_IO: Tensor) -> Tensor:
+    """Summed over rows, the entropy in nats of the shares of a row's importance."""
     totals_O = scores_IO.sum(0).clamp_min(_TINY)
     shares_IO = scores_IO / totals_O
     logs_IO = (shares_IO + _TINY).log_()
-    entropy_O = -(shares_IO * logs_IO).sum(0)
-    return entropy_O.sum(), logs_IO.add_(entropy_O).neg_().div_(totals_O)
+    return (-(shares_IO * logs_IO).sum(0)).sum()
 
 
 def pruned_share(scores_IO: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """`Objective`: O times the share of importance lost when each group (unstructured: row) keeps
-    its largest. Which are lost is held fixed in the derivative, as it is almost everywhere."""
+    """O times the share of importance lost when each group (unstructured: row) keeps its largest,
+    and the derivative (I, O) by the scores. Which are lost is held fixed in the derivative, as it
+    is almost everywhere."""
     is_lost_IO = _lost(scores_IO, pattern).to(scores_IO.dtype)
     total = scores_IO.sum().clamp_min(_TINY)
     share = (scores_IO * is_lost_IO).sum() / total
@@ -190,17 +195,17 @@ def _lost(scores_IO: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _slopes(
-    turned_IO: Tensor, importance_I: Tensor, objective: Objective
+    turned_IO: Tensor, importance_I: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The objective of T_ij^2 h_i; its derivatives by T and by h."""
+    """The pruned share of T_ij^2 h_i; its derivatives by T and by h."""
     importance_I1 = importance_I.unsqueeze(1)
     squares_IO = turned_IO.square()
-    loss, slope_IO = objective(squares_IO * importance_I1)
+    loss, slope_IO = pruned_share(squares_IO * importance_I1, pattern)
     by_importance_I = squares_IO.mul_(slope_IO).sum(1)
     return loss, slope_IO.mul_(turned_IO).mul_(2.0 * importance_I1), by_importance_I
 
 
-def _weight(linear: nn.Linear, turns: Turns) -> Tensor:
+def _weight(linear: nn.Linear, turns: RotationParts) -> Tensor:
     return linear.weight.detach().to(turns.flat.dtype)
 
 

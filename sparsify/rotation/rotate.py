@@ -9,7 +9,7 @@ and columns of a weight, H key-value heads, Q query heads of one of them, K widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError
+from sparsify.models.calls import logits_of
 from sparsify.pattern import Pattern, check_divides
-from sparsify.rotation.basis import Rotation, fold_gains, logits_of, require_same, turn
-from sparsify.rotation.moments import stream_moments
+from sparsify.rotation.basis import Rotation, fold_gains, require_same, turn
+from sparsify.rotation.moments import residual_moments
 from sparsify.rotation.search import RotationSearch
-from sparsify.rotation.sites import RotationSites, find_rotation_sites
+from sparsify.rotation.sites import find_rotation_sites
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class RotationReport:
     """largest |logit - logit before| on the first row of tokens: rounding in the model's dtype"""
     rotation: Rotation
     """what was folded in; `rotation.fold_rotation` does the same to another copy of the model"""
-    pruned_share_before: float | None = None
+    pruned_share_before: float
     """share of a matrix's importance that the pattern prunes, mean over matrices weighted by their
-    rows; None without a pattern"""
-    pruned_share_after: float | None = None
+    rows"""
+    pruned_share_after: float
 
 
 def rotate_model(
@@ -50,8 +51,7 @@ def rotate_model(
     steps: int,
     seed: int,
     batch_size: int,
-    pattern: Pattern | None = None,
-    dense_names: Collection[str] = (),
+    pattern: Pattern,
     use_value_rotation: bool = True,
     on_step: Callable[[int, int, float], None] | None = None,
     comm: Comm | None = None,
@@ -64,8 +64,8 @@ def rotate_model(
     output layer becomes one of its own.
 
     Importance of a weight is W_ij^2 H_jj, in the rotated basis. Minimised is the share of each
-    matrix's importance that the pattern will prune (the two smallest of each four, for 2:4), or
-    without a pattern the entropy of the shares of each row's importance; matrices count by rows.
+    matrix's importance that the pattern will prune (the two smallest of each four, for 2:4);
+    matrices count by rows.
 
     Args:
         model: a pre-norm decoder with RMSNorm; see `find_rotation_sites`.
@@ -73,8 +73,7 @@ def rotate_model(
         steps: of the search, see `RotationSearch`; 0 folds the gains alone. 30 is usual.
         seed: of the small random matrix that moves the start off the identity.
         batch_size: rows per forward.
-        pattern: what the model will be pruned to; None rotates for no pattern in particular.
-        dense_names: linears that will not be pruned: rotated like all, but not counted.
+        pattern: what the model will be pruned to.
         use_value_rotation: False: R1 alone.
         on_step: called as on_step(steps done, steps, what is minimised, mean over rows).
         comm: the processes that take part, each with the whole model and all rows; None: this one
@@ -92,26 +91,28 @@ def rotate_model(
     Reference: DenoiseRotator (arXiv:2505.23049), the entropy of normalised importance. Deviations:
     one R1 for the whole model in place of one per layer, so that it folds away; R2 per head; rows
     of every matrix are normalised, where the paper takes columns for the matrices whose outputs
-    are rotated. The objective for a pattern is our own: on two small models it lowered the KL
-    after SparseGPT by 0.12 and 0.15 nats more than the entropy did.
+    are rotated. The pruned share as what is minimised is our own: on two small models it lowered
+    the KL after SparseGPT by 0.12 and 0.15 nats more than the entropy did.
 
     Cost: one forward over the rows, and two over the first for the check. A step is about 4 D
     operations per weight of the blocks, shared by the processes, and about 9 D^3 for the turn, on
-    each of them. Memory: one (D, D) per norm (`stream_moments`), of which each process keeps those
-    of its matrices; the largest matrix in float32 a few times over; a dozen of R1.
+    each of them. Memory: one (D, D) per norm (`residual_moments`), of which each process keeps
+    those of its matrices; the largest matrix in float32 a few times over; a dozen of R1.
     """
     if steps < 0 or batch_size < 1:
         raise InputError(f"steps={steps}, batch_size={batch_size}: 0 or more, and at least 1")
     if len(rows) == 0:
         raise CalibrationError("rotation: no calibration row; give more text")
     comm = comm or Comm.single()
-    sites = comm.together(lambda: find_rotation_sites(model))
+    sites = comm.run_together(lambda: find_rotation_sites(model))
     if use_value_rotation and not sites.values:
         raise InputError(
             f"rotation: {type(model).__name__} has no v_proj and o_proj to rotate values in; use "
             "use_value_rotation=False"
         )
-    counted = _counted(sites, dense_names, pattern)
+    for readers in (*(site.readers for site in sites.norms[:-1]), sites.writers):
+        for name, linear in readers.items():
+            check_divides(name, linear.in_features, pattern)
     check = rows[:1]
 
     @torch.no_grad()
@@ -128,39 +129,22 @@ def rotate_model(
     was_training = model.training
     model.eval()
     try:
-        before = comm.together(fold)
-        moments = stream_moments(model, sites, rows, batch_size, comm)
+        before = comm.run_together(fold)
+        moments = residual_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
         start = partial(
-            RotationSearch, sites, moments, counted, pattern, use_values=use_value_rotation,
-            noise=noise, comm=comm,
+            RotationSearch, sites, moments, pattern, use_values=use_value_rotation, noise=noise,
+            comm=comm,
         )  # fmt: skip
-        search = comm.together(start)
+        search = comm.run_together(start)
         del start, moments  # the search holds those that this process works with
         entropy_before, pruned_before = search.measure()
         search.run(steps, on_step)
         rotation = search.found()
         entropy_after, pruned_after = search.measure()
-        difference = comm.together(finish)
+        difference = comm.run_together(finish)
     finally:
         model.train(was_training)
     return RotationReport(
         entropy_before, entropy_after, difference, rotation, pruned_before, pruned_after
     )
-
-
-def _counted(
-    sites: RotationSites, dense_names: Collection[str], pattern: Pattern | None
-) -> set[str]:
-    """Names of the linears whose rows are to become easy to prune."""
-    groups = [*(site.readers for site in sites.norms[:-1]), sites.writers]
-    linears = {name: linear for group in groups for name, linear in group.items()}
-    if unknown := sorted(set(dense_names) - set(linears)):
-        raise InputError(f"rotation: {unknown[0]} is no linear layer of the decoder blocks")
-    counted = set(linears) - set(dense_names)
-    if not counted:
-        raise InputError("rotation: every linear layer stays dense, so nothing gains by it")
-    if pattern is not None:
-        for name in sorted(counted):
-            check_divides(name, linears[name].in_features, pattern)
-    return counted

@@ -7,19 +7,18 @@ all go the same way. Shape suffixes: D hidden size, H key-value heads, K width o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from sparsify.comm import Comm, sum_lanes
+from sparsify.comm import Comm, assign_by_size, sum_lanes
 from sparsify.errors import NonFiniteError
 from sparsify.kernels.precision import float32_products
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation
-from sparsify.rotation.moments import StreamMoments
-from sparsify.rotation.objective import Objective, Readers, Turns, Writer, entropy, pruned_share
+from sparsify.rotation.moments import ResidualMoments
+from sparsify.rotation.objective import Readers, RotationParts, Writer, entropy, pruned_share
 from sparsify.rotation.sites import RotationSites
 
 LEARNING_RATE = 0.4
@@ -46,58 +45,52 @@ class RotationSearch:
     Args:
         sites: of the model, gains folded.
         moments: of the linears' inputs.
-        counted: names of the linears that are to become easy to prune.
-        pattern: that they will be pruned to; None minimises the entropy.
+        pattern: that the linears will be pruned to.
         use_values: look for R2 as well.
         noise: moves the start off the identity; None starts there.
         comm: the processes that take part.
     """
 
     def __init__(
-        self, sites: RotationSites, moments: StreamMoments, counted: Collection[str],
-        pattern: Pattern | None, *, use_values: bool, noise: torch.Generator | None, comm: Comm,
+        self, sites: RotationSites, moments: ResidualMoments, pattern: Pattern, *,
+        use_values: bool, noise: torch.Generator | None, comm: Comm,
     ) -> None:  # fmt: skip
         self._comm = comm
         self._pattern = pattern
         used = sites.values if use_values else []
         heads = [(site.num_kv_heads, site.head_dim) for site in used]
-        turns = Turns.identity(sites.embedding.weight.shape[1], heads)
+        turns = RotationParts.identity(sites.embedding.weight.shape[1], heads)
         if noise is not None:
             for matrix in turns.matrices:
                 free = torch.randn(matrix.shape, generator=noise) * _NOISE
                 matrix.copy_(cayley(free - free.mT))
         self._turns = turns.over(turns.flat.to(sites.head.weight.device))
-        units = _units(sites, moments, counted, use_values)
+        units = _units(sites, moments, use_values)
         self._num_rows = sum(count for _, count in units)
-        dealt = deal([unit.num_weights for unit, _ in units], comm.num_lanes)
+        dealt = assign_by_size([unit.num_weights for unit, _ in units], comm.num_lanes)
         self._lanes = [
-            [units[index][0] for index in share]
+            [units[index][0] for index in part]
             for where in comm.lanes(comm.num_lanes)
-            for share in dealt[where]
+            for part in dealt[where]
         ]
 
     @torch.no_grad()
-    def measure(self) -> tuple[float, float | None]:
-        """Mean over rows of the entropy in nats and, given a pattern, of the pruned share."""
+    def measure(self) -> tuple[float, float]:
+        """Mean over rows of the entropy in nats and of the pruned share."""
 
         def of_lane(lane: list[Readers | Writer]) -> tuple[float, float]:
             scores = (scores for unit in lane for scores in unit.scores(self._turns))
             found = [self._figures(scores_IO) for scores_IO in scores]
             return sum(one for one, _ in found), sum(other for _, other in found)
 
-        figures = self._comm.together(lambda: [of_lane(lane) for lane in self._lanes])
+        figures = self._comm.run_together(lambda: [of_lane(lane) for lane in self._lanes])
         # Lanes in their order, which is the same for any number of processes.
-        every = [figure for process in self._comm.share(figures) for figure in process]
+        every = [figure for process in self._comm.gather_objects(figures) for figure in process]
         mean_entropy = sum(one for one, _ in every) / self._num_rows
-        if self._pattern is None:
-            return mean_entropy, None
         return mean_entropy, sum(other for _, other in every) / self._num_rows
 
     def _figures(self, scores_IO: Tensor) -> tuple[float, float]:
-        pruned = 0.0
-        if self._pattern is not None:
-            pruned = float(pruned_share(scores_IO, self._pattern)[0])
-        return float(entropy(scores_IO)[0]), pruned
+        return float(entropy(scores_IO)), float(pruned_share(scores_IO, self._pattern)[0])
 
     @torch.no_grad()
     def run(self, steps: int, on_step: Callable[[int, int, float], None] | None) -> None:
@@ -106,26 +99,23 @@ class RotationSearch:
         Raises:
             NonFiniteError: the loss is NaN or infinite.
         """
-        objective: Objective = entropy
-        if self._pattern is not None:
-            objective = partial(pruned_share, pattern=self._pattern)
         first, second = torch.zeros_like(self._turns.flat), torch.zeros_like(self._turns.flat)
         for step in range(1, steps + 1):
             gradient = self._turns.over(torch.zeros_like(self._turns.flat))
-            total = self._add_gradient(objective, gradient)
+            total = self._add_gradient(gradient)
             if not math.isfinite(total):
                 raise NonFiniteError(f"rotation: the loss is {total} at step {step - 1}")
             self._turn(gradient, first, second, step)
             if on_step is not None:
                 on_step(step, steps, total / self._num_rows)
 
-    def _add_gradient(self, objective: Objective, gradient: Turns) -> float:
-        """What is minimised, summed over all matrices; its derivatives go to `gradient`."""
+    def _add_gradient(self, gradient: RotationParts) -> float:
+        """The pruned share, summed over all matrices; its derivatives go to `gradient`."""
 
         def lanes() -> Iterator[Tensor]:
             for lane in self._lanes:
                 mine = self._turns.over(torch.zeros_like(gradient.flat))
-                found = [unit.add_gradient(self._turns, objective, mine) for unit in lane]
+                found = [unit.add_gradient(self._turns, self._pattern, mine) for unit in lane]
                 yield torch.cat([mine.flat, mine.flat.new_tensor([float(sum(found))])])
 
         def work() -> Tensor:
@@ -133,13 +123,13 @@ class RotationSearch:
             with float32_products(allow_tf32=True):
                 return sum_lanes(lanes(), Tensor.add_)
 
-        both = self._comm.together(work)  # one sum for the derivatives and the loss behind them
+        both = self._comm.run_together(work)  # one sum for the derivatives and after them the loss
         self._comm.all_reduce_(both)
         gradient.flat.copy_(both[:-1])
         return float(both[-1])
 
     @float32_products()
-    def _turn(self, gradient: Turns, first: Tensor, second: Tensor, step: int) -> None:
+    def _turn(self, gradient: RotationParts, first: Tensor, second: Tensor, step: int) -> None:
         """One step of Adam on the angles, with its moments `first` and `second`."""
         for matrix, slope in zip(self._turns.matrices, gradient.matrices, strict=True):
             spin = matrix.mT @ slope
@@ -155,7 +145,7 @@ class RotationSearch:
     @torch.no_grad()
     def found(self) -> Rotation:
         """The rotations as they are now, orthogonal to float64's precision, those of rank 0."""
-        exact = self._comm.together(
+        exact = self._comm.run_together(
             lambda: [_orthogonal(matrix.double()) for matrix in self._turns.matrices]
         )
         for matrix, near in zip(exact, self._turns.matrices, strict=True):
@@ -165,37 +155,23 @@ class RotationSearch:
 
 
 def _units(
-    sites: RotationSites, moments: StreamMoments, counted: Collection[str], use_values: bool
+    sites: RotationSites, moments: ResidualMoments, use_values: bool
 ) -> list[tuple[Readers | Writer, int]]:
-    """The counted matrices, those of one input together, and how many rows they have."""
+    """The matrices, those of one input together, and how many rows they have."""
     used = sites.values if use_values else []
     value_of = {id(site.value): place for place, site in enumerate(used)}
     output_of = {id(site.output): place for place, site in enumerate(used)}
     units: list[tuple[Readers | Writer, int]] = []
     for site, moment_DD in zip(sites.norms, moments.norms, strict=False):
-        linears = [linear for name, linear in site.readers.items() if name in counted]
-        if linears:
-            readers = [(linear, value_of.get(id(linear))) for linear in linears]
-            num_rows = sum(linear.out_features for linear in linears)
-            units.append((Readers(readers, moment_DD), num_rows))
+        readers = [(linear, value_of.get(id(linear))) for linear in site.readers.values()]
+        num_rows = sum(linear.out_features for linear, _ in readers)
+        units.append((Readers(readers, moment_DD), num_rows))
     for name, linear in sites.writers.items():
-        if name in counted:
-            place = output_of.get(id(linear))
-            blocks = None if place is None else moments.values[id(linear)]
-            writer = Writer(linear, moments.diagonals[name], place, blocks)
-            units.append((writer, linear.out_features))
+        place = output_of.get(id(linear))
+        blocks = None if place is None else moments.values[id(linear)]
+        writer = Writer(linear, moments.diagonals[name], place, blocks)
+        units.append((writer, linear.out_features))
     return units
-
-
-def deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Indices of `sizes` in `num_shares` shares: the largest goes first, to the smallest share."""
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    filled = [0] * num_shares
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        least = filled.index(min(filled))
-        shares[least].append(index)
-        filled[least] += sizes[index]
-    return shares
 
 
 def cayley(skew: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import CorruptCheckpointError
 from sparsify.files import file_sha256, fsync, write_json
-from sparsify.tensors import write_tensors
+from sparsify.tensors import tensor_names, write_tensors
 
 FORMAT = "twofour-checkpoint-1"
 
@@ -198,7 +198,7 @@ class Checkpoint:
                 continue
             try:
                 with safe_open(self.folder / file, framework="pt") as tensors:
-                    for key in tensors.keys():  # noqa: SIM118
+                    for key in tensor_names(tensors):
                         copy, _, rest = key.partition(":")
                         name, _, start = rest.rpartition("@")
                         size = tensors.get_slice(key).get_shape()[0]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.integration.commands import Command
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -66,10 +67,7 @@ def run_job(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("work")
 
     def run(job: str, *overrides: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", f"jobs.{job}", *overrides],
-            env=environment, cwd=folder, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
+        return Command(job, *overrides, environment=environment, folder=folder).finished(400)
 
     return run
 

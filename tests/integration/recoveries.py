@@ -192,10 +192,18 @@ def _on_rank(rank: int, port: int, size: int, work: Any, args: tuple[Any, ...]) 
     os._exit(0)
 
 
-def _warm_context() -> Any:
+_HEAVY = (
+    "deepspeed", "transformers.models.llama.modeling_llama", "jobs.workers.distill",
+    "jobs.training.loop", "jobs.training.teacher", "sparsify.pruning.prune",
+    "sparsify.rotation.rotate", "ray.train.torch", "ray.data", "hydra", "rich", "jobs.cli.main",
+    "jobs.pipeline", "pytest",
+)  # fmt: skip
+
+
+def warm_context() -> Any:
+    """Processes forked from this test process's server, which has imported what is heavy once."""
     context = mp.get_context("forkserver")
-    heavy = ("deepspeed", "transformers.models.llama.modeling_llama", "jobs.workers.distill")
-    context.set_forkserver_preload([*heavy, "jobs.training.loop", "jobs.training.teacher"])
+    context.set_forkserver_preload(list(_HEAVY))
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
     forkserver.ensure_running()
@@ -209,7 +217,7 @@ def exit_codes(size: int, work: Any, *args: Any, limit_s: float = 120.0) -> list
 
     As soon as one has failed, the others get two seconds to do so too.
     """
-    context = _warm_context()
+    context = warm_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

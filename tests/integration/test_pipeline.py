@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,16 +18,21 @@ from sparsify.masks.select import count_violations
 from sparsify.masks.storage import load_masks
 from sparsify.models.varlen import VARLEN
 from sparsify.pattern import Pattern
+from tests.integration.commands import Command, wait_until
 from tests.integration.recoveries import train_workers
 
 STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_job, small, tmp_path_factory) -> Path:
-    """A run from start to end."""
+def undisturbed(environment, small, tmp_path_factory) -> Path:
+    """A run from start to end, in an interpreter that has imported nothing yet."""
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = run_job("prune", *small, f"run.dir={run_dir}")
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"], env=environment,
+        cwd=tmp_path_factory.mktemp("work"), capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run_dir)
     return run_dir
@@ -166,19 +169,15 @@ def test_single_stages_start_from_a_run(undisturbed: Path, run_job, small, tmp_p
     assert mine[-1]["perplexity"] == first[-1]["perplexity"]
 
 
-def _wait_for(ready, process: subprocess.Popen, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
-        assert time.monotonic() < deadline, "the moment to kill never came"
-        time.sleep(0.02)
-
-
 def test_kill_9_in_each_stage_ends_in_the_same_figures(
     undisturbed: Path, environment, small, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"]
+
+    def start() -> Command:
+        words = [*small, f"run.dir={run_dir}"]
+        return Command("prune", *words, environment=environment, folder=tmp_path)
+
     moments = {
         "prune": lambda: (run_dir / ".prune.partial/result/magnitude").exists(),
         "distill": lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")),
@@ -187,18 +186,12 @@ def test_kill_9_in_each_stage_ends_in_the_same_figures(
         "export": lambda: (run_dir / ".export.partial").exists(),
     }
     for stage, ready in moments.items():
-        process = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        _wait_for(ready, process)
-        os.kill(process.pid, signal.SIGKILL)
+        process = start()
+        wait_until(ready, process)
+        process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (run_dir / stage / "record.json").exists(), f"{stage} was not interrupted"
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
+    done = start().finished(400)
     assert done.returncode == 0, done.stderr
     assert figures_of(run_dir) == figures_of(undisturbed)
     for name in ("prune/sparsegpt", "prune/twofour", "distill/model", "export/sparse"):
@@ -213,17 +206,16 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(
     undisturbed: Path, environment, small, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "lost"
-    command = [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"]
-    process = subprocess.Popen(
-        [*command, "stages=[prune,distill]"], env=environment, cwd=tmp_path,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    _wait_for(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
+    shutil.copytree(undisturbed / "prune", run_dir / "prune")  # which is reused
+    words = [*small, f"run.dir={run_dir}", "stages=[prune,distill]"]
+    process = Command("prune", *words, environment=environment, folder=tmp_path)
+    wait_until(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
     workers = train_workers()
     assert len(workers) >= 2
     workers[-1].kill()
-    _, stderr = process.communicate(timeout=400)
-    assert process.returncode == 0, stderr
+    done = process.finished(400)
+    stderr = done.stderr
+    assert done.returncode == 0, stderr
     assert "a worker was lost" in stderr
     one = run_dir / "distill/model/model.safetensors"
     assert one.read_bytes() == (undisturbed / "distill/model/model.safetensors").read_bytes()

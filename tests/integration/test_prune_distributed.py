@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.calibration.hessian import HessianSum
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
@@ -21,6 +22,7 @@ from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from tests.integration.recoveries import warm_context
 
 PATTERN = Pattern.parse("2:4")
 NUM_ROWS = 11  # odd, so that the processes' shares differ
@@ -40,16 +42,16 @@ def model_and_rows() -> tuple[LlamaForCausalLM, TokenRows]:
 def prune(method: str, comm: Comm) -> tuple[LlamaForCausalLM, PruneResult]:
     model, rows = model_and_rows()
     result = prune_model(
-        model, rows, get_method(method), PATTERN, PruneParams(block_size=32),
-        comm=comm, batch_size=2,
+        model, rows, get_method(method), PATTERN, PruneParams(block_size=32), comm=comm,
+        memory=Memory(2),
     )  # fmt: skip
     return model, result
 
 
 def prune_from_disk(dense: Path, out: Path, comm: Comm) -> None:
     prune_checkpoint(
-        dense, out, model_and_rows()[1], get_method("twofour"), PATTERN,
-        PruneParams(block_size=32), comm=comm, batch_size=2, overlap=comm.world_size > 1,
+        dense, out, model_and_rows()[1], get_method("twofour"), PATTERN, PruneParams(block_size=32),
+        comm=comm, memory=Memory(2, overlap=comm.world_size > 1),
     )  # fmt: skip
 
 
@@ -87,8 +89,8 @@ def singular_on_one_process(comm: Comm) -> str:
     rows = TokenRows.whole(torch.zeros(comm.world_size, 1, dtype=torch.int64))
     try:
         prune_model(
-            model, rows, get_method("sparsegpt"), PATTERN, PruneParams(damping=0.0),
-            comm=comm, batch_size=1,
+            model, rows, get_method("sparsegpt"), PATTERN, PruneParams(damping=0.0), comm=comm,
+            memory=Memory(1),
         )  # fmt: skip
     except SingularHessianError as error:
         return str(error)
@@ -101,8 +103,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     folder = tmp_path_factory.mktemp("gloo")
     save_model(model_and_rows()[0], None, folder / "dense")
     prune_from_disk(folder / "dense", folder / "out1", Comm.single(is_fixed=True))
+    warm_context()
     for world_size in WORLD_SIZES:
-        mp.spawn(worker, args=(world_size, str(folder)), nprocs=world_size)
+        mp.start_processes(
+            worker, args=(world_size, str(folder)), nprocs=world_size, start_method="forkserver"
+        )
     found = {
         world_size: [
             torch.load(folder / f"rank{rank}-of-{world_size}.pt", weights_only=False)
@@ -214,5 +219,5 @@ def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(InputError, match="7 calibration rows for 8 lanes of a fixed order"):
         prune_model(
             model, rows[:7], get_method("wanda"), PATTERN, PruneParams(),
-            comm=Comm.single(is_fixed=True), batch_size=2,
+            comm=Comm.single(is_fixed=True), memory=Memory(2),
         )  # fmt: skip

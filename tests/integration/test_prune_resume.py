@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -14,15 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.masks.storage import MaskFile, load_masks, merge_masks
 from sparsify.methods import PruneParams, get_method
-from sparsify.models.blocks import StreamedBlocks, unstreamable
+from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
+from tests.integration.recoveries import warm_context
 
 NUM_KILLS = 20
 PATTERN = Pattern.parse("2:4")
@@ -47,9 +48,10 @@ def calibration() -> TokenRows:
 
 def prune_to(dense: Path, out: Path, method: str = "sparsegpt", **options: Any) -> PruneResult:
     torch.set_num_threads(1)
+    memory = {name: options.pop(name) for name in ("activations", "overlap") if name in options}
     return prune_checkpoint(
-        dense, out, calibration(), get_method(method), PATTERN, PruneParams(),
-        comm=Comm.single(), batch_size=4, **options,
+        dense, out, calibration(), get_method(method), PATTERN, PruneParams(), comm=Comm.single(),
+        memory=Memory(4, **memory), layers=LayerChoice(order=options.pop("order", None)), **options,
     )  # fmt: skip
 
 
@@ -76,8 +78,8 @@ def undisturbed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_streamed_equals_in_memory(dense, tmp_path, method: str, options: dict[str, Any]) -> None:
     model = load_model(dense)
     expected = prune_model(
-        model, calibration(), get_method(method), PATTERN, PruneParams(),
-        comm=Comm.single(), batch_size=4,
+        model, calibration(), get_method(method), PATTERN, PruneParams(), comm=Comm.single(),
+        memory=Memory(4),
     )  # fmt: skip
     result = prune_to(dense, tmp_path / "out", method, **options)
     state = load_model(tmp_path / "out").state_dict()
@@ -92,8 +94,7 @@ def test_streamed_equals_in_memory(dense, tmp_path, method: str, options: dict[s
 
 def test_killed_twenty_times_gives_the_same_bytes(dense: Path, undisturbed: Path, tmp_path) -> None:
     """SIGKILL at random moments; every new process goes on at the block the last one was at."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["sparsify.pruning.prune", "transformers", __name__])
+    processes = warm_context()
     moments, out, blocks_seen = random.Random(0), tmp_path / "out", []
 
     def num_blocks() -> int:
@@ -142,15 +143,15 @@ def test_stopped_with_a_block_passed_ahead_it_goes_on_with_the_same_bytes(
 
 def test_finished_blocks_are_not_read_again(dense, undisturbed, tmp_path, monkeypatch) -> None:
     opened: list[int] = []
-    original = StreamedBlocks.open
+    original = BlocksOnDisk.open
 
-    def stop_after_six(self: StreamedBlocks, index: int) -> Any:
+    def stop_after_six(self: BlocksOnDisk, index: int) -> Any:
         opened.append(index)
         if len(opened) == 7:
             raise KeyboardInterrupt
         return original(self, index)
 
-    monkeypatch.setattr(StreamedBlocks, "open", stop_after_six)
+    monkeypatch.setattr(BlocksOnDisk, "open", stop_after_six)
     with pytest.raises(KeyboardInterrupt):
         prune_to(dense, tmp_path / "out")
     prune_to(dense, tmp_path / "out")
@@ -162,15 +163,15 @@ def test_rarer_checkpoints_go_back_to_the_last_one(
     dense, undisturbed, tmp_path, monkeypatch
 ) -> None:
     opened: list[int] = []
-    original = StreamedBlocks.open
+    original = BlocksOnDisk.open
 
-    def stop_at_five(self: StreamedBlocks, index: int) -> Any:
+    def stop_at_five(self: BlocksOnDisk, index: int) -> Any:
         opened.append(index)
         if len(opened) == 6:
             raise KeyboardInterrupt
         return original(self, index)
 
-    monkeypatch.setattr(StreamedBlocks, "open", stop_at_five)
+    monkeypatch.setattr(BlocksOnDisk, "open", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         prune_to(dense, tmp_path / "out", checkpoint_every_blocks=3)
     result = prune_to(dense, tmp_path / "out", checkpoint_every_blocks=3)
@@ -183,21 +184,21 @@ def test_rarer_checkpoints_go_back_to_the_last_one(
 
 
 def test_damaged_streams_and_other_batches_are_refused(dense, tmp_path, monkeypatch) -> None:
-    original = StreamedBlocks.open
+    original = BlocksOnDisk.open
 
-    def stop_at_two(self: StreamedBlocks, index: int) -> Any:
+    def stop_at_two(self: BlocksOnDisk, index: int) -> Any:
         if index == 2:
             raise KeyboardInterrupt
         return original(self, index)
 
-    monkeypatch.setattr(StreamedBlocks, "open", stop_at_two)
+    monkeypatch.setattr(BlocksOnDisk, "open", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         prune_to(dense, tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"cut into 3 batches, now into 6.*batch_size"):
         prune_checkpoint(
             dense, tmp_path / "out", calibration(), get_method("sparsegpt"), PATTERN, PruneParams(),
-            comm=Comm.single(), batch_size=2,
+            comm=Comm.single(), memory=Memory(2),
         )  # fmt: skip
     (part,) = (tmp_path / "out" / "streams" / "before-00002").glob("*.safetensors")
     part.write_bytes(part.read_bytes()[:-10])
@@ -219,15 +220,15 @@ def test_weights_that_are_no_numbers_are_refused(dense: Path, tmp_path: Path) ->
 
 
 def test_checkpoints_with_other_names_are_not_streamed(dense: Path, tmp_path: Path) -> None:
-    assert unstreamable(dense) is None
+    assert reason_to_hold_whole(dense) is None
     renamed = tmp_path / "renamed"
     save_model(load_model(dense), None, renamed)
     tensors = load_file(renamed / "model.safetensors")
     tensors["model.extra.weight"] = tensors.pop("model.layers.9.mlp.up_proj.weight")
     save_file(tensors, renamed / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.9.mlp.up_proj.weight" in str(unstreamable(renamed))
+    assert "model.layers.9.mlp.up_proj.weight" in str(reason_to_hold_whole(renamed))
     with pytest.raises(InputError, match="load the whole model instead"):
-        StreamedBlocks(renamed)
+        BlocksOnDisk(renamed)
 
 
 def test_mask_files_open_one_mask_at_a_time(undisturbed: Path) -> None:

@@ -295,7 +295,7 @@ def test_a_stopped_worker_ends_the_others_with_word_of_where_they_waited(base, t
     assert codes == [EXIT_HANG, None], "the stopped one is there until someone kills it"
     stacks = (tmp_path / "scratch/stacks-rank-00000.txt").read_text(encoding="utf-8")
     assert "the limit is 3.0 s" in stacks
-    assert "_recovery.py" in stacks
+    assert "jobs/training/loop.py" in stacks
     assert finished_steps(tmp_path / "scratch") == [4]
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.training.checkpoint import finished_steps
+from tests.integration.commands import Command, wait_until
 from tests.integration.recoveries import BATCH, LENGTH, make_recovery, results, run, train_workers
 
 STEPS = 400
@@ -31,12 +29,10 @@ def train_undisturbed(rank: int, base: Path, out: Path) -> None:
 class Driver:
     """The command as its user has it before him."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], run_dir: Path) -> None:
+    def __init__(self, words: list[str], environment: dict[str, str], run_dir: Path) -> None:
         self._metrics = run_dir / "metrics.jsonl"
-        self._process = subprocess.Popen(
-            command, env=environment, cwd=run_dir.parent, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        folder = run_dir.parent
+        self._process = Command("distill", *words, environment=environment, folder=folder)
         self._begun = self.num_steps()
 
     def num_steps(self) -> int:
@@ -51,18 +47,14 @@ class Driver:
         self.waits_for(lambda: self.num_steps() >= before + so_many)
 
     def waits_for(self, ready: Callable[[], object]) -> None:
-        deadline_s = time.monotonic() + 200
-        while not ready():
-            assert self._process.poll() is None, self._process.communicate()[1]
-            assert time.monotonic() < deadline_s, "it never came"
-            time.sleep(0.02)
+        wait_until(ready, self._process, 200)
 
     def gets(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def ends(self) -> tuple[int, str]:
-        _, stderr = self._process.communicate(timeout=300)
-        return self._process.returncode, stderr
+        done = self._process.finished(300)
+        return done.returncode, done.stderr
 
 
 def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
@@ -75,7 +67,7 @@ def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
         "num_warmup_steps": 3, "weight_decay": 0.1, "hang_after_s": 8.0,
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "jobs.distill", f"run.from={base / 'student'}",
+        f"run.from={base / 'student'}",
         f"model.teacher={base / 'teacher'}", f"data.train={base / 'rows'}", f"run.dir={run_dir}",
         f"data.sequence_length={LENGTH}", "tracker.wandb=off",
         *(f"distill.{name}={value}" for name, value in settings.items()),

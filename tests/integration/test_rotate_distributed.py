@@ -16,6 +16,7 @@ from sparsify.errors import NonFiniteError, SingularHessianError
 from sparsify.pattern import Pattern
 from sparsify.rotation import search as rotation_search
 from sparsify.rotation.rotate import RotationReport, rotate_model
+from tests.integration.recoveries import warm_context
 
 WORLD_SIZES = (2, 4)
 STEPS = 15
@@ -75,11 +76,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What every process of a group of 2, and of a group of 4, found."""
     folder = tmp_path_factory.mktemp("gloo")
-    # The processes are forked from one that has imported the heavy packages.
-    processes = mp.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["sparsify.rotation.rotate", "transformers.models.llama", __name__]
-    )
+    warm_context()
     for world_size in WORLD_SIZES:
         mp.start_processes(
             worker, args=(world_size, str(folder)), nprocs=world_size, start_method="forkserver"
@@ -99,12 +96,12 @@ def test_many_processes_find_the_rotation_of_one(ranks, world_size: int) -> None
     state, report = ranks[world_size][0]["fast"]
     for found in ranks[world_size][1:]:
         other_state, other = found["fast"]
-        assert torch.equal(report.rotation.stream_DD, other.rotation.stream_DD)
+        assert torch.equal(report.rotation.residual_DD, other.rotation.residual_DD)
         assert all(torch.equal(state[name], other_state[name]) for name in state)
         assert report.pruned_share_after == other.pruned_share_after
-    matrices = [report.rotation.stream_DD, *report.rotation.values]
+    matrices = [report.rotation.residual_DD, *report.rotation.values]
     for mine, one in zip(
-        matrices, [single.rotation.stream_DD, *single.rotation.values], strict=True
+        matrices, [single.rotation.residual_DD, *single.rotation.values], strict=True
     ):
         # One process that adds up in eight lanes differs by 4e-7.
         torch.testing.assert_close(mine, one, rtol=0, atol=1e-4)
@@ -118,7 +115,7 @@ def test_a_fixed_order_gives_the_same_bits(ranks, world_size: int) -> None:
     model, single = rotate(Comm.single(is_fixed=True))
     for found in ranks[world_size]:
         state, report = found["fixed"]
-        assert torch.equal(report.rotation.stream_DD, single.rotation.stream_DD)
+        assert torch.equal(report.rotation.residual_DD, single.rotation.residual_DD)
         assert all(map(torch.equal, report.rotation.values, single.rotation.values))
         assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
         figures = (report.entropy_after, report.pruned_share_after)

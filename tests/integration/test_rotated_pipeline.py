@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +14,7 @@ from sparsify.distillation.loss import square_head
 from sparsify.formats.sparse_folder import ROTATION
 from sparsify.models.load import load_model
 from sparsify.rotation.basis import Rotation, fold_rotation
+from tests.integration.commands import Command, wait_until
 
 PRUNED, MODEL = "prune/twofour", "distill/model"
 
@@ -148,28 +145,21 @@ def test_kill_9_while_pruning_and_recovering_changes_nothing(
     undisturbed: Path, environment, options, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "jobs.prune", *options, f"run.dir={run_dir}"]
-    command.append("stages=[prune,distill]")
+
+    def start() -> Command:
+        words = [*options, f"run.dir={run_dir}", "stages=[prune,distill]"]
+        return Command("prune", *words, environment=environment, folder=tmp_path)
+
     moments = (
         lambda: (run_dir / ".prune.partial/scratch/rotated").exists(),
         lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")),
     )
     for ready in moments:
-        process = subprocess.Popen(
-            command, env=environment, cwd=tmp_path,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 240
-        while not ready():
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        process = start()
+        wait_until(ready, process)
+        process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
+    done = start().finished(400)
     assert done.returncode == 0, done.stderr
     assert losses_of(run_dir) == losses_of(undisturbed)
     for folder in (PRUNED, MODEL):

@@ -56,7 +56,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     from jobs.training import student as _start
     from jobs.training import teacher as _teacher
     from sparsify.data.rows import TokenRows
-    from sparsify.models.blocks import StreamedBlocks
+    from sparsify.models.blocks import BlocksOnDisk
 
     context: Any = SimpleNamespace(
         device="cpu", world_size=2, local_world_size=2, rank=rank, warn=pytest.fail
@@ -65,7 +65,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
     config = Config(distill=settings, data=DataConfig(sequence_length=LENGTH))
     most: dict[str, int] = {}
 
-    class Watched(StreamedBlocks):
+    class Watched(BlocksOnDisk):
         """Notes the largest number of block weights that were there at one time."""
 
         def open(self, index: int) -> Any:
@@ -80,7 +80,7 @@ def hold_at_most_a_block(rank: int, base: Path, out: Path) -> None:
             return block
 
     teachers: list[Any] = []
-    _models.StreamedBlocks = Watched
+    _models.BlocksOnDisk = Watched
     split = _engine.Partitioner(settings, 2, False)
     student = _start.load_student(base / "student", base / "teacher", None, config, context, split)
     assert all(hasattr(p, "ds_tensor") for p in student.model.model.layers.parameters())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from sparsify.data.store_write import write_manifest, write_shard
 from sparsify.data.teacher_samples import SampleCache
 from sparsify.errors import StoppedEarlyError
 from sparsify.models.load import load_tokenizer
+from tests.integration.commands import Command
 from tests.integration.recoveries import NUM_STEPS, at_step, make_recovery, results, run
 from tests.unit.test_sampling import in_process
 from tests.unit.test_tokenize_store import Told
@@ -50,10 +49,8 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
 ) -> None:
     words = [f"model.path={tiny_model_dir}", f"data.train={store}", "teach.num_samples=16"]
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "jobs.teach", *words, f"teach.out={killed}"]
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    command = ("teach", *words, f"teach.out={killed}")
+    process = Command(*command, environment=environment, folder=tmp_path)
     deadline_s = time.monotonic() + 100
     while not list(killed.glob(".teach/*.shard.json")) and process.poll() is None:
         assert time.monotonic() < deadline_s

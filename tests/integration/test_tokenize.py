@@ -15,6 +15,7 @@ import pytest
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.models.load import load_tokenizer
+from tests.integration.commands import Command
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(400)]
@@ -46,10 +47,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     run_job, environment, overrides, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "jobs.tokenize", *overrides, f"tokenize.out={killed}"]
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    command = ("tokenize", *overrides, f"tokenize.out={killed}")
+    process = Command(*command, environment=environment, folder=tmp_path)
     deadline_s = time.monotonic() + 60
     while not list(killed.glob(".tokenize/*.shard.json")) and process.poll() is None:
         assert time.monotonic() < deadline_s

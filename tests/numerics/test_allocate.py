@@ -265,16 +265,6 @@ class TestAllocate:
         for name, damage in result.damages.items():
             assert damage == pytest.approx(t * ends[0][name] + (1 - t) * ends[1][name])
 
-    def test_given_damages_need_no_forward(self) -> None:
-        model = tiny()
-        pruned = pruned_weights(model)
-        known = {name: float(index) for index, name in enumerate(pruned)}
-        model.forward = None  # any call would fail
-        result = allocate(
-            model, packed_rows(), pruned, "size", 0.7, pattern=TWO_FOUR, batch_size=5, damages=known
-        )
-        assert result.dense_names and result.damages == known
-
     def test_an_impossible_budget_is_refused_before_measuring(self) -> None:
         model = tiny()
         pruned = pruned_weights(model)

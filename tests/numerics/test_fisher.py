@@ -8,7 +8,6 @@ import transformers
 from torch import Tensor, nn
 
 from sparsify.calibration.fisher import CEILING, FLOOR, fisher_token_weights
-from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
 
@@ -155,19 +154,6 @@ class TestLaws:
         assert model.model.embed_tokens.weight.requires_grad
         assert all(parameter.grad is None for parameter in model.parameters())
         assert not any(module._forward_hooks for module in model.modules())
-
-    def test_processes_share_the_mean(self) -> None:
-        model, rows = tiny(), packed_rows()
-
-        class Doubled(Comm):
-            """A second process with the same rows."""
-
-            def all_reduce_(self, tensor: Tensor) -> None:
-                tensor.mul_(2)
-
-        alone = fisher_token_weights(model, rows, 5)
-        shared = fisher_token_weights(model, rows, 5, comm=Doubled(0, 2))
-        torch.testing.assert_close(shared, alone, rtol=0, atol=1e-6)
 
 
 class TestRefusals:

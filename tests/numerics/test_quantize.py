@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import count_violations, keep_mask_from_scores
@@ -348,7 +349,7 @@ def test_model_keeps_its_pattern_and_what_is_not_pruned(tiny_model, tiny_rows):
 
 def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     """The second block's statistics must be those behind the quantised first block."""
-    from sparsify.calibration.layers import Wants
+    from sparsify.calibration.layers import SolverNeeds
     from sparsify.calibration.walk import walk_blocks
 
     masks = masked_(tiny_model)
@@ -357,8 +358,8 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
     hessians = {}
     walk_blocks(
         BlocksInMemory(tiny_model), tiny_rows,
-        lambda layer: hessians.update({layer.name: layer.statistics.hessian_II}),
-        comm=Comm.single(), batch_size=12, wants=Wants(),
+        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}), comm=Comm.single(),
+        memory=Memory(12), needs=SolverNeeds(),
     )  # fmt: skip
     name = "model.layers.1.self_attn.q_proj"
     total = next(r.error / r.relative_error for r in result.reports if r.name == name)
@@ -373,7 +374,7 @@ def test_model_is_calibrated_on_quantised_blocks(tiny_model, tiny_rows):
 
 
 def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_rows):
-    from sparsify.calibration.layers import Layer, Wants
+    from sparsify.calibration.layers import Layer, SolverNeeds
     from sparsify.calibration.walk import walk_blocks
 
     name = "model.layers.1.mlp.down_proj"
@@ -395,17 +396,17 @@ def test_walk_gives_the_cross_moment_with_the_unchanged_model(tiny_model, tiny_r
     inputs_before = inputs.pop()
     handle.remove()
     walk_blocks(
-        BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), batch_size=5,
-        wants=Wants(teacher=True),
+        BlocksInMemory(tiny_model), tiny_rows, solve, comm=Comm.single(), memory=Memory(5),
+        needs=SolverNeeds(teacher=True),
     )  # fmt: skip
     tiny_model.get_submodule(name).register_forward_pre_hook(record)
     with torch.no_grad():
         tiny_model(input_ids=tiny_rows.ids_NT)
     expected = inputs_before.T @ inputs.pop() / tiny_rows.num_tokens
-    cross = layers[name].statistics.cross_II
+    cross = layers[name].moments.cross_II
     assert torch.allclose(cross, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
-    assert not torch.allclose(cross, layers[name].statistics.hessian_II, rtol=0.05)
-    first = layers["model.layers.0.mlp.down_proj"].statistics
+    assert not torch.allclose(cross, layers[name].moments.hessian_II, rtol=0.05)
+    first = layers["model.layers.0.mlp.down_proj"].moments
     assert torch.allclose(first.cross_II, first.hessian_II, rtol=1e-4, atol=1e-7)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.hessian import inverse_factor
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.methods import Problem, PruneParams
 from sparsify.methods._refit import damped_hessian, objective, refit
 from sparsify.methods._target import shrinkage, teacher_target
@@ -145,9 +145,9 @@ class TestTeacherTarget:
     ) -> Problem:  # fmt: skip
         """Of a layer that writes to the residual stream; without a gap, of another one."""
         if gap is None:
-            return Problem("layer", weight, Statistics(x.T @ x / 200, 200, y.T @ x / 200))
+            return Problem("layer", weight, InputMoments(x.T @ x / 200, 200, y.T @ x / 200))
         wanted = a * y @ weight.double().T + b * gap
-        return Problem("layer", weight, Statistics(x.T @ x / 200, 200), wanted.T @ x / 200)
+        return Problem("layer", weight, InputMoments(x.T @ x / 200, 200), wanted.T @ x / 200)
 
     @pytest.mark.parametrize(("teacher", "residual"), [(1.0, 1.0), (0.3, 0.8), (0, 1), (1, 0)])
     def test_is_the_least_squares_solution(self, teacher: float, residual: float) -> None:
@@ -194,8 +194,8 @@ class TestTeacherTarget:
         weight, _, y, _ = self.tokens()
         mix = torch.eye(12, dtype=torch.float64) + 0.2 * torch.ones(12, 12, dtype=torch.float64)
         problem = self.problem(weight, y @ mix, y, None)
-        assert problem.statistics is not None
-        problem.statistics.num_tokens = 10**9
+        assert problem.moments is not None
+        problem.moments.num_tokens = 10**9
         found = teacher_target(problem, PruneParams(damping=1e-9, teacher_share=1.0))
         # The damping pulls by 1e-9 and the shrinkage by 2e-7; measured 4e-8.
         torch.testing.assert_close(found, weight @ mix.inverse().T, rtol=0, atol=1e-6)
@@ -208,8 +208,8 @@ class TestTeacherTarget:
         x[:, 5] = y[:, 4]
         y[:, 5] = 0.0
         problem = self.problem(weight, x, y, None)
-        assert problem.statistics is not None
-        problem.statistics.num_tokens = 10**9
+        assert problem.moments is not None
+        problem.moments.num_tokens = 10**9
         found = teacher_target(problem, PruneParams(damping=1e-6, teacher_share=1.0))
         assert not found[:, 4].any()
         # Least squares on the live columns alone; the damping pulls by 1e-6, measured 3e-6.

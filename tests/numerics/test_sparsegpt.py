@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.hessian import HessianSum, inverse_factor
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.methods import Method, Problem, PruneParams, Solution, get_method
@@ -44,8 +44,8 @@ def run(
     name: str = "layer",
 ) -> Solution:
     """Solve a layer of which only the weight and the Hessian are known."""
-    statistics = None if hessian is None else Statistics(hessian, num_tokens=6 * len(hessian))
-    return method.solve(Problem(name, weight, statistics), pattern, params)
+    moments = None if hessian is None else InputMoments(hessian, num_tokens=6 * len(hessian))
+    return method.solve(Problem(name, weight, moments), pattern, params)
 
 
 def oracle(
@@ -121,7 +121,7 @@ def test_equals_the_oracle_under_a_given_mask(text: str, is_fixed: bool) -> None
         allowed = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.7
     # With as many allowed as may be kept, the oracle's choice is the given mask.
     expected, keep = oracle(weight, hessian, pattern, 0.01, 48 if is_fixed else 16, allowed)
-    problem = Problem("layer", weight, Statistics(hessian, 288), None, allowed, is_fixed)
+    problem = Problem("layer", weight, InputMoments(hessian, 288), None, allowed, is_fixed)
     solution = SPARSEGPT.solve(problem, pattern, params)
     assert torch.equal(solution.keep_mask_OI, keep)
     assert torch.equal(keep, allowed) == is_fixed

@@ -10,22 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.layers import Layer, Order, Wants
-from sparsify.calibration.lookahead import Ahead
-from sparsify.calibration.moments import Statistics
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
+from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds
+from sparsify.calibration.lookahead import Lookahead
+from sparsify.calibration.moments import InputMoments
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
-from sparsify.methods import PruneParams, get_method
+from sparsify.methods import get_method
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.calls import BlockCalls, run_block
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
-from tests.families import in_two_documents, tiny, token_rows
+from sparsify.pruning.prune import LayerChoice, prune_model
+from tests.families import FEW_STEPS, in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6
 PATIENCE_S = 30.0
@@ -44,7 +44,7 @@ def test_work_goes_on_beside_the_caller_and_its_failure_waits_for_him() -> None:
         assert not torch.is_grad_enabled()
         raise KeyError("late")
 
-    with Ahead(CPU, "test") as ahead:
+    with Lookahead(CPU, "test") as ahead:
         first = ahead.start(lambda: gate.wait(PATIENCE_S), lambda _: ())
         second = ahead.start(fail, lambda value: [value])
         gate.set()  # the caller's turn comes while the work waits
@@ -62,7 +62,7 @@ def test_leaving_waits_for_what_was_begun() -> None:
         done.wait(0.05)
         done.set()
 
-    with Ahead(CPU, "test") as ahead:
+    with Lookahead(CPU, "test") as ahead:
         ahead.start(work, lambda _: ())
         begun.wait(PATIENCE_S)
     assert done.is_set()
@@ -108,7 +108,7 @@ def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatc
         log.append("work")
         return Result()
 
-    with Ahead(torch.device("cuda"), "test of streams") as ahead:
+    with Lookahead(torch.device("cuda"), "test of streams") as ahead:
         take = ahead.start(work, lambda result: [result])
         assert log[0] == "event on main", "before anything else is asked of it"
         assert isinstance(take(), Result)
@@ -118,12 +118,13 @@ def test_on_a_gpu_each_stream_waits_for_the_other(monkeypatch: pytest.MonkeyPatc
     ]  # fmt: skip
 
 
-def prune(family: str, overlap: bool, method: str, order: Order, **options: Any) -> Any:
-    model = tiny(family, num_layers=4)
+def prune(family: str, overlap: bool, method: str, order: InputOrder, **options: Any) -> Any:
+    model = tiny(family)  # of three blocks: one to be passed ahead before and after the middle one
     rows = options.pop("rows", token_rows(NUM_ROWS))
     result = prune_model(
-        model, rows, get_method(method), Pattern.parse("2:4"), PruneParams(block_size=16),
-        comm=Comm.single(), batch_size=2, order=order, overlap=overlap, **options,
+        model, rows, get_method(method), Pattern.parse("2:4"), FEW_STEPS,
+        comm=Comm.single(), memory=Memory(2, overlap=overlap),
+        layers=LayerChoice(order=order, **options),
     )  # fmt: skip
     return model.state_dict(), result.layers
 
@@ -136,7 +137,7 @@ def prune(family: str, overlap: bool, method: str, order: Order, **options: Any)
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi", "OPT"])
 @pytest.mark.parametrize("skip", [(), ("*.1.*",)])
 def test_the_same_bits_with_and_without(
-    family: str, method: str, order: Order, skip: tuple[str, ...]
+    family: str, method: str, order: InputOrder, skip: tuple[str, ...]
 ) -> None:
     rows = token_rows(NUM_ROWS)
     if family != "OPT":
@@ -165,13 +166,15 @@ def watched(model: nn.Module, at: int) -> threading.Event:
 
 def walk(model: nn.Module, rows: TokenRows, solve: Callable[[Layer], None], **options: Any) -> None:
     walk_blocks(
-        BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=2, overlap=True,
+        BlocksInMemory(model), rows, solve, comm=Comm.single(), memory=Memory(2, overlap=True),
         **options,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("wants", [Wants(teacher=True, order="layer"), Wants(order="dense")])
-def test_the_dense_model_passes_the_next_block_while_layers_are_solved(wants: Wants) -> None:
+@pytest.mark.parametrize(
+    "needs", [SolverNeeds(teacher=True, order="layer"), SolverNeeds(order="dense")]
+)
+def test_the_dense_model_passes_the_next_block_while_layers_are_solved(needs: SolverNeeds) -> None:
     model = tiny("Llama")
     came = watched(model, 1)
 
@@ -179,29 +182,29 @@ def test_the_dense_model_passes_the_next_block_while_layers_are_solved(wants: Wa
         if layer.block == 0:
             assert came.wait(PATIENCE_S), "nobody passed block 1 while block 0 was solved"
 
-    walk(model, token_rows(NUM_ROWS), solve, wants=wants)
+    walk(model, token_rows(NUM_ROWS), solve, needs=needs)
     assert nothing_runs()
 
 
 def test_hessians_are_factored_while_the_first_layer_is_solved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, here, factored = Statistics.factor, threading.get_ident(), threading.Event()
+    original, here, factored = InputMoments.factor, threading.get_ident(), threading.Event()
 
-    def factor(self: Statistics, damping: float, name: str) -> Any:
+    def factor(self: InputMoments, damping: float, name: str) -> Any:
         if "down_proj" in name:
             assert threading.get_ident() != here
             factored.set()
         return original(self, damping, name)
 
-    monkeypatch.setattr(Statistics, "factor", factor)
+    monkeypatch.setattr(InputMoments, "factor", factor)
 
     def solve(layer: Layer) -> None:
-        assert layer.statistics.known_factor(0.01) is not None
+        assert layer.moments.known_factor(0.01) is not None
         assert factored.wait(PATIENCE_S), "the last layer's factor waits for the first's solution"
 
-    wants = Wants(factor_damping=0.01, order="block")
-    walk(tiny("Llama"), token_rows(NUM_ROWS), solve, wants=wants)
+    needs = SolverNeeds(factor_damping=0.01, order="block")
+    walk(tiny("Llama"), token_rows(NUM_ROWS), solve, needs=needs)
 
 
 def test_failures_of_what_is_done_ahead_are_told() -> None:
@@ -209,11 +212,11 @@ def test_failures_of_what_is_done_ahead_are_told() -> None:
     solved: list[str] = []
     model.get_submodule("model.layers.1.mlp.down_proj").weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="block 2, layer"):
-        walk(model, rows, lambda layer: solved.append(layer.name), wants=Wants(order="dense"))
+        walk(model, rows, lambda layer: solved.append(layer.name), needs=SolverNeeds(order="dense"))
     assert {name.split(".")[2] for name in solved} == {"0", "1"}
     one_token = TokenRows.whole(torch.full((1, 1), 5))
     with pytest.raises(SingularHessianError, match=r"q_proj: the Hessian is singular"):
-        walk(tiny("Llama"), one_token, solved.append, wants=Wants(factor_damping=0.0))
+        walk(tiny("Llama"), one_token, solved.append, needs=SolverNeeds(factor_damping=0.0))
     assert nothing_runs()
 
 
@@ -222,18 +225,18 @@ def test_a_hessian_that_cannot_be_factored_is_known_before_a_layer_is_solved(
     overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ahead, it is known when the layer's turn comes."""
-    original, solved = Statistics.factor, []
+    original, solved = InputMoments.factor, []
 
-    def factor(self: Statistics, damping: float, name: str) -> Any:
+    def factor(self: InputMoments, damping: float, name: str) -> Any:
         if "down_proj" in name:
             raise SingularHessianError(name)
         return original(self, damping, name)
 
-    monkeypatch.setattr(Statistics, "factor", factor)
+    monkeypatch.setattr(InputMoments, "factor", factor)
     with pytest.raises(SingularHessianError, match="down_proj"):
         walk_blocks(
-            BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append,
-            comm=Comm.single(), batch_size=2, wants=Wants(factor_damping=0.01), overlap=overlap,
+            BlocksInMemory(tiny("Llama")), token_rows(NUM_ROWS), solved.append, comm=Comm.single(),
+            memory=Memory(2, overlap=overlap), needs=SolverNeeds(factor_damping=0.01),
         )  # fmt: skip
     assert len(solved) == (6 if overlap else 0)
 
@@ -243,16 +246,21 @@ def test_the_solvers_failure_ends_what_is_done_ahead() -> None:
         raise KeyError("solver")
 
     with pytest.raises(KeyError, match="solver"):
-        walk(tiny("Llama"), token_rows(NUM_ROWS), solve, wants=Wants(teacher=True, order="layer"))
+        walk(
+            tiny("Llama"),
+            token_rows(NUM_ROWS),
+            solve,
+            needs=SolverNeeds(teacher=True, order="layer"),
+        )
     assert nothing_runs()
 
 
 def test_hidden_states_that_do_not_stay_on_the_device_are_refused() -> None:
-    store = StreamStore("host", "cpu", None)
-    wants = Wants(teacher=True, order="layer")
+    store = HiddenStateStore("host", "cpu", None)
+    needs = SolverNeeds(teacher=True, order="layer")
     with pytest.raises(InputError, match=r"prune.overlap=true: .* use prune.overlap=false"):
-        walk(tiny("Llama"), token_rows(NUM_ROWS), lambda _: None, wants=wants, store=store)
-    walk(tiny("Llama"), token_rows(NUM_ROWS), lambda _: None, wants=Wants(), store=store)
+        walk(tiny("Llama"), token_rows(NUM_ROWS), lambda _: None, needs=needs, store=store)
+    walk(tiny("Llama"), token_rows(NUM_ROWS), lambda _: None, needs=SolverNeeds(), store=store)
 
 
 @torch.no_grad()
@@ -293,7 +301,7 @@ def test_precision_lasts_until_the_last_thread_leaves() -> None:
         assert cuda.fp32_precision == "tf32"
         thread.start()
         inside.wait(PATIENCE_S)
-        assert cuda.fp32_precision == "ieee", "one of two wants it in full"
+        assert cuda.fp32_precision == "ieee", "one of two needs it in full"
     assert cuda.fp32_precision == "ieee"
     leave.set()
     thread.join()

@@ -565,7 +565,7 @@ def test_a_random_store_is_a_store(tmp_path) -> None:
     assert shares == pytest.approx([0.7, 0.25, 0.05], abs=1 / len(store))
     rows = store.rows(range(len(store)))
     assert 2**16 < int(rows.ids_NT.max()) < 70_000
-    assert rows.is_packed
+    assert rows.is_joined
     with pytest.raises(InputError, match="room for 3 rows"):
         data.write_random_store(tmp_path / "small", 1e-6, 64, 70_000, 0)
 

@@ -7,29 +7,16 @@ import torch
 
 from jobs.benchmarks import loss
 from jobs.benchmarks.sides import loss as side_loss
-from sparsify.errors import TwofourError
 
 SIZE = {
     "tokens": 48, "vocabulary": 97, "width": 16, "chunk": 20, "dtype": "float32", "device": "cpu",
 }  # fmt: skip
-NUM_TOKENS = 2000
 
 
 def test_sides_compute_the_same_loss_and_products_of_its_shapes():
     head, naive = (side_loss.build(side, **SIZE)() for side in ("head", "naive"))
     torch.testing.assert_close(head, naive, rtol=1e-5, atol=0)
     assert side_loss.build("products", **SIZE)().shape == (97, 16)
-
-
-def test_memory_of_full_logits_is_seen_and_the_head_takes_less():
-    """80 MB of logits per tensor: full logits hold several, the head a tenth of one."""
-    size = SIZE | {"tokens": NUM_TOKENS, "vocabulary": 10_000, "chunk": 50}
-    head, naive = (loss.peak_bytes(size | {"side": side}) for side in ("head", "naive"))
-    logits = 4 * NUM_TOKENS * 10_000
-    assert naive > 3 * logits
-    assert 0 < head < logits / 2
-    with pytest.raises(TwofourError, match="exit code 1: KeyError: 'other'"):
-        loss.peak_bytes(SIZE | {"side": "other"})
 
 
 def test_summary():

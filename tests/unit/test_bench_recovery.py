@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_every_recipe_is_a_command_that_can_be_read(name, tmp_path) -> None:
 
 
 def test_recipes_are_what_their_names_say(tmp_path) -> None:
+    @cache
     def distill(name: str):
         words = recovery.recover_words(EMBEDDED, options_of(), tmp_path, tmp_path, name, 0)
         return load_config("prune", words[1:]).distill

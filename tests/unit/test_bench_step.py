@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks.storage import PackedMasks, pack_mask
 from sparsify.models.masked import apply_masks_, mask_gradients
 from sparsify.models.varlen import VARLEN
-from tests.conftest import REPOSITORY
 
 TINY = [
     "step", "--shape", "tiny", "--layers", "1", "--vocabulary", "300", "--sequence-length", "16",
@@ -101,34 +97,6 @@ def test_both_sides_attend_alike(tmp_path, monkeypatch):
 def test_options_that_do_not_go_together_are_refused(tmp_path, more, message):
     with pytest.raises(InputError, match=message):
         step.run(bench.parser().parse_args([*TINY, *more, "--workdir", str(tmp_path)]))
-
-
-def test_a_machine_without_ray_and_deepspeed_needs_the_plain_engine(tmp_path):
-    """Such a machine, as the import system shows it; nothing replaces DeepSpeed unasked."""
-    code = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"ray", "deepspeed", "hydra", "omegaconf", "wandb", "datasets"}}:
-            raise ModuleNotFoundError(name, name=name)
-sys.meta_path.insert(0, Absent())
-from jobs import bench
-words = {TINY!r} + ["--workdir", {str(tmp_path)!r}]
-print(bench.main([*words, "--engine", "plain", "--out", {str(tmp_path / "out.json")!r}]))
-print(bench.main(words))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert "0" in lines
-    assert lines[-1] == "2"
-    assert "error: --engine deepspeed: DeepSpeed is not installed here" in done.stderr
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert record["settings"]["engine"] == "plain"
-    assert record["settings"]["zero_stage"] is None
 
 
 def test_a_phase_inside_another_is_taken_from_it(monkeypatch):

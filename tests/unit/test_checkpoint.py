@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,14 +32,18 @@ MASKS = {"layer": torch.tensor([[True, False, True, False]])}
 PHASES = ["copied", "written", "gathered", "committed", "renamed"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """A process group of one."""
+def group_of_one() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    group_of_one()
     yield
     dist.destroy_process_group()
 
@@ -87,37 +90,31 @@ def test_nothing_is_there_before_the_first(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, Retention()).latest(pytest.fail) is None
 
 
-KILLED = """
-import os, sys, torch, torch.distributed as dist
-from pathlib import Path
-from jobs.training.checkpoint import Checkpoints, Retention
-from sparsify.training.fragments import Fragment
-folder, at, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-masks = {"layer": torch.tensor([[True, False, True, False]])}
-armed = []
-die = lambda phase: os._exit(9) if armed and phase == at else None
-checkpoints = Checkpoints(folder, Retention(), on_phase=die)
-for step in (1, 2):
-    armed += [1] * (step == 2)
-    values = torch.arange(10.0) + 100 * step
-    checkpoints.save(step, [Fragment("weights", "a.weight", 0, values)], masks, {"step": step})
-    checkpoints.wait()
-os._exit(0)
-"""
+def save_until_killed(folder: Path, at: str) -> None:
+    """Save two steps in a process of its own, which dies on the way in the second."""
+    group_of_one()
+    armed: list[int] = []
+
+    def die(phase: str) -> None:
+        if armed and phase == at:
+            os._exit(9)
+
+    checkpoints = Checkpoints(folder, Retention(), on_phase=die)
+    for step in (1, 2):
+        armed += [1] * (step == 2)
+        checkpoints.save(step, [Fragment("weights", "a.weight", 0, values(step))], MASKS, {})
+        checkpoints.wait()
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_killed_in_any_phase_the_last_whole_one_is_found(tmp_path: Path, phase: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    repository = str(Path(_checkpoint.__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), phase, port],
-        env={**os.environ, "PYTHONPATH": repository}, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 9, "it was to die"
+    # Forked from a server that has imported torch once, and has no threads as this process has.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["pytest", "jobs.training.checkpoint"])
+    process = processes.Process(target=save_until_killed, args=(tmp_path, phase))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9, "it was to die"
     checkpoints = Checkpoints(tmp_path, Retention())
     assert not list(tmp_path.glob(".step-*")), "what was half written is gone"
     step, checkpoint = checkpoints.latest(pytest.fail)

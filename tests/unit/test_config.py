@@ -241,6 +241,7 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: ExportConfig(dtype="int8"), ["export.dtype=int8", "bfloat16"]),
         # prune
         (lambda: PruneConfig(method="sparsgpt"), ["prune.method", "did you mean sparsegpt?"]),
+        (lambda: PruneConfig(method="resolve"), ["prune.method", "now called sparsegpt_refit"]),
         (lambda: PruneConfig(baselines=["x"]), ["prune.baselines=x", "wanda"]),
         (lambda: PruneConfig(baselines=["wanda", "wanda"]), ["twice", "[wanda]"]),
         (lambda: PruneConfig(pattern="2-4"), ["prune.pattern=2-4", "N:M", "unstructured:0.5"]),

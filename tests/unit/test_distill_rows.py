@@ -61,7 +61,7 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
         seen += alone.order.batch(step, 8).tolist()
         rows = TokenRows.joined(shares)
         assert len(rows) == 8
-        assert rows.is_packed == isolate
+        assert rows.is_joined == isolate
         whole = TokenCounts.of(rows)
         parts = [TokenCounts.of(part) for part in shares]
         assert (whole.kl, whole.ce) == (sum(p.kl for p in parts), sum(p.ce for p in parts))

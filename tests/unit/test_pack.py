@@ -202,11 +202,16 @@ def test_missing_file(tmp_path):
         load_packed(tmp_path / "none.packed")
 
 
+@pytest.fixture(scope="module")
+def content(tmp_path_factory) -> bytes:
+    """Of a packed file, to damage."""
+    return packed_file(tmp_path_factory.mktemp("pack")).read_bytes()
+
+
 @settings(deadline=None, max_examples=40)
 @given(share=st.floats(0, 0.999))
-def test_truncated_anywhere(tmp_path_factory, share):
-    path = packed_file(tmp_path_factory.mktemp("pack"))
-    content = path.read_bytes()
+def test_truncated_anywhere(content, tmp_path_factory, share):
+    path = tmp_path_factory.mktemp("pack") / "model.packed"
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError, match=r"packed file .*model\.packed: truncated or corrupt"):
         load_packed(path)
@@ -214,11 +219,11 @@ def test_truncated_anywhere(tmp_path_factory, share):
 
 @settings(deadline=None, max_examples=150)
 @given(share=st.floats(0, 0.999), bit=st.integers(0, 7))
-def test_one_flipped_bit_anywhere(tmp_path_factory, share, bit):
-    path = packed_file(tmp_path_factory.mktemp("pack"))
-    content = bytearray(path.read_bytes())
-    content[int(len(content) * share)] ^= 1 << bit
-    path.write_bytes(content)
+def test_one_flipped_bit_anywhere(content, tmp_path_factory, share, bit):
+    path = tmp_path_factory.mktemp("pack") / "model.packed"
+    damaged = bytearray(content)
+    damaged[int(len(damaged) * share)] ^= 1 << bit
+    path.write_bytes(damaged)
     with pytest.raises(InputError, match=r"packed file .*model\.packed: ") as caught:
         load_packed(path)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from sparsify.calibration.layers import Wants
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import SolverNeeds
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -98,8 +99,8 @@ def test_calibration_sees_documents_one_by_one(family):
     hessians = {}
     walk_blocks(
         BlocksInMemory(model), TokenRows(ids_NT, positions_NT),
-        lambda layer: hessians.update({layer.name: layer.statistics.hessian_II}),
-        comm=Comm.single(), batch_size=3, wants=Wants(),
+        lambda layer: hessians.update({layer.name: layer.moments.hessian_II}), comm=Comm.single(),
+        memory=Memory(3), needs=SolverNeeds(),
     )  # fmt: skip
     inputs = {name: [] for name in hessians}
     handles = [

@@ -405,7 +405,7 @@ def test_rows_of_isolated_documents_have_the_same_tokens(stories, tiny_tokenizer
     apart, _ = load_rows(config(stories), "calibration", tiny_tokenizer, 40, seed=0)
     data = config(stories, isolate_documents=False)
     together, _ = load_rows(data, "calibration", tiny_tokenizer, 40, seed=0)
-    assert apart.is_packed
+    assert apart.is_joined
     assert torch.equal(apart.ids_NT, together.ids_NT)
     assert equal(together, TokenRows.whole(together.ids_NT))
 

@@ -1,4 +1,4 @@
-"""Forwards that stop before a block's layers, and the walk that measures layer by layer."""
+"""Forwards that pause before a block's layers, and the walk that measures layer by layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import Moments, TargetShares
-from sparsify.calibration.groups import BLOCK_INPUT, Stages, StoppingBlock, pass_stages, stages_of
-from sparsify.calibration.hidden_states import StreamStore
-from sparsify.calibration.layers import Layer, Order, Wants
+from sparsify.calibration.accumulate import MomentSums, TargetShares
+from sparsify.calibration.groups import (
+    BLOCK_INPUT,
+    LayerGroups,
+    PausableBlock,
+    find_groups,
+    run_groups,
+)
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
+from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -23,29 +29,29 @@ from sparsify.methods._target import shrinkage, teacher_target
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.calls import BlockCalls, BlockInputs, run_block
 from sparsify.models.structure import find_blocks, linears_of
-from sparsify.models.watch import shared_input_groups, watch_linears, watch_outputs
+from sparsify.models.watch import shared_input_groups, watch_inputs, watch_outputs
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
-from tests.families import FAMILIES, in_two_documents, tiny, token_rows
+from sparsify.pruning.prune import LayerChoice, prune_model
+from tests.families import FAMILIES, FEW_STEPS, in_two_documents, tiny, token_rows
 
 NUM_ROWS = 6
 
 
-def first_block(family: str) -> tuple[nn.Module, list[BlockInputs], Stages]:
-    """A block, its calls for three batches, and its stages."""
+def first_block(family: str) -> tuple[nn.Module, list[BlockInputs], LayerGroups]:
+    """A block, its calls for three batches, and its groups."""
     model = tiny(family)
     blocks = find_blocks(model)[1]
     calls = BlockCalls(model, blocks)
     rows = token_rows(NUM_ROWS)
     batches = [calls.first(rows[start : start + 2]) for start in range(0, NUM_ROWS, 2)]
-    stages = stages_of(blocks[0], batches[0], shared_input_groups(blocks[0], batches[0]))
-    assert stages.is_in_order
-    return blocks[0], batches, stages
+    groups = find_groups(blocks[0], batches[0], shared_input_groups(blocks[0], batches[0]))
+    assert groups.is_in_order
+    return blocks[0], batches, groups
 
 
 def inputs_of(block: nn.Module, call: BlockInputs) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    with watch_linears(linears_of(block), found.__setitem__):
+    with watch_inputs(linears_of(block), found.__setitem__):
         run_block(block, call)
     return found
 
@@ -54,20 +60,20 @@ def inputs_of(block: nn.Module, call: BlockInputs) -> dict[str, Tensor]:
 @pytest.mark.parametrize("hold", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_stop_is_behind_the_layers_changed_before_it(family: str, hold: bool) -> None:
-    block, batches, stages = first_block(family)
+    block, batches, groups = first_block(family)
     twin = copy.deepcopy(block)
-    with StoppingBlock(block, stages, hold=hold) as stopping:
-        for stage, group in enumerate(stages.groups):
+    with PausableBlock(block, groups, hold=hold) as pausable:
+        for at, group in enumerate(groups.names):
             for number, call in enumerate(batches):
-                stop = stopping.stop_at(stage, number, lambda call=call: call)
-                assert torch.equal(stop.inputs, inputs_of(twin, call)[group[0]])
-                for name, stream in stop.streams.items():
-                    assert stages.streams[name] == BLOCK_INPUT or stream is not call.hidden_BTD
+                found = pausable.inputs_of(at, number, lambda call=call: call)
+                assert torch.equal(found.inputs, inputs_of(twin, call)[group[0]])
+                for name, stream in found.residuals.items():
+                    assert groups.residuals[name] == BLOCK_INPUT or stream is not call.hidden_BTD
             for module in (block, twin):
                 for name in group:
                     linears_of(module)[name].weight.mul_(0.5)
         for number, call in enumerate(batches):
-            output = stopping.end(number, lambda call=call: call)
+            output = pausable.finish(number, lambda call=call: call)
             assert torch.equal(output, run_block(twin, call))
     assert not any(thread.name == "held forward" for thread in threading.enumerate())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in block.modules())
@@ -76,20 +82,18 @@ def test_each_stop_is_behind_the_layers_changed_before_it(family: str, hold: boo
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "OPT", "Qwen3"])
 def test_streams_are_what_the_layers_are_added_to(family: str) -> None:
-    block, batches, stages = first_block(family)
-    attention, mlp = stages.groups[1][0], stages.groups[-1][0]
-    assert list(stages.streams) == [attention, mlp]
+    block, batches, groups = first_block(family)
+    attention, mlp = groups.names[1][0], groups.names[-1][0]
+    assert list(groups.residuals) == [attention, mlp]
     outputs: dict[str, Tensor] = {}
     for name in (attention, mlp):
         linears_of(block)[name].register_forward_hook(
             lambda _, __, out, name=name: outputs.update({name: out})
         )
     result = run_block(block, batches[0])
-    with StoppingBlock(block, stages, hold=True) as stopping:
-        stops = [
-            stopping.stop_at(stage, 0, lambda: batches[0]) for stage in range(len(stages.groups))
-        ]
-        before, between = stops[1].streams[attention], stops[-1].streams[mlp]
+    with PausableBlock(block, groups, hold=True) as pausable:
+        passed = [pausable.inputs_of(at, 0, lambda: batches[0]) for at in range(len(groups.names))]
+        before, between = passed[1].residuals[attention], passed[-1].residuals[mlp]
         assert torch.equal(before, batches[0].hidden_BTD)
         assert torch.equal(between, before + outputs[attention].view_as(before))
         assert torch.equal(between + outputs[mlp].view_as(between), result)
@@ -101,76 +105,76 @@ def test_passing_a_block_shows_what_stopping_in_it_does(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the outputs of the layers that write, without computing any layer twice for them."""
-    block, batches, stages = first_block(family)
+    block, batches, groups = first_block(family)
     expected: dict[str, Tensor] = {}
     with watch_outputs(linears_of(block), expected.__setitem__):
         result = run_block(block, batches[0])
-    with StoppingBlock(block, stages, hold=False) as stopping:
-        there = [stopping.stop_at(i, 0, lambda: batches[0]) for i in range(len(stages.groups))]
+    with PausableBlock(block, groups, hold=False) as pausable:
+        there = [pausable.inputs_of(i, 0, lambda: batches[0]) for i in range(len(groups.names))]
     calls: list[Tensor] = []
     linear = nn.functional.linear
     monkeypatch.setattr(
         nn.functional, "linear", lambda x, *rest: calls.append(x) or linear(x, *rest)
     )
-    stops, output = pass_stages(block, stages, batches[0], with_outputs=True)
+    passed, output = run_groups(block, groups, batches[0], with_outputs=True)
     assert len(calls) == len(linears_of(block))
     assert output is not None and torch.equal(output, result)
-    assert len(stops) == len(there) and len(stages.streams) == 2
-    for stop, other, group in zip(stops, there, stages.groups, strict=True):
-        assert stop.inputs.shape == other.inputs.shape
-        if not set(group) <= set(stages.streams):
-            assert torch.equal(stop.inputs, other.inputs)
-        assert set(stop.outputs) == set(stop.streams) == set(group) & set(stages.streams)
-        for name, stream in other.streams.items():
-            assert torch.equal(stop.streams[name], stream)
-            assert torch.equal(stop.outputs[name], expected[name])
-    plain, _ = pass_stages(block, stages, batches[0], with_outputs=False)
-    for stop, other in zip(plain, there, strict=True):
-        assert torch.equal(stop.inputs, other.inputs) and not stop.outputs
+    assert len(passed) == len(there) and len(groups.residuals) == 2
+    for found, other, group in zip(passed, there, groups.names, strict=True):
+        assert found.inputs.shape == other.inputs.shape
+        if not set(group) <= set(groups.residuals):
+            assert torch.equal(found.inputs, other.inputs)
+        assert set(found.outputs) == set(found.residuals) == set(group) & set(groups.residuals)
+        for name, stream in other.residuals.items():
+            assert torch.equal(found.residuals[name], stream)
+            assert torch.equal(found.outputs[name], expected[name])
+    plain, _ = run_groups(block, groups, batches[0], with_outputs=False)
+    for found, other in zip(plain, there, strict=True):
+        assert torch.equal(found.inputs, other.inputs) and not found.outputs
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_outputs", [True, False])
 def test_passing_a_block_ends_behind_what_is_wanted(with_outputs: bool) -> None:
-    block, batches, stages = first_block("Llama")
-    for last, group in enumerate(stages.groups):
+    block, batches, groups = first_block("Llama")
+    for last, group in enumerate(groups.names):
         called: list[str] = []
-        with watch_linears(linears_of(block), lambda name, _, to=called: to.append(name)):
-            stops, output = pass_stages(
-                block, stages, batches[0], with_outputs=with_outputs, last=last
+        with watch_inputs(linears_of(block), lambda name, _, to=called: to.append(name)):
+            passed, output = run_groups(
+                block, groups, batches[0], with_outputs=with_outputs, last=last
             )
-        assert output is None and len(stops) == last + 1
-        assert called == [name for group in stages.groups[:last] for name in group] + group[:1]
-        assert set(stops[last].outputs) == (
-            set(stages.streams) & set(group) if with_outputs else set()
+        assert output is None and len(passed) == last + 1
+        assert called == [name for group in groups.names[:last] for name in group] + group[:1]
+        assert set(passed[last].outputs) == (
+            set(groups.residuals) & set(group) if with_outputs else set()
         )
 
 
 @torch.no_grad()
 def test_a_forward_that_fails_while_held_says_so_to_its_caller() -> None:
-    block, batches, stages = first_block("Llama")
-    with StoppingBlock(block, stages, hold=True) as stopping:
-        stopping.stop_at(0, 0, lambda: batches[0])
-        stopping.stop_at(0, 1, lambda: batches[1])
-        linears_of(block)[stages.groups[1][0]].weight.data = torch.zeros(2, 2)
-        stopping.stop_at(1, 0, lambda: batches[0])
+    block, batches, groups = first_block("Llama")
+    with PausableBlock(block, groups, hold=True) as pausable:
+        pausable.inputs_of(0, 0, lambda: batches[0])
+        pausable.inputs_of(0, 1, lambda: batches[1])
+        linears_of(block)[groups.names[1][0]].weight.data = torch.zeros(2, 2)
+        pausable.inputs_of(1, 0, lambda: batches[0])
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            stopping.stop_at(2, 0, lambda: batches[0])
+            pausable.inputs_of(2, 0, lambda: batches[0])
     assert not any(thread.name == "held forward" for thread in threading.enumerate())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("hold", [True, False])
 def test_a_layer_that_a_batch_does_not_reach_is_named(hold: bool) -> None:
-    block, batches, stages = first_block("Llama")
+    block, batches, groups = first_block("Llama")
     block.mlp.forward = lambda x: x  # type: ignore[method-assign, assignment, union-attr]
-    with StoppingBlock(block, stages, hold=hold) as stopping:
-        for stage in (0, 1):
-            stopping.stop_at(stage, 0, lambda: batches[0])
+    with PausableBlock(block, groups, hold=hold) as pausable:
+        for at in (0, 1):
+            pausable.inputs_of(at, 0, lambda: batches[0])
         with pytest.raises(InputError, match=r"layer mlp.gate_proj .* use prune.order=block"):
-            stopping.stop_at(2, 0, lambda: batches[0])
+            pausable.inputs_of(2, 0, lambda: batches[0])
     with pytest.raises(InputError, match=r"layer mlp.gate_proj .* use prune.order=block"):
-        pass_stages(block, stages, batches[0], with_outputs=True)
+        run_groups(block, groups, batches[0], with_outputs=True)
 
 
 @torch.no_grad()
@@ -191,21 +195,21 @@ def test_experts_and_layers_called_twice_have_no_stages() -> None:
     for calls, left_out in ((1, []), (2, ["experts.0", "experts.1"])):
         block = Experts(calls)
         groups = shared_input_groups(block, call, left_out)
-        assert not stages_of(block, call, groups).is_in_order
+        assert not find_groups(block, call, groups).is_in_order
     block = Experts(1)
     groups = shared_input_groups(block, call, ["experts.0", "experts.1"])
-    assert stages_of(block, call, groups) == Stages([["first"]], {})
+    assert find_groups(block, call, groups) == LayerGroups([["first"]], {})
 
 
-def store_of(hold: bool) -> StreamStore:
-    return StreamStore("device" if hold else "host", "cpu", None)
+def store_of(hold: bool) -> HiddenStateStore:
+    return HiddenStateStore("device" if hold else "host", "cpu", None)
 
 
 def halve(found: dict[str, Tensor]) -> Callable[[Layer], None]:
     """A solver that keeps what it was given and halves every weight."""
 
     def solve(layer: Layer) -> None:
-        found[layer.name] = layer.statistics.hessian_II.clone()
+        found[layer.name] = layer.moments.hessian_II.clone()
         layer.module.weight.data.mul_(0.5)
 
     return solve
@@ -230,8 +234,8 @@ def test_hessians_are_those_of_all_layers_before(family: str, rows: TokenRows) -
     model, twin = tiny(family), tiny(family)
     found: dict[str, Tensor] = {}
     walk_blocks(
-        BlocksInMemory(model), rows, halve(found), comm=Comm.single(), batch_size=4,
-        wants=Wants(order="layer"),
+        BlocksInMemory(model), rows, halve(found), comm=Comm.single(), memory=Memory(4),
+        needs=SolverNeeds(order="layer"),
     )  # fmt: skip
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
@@ -255,8 +259,8 @@ def test_hessians_of_the_order_dense_are_those_of_the_dense_model(family: str) -
     calls: list[int] = []
     last.register_forward_hook(lambda _, args, __: calls.append(args[0].numel()))
     walk_blocks(
-        BlocksInMemory(model), rows, halve(found), comm=Comm.single(), batch_size=4,
-        wants=Wants(order="dense"),
+        BlocksInMemory(model), rows, halve(found), comm=Comm.single(), memory=Memory(4),
+        needs=SolverNeeds(order="dense"),
     )  # fmt: skip
     # Behind two probes of one row, to see what calls what.
     assert [size // calls[0] for size in calls] == [1, 1, 1, 3, 3]
@@ -275,7 +279,7 @@ def test_the_order_dense_has_no_teacher() -> None:
     with pytest.raises(InputError, match=r"prune.order=dense: twofour .* prune.order=layer"):
         prune_model(
             tiny("Llama"), token_rows(NUM_ROWS), get_method("twofour"), Pattern.parse("2:4"),
-            PruneParams(), comm=Comm.single(), batch_size=2, order="dense",
+            FEW_STEPS, comm=Comm.single(), memory=Memory(2), layers=LayerChoice(order="dense"),
         )  # fmt: skip
 
 
@@ -287,11 +291,11 @@ def test_held_forwards_and_new_ones_give_the_same_bits(
 ) -> None:
     found = []
     for hold in (True, False):
-        monkeypatch.setattr(StreamStore, "is_on_device", property(lambda _, hold=hold: hold))
+        monkeypatch.setattr(HiddenStateStore, "is_on_device", property(lambda _, hold=hold: hold))
         model = tiny(family)
         result = prune_model(
             model, token_rows(NUM_ROWS), get_method(method), Pattern.parse("2:4"),
-            PruneParams(block_size=16), comm=Comm.single(), batch_size=2, order="layer",
+            FEW_STEPS, comm=Comm.single(), memory=Memory(2), layers=LayerChoice(order="layer"),
         )  # fmt: skip
         found.append((model.state_dict(), result))
     (one, first), (other, second) = found
@@ -327,33 +331,33 @@ def with_biases() -> nn.Module:
 
 @torch.no_grad()
 @either_order
-def test_the_teacher_is_the_dense_model(order: Order, hold: bool) -> None:
+def test_the_teacher_is_the_dense_model(order: InputOrder, hold: bool) -> None:
     """Nothing changed: dense and pruned inputs are the same, and streams differ by nothing."""
     for shares in (None, SHARES, TargetShares(teacher=0.0, residual=1.0)):
         layers: list[Layer] = []
         walk_blocks(
             BlocksInMemory(with_biases()), token_rows(NUM_ROWS), layers.append, comm=Comm.single(),
-            batch_size=4, wants=Wants(teacher=True, target_shares=shares, order=order),
+            memory=Memory(4), needs=SolverNeeds(teacher=True, target_shares=shares, order=order),
             store=store_of(hold),
         )  # fmt: skip
         assert len(layers) == 3 * 7
         for layer in layers:
-            statistics, wanted_OI = layer.statistics, layer.wanted_OI
+            moments, wanted_OI = layer.moments, layer.wanted_OI
             if shares is not None and layer.name.endswith(WRITERS):
-                assert statistics.cross_II is None and wanted_OI is not None
-                expected_OI = shares.teacher * layer.module.weight @ statistics.hessian_II
+                assert moments.cross_II is None and wanted_OI is not None
+                expected_OI = shares.teacher * layer.module.weight @ moments.hessian_II
                 torch.testing.assert_close(wanted_OI, expected_OI, rtol=1e-5, atol=1e-6)
             else:
-                cross_II = statistics.cross_II
+                cross_II = moments.cross_II
                 assert wanted_OI is None and cross_II is not None
-                torch.testing.assert_close(cross_II, statistics.hessian_II, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(cross_II, moments.hessian_II, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 @either_order
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_moments_and_targets_are_those_of_both_models(
-    order: Order, hold: bool, is_weighted: bool
+    order: InputOrder, hold: bool, is_weighted: bool
 ) -> None:
     """H, G = mean y x^T and C = mean (r' - r) x^T of whole forwards of two models, in float64.
 
@@ -369,14 +373,16 @@ def test_moments_and_targets_are_those_of_both_models(
     found: dict[str, tuple[Layer, Tensor]] = {}
 
     def solve(layer: Layer) -> None:
-        problem = Problem(layer.name, layer.module.weight, layer.statistics, layer.wanted_OI)
+        problem = Problem(layer.name, layer.module.weight, layer.moments, layer.wanted_OI)
         found[layer.name] = layer, teacher_target(problem, params)
         layer.module.weight.data.mul_(0.5)
 
     walk_blocks(
-        BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4,
-        wants=Wants(teacher=True, target_shares=SHARES, order=order), store=store_of(hold),
-        token_weights=weights,
+        BlocksInMemory(model), rows, solve, comm=Comm.single(), memory=Memory(4),
+        needs=SolverNeeds(
+            teacher=True, target_shares=SHARES, order=order, token_weights=weights
+        ),
+        store=store_of(hold),
     )  # fmt: skip
 
     def seen(of: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
@@ -402,13 +408,13 @@ def test_moments_and_targets_are_those_of_both_models(
         layer, target = found[f"model.layers.{index}.{name}"]
         pull = SHARES.teacher * weight @ (cross - hessian)
         if name.endswith(WRITERS):
-            assert layer.statistics.cross_II is None and layer.wanted_OI is not None
+            assert layer.moments.cross_II is None and layer.wanted_OI is not None
             pull = pull + SHARES.residual * residual
             expected = SHARES.teacher * weight @ cross + SHARES.residual * residual
             near(layer.wanted_OI, expected, expected)
         else:
-            assert layer.statistics.cross_II is not None and layer.wanted_OI is None
-            near(layer.statistics.cross_II, cross, cross)
+            assert layer.moments.cross_II is not None and layer.wanted_OI is None
+            near(layer.moments.cross_II, cross, cross)
         damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
         trust = shrinkage(len(x), len(hessian))
         move = trust * torch.linalg.solve(damped, pull.T).T
@@ -450,22 +456,24 @@ def test_a_layer_that_writes_and_shares_its_input_has_both(hold: bool) -> None:
     torch.manual_seed(0)
     block = SharedInput()
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
-    stages = stages_of(block, mine, shared_input_groups(block, mine))
-    assert stages == Stages([["first", "second"], ["third"]], {"first": BLOCK_INPUT, "third": 0})
-    at_once = Moments(block, stages.groups, True, SHARES, stages.streams)
+    groups = find_groups(block, mine, shared_input_groups(block, mine))
+    assert groups == LayerGroups(
+        [["first", "second"], ["third"]], {"first": BLOCK_INPUT, "third": 0}
+    )
+    at_once = MomentSums(block, groups.names, True, SHARES, groups.residuals)
     at_once.add_pair(mine, dense, None)
     one = at_once.reduce(Comm.single())
-    statistics, wanted = {}, {}
-    with StoppingBlock(block, stages, hold=hold) as pruned:
-        for stage, group in enumerate(stages.groups):
-            moments = Moments(block, [group], True, SHARES, stages.streams)
-            here = pruned.stop_at(stage, 0, lambda: mine)
-            there, _ = pass_stages(
-                block, stages, dense, with_outputs=True, last=None if hold else stage
+    means, wanted = {}, {}
+    with PausableBlock(block, groups, hold=hold) as pruned:
+        for at, group in enumerate(groups.names):
+            sums = MomentSums(block, [group], True, SHARES, groups.residuals)
+            here = pruned.inputs_of(at, 0, lambda: mine)
+            there, _ = run_groups(
+                block, groups, dense, with_outputs=True, last=None if hold else at
             )
-            moments.add_stop(here, there[stage], None)
-            found = moments.reduce(Comm.single())
-            statistics.update(found.statistics)
+            sums.add_group(here, there[at], None)
+            found = sums.reduce(Comm.single())
+            means.update(found.moments)
             wanted.update(found.wanted)
     x, y = mine.hidden_BTD, dense.hidden_BTD
     gap = SHARES.residual * (y - x)
@@ -473,7 +481,7 @@ def test_a_layer_that_writes_and_shares_its_input_has_both(hold: bool) -> None:
     inner_x, inner_y = (block.second(v.tanh()).relu() for v in (x, y))
     gap = SHARES.residual * (y + block.first(y.tanh()) - x - block.first(x.tanh()))
     third = products(SHARES.teacher * inner_y @ block.third.weight.T + gap, inner_x)
-    for some, products_OI in ((one.statistics, one.wanted), (statistics, wanted)):
+    for some, products_OI in ((one.moments, one.wanted), (means, wanted)):
         cross = some["first"].cross_II
         assert cross is not None and some["third"].cross_II is None
         torch.testing.assert_close(cross, products(y.tanh(), x.tanh()))
@@ -501,13 +509,13 @@ def test_experts_with_other_tokens_have_no_product_and_the_rest_of_the_block_has
     torch.manual_seed(0)
     block = Experts()
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
-    stages = stages_of(block, mine, shared_input_groups(block, mine))
-    assert not stages.is_in_order and stages.streams["attention"] == BLOCK_INPUT
-    moments = Moments(block, stages.groups, True, SHARES, stages.streams)
+    groups = find_groups(block, mine, shared_input_groups(block, mine))
+    assert not groups.is_in_order and groups.residuals["attention"] == BLOCK_INPUT
+    moments = MomentSums(block, groups.names, True, SHARES, groups.residuals)
     moments.add_pair(mine, dense, None)
     found = moments.reduce(Comm.single())
     assert set(found.wanted) == {"attention"}
-    assert all(statistics.cross_II is None for statistics in found.statistics.values())
+    assert all(moments.cross_II is None for moments in found.moments.values())
     x, y = mine.hidden_BTD, dense.hidden_BTD
     left = SHARES.teacher * y.tanh() @ block.attention.weight.T + SHARES.residual * (y - x)
     torch.testing.assert_close(found.wanted["attention"], products(left, x.tanh()))
@@ -528,15 +536,15 @@ def test_a_layer_that_writes_twice_has_the_cross_moment() -> None:
     torch.manual_seed(0)
     block = Twice()
     mine, dense = (BlockInputs(torch.randn(2, 30, 4), (), {}) for _ in range(2))
-    stages = stages_of(block, mine, shared_input_groups(block, mine))
-    assert stages == Stages([["layer"]], {}, is_in_order=False)
-    moments = Moments(block, stages.groups, True, SHARES, stages.streams)
+    groups = find_groups(block, mine, shared_input_groups(block, mine))
+    assert groups == LayerGroups([["layer"]], {}, is_in_order=False)
+    moments = MomentSums(block, groups.names, True, SHARES, groups.residuals)
     moments.add_pair(mine, dense, None)
     found = moments.reduce(Comm.single())
     inputs = []
     for x in (mine.hidden_BTD, dense.hidden_BTD):
         inputs.append(torch.cat([x, x + block.layer(x.tanh())]).tanh())
-    cross = found.statistics["layer"].cross_II
+    cross = found.moments["layer"].cross_II
     assert not found.wanted and cross is not None
     torch.testing.assert_close(cross, products(inputs[1], inputs[0]))
 
@@ -549,8 +557,8 @@ def test_bad_activations_name_layer_and_rows_and_leave_nothing_running() -> None
         NonFiniteError, match=r"block 0, layer .*q_proj.*; first in calibration rows"
     ):
         walk_blocks(
-            BlocksInMemory(model), rows, lambda _: None, comm=Comm.single(), batch_size=2,
-            wants=Wants(teacher=True, order="layer"), store=store_of(True),
+            BlocksInMemory(model), rows, lambda _: None, comm=Comm.single(), memory=Memory(2),
+            needs=SolverNeeds(teacher=True, order="layer"), store=store_of(True),
         )  # fmt: skip
     assert not any(thread.name == "held forward" for thread in threading.enumerate())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -574,7 +582,7 @@ def test_measuring_a_block_at_once_ends_at_its_last_layer(family: str) -> None:
     found: dict[str, Tensor] = {}
     walk_blocks(
         BlocksInMemory(model), token_rows(NUM_ROWS), halve(found), comm=Comm.single(),
-        batch_size=4, wants=Wants(order="block"),
+        memory=Memory(4), needs=SolverNeeds(order="block"),
     )  # fmt: skip
     num_batches = -(-NUM_ROWS // 4)
     num_looks = 2  # at one row: which layers share an input, and in which order they come

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.calibration.layers import Wants, prunable_linears
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import SolverNeeds, prunable_linears
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -20,8 +21,8 @@ from sparsify.models.calls import BlockCalls, BlockInputs, run_block
 from sparsify.models.structure import find_blocks, linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, shared_input_groups, watch_outputs
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import prune_model
-from tests.families import FAMILIES, in_two_documents, tiny, token_rows
+from sparsify.pruning.prune import LayerChoice, prune_model
+from tests.families import FAMILIES, FEW_STEPS, in_two_documents, tiny, token_rows
 
 
 def calls_of(model: nn.Module) -> BlockCalls:
@@ -138,8 +139,8 @@ def test_every_method_prunes_every_family(family: str) -> None:
         before = {name: p.clone() for name, p in model.named_parameters()}
         progress: list[tuple[int, int]] = []
         result = prune_model(
-            model, token_rows(10), method, pattern, PruneParams(), comm=Comm.single(),
-            batch_size=4, on_block=lambda *step, seen=progress: seen.append(step),
+            model, token_rows(10), method, pattern, FEW_STEPS, comm=Comm.single(),
+            memory=Memory(4), on_block=lambda *step, seen=progress: seen.append(step),
         )  # fmt: skip
         assert progress == [(1, 3), (2, 3), (3, 3)]
         assert [report.name for report in result.layers] == list(result.keep_masks)
@@ -168,10 +169,13 @@ def test_hessians_are_those_of_the_pruned_prefix(family: str) -> None:
     found: dict[str, torch.Tensor] = {}
 
     def solve(layer) -> None:  # type: ignore[no-untyped-def]
-        found[layer.name] = layer.statistics.hessian_II
+        found[layer.name] = layer.moments.hessian_II
         layer.module.weight.data.mul_(0.5)
 
-    walk_blocks(BlocksInMemory(model), rows, solve, comm=Comm.single(), batch_size=4, wants=Wants())
+    walk_blocks(
+        BlocksInMemory(model), rows, solve, comm=Comm.single(), memory=Memory(4),
+        needs=SolverNeeds(),
+    )  # fmt: skip
     list_name, blocks = find_blocks(twin)
     for index, block in enumerate(blocks):
         inputs: dict[str, torch.Tensor] = {}
@@ -197,8 +201,8 @@ def test_layers_that_share_an_input_share_the_hessian() -> None:
     seen: dict[str, torch.Tensor | None] = {}
     walk_blocks(
         BlocksInMemory(tiny("Llama", 1)), token_rows(2),
-        lambda layer: seen.update({layer.name: layer.statistics.hessian_II}),
-        comm=Comm.single(), batch_size=2, wants=Wants(),
+        lambda layer: seen.update({layer.name: layer.moments.hessian_II}), comm=Comm.single(),
+        memory=Memory(2), needs=SolverNeeds(),
     )  # fmt: skip
     prefix = "model.layers.0.self_attn."
     assert seen[prefix + "q_proj"] is seen[prefix + "v_proj"]
@@ -208,13 +212,9 @@ def test_layers_that_share_an_input_share_the_hessian() -> None:
 def test_walk_restores_training_mode() -> None:
     model = tiny("Llama").train()
     walk_blocks(
-        BlocksInMemory(model),
-        token_rows(2),
-        lambda _: None,
-        comm=Comm.single(),
-        batch_size=2,
-        wants=Wants(),
-    )
+        BlocksInMemory(model), token_rows(2), lambda _: None, comm=Comm.single(), memory=Memory(2),
+        needs=SolverNeeds(),
+    )  # fmt: skip
     assert model.training and all(module.training for module in model.modules())
 
 
@@ -287,7 +287,7 @@ def test_skip_leaves_layers_dense_and_must_match() -> None:
         prunable_linears(model, ["*"])
     result = prune_model(
         model, token_rows(2), get_method("magnitude"), Pattern.parse("2:4"), PruneParams(),
-        comm=Comm.single(), batch_size=2, skip=["*.k_proj"],
+        comm=Comm.single(), memory=Memory(2), layers=LayerChoice(skip=["*.k_proj"]),
     )  # fmt: skip
     assert len(result.keep_masks) == everything - 3
     assert all(
@@ -302,7 +302,7 @@ def test_indivisible_layer_is_refused_before_anything_changes() -> None:
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj: 48 input columns"):
         prune_model(
             model, token_rows(2), get_method("magnitude"), Pattern.parse("2:32"), PruneParams(),
-            comm=Comm.single(), batch_size=2,
+            comm=Comm.single(), memory=Memory(2),
         )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -312,8 +312,8 @@ def test_nan_activation_names_block_and_layer() -> None:
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 5] = float("nan")
     with pytest.raises(NonFiniteError, match=r"block 1, layer model\.layers\.1\.mlp\.down_proj"):
         walk_blocks(
-            BlocksInMemory(model), token_rows(2), lambda _: None,
-            comm=Comm.single(), batch_size=2, wants=Wants(),
+            BlocksInMemory(model), token_rows(2), lambda _: None, comm=Comm.single(),
+            memory=Memory(2), needs=SolverNeeds(),
         )  # fmt: skip
 
 
@@ -328,5 +328,5 @@ def test_unusable_rows_are_refused(rows: torch.Tensor, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         walk_blocks(
             BlocksInMemory(tiny("Llama")), TokenRows(rows, rows), lambda _: None,
-            comm=Comm.single(), batch_size=2, wants=Wants(),
+            comm=Comm.single(), memory=Memory(2), needs=SolverNeeds(),
         )  # fmt: skip

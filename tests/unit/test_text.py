@@ -61,7 +61,7 @@ def test_beginning_belongs_to_the_document_it_begins():
 def test_too_little_text_gives_no_rows():
     rows = token_rows(["abc"], Letters(), 8)
     assert rows.ids_NT.shape == rows.positions_NT.shape == (0, 8)
-    assert not rows.is_packed
+    assert not rows.is_joined
     with pytest.raises(InputError, match="too short"):
         token_rows(["abc"], Letters(), 1)
 
@@ -69,7 +69,7 @@ def test_too_little_text_gives_no_rows():
 def test_rows_are_sliced_split_and_joined_together(packed_rows):
     rows = packed_rows
     assert (len(rows), rows.num_tokens) == (12, 384)
-    assert rows.is_packed
+    assert rows.is_joined
     order = torch.tensor([3, 1])
     for index in (slice(2, 9, 3), order):
         assert torch.equal(rows[index].ids_NT, rows.ids_NT[index])
@@ -84,7 +84,7 @@ def test_rows_are_sliced_split_and_joined_together(packed_rows):
 
 def test_whole_rows_are_one_document_each(tiny_rows):
     assert torch.equal(tiny_rows.positions_NT, torch.arange(32).repeat(12, 1))
-    assert not tiny_rows.is_packed
+    assert not tiny_rows.is_joined
     with pytest.raises(InputError, match="expected \\(rows, tokens\\)"):
         TokenRows.whole(torch.arange(4))
 

@@ -500,10 +500,10 @@ def test_dropout_is_refused():
 # --- the choice
 
 
-def chosen(families: list[str], wanted: str, is_packed: bool = True) -> tuple[list[bool], list]:
+def chosen(families: list[str], wanted: str, is_joined: bool = True) -> tuple[list[bool], list]:
     models, said = [tiny(family) for family in families], []
     for model in models:
-        choose_attention(model, wanted, is_packed, False, said.append)
+        choose_attention(model, wanted, is_joined, False, said.append)
     return [model.config._attn_implementation == VARLEN for model in models], said
 
 
@@ -516,8 +516,8 @@ def test_auto_is_by_document_where_the_model_allows_it_and_says_where_not():
 
 
 def test_rows_of_one_document_stay_with_plain_causal_attention():
-    assert chosen(["Llama", "Gemma2"], "auto", is_packed=False) == ([False, False], [])
-    assert chosen(["Llama"], "varlen", is_packed=False) == ([True], [])
+    assert chosen(["Llama", "Gemma2"], "auto", is_joined=False) == ([False, False], [])
+    assert chosen(["Llama"], "varlen", is_joined=False) == ([True], [])
 
 
 def test_masked_is_masked():

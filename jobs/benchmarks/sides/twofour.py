@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparsify.calibration.layers import Order
+    from sparsify.calibration.layers import InputOrder
 
 
 def now() -> tuple[float, float]:
@@ -27,7 +27,7 @@ BEGIN = ("", *now())
 
 def prune_folder(
     walk: str,
-    order: Order,
+    order: InputOrder,
     model: Path,
     rows: Path,
     out: Path,
@@ -40,7 +40,7 @@ def prune_folder(
     Args:
         walk: "memory" loads the model, prunes it and saves it; "streamed" does it block by block,
             and all of it counts as pruning.
-        order: when inputs are measured, see `sparsify.calibration.layers.Wants`.
+        order: when inputs are measured, see `sparsify.calibration.layers.SolverNeeds`.
         model: dense model folder with a tokenizer.
         rows: safetensors file with int64 `input_ids` (N, T).
         out: folder for the pruned model.
@@ -53,12 +53,13 @@ def prune_folder(
     from safetensors.torch import load_file
 
     from jobs.benchmarks.support.record import peak_memory_bytes
+    from sparsify.calibration.hidden_states import Memory
     from sparsify.comm import Comm
     from sparsify.data.rows import TokenRows
     from sparsify.methods import PruneParams, get_method
     from sparsify.models.load import load_pair, save_model
     from sparsify.pattern import Pattern
-    from sparsify.pruning.prune import prune_checkpoint, prune_model
+    from sparsify.pruning.prune import LayerChoice, prune_checkpoint, prune_model
 
     torch.set_num_threads(num_threads)
     method, pattern, params = get_method("sparsegpt"), Pattern.parse("2:4"), PruneParams()
@@ -69,7 +70,8 @@ def prune_folder(
         marks.append(("load", *marks[0][1:]))
         pruned = prune_checkpoint(
             model, out, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
+            comm=Comm.single(), memory=Memory(batch_size), layers=LayerChoice(order=order),
+            clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
     else:
@@ -77,7 +79,8 @@ def prune_folder(
         marks.append(("load", *now()))
         pruned = prune_model(
             dense, token_rows, method, pattern, params,
-            comm=Comm.single(), batch_size=batch_size, order=order, clock=time.perf_counter,
+            comm=Comm.single(), memory=Memory(batch_size), layers=LayerChoice(order=order),
+            clock=time.perf_counter,
         )  # fmt: skip
         marks.append(("prune", *now()))
         save_model(dense, tokenizer, out)

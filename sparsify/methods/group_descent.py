@@ -1,4 +1,4 @@
-"""Descent: visit the groups of a row in turn and give each its best pattern and best values.
+"""Group descent: visit the groups of a row in turn and give each its best pattern and best values.
 
 Shape suffixes: O output features (rows), I input features (columns), B columns of one block, M
 columns of one group, Q groups, P patterns a group may have. Transposed blocks (B, O) keep every
@@ -35,7 +35,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Start from Wanda's mask, descend over the groups, refit the kept weights.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one. With a fixed
+        problem: the weight, the moments, and the allowed mask if there is one. With a fixed
             mask only the refit is left.
         pattern: N:M with at most 100 choices of n out of m, such as 2:4 and 4:8.
         params: damping, block_size, descent_sweeps, refit_iterations.
@@ -80,7 +80,7 @@ def check_groups(problem: Problem, pattern: Pattern) -> None:
         raise InputError(
             f"{problem.name}: the descent goes through every choice within a group, and pattern "
             f"{pattern} has no groups or over {_MAX_PATTERNS} choices in one; use "
-            "prune.method=resolve or admm"
+            "prune.method=sparsegpt_refit or admm"
         )
 
 
@@ -158,7 +158,7 @@ def _group_solvers(
 ) -> tuple[Tensor, Tensor]:
     """The patterns of a group, and H_pp^-1 of every group and pattern, zero outside of p.
 
-    With `with_smaller` the patterns that keep fewer than n come behind, for groups in which not
+    With `with_smaller` the patterns that keep fewer than n come last, for groups in which not
     all n are allowed.
     """
     sizes = range(pattern.n, -1 if with_smaller else pattern.n - 1, -1)
@@ -208,7 +208,7 @@ def _descend_block(
 
 
 METHOD = Method(
-    name="descent",
+    name="group_descent",
     summary="coordinate descent over the groups, mask and values together; needs no factor",
     needs_hessian=True,
     solve=solve,

@@ -1,4 +1,4 @@
-"""Resolve: SparseGPT's mask and sweep, then a least-squares solve of what the mask keeps.
+"""SparseGPT's mask and sweep, then a least-squares solve of what the mask keeps.
 
 SparseGPT adjusts a column once, from what lies to its left. Re-solving all kept weights of a row
 at once takes the rest of the error that this mask can lose.
@@ -28,14 +28,14 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     Minimises f(Z) = tr (Z - W) H_l (Z - W)^T over the weights on the mask, from the sweep's Z.
 
     Args:
-        problem: the weight, the statistics, and the allowed mask if there is one.
+        problem: the weight, the moments, and the allowed mask if there is one.
         pattern: any; see `kernels.sweep.sweep`.
         params: damping, block_size, refit_iterations.
 
     Raises:
         InputError, NonFiniteError, SingularHessianError: see `sparsegpt.solve`.
 
-    Reference: SparseGPT (arXiv:2301.00774), then `refit.refit`.
+    Reference: SparseGPT (arXiv:2301.00774), then `_refit.refit`.
 
     Cost: that of SparseGPT and refit_iterations + 2 products of (O, I) with (I, I).
     """
@@ -68,7 +68,7 @@ def sweep_and_refit(
 
 
 METHOD = Method(
-    name="resolve",
+    name="sparsegpt_refit",
     summary="SparseGPT, then a least-squares solve of the kept weights",
     needs_hessian=True,
     needs_factor=True,

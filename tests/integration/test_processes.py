@@ -1,0 +1,71 @@
+"""What needs an interpreter of its own: memory at its peak, packages that are not there, Triton's
+interpreter. Each would be a unit test if it did not import torch again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jobs.benchmarks import loss
+from sparsify.errors import TwofourError
+from tests.conftest import REPOSITORY
+from tests.numerics.test_kernels import needs_triton
+from tests.unit.test_bench_loss import SIZE
+from tests.unit.test_bench_step import TINY
+
+NUM_TOKENS = 2000
+KERNELS = REPOSITORY / "tests/numerics/test_kernels.py"
+
+
+def test_memory_of_full_logits_is_seen_and_the_head_takes_less():
+    """80 MB of logits per tensor: full logits hold several, the head a tenth of one."""
+    size = SIZE | {"tokens": NUM_TOKENS, "vocabulary": 10_000, "chunk": 50}
+    head, naive = (loss.peak_bytes(size | {"side": side}) for side in ("head", "naive"))
+    logits = 4 * NUM_TOKENS * 10_000
+    assert naive > 3 * logits
+    assert 0 < head < logits / 2
+    with pytest.raises(TwofourError, match="exit code 1: KeyError: 'other'"):
+        loss.peak_bytes(SIZE | {"side": "other"})
+
+
+def test_a_machine_without_ray_and_deepspeed_needs_the_plain_engine(tmp_path):
+    """Such a machine, as the import system shows it; nothing replaces DeepSpeed unasked."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"ray", "deepspeed", "hydra", "omegaconf", "wandb", "datasets"}}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+from jobs import bench
+words = {TINY!r} + ["--workdir", {str(tmp_path)!r}]
+print(bench.main([*words, "--engine", "plain", "--out", {str(tmp_path / "out.json")!r}]))
+print(bench.main(words))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "0" in lines
+    assert lines[-1] == "2"
+    assert "error: --engine deepspeed: DeepSpeed is not installed here" in done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["settings"]["engine"] == "plain"
+    assert record["settings"]["zero_stage"] is None
+
+
+@needs_triton
+def test_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS),
+         "-k", "TestInterpreted"],
+        cwd=REPOSITORY, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "11 passed" in done.stdout, done.stdout + done.stderr
