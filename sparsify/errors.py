@@ -39,4 +39,10 @@ class ReplicasDifferError(TwofourError):
 
 
 class StoppedEarlyError(TwofourError):
-    """A run that was asked to stop and wrote a checkpoint first; the same command goes on."""
+    """A run that was asked to stop and wrote a checkpoint first; the same command resumes it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing: for messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

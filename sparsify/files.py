@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is the old one or the whole new one, whatever happens."""
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a file or a folder so that `path` is what it was or the whole new one.
+
+    Yields:
+        A path beside `path` to write to. When the block ends it is flushed to the disk and takes
+        the name; when the block fails `path` stays as it was, and what was written lies there until
+        the next attempt. A folder's name must be free, and its files are the caller's to flush.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
+    yield temporary
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.files import fsync
+from sparsify.files import written_whole
 
 
 def tensor_names(file: safe_open) -> list[str]:
@@ -18,8 +18,5 @@ def tensor_names(file: safe_open) -> list[str]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """`write_json` for a safetensors file; the same tensors give the same bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    fsync(temporary)
-    temporary.replace(path)
-    fsync(path.parent)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparsify.data.rows import TokenRows
+from sparsify.pattern import Pattern
 
 torch.set_num_threads(1)
 
@@ -32,6 +33,12 @@ def message(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
     assert "\n" not in text
     return text
+
+
+def count_violations(weight: torch.Tensor, pattern: Pattern) -> int:
+    """Groups (rows for unstructured) of an (O, I) weight with more nonzeros than allowed."""
+    width = pattern.m or weight.shape[1]
+    return int(((weight != 0).unflatten(1, (-1, width)).sum(-1) > pattern.num_kept(width)).sum())
 
 
 @pytest.fixture(scope="session")

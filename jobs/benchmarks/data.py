@@ -138,10 +138,10 @@ def write_random_store(
         Shard,
         StoreSource,
         TokenStore,
-        file_sha256,
         id_type,
     )
     from sparsify.data.store_write import shard_name, write_manifest
+    from sparsify.files import file_sha256
     from sparsify.tensors import write_tensors
 
     dtype = ID_TYPES[id_type(vocab_size)][1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from conf.options.data import parse_mix
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
 from jobs.corpus.text_files import existing_path, load_hub_dataset, read_source, source_files
-from sparsify.data.split import is_held_out, shuffled, split_documents
+from sparsify.data.split import MIN_DOCUMENTS, is_held_out, shuffled, split_documents
 from sparsify.errors import InputError
 from sparsify.files import file_sha256
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from conf.options.data import DataConfig
 
 Which = Literal["calibration", "train", "heldout"]
-
-_MIN_DOCUMENTS = 20  # fewer are split by `split_documents` at the end of every document
 
 _LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics not worth using
 
@@ -59,7 +57,7 @@ def open_source(
         text_rule = None if name in SPLIT_BY_NAME else held_out
     else:
         documents = read_source(name, config.text_field, config.separator, BUILT_IN)
-    if text_rule is not None and len(documents) < _MIN_DOCUMENTS:
+    if text_rule is not None and len(documents) < MIN_DOCUMENTS:
         documents = split_documents(list(documents), text_rule, config.heldout_share)
         text_rule = None
     order = range(len(documents)) if order_seed is None else shuffled(len(documents), order_seed)

@@ -30,6 +30,7 @@ _VERSIONED = (
     "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
 )  # fmt: skip
 
+
 @dataclass
 class Artifact:
     """A finished stage."""
@@ -43,6 +44,7 @@ class Artifact:
         """What the stage measured."""
         return dict(self.record["metrics"])
 
+
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a result depends on."""
     found = {}
@@ -50,6 +52,7 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a finished stage.
@@ -72,6 +75,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             raise
         raise InputError(f"{path}: not a stage record ({error}); redo the stage") from None
 
+
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`field: old -> new` for every leaf in which two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -82,16 +86,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         return lines
     return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
 
+
 def _short(value: Any) -> str:
     text = str(value)
     is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
     return text[:12] if is_hash else text
+
 
 def _refuse(run_dir: Path, stage: str, changes: list[str], what: str) -> InputError:
     return InputError(
         f"{run_dir.name}: {what} {stage} was made from something else ({'; '.join(changes)}); use "
         f"another run.dir=, go back to the old values, or add run.redo=[{stage}]"
     )
+
 
 def find_finished(
     run_dir: Path, stage: str, identity: dict[str, Any], may_extend: bool, may_follow: bool
@@ -131,6 +138,7 @@ def find_finished(
             raise InputError(f"{path}: its SHA-256 changed since it was written; the stage is "
                              f"damaged, add run.redo=[{stage}]")  # fmt: skip
     return Artifact(folder, record, is_reused=True)
+
 
 class StageWriter:
     """The partial folder of a stage that is being made.

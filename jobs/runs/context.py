@@ -30,6 +30,7 @@ _ONLY_SPEED = {
 }  # fmt: skip
 """options that change memory and speed, and a result by rounding at most"""
 
+
 @dataclass
 class StageContext:
     """One run, as its stages see it."""
@@ -64,6 +65,7 @@ class StageContext:
             for group in groups
         }
 
+
 def heldout_inputs(context: StageContext) -> dict[str, str]:
     """For identities: held-out text of its own decides which documents are not trained on."""
     from jobs.corpus.sources import source_fingerprint
@@ -72,11 +74,13 @@ def heldout_inputs(context: StageContext) -> dict[str, str]:
         return {}
     return {"heldout": source_fingerprint(context.config.data, "heldout")}
 
+
 def given_masks(config: Config, folder: Path) -> dict[str, Any]:
     """For identities: the options that say where the masks of a foreign model are."""
     if read_sparsity(folder) is not None:
         return {}
     return {"prune.pattern": config.prune.pattern, "prune.skip": config.prune.skip}
+
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:
     """Name -> fingerprint of each model folder."""

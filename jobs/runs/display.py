@@ -20,8 +20,10 @@ from rich.table import Column
 
 _LOG_EVERY_S = 10.0
 
+
 def _number() -> Column:
     return Column(no_wrap=True, min_width=7)
+
 
 class Display:
     """Progress of a run on stderr.

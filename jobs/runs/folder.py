@@ -20,11 +20,13 @@ def write_json(path: Path, value: Any) -> None:
     with disk_errors(path):
         files.write_json(path, value)
 
+
 def take_json(path: Path) -> Any:
     """Read what a worker left for the driver, and remove it: it is no result of the stage."""
     value = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
     return value
+
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -44,6 +46,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: cannot be written ({text}); choose another folder or fix the permissions"
             ) from None
         raise
+
 
 def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
     """Make the run's folder, which `option` names, and prove that it can be written.
@@ -67,6 +70,7 @@ def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
             f"{option}={run_dir}: cannot be written ({error.strerror}); choose another folder or "
             "fix the permissions"
         ) from None
+
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, option: str = "run.dir") -> Iterator[None]:

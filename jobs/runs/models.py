@@ -16,6 +16,7 @@ from sparsify.formats.sparse_folder import read_sparsity
 if TYPE_CHECKING:
     pass
 
+
 @dataclass
 class Models:
     """Model folders by what has been done to them; filled as stages finish."""
@@ -50,6 +51,7 @@ class Models:
             )
         return self.pruned[self.method]
 
+
 def find_models(config: Config, run_dir: Path) -> Models:
     """The models a run can start from: of run.from, and of the run's own finished stages.
 
@@ -70,6 +72,7 @@ def find_models(config: Config, run_dir: Path) -> Models:
     if own != run_dir.resolve():
         _add_stages(models, run_dir)
     return models
+
 
 def _models_from(source: Path, config: Config) -> Models:
     if not source.is_dir():
@@ -103,6 +106,7 @@ def _models_from(source: Path, config: Config) -> Models:
         return Models(dense=resolve_dense(dense), method=method, recovered=source)
     return Models(dense=resolve_dense(dense), pruned={method: source}, method=method)
 
+
 def resolve_dense(path: str) -> Path:
     """The dense model's folder.
 
@@ -119,6 +123,7 @@ def resolve_dense(path: str) -> Path:
         )
     return folder
 
+
 def _dense_of(models: Models, run: Path) -> str:
     for folder in [models.recovered, *models.pruned.values()]:
         sparsity = read_sparsity(folder) if folder is not None else None
@@ -126,11 +131,13 @@ def _dense_of(models: Models, run: Path) -> str:
             return str(sparsity["provenance"]["dense_path"])
     raise InputError(f"run.from={run}: has no pruned model; run its prune stage first")
 
+
 def _add_stages(models: Models, run: Path, upto: tuple[str, ...] = STAGES) -> None:
     """Enter the finished stages of a run folder."""
     for stage in upto:
         if (run / stage / RECORD).is_file():
             add_finished(models, stage, run / stage)
+
 
 def forget_descendants(models: Models, stage: str) -> None:
     """Leave out what was made from the earlier result of a stage that was just made anew."""
@@ -138,6 +145,7 @@ def forget_descendants(models: Models, stage: str) -> None:
         models.recovered = None
     if stage in ("prune", "distill"):
         models.packed_int4 = None
+
 
 def add_finished(models: Models, stage: str, folder: Path) -> None:
     """Enter what a finished stage made."""

@@ -12,6 +12,7 @@ from jobs.runs.folder import write_json
 if TYPE_CHECKING:
     pass
 
+
 class RedoJournal:
     """Stages that an interrupted command with run.redo has already made again.
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
 class Clusters:
     """Starts the run's Ray when the first stage needs it; a run that reuses all needs none."""
 
@@ -52,6 +53,7 @@ class Clusters:
         if event["kind"] == "warning":
             self.warnings.append(event["text"])
         self._display.on_event(event)
+
 
 @contextlib.contextmanager
 def cluster_errors() -> Iterator[None]:

@@ -28,6 +28,7 @@ _FINISH_TIMEOUT_S = 60  # what it costs at the end; the rest stays on disk for `
 
 _ENVIRONMENT_MODES = {"offline": "offline", "dryrun": "offline", "disabled": "off"}
 
+
 class Tracker(Protocol):
     """A place for metrics."""
 
@@ -36,6 +37,7 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Write out what is left; nothing may be logged afterwards."""
+
 
 class JsonlTracker:
     """One JSON object per line: `time_s` (Unix time), `step` if given, and the metrics.
@@ -59,6 +61,7 @@ class JsonlTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
 
 class WandbTracker:
     """A Weights & Biases run whose files stay inside the run folder.
@@ -116,6 +119,7 @@ class WandbTracker:
             f"metrics are in {METRICS_FILE}"
         )
 
+
 class _Composite:
     """Every metric to every tracker, in order."""
 
@@ -129,6 +133,7 @@ class _Composite:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
+
 
 def open_tracker(
     config: TrackerConfig,
@@ -157,12 +162,14 @@ def open_tracker(
         )
     return _Composite(trackers)
 
+
 def wandb_mode(asked: str) -> str:
     """What `auto` means here: WANDB_MODE if set, else online with credentials, else offline."""
     if asked != "auto":
         return asked
     environment = _ENVIRONMENT_MODES.get(os.environ.get("WANDB_MODE", ""))
     return environment or ("online" if has_wandb_credentials() else "offline")
+
 
 def has_wandb_credentials() -> bool:
     """Whether WANDB_API_KEY or a netrc entry for the server exists; never reads what it says."""
@@ -178,6 +185,7 @@ def has_wandb_credentials() -> bool:
         except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
             continue  # no such file, or one that wandb could not use either
     return False
+
 
 def _start_wandb(
     config: TrackerConfig, online: bool, run_dir: Path, run_name: str, config_dict: dict[str, Any]
@@ -208,6 +216,7 @@ def _start_wandb(
     run.define_metric("*", step_metric="step")
     return run
 
+
 def _wandb_id(run_dir: Path) -> str:
     """Identity of the run, kept in its folder so that a resumed run goes on in the same place."""
     path = run_dir / "wandb" / "run-id"
@@ -216,6 +225,7 @@ def _wandb_id(run_dir: Path) -> str:
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 
+
 def _cut_unfinished_line(path: Path) -> None:
     if not path.is_file():
         return
@@ -223,12 +233,14 @@ def _cut_unfinished_line(path: Path) -> None:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
 
+
 def _finite(value: Any) -> Any:
     """`value` as JSON takes it; one-element tensors and NumPy numbers become floats."""
     if value is None or isinstance(value, str | bool | int):
         return value
     number = float(value)
     return number if math.isfinite(number) else str(number)
+
 
 def _warn_on_stderr(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)

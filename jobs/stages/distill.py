@@ -50,7 +50,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     from jobs.runs.folder import take_json
     from jobs.training.teacher_samples import given_store, open_cache, verify_file
     from jobs.workers.distill import distill_on_worker
-    from sparsify.data.store import MANIFEST
+    from sparsify.data.shards import MANIFEST
     from sparsify.formats.basis import teacher_rotation
     from sparsify.formats.verify import check_files, masks_of
 
@@ -123,7 +123,7 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     from jobs.runs.folder import disk_errors
     from jobs.training.heldout import write_heldout
     from jobs.training.schedule import num_steps
-    from sparsify.data.store import MANIFEST
+    from sparsify.data.shards import MANIFEST
     from sparsify.data.store_write import write_rows
     from sparsify.models.load import load_tokenizer
 

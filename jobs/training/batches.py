@@ -12,7 +12,7 @@ from sparsify.costs.flops import ModelFlops, distillation_flops, document_length
 from sparsify.data.order import TrainingOrder
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
-from sparsify.data.teacher_samples import Sample, SampleCache
+from sparsify.data.teacher_samples import Sample, TeacherSamples
 from sparsify.distillation.sampling import rows_of
 from sparsify.distillation.schedule import TokenCounts
 
@@ -49,7 +49,7 @@ class Batches:
     def __init__(
         self, store: TokenStore, settings: DistillConfig, seed: int, rank: int, world_size: int,
         isolate: bool, flops: tuple[ModelFlops, ModelFlops | None] | None,
-        cache: SampleCache | None = None,
+        cache: TeacherSamples | None = None,
     ) -> None:  # fmt: skip
         self._store, self._order = store, store.order(seed)
         self._size, self._micro = settings.batch_size, settings.micro_batch_size

@@ -14,7 +14,7 @@ from jobs.training.batches import Batches
 from jobs.training.loop import Recovery
 from sparsify.costs.flops import ModelFlops
 from sparsify.data.store import TokenStore
-from sparsify.data.teacher_samples import SampleCache
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.distillation.student import DistillStudent
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ EngineMaker = Callable[[nn.Module, "DistillConfig", int, bool], Any]
 
 
 def build_recovery(
-    context: WorkerContext, config: Config, student: Student, teacher: TeacherModel | SampleCache,
+    context: WorkerContext, config: Config, student: Student,
+    teacher: TeacherModel | TeacherSamples,
     store: TokenStore, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     make_engine: EngineMaker = _engine.build_engine,
 ) -> Recovery:  # fmt: skip
@@ -50,7 +51,7 @@ def build_recovery(
     """
     flops: tuple[ModelFlops, ModelFlops | None] | None = None
     cache, head = None, None
-    if isinstance(teacher, SampleCache):
+    if isinstance(teacher, TeacherSamples):
         cache = teacher
         if student.flops is not None:
             flops = student.flops, None

@@ -29,7 +29,7 @@ from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
-from sparsify.masks.storage import PackedMasks, load_masks
+from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.lm_head import LanguageHead
 from sparsify.training.fragments import Checkpoint
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
@@ -66,7 +66,7 @@ class Recovery:
 
     def __init__(
         self, context: WorkerContext, config: Config, engine: Any, guard: mask_guard.MaskGuard,
-        teacher: LanguageHead | None, moving: MovingMasks | None, masks: PackedMasks,
+        teacher: LanguageHead | None, moving: MovingMasks | None, masks: BitMasks,
         batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     ) -> None:  # fmt: skip
         settings = config.distill
@@ -316,7 +316,7 @@ class Recovery:
         share = moving.share_moved()
         self._context.warn(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
 
-    def _set_masks(self, masks: PackedMasks) -> None:
+    def _set_masks(self, masks: BitMasks) -> None:
         self.masks = masks
         self._guard.set_masks(masks)
         if self._moving is not None:

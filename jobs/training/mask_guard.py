@@ -9,7 +9,7 @@ import torch
 
 from jobs.training.zero_state import WEIGHTS, _masters, _Part, _slice_start, param_numel
 from sparsify.errors import PatternViolationError
-from sparsify.masks.storage import PackedMasks, unpack_mask
+from sparsify.masks.storage import BitMasks, mask_from_bits
 from sparsify.models.masked import has_alive
 
 
@@ -22,17 +22,17 @@ class MaskGuard:
     bits of those parts beside them, and unpacks one at a time.
     """
 
-    def __init__(self, engine: Any, masks: PackedMasks) -> None:
+    def __init__(self, engine: Any, masks: BitMasks) -> None:
         self._engine = engine
         named = dict(engine.module.named_parameters())
         self._weights = {name: named[f"{name}.weight"] for name in masks}
-        self._packed: dict[str, torch.Tensor] = {}
+        self._bits: dict[str, torch.Tensor] = {}
         self._parts: dict[_Part, torch.Tensor] = {}
         self.set_masks(masks)
 
-    def set_masks(self, masks: PackedMasks) -> None:
+    def set_masks(self, masks: BitMasks) -> None:
         """Hold other masks of the same layers from here on."""
-        self._packed, self._parts = masks.packed, {}
+        self._bits, self._parts = masks.bits, {}
 
     def check(self) -> None:
         """Look at every copy.
@@ -73,7 +73,7 @@ class MaskGuard:
         """The bytes of a layer's mask that hold a part of it."""
         layer, device, start, stop = part
         if part not in self._parts:
-            self._parts[part] = self._packed[layer][start // 8 : -(-stop // 8)].to(device)
+            self._parts[part] = self._bits[layer][start // 8 : -(-stop // 8)].to(device)
         return self._parts[part]
 
 
@@ -81,11 +81,11 @@ def _pruned(bits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Flat bool: the elements of a mask from `start` to `stop` that are pruned.
 
     Args:
-        bits: packed, from the byte on that holds element `start`.
+        bits: of the mask, from the byte on that holds element `start`.
         start, stop: elements of the mask.
     """
     first = start // 8 * 8
-    keep = unpack_mask(bits, (max(0, min(8 * len(bits), stop - first)),))
+    keep = mask_from_bits(bits, (max(0, min(8 * len(bits), stop - first)),))
     return ~keep[start - first :]
 
 

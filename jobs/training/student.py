@@ -17,7 +17,7 @@ import torch
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError
 from sparsify.formats.verify import masks_of, own_masks
-from sparsify.masks.storage import PackedMasks
+from sparsify.masks.storage import BitMasks
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.calls import first_block_alone
 from sparsify.models.isolation import check_isolation
@@ -47,7 +47,7 @@ class Student:
 
     model: Any
     head: LanguageHead
-    masks: PackedMasks
+    masks: BitMasks
     pattern: Pattern
     moving: MovingMasks | None
     """lets the masks move for a part of the run; None where they stay"""
@@ -108,7 +108,7 @@ def prove(
 
 
 def make_student(
-    source: Blocks, masks: PackedMasks | None, pattern: Pattern, config: Config,
+    source: Blocks, masks: BitMasks | None, pattern: Pattern, config: Config,
     context: WorkerContext, split: Partitioner | None = None, is_cut: bool = True,
 ) -> Student:  # fmt: skip
     """Make a student of blocks, one after another.
@@ -143,7 +143,7 @@ def make_student(
         prefix = f"{source.list_name}.{index}"
         if masks is None:
             skip = config.prune.skip
-            own = PackedMasks.of(infer_block_masks(prefix, block, pattern, skip, not is_cut))
+            own = BitMasks.of(infer_block_masks(prefix, block, pattern, skip, not is_cut))
         else:
             own = masks.within(prefix)
         if is_cut:
@@ -154,12 +154,12 @@ def make_student(
             moving.add(model, own)
         else:
             mask_gradients(model, own)  # before ZeRO takes the parameters apart
-        held.update(own.packed)
+        held.update(own.bits)
         shapes.update(own.shapes)
         if split is not None:
             split(block)
     if masks is not None and len(held) < len(masks):
-        name = min(masks.packed.keys() - held.keys())
+        name = min(masks.bits.keys() - held.keys())
         raise InputError(
             f"mask of layer {name}: the model has no such layer in its blocks; masks and model are "
             "of different runs"
@@ -173,7 +173,7 @@ def make_student(
     if settings.compile:
         compile_layers(model)
     assert found is not None, "a list of blocks is never empty"
-    return Student(model, found, PackedMasks(held, shapes), pattern, moving, flops)
+    return Student(model, found, BitMasks(held, shapes), pattern, moving, flops)
 
 
 def flops_of(model: Any, context: WorkerContext) -> ModelFlops | None:

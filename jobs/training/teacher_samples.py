@@ -12,23 +12,23 @@ from sparsify.errors import InputError
 if TYPE_CHECKING:
     from cluster.runtime.backend import WorkerContext
     from conf.schema import Config
-    from sparsify.data.teacher_samples import SampleCache
+    from sparsify.data.teacher_samples import TeacherSamples
 if TYPE_CHECKING:
     from cluster.runtime.backend import WorkerContext
     from conf.schema import Config
-    from sparsify.data.teacher_samples import SampleCache
+    from sparsify.data.teacher_samples import TeacherSamples
 
 
-def open_cache(config: Config) -> SampleCache | None:
+def open_cache(config: Config) -> TeacherSamples | None:
     """The samples of the teacher that stand for it, None where the teacher itself is asked.
 
     Raises:
         InputError: the folder is not a whole cache.
     """
-    from sparsify.data.teacher_samples import SampleCache
+    from sparsify.data.teacher_samples import TeacherSamples
 
     folder = config.distill.teacher_cache
-    return None if folder is None else SampleCache.open(Path(folder).absolute())
+    return None if folder is None else TeacherSamples.open(Path(folder).absolute())
 
 
 def check_cache(config: Config, teacher: Path) -> None:
@@ -77,7 +77,7 @@ def check_cache(config: Config, teacher: Path) -> None:
         )
 
 
-def check_words(cache: SampleCache, student: nn.Module) -> None:
+def check_words(cache: TeacherSamples, student: nn.Module) -> None:
     """Require that the student's head has as many ids as the teacher's.
 
     Raises:
@@ -91,7 +91,7 @@ def check_words(cache: SampleCache, student: nn.Module) -> None:
         )
 
 
-def verify_file(context: WorkerContext, payload: tuple[SampleCache, int]) -> None:
+def verify_file(context: WorkerContext, payload: tuple[TeacherSamples, int]) -> None:
     """One task: hash a file of a cache.
 
     Raises:

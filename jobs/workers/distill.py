@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jobs.training.loop import Recovery
     from jobs.training.pace import Pace
     from jobs.training.teacher import TeacherModel
-    from sparsify.data.teacher_samples import SampleCache
+    from sparsify.data.teacher_samples import TeacherSamples
 
 
 def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
@@ -53,9 +53,9 @@ def _prepare(
     student = load_student(
         payload["student"], payload["teacher"], payload["rotation"], config, context, split
     )
-    cache: SampleCache | None = payload.get("cache")
+    cache: TeacherSamples | None = payload.get("cache")
     teacher_kl: float | None = None
-    teacher: TeacherModel | SampleCache
+    teacher: TeacherModel | TeacherSamples
     if cache is not None:
         check_words(cache, student.model)
         teacher = cache

@@ -19,7 +19,7 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
     from sparsify.formats.packed_folder import save_packed_folder
     from sparsify.formats.verify import masks_of
     from sparsify.models.load import load_pair
-    from sparsify.quantization.quantize import QuantParams, quantize_model
+    from sparsify.quantization import QuantParams, quantize_model
 
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["folder"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.runs.artifact import differences
 from jobs.runs.folder import write_json
-from sparsify.data.store import MANIFEST
+from sparsify.data.shards import MANIFEST
 from sparsify.errors import InputError
 
 _BEGUN = "begun.json"

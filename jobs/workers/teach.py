@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 from jobs.runs.folder import disk_errors
 from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
 from sparsify.data.order import key_of
-from sparsify.data.store import MANIFEST, TokenStore, is_store
-from sparsify.data.store_write import is_whole
+from sparsify.data.shards import MANIFEST, is_whole
+from sparsify.data.store import TokenStore, is_store
 from sparsify.data.teacher_samples import (
-    SampleCache,
     SampleFacts,
     SampleShard,
+    TeacherSamples,
     facts_of,
-    read_sample_manifest,
     sample_name,
     write_sample_manifest,
     write_samples,
@@ -93,7 +92,7 @@ def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, displa
         shards = [SampleShard(**read_record(state, name)) for name in names]
         write_sample_manifest(out, facts, shards)
     shutil.rmtree(state, ignore_errors=True)
-    cache = SampleCache.open(out)
+    cache = TeacherSamples.open(out)
     num_tokens = len(cache) * facts.sequence_length
     display.finish_stage(
         "teach", f"{len(cache):,} rows, {num_tokens:,} tokens, digest {cache.digest[:12]}"
@@ -167,7 +166,7 @@ def _finished_files(out: Path, settings: dict[str, Any]) -> dict[str, SampleShar
         InputError: the folder's cache, whole or begun, was made from something else.
     """
     if (out / MANIFEST).is_file():
-        manifest = read_sample_manifest(out)
+        manifest = TeacherSamples.read_manifest(out)
         require_same("teach.out", out, asdict(facts_of(manifest)), settings, "the cache")
         records = manifest["shards"]
     else:

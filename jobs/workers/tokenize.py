@@ -29,10 +29,12 @@ from jobs.corpus.sources import (
 )
 from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
 from sparsify.data.rows import tokenizer_digest
-from sparsify.data.split import is_held_out, split_documents
-from sparsify.data.store import MANIFEST, Shard, StoreSource, is_store, read_manifest
-from sparsify.data.store_write import is_whole, shard_name, write_manifest, write_shard
+from sparsify.data.shards import MANIFEST, is_whole
+from sparsify.data.split import MIN_DOCUMENTS, is_held_out, split_documents
+from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
+from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
+from sparsify.files import written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,8 +51,6 @@ STATE = ".tokenize"
 _HELD = "heldout.bin"
 
 _DIGEST_BYTES = 32
-
-_MIN_DOCUMENTS = 20  # fewer are split at the end of every document, as everywhere
 
 _DROPPED_SHARE = 0.01  # of a source's tokens, above which a warning is due
 
@@ -155,7 +155,7 @@ def _open_source(
     shards = cut_source(name, side, data, shard_bytes)
     rule = "none"
     if held_out is not None and not is_by_name:
-        rule = "hash" if _has_documents(shards, data, _MIN_DOCUMENTS) else "tail"
+        rule = "hash" if _has_documents(shards, data, MIN_DOCUMENTS) else "tail"
     return _Source(
         name, weight, side, rule, not gives_heldout(data, name),
         content_fingerprint(data, name, held_out), shards,
@@ -210,7 +210,7 @@ def _finished_shards(out: Path, settings: dict[str, Any]) -> dict[str, Shard]:
         InputError: the folder's store, whole or begun, was made from something else.
     """
     if (out / MANIFEST).is_file():
-        manifest = read_manifest(out)
+        manifest = TokenStore.read_manifest(out)
         require_same("tokenize.out", out, manifest["settings"], settings, "the store")
         shards = [Shard(**shard) for s in manifest["sources"] for shard in s["shards"]]
     else:
@@ -251,9 +251,8 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
 
 
 def _write_digests(path: Path, digests: set[bytes]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(sorted(digests)))
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(b"".join(sorted(digests)))
 
 
 @cache
@@ -292,8 +291,6 @@ def _finish(
 
 
 def _show(out: Path, display: Display) -> None:
-    from sparsify.data.store import TokenStore
-
     store = TokenStore.open(out)
     display.finish_stage(
         "tokenize", f"{len(store):,} rows, {store.num_tokens:,} tokens, digest {store.digest[:12]}"

@@ -20,10 +20,10 @@ from torch import nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.models.varlen import _unknown, attention_windows
+from sparsify.models.varlen import attention_windows, unknown_work
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from the maker's data sheets. The first entry
-# whose words are all in the device's name counts, so a variant stands before the plain one.
+# whose words are all in the device's name counts, so a variant comes before the plain one.
 _PEAKS = (
     ("B200", 2250e12),
     ("GH200", 989.4e12),
@@ -163,9 +163,9 @@ def count_flops(model: nn.Module) -> ModelFlops:
     num_layers, heads = config.num_hidden_layers, getattr(config, "num_attention_heads", None)
     odd = any(getattr(config, key, None) is not None for key in ("kv_lora_rank", "global_head_dim"))
     if heads is None or odd:
-        raise _unknown(name, "its attention is not plain multi-head attention")
+        raise unknown_work(name, "its attention is not plain multi-head attention")
     if getattr(config, "is_encoder_decoder", False):
-        raise _unknown(name, "it has an encoder")
+        raise unknown_work(name, "it has an encoder")
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     weights = sum(
         _num_active_weights(module, where, config, name)
@@ -180,7 +180,7 @@ def count_flops(model: nn.Module) -> ModelFlops:
 def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -> float:
     """Weights of this module itself (not of its children) that a token is multiplied with."""
     if isinstance(module, nn.modules.conv._ConvNd | nn.RNNBase):
-        raise _unknown(name, f"{where} is a {type(module).__name__}")
+        raise unknown_work(name, f"{where} is a {type(module).__name__}")
     if isinstance(module, nn.Embedding):
         return 0.0
     kind = type(module).__name__
@@ -195,14 +195,16 @@ def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -
             total += weight.numel() * _num_active(config, name) / len(weight)
         else:
             shape = tuple(weight.shape)
-            raise _unknown(name, f"{where}.{key} {shape} of a {kind} is no known multiplication")
+            raise unknown_work(
+                name, f"{where}.{key} {shape} of a {kind} is no known multiplication"
+            )
     return total
 
 
 def _num_active(config: Any, name: str) -> int:
     active = getattr(config, "num_experts_per_tok", None)
     if active is None:
-        raise _unknown(name, "it has experts, and its config no num_experts_per_tok")
+        raise unknown_work(name, "it has experts, and its config no num_experts_per_tok")
     return int(active)
 
 
@@ -215,4 +217,4 @@ def _active_share_of_list(where: str, config: Any) -> float:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(config, key, None):
             return float(_num_active(config, where) / getattr(config, key))
-    raise _unknown(where, "it is an expert, and the config does not say of how many")
+    raise unknown_work(where, "it is an expert, and the config does not say of how many")

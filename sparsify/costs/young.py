@@ -11,42 +11,13 @@ from __future__ import annotations
 
 import math
 
-from sparsify.errors import InputError
 
-
-def young_interval_s(stall_s: float, mtbf_s: float) -> float:
-    """The interval between checkpoints that loses least, in seconds.
+def checkpoint_interval_steps(stall_s: float, step_s: float, mtbf_s: float) -> int:
+    """The interval between checkpoints that loses least, in optimizer steps; at least 1.
 
     Args:
-        stall_s: time that training stands still for one checkpoint, > 0.
+        stall_s: time that training pauses for one checkpoint, >= 0.
+        step_s: of one optimizer step, > 0.
         mtbf_s: mean time between failures of the whole job, > 0.
     """
-    if not (stall_s > 0 and mtbf_s > 0 and math.isfinite(stall_s * mtbf_s)):
-        raise InputError(f"checkpoint interval: {stall_s=} and {mtbf_s=} must be numbers > 0")
-    return math.sqrt(2 * stall_s * mtbf_s)
-
-
-def checkpoint_interval_steps(
-    stall_s: float, step_s: float, mtbf_s: float, least: int = 1, most: int | None = None
-) -> int:
-    """Young's interval in optimizer steps.
-
-    Ranks that measure their own times must agree on one result before they use it.
-
-    Args:
-        stall_s: measured stall of one checkpoint; one too short to measure gives `least`.
-        step_s: measured time of one optimizer step, > 0.
-        mtbf_s: mean time between failures of the whole job, > 0.
-        least: smallest result, at least 1: a checkpoint that is still being written in the
-            background must be done before the next one.
-        most: largest result (what may be lost at most); None: no limit.
-
-    Returns:
-        Steps, rounded to the nearest whole number within the limits.
-    """
-    if not (step_s > 0 and math.isfinite(step_s)):
-        raise InputError(f"checkpoint interval: {step_s=} must be a number > 0")
-    if least < 1 or (most is not None and most < least):
-        raise InputError(f"checkpoint interval: limits {least} to {most}; 1 <= least <= most")
-    steps = least if stall_s == 0 else round(young_interval_s(stall_s, mtbf_s) / step_s)
-    return max(least, steps if most is None else min(most, steps))
+    return max(1, round(math.sqrt(2 * stall_s * mtbf_s) / step_s))

@@ -41,7 +41,7 @@ def crop_rows(
 
     The documents, one after another, are cut into as many equal stretches as rows are wanted, and
     each stretch gives one row, so that every document counts by its length. Where a document ends
-    inside a row the next one follows, as in `text.token_rows`: they do not see each other.
+    inside a row the next one follows, as in `rows.token_rows`: they do not see each other.
 
     Args:
         documents: texts in the order in which they are to be used; read as far as 16 times the

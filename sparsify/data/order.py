@@ -105,7 +105,7 @@ def _feistel(cell_N: Words, a: int, b: int, keys_RN: Words) -> Words:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """What stands in each of N slots."""
+    """What each of N slots holds."""
 
     source_N: Tensor
     """int64 number of the source"""
@@ -190,22 +190,9 @@ class TrainingOrder:
         places = self.places(slots)
         return torch.from_numpy(self._first_rows)[places.source_N] + places.row_N
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Tensor:
-        """`rows` of one worker's part of a step: every `world_size`-th slot from `rank` on.
-
-        The parts of all ranks together are the rows of slots `step * batch_size` up to the next
-        step's, whatever the number of ranks.
-
-        Raises:
-            InputError: the batch does not divide into equal parts.
-        """
-        if batch_size % world_size:
-            raise InputError(
-                f"a batch of {batch_size} rows on {world_size} workers: must be a multiple of "
-                f"{world_size}"
-            )
-        start = step * batch_size
-        return self.rows(range(start + rank, start + batch_size, world_size))
+    def batch(self, step: int, batch_size: int) -> Tensor:
+        """`rows` of one step, of all workers together."""
+        return self.rows(range(step * batch_size, (step + 1) * batch_size))
 
     def _epoch_keys(self, source: int, epoch_N: Ints) -> Words:
         if (epoch_N == epoch_N[0]).all():
@@ -230,7 +217,7 @@ class TrainingOrder:
     def _block(self, block: int) -> tuple[Ints, Ints]:
         """(source, rank among the slots of that source) of every slot of a block.
 
-        Row j of a source with n rows in the block stands at a random place of the j-th of n equal
+        Row j of a source with n rows in the block is at a random place of the j-th of n equal
         stretches: evenly spread, and not in step with any number of workers.
         """
         if block not in self._blocks:

@@ -1,4 +1,4 @@
-"""From documents to fixed-length token rows, and the rule that says which documents are held out.
+"""From documents to fixed-length token rows.
 
 Owns tokenisation and packing. Knows nothing of where documents come from: an iterable of strings
 goes in, rows of token ids come out, and the same strings give the same rows on any machine.
@@ -22,11 +22,12 @@ from sparsify.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHUNK_TOKENS = 1024
+"""tokens whose float32 logits exist at one time"""
+
 _BATCH_DOCUMENTS = 64
 
 _BATCH_CHARS = 256_000  # so that one long book does not make a reader of one row wait
-
-_TAIL_SHARE = 0.1  # held-out share of a text that has too few documents to hold some out
 
 # Scripts, digits, spaces, code, cases: whatever tokenizers are known to treat differently.
 _PROBE = (
@@ -38,12 +39,18 @@ _PROBE = (
 )
 
 
+def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """Slices of `chunk_tokens` tokens, the last one of what is left."""
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))
+
+
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Rows of tokens without padding, and where inside its document each token stands.
+    """Rows of tokens without padding, and where inside its document each token is.
 
     A model that is given both as `input_ids` and `position_ids`, with `use_cache=False` and without
-    an attention mask, lets no document of a row attend to another (see `models.packed`).
+    an attention mask, lets no document of a row attend to another (see `models.isolation`).
     """
 
     ids_NT: Tensor
@@ -79,7 +86,7 @@ class TokenRows:
 
     @property
     def has_next_NT(self) -> Tensor:
-        """bool (N, T): the next token of the row goes on with the same document."""
+        """bool (N, T): the next token of the row belongs to the same document."""
         has_next_NT = torch.zeros_like(self.positions_NT, dtype=torch.bool)
         has_next_NT[:, :-1] = self.positions_NT[:, 1:] != 0
         return has_next_NT
@@ -140,7 +147,7 @@ def token_rows(
 ) -> TokenRows:
     """Pack documents one after another into rows of `sequence_length` tokens, without padding.
 
-    A document that does not end with its row goes on in the next one, where its positions start
+    A document that does not end with its row continues in the next one, where its positions start
     again at 0: what a model cannot see does not count.
 
     Args:
@@ -185,7 +192,7 @@ def token_stream(
     Args:
         documents: texts; one without tokens leaves no trace.
         tokenizer: of the model that will read them.
-        num_tokens: stop behind the document that reaches this many; None takes all.
+        num_tokens: stop after the document that reaches this many; None takes all.
     """
     stream = TokenStream(array("q"), array("q"))
     for ids in _encoded(documents, tokenizer):
@@ -214,7 +221,7 @@ def _positions(starts: Sequence[int], num_rows: int, sequence_length: int) -> Te
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 (hex) of what a tokenizer does: its vocabulary, its marks, and a text full of traps.
 
-    Not of its files: saving a tokenizer anew, or with another version of the library, may change
+    Not of its files: saving a tokenizer again, or with another version of the library, may change
     their bytes and nothing else.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))

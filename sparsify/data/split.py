@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 
-from sparsify.data.rows import _TAIL_SHARE
+MIN_DOCUMENTS = 20
+"""a text of fewer has too few to hold some out"""
 
-if TYPE_CHECKING:
-    pass
+_TAIL_SHARE = 0.1  # held-out share of such a text
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -26,10 +25,10 @@ def is_held_out(key: str, share: float) -> bool:
 def split_documents(documents: list[str], held_out: bool, share: float) -> list[str]:
     """The held-out (or the other) part of `documents`, by `is_held_out` on each document's text.
 
-    A text of fewer than 20 documents has too few to hold some out: there the last tenth of the
-    characters of every document is the held-out part.
+    Of a text of fewer than MIN_DOCUMENTS the last tenth of the characters of every document is the
+    held-out part.
     """
-    if len(documents) >= 20:
+    if len(documents) >= MIN_DOCUMENTS:
         return [text for text in documents if is_held_out(text, share) == held_out]
     parts = []
     for text in documents:

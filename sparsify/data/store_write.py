@@ -1,4 +1,4 @@
-"""Writing a token store: shards one by one, in any order and by any process, then the manifest.
+"""Writing a token store: one shard at a time, in any order and by any process, then the manifest.
 
 The format is described in `sparsify.data.store`.
 """
@@ -14,26 +14,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sparsify.data import shards
 from sparsify.data.rows import TokenRows, token_stream, tokenizer_digest, vocabulary_size
 from sparsify.data.store import (
     FORMAT,
     ID_TYPES,
-    MANIFEST,
     SHARD_PREFIX,
     VERSION,
     Shard,
     StoreSource,
     id_type,
-    manifest_digest,
 )
 from sparsify.errors import InputError
-from sparsify.files import file_sha256, write_json
+from sparsify.files import file_sha256
 from sparsify.tensors import write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from sparsify.data.teacher_samples import SampleShard
 
 
 def shard_name(source: int, index: int) -> str:
@@ -104,14 +101,6 @@ def _write(
     )  # fmt: skip
 
 
-def is_whole(folder: Path, shard: Shard | SampleShard) -> bool:
-    """Whether the shard's file is there with the size and the hash that were written."""
-    path = folder / shard.file
-    if not path.is_file() or path.stat().st_size != shard.num_bytes:
-        return False
-    return file_sha256(path) == shard.sha256
-
-
 def write_manifest(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -152,4 +141,4 @@ def write_manifest(
         ],
         "settings": dict(settings),
     }
-    write_json(folder / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
+    shards.write_manifest(folder, manifest)

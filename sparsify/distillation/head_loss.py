@@ -8,24 +8,20 @@ a chunk, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsify.data.rows import CHUNK_TOKENS, chunks
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_terms import TokenTerms
+from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.errors import InputError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.lm_head import Head
-
-if TYPE_CHECKING:
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
-
-CHUNK_TOKENS = 1024
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +44,6 @@ def head_loss(
     is_taught: Tensor | None = None,
     targets: Tensor | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
-    weight_needs_grad: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the losses over the vocabulary, from the hidden states before the head.
 
@@ -81,7 +76,6 @@ def head_loss(
         is_taught: bool (...), the tokens of the KL terms; None: all.
         targets: int64 (...), the token that comes next, NO_TARGET where none does; needed by ce.
         chunk_tokens: tokens whose logits exist at one time.
-        weight_needs_grad: False leaves out the weight's and the bias's gradient: a frozen head.
 
     Returns:
         The loss, a float32 scalar with gradient, and as detached float32 scalars the unweighted
@@ -109,11 +103,10 @@ def head_loss(
         None if targets is None else _per_token(targets, tokens, "targets"), like,
     )  # fmt: skip
     states = teacher if isinstance(teacher, Teacher) else None
-    wants_grad = torch.is_grad_enabled()
     names: list[str] = []
     loss, *values = _HeadLoss.apply(
         hidden, head.weight_VD, head.bias_V, terms, states, chunk_tokens, names,
-        (wants_grad, wants_grad and weight_needs_grad),
+        torch.is_grad_enabled(),
     )  # fmt: skip
     return loss, dict(zip(names, values, strict=True))
 
@@ -221,11 +214,9 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None, terms: TokenTerms,
-        teacher: Teacher | None, chunk_tokens: int, names: list[str], wants: tuple[bool, bool],
+        teacher: Teacher | None, chunk_tokens: int, names: list[str], wants_grad: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        of_hidden, of_weight = of_hidden and wants[0], of_weight and wants[1]
-        of_bias = of_bias and wants[1]
+        of_hidden, of_weight, of_bias = (wants_grad and n for n in ctx.needs_input_grad[:3])
         dtype = _dtype_of(hidden)
         with torch.autocast(hidden.device.type, enabled=False), float32_products():
             student = HeadProducts(hidden, weight_VD, dtype)
@@ -273,9 +264,3 @@ class _HeadLoss(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *grads, None, None, None, None, None
-
-
-def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices of `chunk_tokens` tokens, the last one of what is left."""
-    for start in range(0, num_tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, num_tokens))

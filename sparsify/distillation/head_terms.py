@@ -6,16 +6,12 @@ N tokens of a call, C of a chunk, R of a block of a chunk, V vocabulary, K sampl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from sparsify.data.teacher_samples import Sample
+from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.models.lm_head import HeadTransform
-
-if TYPE_CHECKING:
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
 
 NO_TARGET = -100
 

@@ -12,22 +12,17 @@ several micro-batches must divide their sums by one common number of tokens (`To
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsify.data.rows import TokenRows
+from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.head_loss import CHUNK_TOKENS as HEAD_CHUNK_TOKENS
 from sparsify.distillation.head_loss import Teacher, head_loss
 from sparsify.distillation.head_terms import NO_TARGET
 from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
-
-if TYPE_CHECKING:
-    pass
 
 # Floor of SquareHead's denominator: machine epsilon of bfloat16, as in the published recipe.
 _SQUARE_HEAD_EPS = torch.finfo(torch.bfloat16).eps
@@ -74,7 +69,7 @@ def head_distillation_loss(
     teacher: Teacher | Sample | None = None,
     states: Sequence[Tensor] | None = None,
     teacher_states: Sequence[Tensor] | None = None,
-    chunk_tokens: int = HEAD_CHUNK_TOKENS,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the terms that have a weight, from hidden states: no logits of all tokens.
 
@@ -95,7 +90,7 @@ def head_distillation_loss(
         chunk_tokens: tokens whose logits exist at one time.
 
     Returns:
-        The loss (float32 scalar with gradient), and the values of `head.head_loss` with
+        The loss (float32 scalar with gradient), and the values of `head_loss.head_loss` with
         "square_head": detached scalars on the device of the hidden states.
     """
     values: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 How they are kept on disk is in `sparsify.data.teacher_samples`.
 
-K ids are drawn per token and weighted so that the sample stands for the teacher's distribution
+K ids are drawn per token and weighted so that the sample represents the teacher's distribution
 without bias: for every v, E[sum_k weight_k [id_k = v]] = p_v. So the gradient of the forward KL is
 right on average, which keeping the K likeliest ids cannot give (Random Sampling KD, Anshumann et
 al. 2025, arXiv 2503.16870). Deviation: the paper divides the weights by their sum, which has a bias
@@ -15,8 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.data.rows import CHUNK_TOKENS, chunks
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.head_loss import CHUNK_TOKENS, HeadProducts, Teacher, chunks
+from sparsify.distillation.head_loss import HeadProducts, Teacher
 from sparsify.errors import InputError
 from sparsify.kernels.precision import float32_products
 
@@ -28,7 +29,6 @@ def draw(
     generator: torch.Generator,
     temperature: float = 1.0,
     flatness: float = 1.0,
-    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Sample:
     """Draw ids of every token, with replacement, from r proportional to p^(1 / flatness).
 
@@ -41,7 +41,6 @@ def draw(
         generator: on the device of the hidden states; the same state draws the same ids.
         temperature: tau of p = softmax(z / tau).
         flatness: 1 or more.
-        chunk_tokens: tokens whose logits exist at one time.
 
     Raises:
         InputError: a setting out of range.
@@ -60,7 +59,7 @@ def draw(
     dtype = torch.promote_types(teacher.hidden_ND.dtype, torch.float32)
     products = HeadProducts(teacher.hidden_ND, head.weight_VD, dtype)
     ids, weights, entropies = [], [], []
-    for tokens in chunks(len(products.hidden_ND), chunk_tokens):
+    for tokens in chunks(len(products.hidden_ND), CHUNK_TOKENS):
         hidden_CD = products.chunk(tokens)
         z_CV = hidden_CD.new_empty((len(hidden_CD), len(head.weight_VD)), dtype=dtype)
         with float32_products():

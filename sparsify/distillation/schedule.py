@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import InputError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the options read this file, without torch
     from sparsify.data.rows import TokenRows
 
 _TERMS = ("kl", "reverse_kl", "ce", "square_head")

@@ -1,8 +1,6 @@
-"""The head of a Hugging Face causal language model, and a student that computes its own loss.
+"""A student that computes its own loss, inside its forward, from its final hidden states.
 
-Works from `get_output_embeddings()`, `base_model` and the names that configurations use for what is
-done to logits, and proves on a row of tokens that this is what the model does. Shape suffixes: B
-rows, T tokens of a row, D hidden width, V vocabulary.
+Shape suffixes: B rows, T tokens of a row, D hidden width.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.data.rows import TokenRows
+from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.head_loss import CHUNK_TOKENS, Teacher
+from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.loss import head_distillation_loss
 from sparsify.distillation.schedule import LossWeights, TokenCounts
 from sparsify.models.lm_head import Head, LanguageHead, check_head
@@ -37,7 +35,7 @@ class LossHead(nn.Module):
         """of the last call; not returned, because ZeRO-3 waits for a gradient of every output"""
 
     def forward(self, hidden_BTD: Tensor, **arguments: Any) -> Tensor:
-        """The loss of `distill.head_distillation_loss`."""
+        """The loss of `loss.head_distillation_loss`."""
         head = Head(self.weight, self.bias, self.transform)
         loss, self.metrics = head_distillation_loss(hidden_BTD, head, **arguments)
         return loss
@@ -73,7 +71,7 @@ class DistillStudent(nn.Module):
         teacher: Teacher | Sample | None = None,
         teacher_states: tuple[Tensor, ...] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Loss and metrics of B rows (see `distill.head_distillation_loss`).
+        """Loss and metrics of B rows (see `loss.head_distillation_loss`).
 
         Args:
             rows: the tokens.

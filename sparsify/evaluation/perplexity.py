@@ -10,20 +10,17 @@ rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from sparsify.data.rows import TokenRows
+from sparsify.data.rows import CHUNK_TOKENS, TokenRows, chunks
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.models.isolation import check_isolation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_CHUNK_TOKENS = 1024  # predictions whose float32 log-probabilities exist at one time
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ def evaluate_rows(
     rows: TokenRows,
     batch_size: int,
     dense: PreTrainedModel | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
 ) -> EvalSums:
     """Score `model` on packed rows.
 
@@ -90,7 +86,6 @@ def evaluate_rows(
         rows: N rows of T >= 2 tokens; documents in one row do not see each other.
         batch_size: rows per forward pass.
         dense: model to compare with, on the same device and of the same vocabulary; or None.
-        on_batch: called with (rows done, rows in all) after every batch.
 
     Returns:
         The sums; see `EvalSums`.
@@ -122,8 +117,6 @@ def evaluate_rows(
             inputs = {"input_ids": batch.ids_NT, "position_ids": batch.positions_NT}
             logits = [m(**inputs, use_cache=False).logits for m in models]
             sums = sums + _score_batch(logits, batch, start)
-            if on_batch is not None:
-                on_batch(min(start + batch_size, len(rows)), len(rows))
     finally:
         for m, training in zip(models, was_training, strict=True):
             m.train(training)
@@ -142,17 +135,16 @@ def _score_batch(logits: list[torch.Tensor], batch: TokenRows, first_row: int) -
     length = batch.ids_NT.shape[1]
     has_next_NT = batch.has_next_NT
     for row in range(len(batch)):
-        for start in range(0, length - 1, _CHUNK_TOKENS):
-            end = min(start + _CHUNK_TOKENS, length - 1)
-            parts = [x[row, start:end].float() for x in logits]
+        for chunk in chunks(length - 1, CHUNK_TOKENS):
+            parts = [x[row, chunk].float() for x in logits]
             for part, who in zip(parts, ("model", "dense model"), strict=False):
                 if not part.isfinite().all():
                     raise NonFiniteError(
                         f"evaluate: logits of the {who} are not finite in row {first_row + row}; "
                         "its weights or activations overflow in this dtype"
                     )
-            is_scored = has_next_NT[row, start:end]
-            targets = batch.ids_NT[row, start + 1 : end + 1][is_scored]
+            is_scored = has_next_NT[row, chunk]
+            targets = batch.ids_NT[row, 1:][chunk][is_scored]
             sums = sums + _score_tokens([part[is_scored] for part in parts], targets)
     return sums
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sparsify.formats.sparse_folder import PACKED
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from sparsify.pattern import Pattern
-    from sparsify.quantization.quantize import Quantized
+from sparsify.errors import InputError
+from sparsify.formats.packed24 import load_packed, save_packed
+from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
+from sparsify.masks.storage import save_masks
+from sparsify.models.load import DTYPES, load_model
+from sparsify.pattern import Pattern
+from sparsify.quantization.codes import Quantized
 
 
 def load_any(folder: Path, dtype: str, device: str | torch.device) -> PreTrainedModel:
@@ -23,15 +28,8 @@ def load_any(folder: Path, dtype: str, device: str | torch.device) -> PreTrained
     Raises:
         InputError: as `load_model`; also a packed file that does not fit the config beside it.
     """
-    from sparsify.models.load import load_model
-
     if not (folder / PACKED).is_file():
         return load_model(folder, dtype, device)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sparsify.errors import InputError
-    from sparsify.formats.packed24 import load_packed
-    from sparsify.models.load import DTYPES
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
@@ -64,12 +62,8 @@ def save_packed_folder(
         masks: layer name -> bool keep mask (O, I).
         pattern: of the masks.
         quantized: layer name -> codes and scales, or None to pack the weights as they are.
-        made_from: model folder whose provenance is carried on.
+        made_from: model folder whose provenance is kept.
     """
-    from sparsify.formats.packed24 import save_packed
-    from sparsify.formats.sparse_folder import MASKS, read_sparsity, write_sparsity
-    from sparsify.masks.storage import save_masks
-
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:

@@ -13,6 +13,13 @@ from sparsify.files import file_sha256, write_json
 
 SPARSITY = "sparsity.json"
 
+# In a folder of their own: loaders take every *.safetensors beside config.json for weights.
+MASKS = "sparsity/masks.safetensors"
+
+ROTATION = "sparsity/rotation.safetensors"
+
+PACKED = "model.packed.safetensors"
+
 
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over the files of a model folder that decide what it computes and how it tokenises.
@@ -25,15 +32,6 @@ def model_fingerprint(folder: Path) -> str:
         if path.suffix in (".safetensors", ".model") or path.name in names:
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-# In a folder of its own, as the masks: loaders take every *.safetensors beside config.json.
-ROTATION = "sparsity/rotation.safetensors"
-
-# In a folder of its own: loaders take every *.safetensors beside config.json for weights.
-MASKS = "sparsity/masks.safetensors"
-
-PACKED = "model.packed.safetensors"
 
 
 def read_sparsity(folder: Path) -> dict[str, Any] | None:
@@ -61,6 +59,7 @@ def write_sparsity(
     provenance: dict[str, Any],
 ) -> None:
     """Describe the zeros of a model folder: pattern, mask hash per layer, where it came from."""
+    # Here: the rest of the file is read where torch is not loaded.
     from sparsify.masks.storage import mask_digest
 
     layers = {}

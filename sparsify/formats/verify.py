@@ -13,7 +13,7 @@ from sparsify.errors import InputError, PatternViolationError
 from sparsify.formats.packed24 import load_packed
 from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity
 from sparsify.masks.select import require_pattern
-from sparsify.masks.storage import PackedMasks, load_masks
+from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.masked import infer_masks
 from sparsify.pattern import Pattern
 from sparsify.tensors import tensor_names
@@ -94,7 +94,7 @@ def check_weight(
 def masks_of(
     folder: Path, model: Any = None, pattern: str | None = None, skip: Sequence[str] = (),
     may_be_dense: bool = False,
-) -> tuple[PackedMasks, Pattern]:  # fmt: skip
+) -> tuple[BitMasks, Pattern]:  # fmt: skip
     """Masks and pattern of a sparse model folder.
 
     They come from the folder's own files; a model that was pruned elsewhere has neither, and its
@@ -107,7 +107,7 @@ def masks_of(
     return masks, own_pattern
 
 
-def own_masks(folder: Path, pattern: str | None = None) -> tuple[PackedMasks | None, Pattern]:
+def own_masks(folder: Path, pattern: str | None = None) -> tuple[BitMasks | None, Pattern]:
     """The masks that the folder of a sparse model holds, None if it holds none; the pattern.
 
     `pattern` is that of a folder which does not describe itself.

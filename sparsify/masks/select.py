@@ -61,32 +61,21 @@ def keep_top(scores_OI: Tensor, num_kept: int) -> Tensor:
     return keep.scatter_(1, order[:, :num_kept], True)
 
 
-def _too_full(weight_OI: Tensor, pattern: Pattern) -> Tensor:
-    """bool (O, G): groups (whole rows for unstructured) with more nonzeros than allowed."""
-    num_rows, num_columns = weight_OI.shape
-    nonzero = weight_OI != 0
-    if not pattern.is_structured:
-        return nonzero.sum(1, keepdim=True) > pattern.num_kept(num_columns)
-    check_divides("weight", num_columns, pattern)
-    grouped = nonzero.reshape(num_rows, num_columns // pattern.m, pattern.m)
-    return grouped.sum(-1, dtype=torch.int16) > pattern.n
-
-
 def find_violation(weight_OI: Tensor, pattern: Pattern) -> tuple[int, int] | None:
     """(row, first column) of the first group, in reading order, with too many nonzeros, or None.
 
     NaN counts as nonzero. For unstructured the group is the whole row, so the column is 0.
     """
-    places = _too_full(weight_OI, pattern).nonzero()
+    num_rows, num_columns = weight_OI.shape
+    if pattern.is_structured:
+        check_divides("weight", num_columns, pattern)
+    width = pattern.m or num_columns
+    grouped = (weight_OI != 0).reshape(num_rows, num_columns // width, width)
+    places = (grouped.sum(-1) > pattern.num_kept(width)).nonzero()
     if not len(places):
         return None
     row, group = places[0].tolist()
-    return row, group * pattern.m
-
-
-def count_violations(weight_OI: Tensor, pattern: Pattern) -> int:
-    """Number of groups (rows for unstructured) with more nonzeros than the pattern allows."""
-    return int(_too_full(weight_OI, pattern).sum())
+    return row, group * width
 
 
 def require_pattern(weights: Iterable[tuple[str, Tensor]], pattern: Pattern) -> None:

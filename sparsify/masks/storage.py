@@ -1,8 +1,8 @@
 """Keep-masks as data, in memory and in files.
 
 A keep-mask is a boolean tensor of the weight's shape, True where the weight survives. On disk and
-between processes it is bit-packed (1/8 of a byte per weight). The masks of a pruned model are an
-artifact of their own: a kept weight may be exactly 0.0, so zeros in the weights are not the mask.
+between processes it is a bit per weight. The masks of a pruned model are an artifact of their own:
+a kept weight may be exactly 0.0, so zeros in the weights are not the mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,15 +23,12 @@ from torch import nn
 from sparsify.errors import InputError
 from sparsify.tensors import write_tensors
 
-if TYPE_CHECKING:
-    pass
-
 _GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
 
 _FORMAT = "twofour-masks-1"  # also the one key of the metadata: several have no fixed order
 
 
-def pack_mask(keep_mask: torch.Tensor) -> torch.Tensor:
+def mask_to_bits(keep_mask: torch.Tensor) -> torch.Tensor:
     """Eight mask elements per byte.
 
     Args:
@@ -52,28 +49,28 @@ def pack_mask(keep_mask: torch.Tensor) -> torch.Tensor:
     return (words >> 56).to(torch.uint8)
 
 
-def unpack_mask(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The bool tensor of `shape` that `pack_mask` made `packed` from, on the device of `packed`.
+def mask_from_bits(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The bool tensor of `shape` that `mask_to_bits` made `bits` from, on the device of `bits`.
 
     Raises:
-        InputError: `packed` has not the number of bytes that `shape` needs.
+        InputError: `bits` has not the number of bytes that `shape` needs.
     """
     numel = math.prod(shape)
-    if packed.dtype != torch.uint8 or packed.shape != (-(-numel // 8),):
+    if bits.dtype != torch.uint8 or bits.shape != (-(-numel // 8),):
         raise InputError(
-            f"packed mask: {tuple(packed.shape)} of {packed.dtype}; a mask of shape "
+            f"bits of a mask: {tuple(bits.shape)} of {bits.dtype}; a mask of shape "
             f"{tuple(shape)} needs {-(-numel // 8)} bytes"
         )
-    return spread(packed, numel, torch.uint8, 1).view(torch.bool).view(*shape)
+    return spread(bits, numel, torch.uint8, 1).view(torch.bool).view(*shape)
 
 
-def spread(packed: torch.Tensor, numel: int, dtype: torch.dtype, one: int) -> torch.Tensor:
+def spread(bits: torch.Tensor, numel: int, dtype: torch.dtype, one: int) -> torch.Tensor:
     """`numel` elements of an integer dtype from their bits: 0, or `one` where the bit is set."""
-    table = _bits_of_bytes(dtype, one, packed.device)
+    table = _bits_of_bytes(dtype, one, bits.device)
     if dtype == torch.uint8:  # a row of the table as one word
-        words = table.view(torch.int64).flatten().index_select(0, packed.int())
+        words = table.view(torch.int64).flatten().index_select(0, bits.int())
         return words.view(torch.uint8)[:numel]
-    return table.index_select(0, packed.int()).flatten()[:numel]
+    return table.index_select(0, bits.int()).flatten()[:numel]
 
 
 @functools.cache
@@ -85,91 +82,90 @@ def _bits_of_bytes(dtype: torch.dtype, one: int, device: torch.device) -> torch.
 
 
 def mask_digest(keep_mask: torch.Tensor) -> str:
-    """SHA-256 (hex) of the mask's shape and packed bits."""
-    return packed_digest(pack_mask(keep_mask), tuple(keep_mask.shape))
+    """SHA-256 (hex) of the mask's shape and bits."""
+    return bits_digest(mask_to_bits(keep_mask), tuple(keep_mask.shape))
 
 
-def packed_digest(packed: torch.Tensor, shape: tuple[int, ...]) -> str:
-    """`mask_digest` of the mask of `shape` that was packed."""
+def bits_digest(bits: torch.Tensor, shape: tuple[int, ...]) -> str:
+    """`mask_digest` of the mask of `shape` with these bits."""
     digest = hashlib.sha256(repr(shape).encode())
-    digest.update(packed.cpu().numpy().tobytes())
+    digest.update(bits.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-class PackedMasks(Mapping[str, torch.Tensor]):
-    """Masks by layer name in memory, a bit per weight; what is read is unpacked, one at a time.
+class BitMasks(Mapping[str, torch.Tensor]):
+    """Masks by layer name in memory, a bit per weight; each is a bool tensor when it is read.
 
     Args:
-        packed: layer name -> `pack_mask` of its mask.
+        bits: layer name -> `mask_to_bits` of its mask.
         shapes: layer name -> shape of its weight.
     """
 
     def __init__(
-        self, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
+        self, bits: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
     ) -> None:
-        self.packed = dict(packed)
-        self.shapes = {name: tuple(shapes[name]) for name in packed}
+        self.bits = dict(bits)
+        self.shapes = {name: tuple(shapes[name]) for name in bits}
 
     @classmethod
-    def of(cls, masks: Mapping[str, torch.Tensor]) -> PackedMasks:
-        """The same masks packed; `masks` itself if they are."""
-        if isinstance(masks, PackedMasks):
+    def of(cls, masks: Mapping[str, torch.Tensor]) -> BitMasks:
+        """The same masks a bit per weight; `masks` itself if they are."""
+        if isinstance(masks, BitMasks):
             return masks
-        packed, shapes = {}, {}
+        bits, shapes = {}, {}
         for name, mask in masks.items():
-            packed[name], shapes[name] = pack_mask(mask), tuple(mask.shape)
-        return cls(packed, shapes)
+            bits[name], shapes[name] = mask_to_bits(mask), tuple(mask.shape)
+        return cls(bits, shapes)
 
-    def within(self, prefix: str) -> PackedMasks:
+    def within(self, prefix: str) -> BitMasks:
         """The masks of layers inside the module `prefix`."""
-        names = [name for name in self.packed if name.startswith(f"{prefix}.")]
-        return PackedMasks({name: self.packed[name] for name in names}, self.shapes)
+        names = [name for name in self.bits if name.startswith(f"{prefix}.")]
+        return BitMasks({name: self.bits[name] for name in names}, self.shapes)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return unpack_mask(self.packed[name], self.shapes[name])
+        return mask_from_bits(self.bits[name], self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.packed)
+        return iter(self.bits)
 
     def __len__(self) -> int:
-        return len(self.packed)
+        return len(self.bits)
 
 
 def save_masks(path: str | Path, masks: Mapping[str, torch.Tensor]) -> None:
     """Write masks (layer name -> bool tensor) as one safetensors file.
 
-    The tensors are `pack_mask` of each; the metadata maps the format's name to the shapes as JSON.
-
-    The same masks give the same bytes.
+    The tensors are `mask_to_bits` of each; the metadata maps the format's name to the shapes as
+    JSON. The same masks give the same bytes.
     """
-    held = PackedMasks.of(masks)
-    save_packed_masks(path, held.packed, held.shapes)
+    held = BitMasks.of(masks)
+    save_mask_bits(path, held.bits, held.shapes)
 
 
-def save_packed_masks(
-    path: str | Path, packed: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
+def save_mask_bits(
+    path: str | Path, bits: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """`save_masks` of masks that are packed already, in any order."""
+    """`save_masks` of bits, in any order."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = sorted(packed)
+    names = sorted(bits)
     metadata = {_FORMAT: json.dumps({name: list(shapes[name]) for name in names})}
-    write_tensors(path, {name: packed[name].cpu() for name in names}, metadata)
+    write_tensors(path, {name: bits[name].cpu() for name in names}, metadata)
 
 
 def merge_masks(paths: Sequence[Path], out: Path) -> None:
-    """Put the mask files `paths`, of different layers, together in one; they are not unpacked."""
+    """Put the mask files `paths`, of different layers, together in one, as bits."""
     shapes: dict[str, list[int]] = {}
-    packed: dict[str, torch.Tensor] = {}
+    bits: dict[str, torch.Tensor] = {}
     for path in paths:
         masks = MaskFile(path)
         shapes.update(masks.shapes)
-        packed.update(masks.packed())
-    save_packed_masks(out, packed, shapes)
+        bits.update(masks.bits())
+    save_mask_bits(out, bits, shapes)
 
 
 class MaskFile(Mapping[str, torch.Tensor]):
-    """The masks in a file that `save_masks` or `merge_masks` wrote, unpacked one at a time.
+    """The masks in a file that `save_masks` or `merge_masks` wrote, read one at a time.
 
     Raises:
         InputError: no such file, not a mask file, or truncated or corrupt.
@@ -191,7 +187,7 @@ class MaskFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         with self._open() as file:
-            return unpack_mask(file.get_tensor(name), shape)
+            return mask_from_bits(file.get_tensor(name), shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.shapes))
@@ -199,8 +195,8 @@ class MaskFile(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def packed(self) -> dict[str, torch.Tensor]:
-        """Layer name -> uint8 bits, as `pack_mask` gives them."""
+    def bits(self) -> dict[str, torch.Tensor]:
+        """Layer name -> uint8 bits, as `mask_to_bits` gives them."""
         with self._open() as file:
             return {name: file.get_tensor(name) for name in self}
 
@@ -215,7 +211,7 @@ class MaskFile(Mapping[str, torch.Tensor]):
             ) from None
 
 
-def load_masks(path: str | Path) -> PackedMasks:
+def load_masks(path: str | Path) -> BitMasks:
     """All masks of a file in memory; errors as `MaskFile`."""
     file = MaskFile(path)
-    return PackedMasks(file.packed(), file.shapes)
+    return BitMasks(file.bits(), file.shapes)

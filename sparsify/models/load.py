@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from sparsify.errors import InputError
+from sparsify.errors import InputError, first_line
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:  # bad JSON and bad UTF-8
         raise InputError(
-            f"{path}: not valid JSON ({_first_line(error)}); copy or download the file again"
+            f"{path}: not valid JSON ({first_line(error)}); copy or download the file again"
         ) from None
 
 
@@ -134,7 +134,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{path}: not a usable configuration: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a usable configuration: {first_line(error)}") from None
     # Encoders such as BERT are in the mapping too, but attend to both sides unless told otherwise.
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
     if not causal:
@@ -182,7 +182,7 @@ def _check_shard(path: Path) -> None:
             shard.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path}: truncated or corrupt ({path.stat().st_size} bytes; {_first_line(error)}); "
+            f"{path}: truncated or corrupt ({path.stat().st_size} bytes; {first_line(error)}); "
             "copy or download it again"
         ) from None
 
@@ -226,7 +226,7 @@ def load_model(
         TypeError,
         SafetensorError,
     ) as error:
-        raise InputError(f"model folder {folder}: cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"model folder {folder}: cannot be loaded: {first_line(error)}") from None
     model, info = loaded  # a pair, because of output_loading_info
     _check_loading_info(folder, info)
     check_finite(folder, model, dtype)
@@ -287,7 +287,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         empty = not tokenizer.get_vocab()
     except Exception as error:
         raise InputError(
-            f"model folder {folder}: the tokenizer cannot be read: {_first_line(error)}"
+            f"model folder {folder}: the tokenizer cannot be read: {first_line(error)}"
         ) from None
     if empty:
         raise InputError(f"model folder {folder}: the tokenizer has no tokens")
@@ -360,8 +360,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import InputError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
-from sparsify.masks.storage import PackedMasks, pack_mask, spread
+from sparsify.masks.storage import BitMasks, mask_to_bits, spread
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern, check_divides
 
@@ -23,7 +23,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an e
 
 def infer_masks(
     model: nn.Module, pattern: Pattern, skip: Sequence[str] = (), may_be_dense: bool = False
-) -> PackedMasks:
+) -> BitMasks:
     """The masks of a model that was pruned elsewhere, from the zeros in its block linears.
 
     Every non-zero weight is kept. Where a group (or row) has more zeros than the pattern asks
@@ -45,7 +45,7 @@ def infer_masks(
             does not divide into groups.
     """
     name, blocks = find_blocks(model)
-    return PackedMasks.of(infer_block_masks(name, blocks, pattern, skip, may_be_dense))
+    return BitMasks.of(infer_block_masks(name, blocks, pattern, skip, may_be_dense))
 
 
 def infer_block_masks(
@@ -80,19 +80,19 @@ def num_alive(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:
 
 
 class _GradientMask:
-    """Tensor hook that clears the gradient where the mask is False; holds the mask packed."""
+    """Tensor hook that clears the gradient where the mask is False; holds the mask bits."""
 
     def __init__(self, keep_mask: torch.Tensor) -> None:
         self._shape = tuple(keep_mask.shape)
-        self._packed = pack_mask(keep_mask)
+        self._bits = mask_to_bits(keep_mask)
 
     def __call__(self, grad: torch.Tensor) -> torch.Tensor:
-        if self._packed.device != grad.device:  # the engine moved the model after registration
-            self._packed = self._packed.to(grad.device)
+        if self._bits.device != grad.device:  # the engine moved the model after registration
+            self._bits = self._bits.to(grad.device)
         # By bits, not multiplied: inf * 0 would put NaN where a zero belongs. Eight times as fast
         # on a CPU as filling: an element is kept by a word of ones, or cleared by one of zeros.
         dtype = _INTEGERS[grad.element_size()]
-        bits = spread(self._packed, grad.numel(), dtype, -1).view(self._shape)
+        bits = spread(self._bits, grad.numel(), dtype, -1).view(self._shape)
         torch.bitwise_and(grad.view(dtype), bits, out=bits)
         return bits.view(grad.dtype)
 

@@ -51,11 +51,12 @@ def attention_windows(config: Any, num_layers: int, name: str) -> tuple[int | No
         return (window,) * num_layers
     odd = sorted(set(kinds) - {_FULL, _WINDOWED})
     if odd:
-        raise _unknown(name, f"it has layers of kind {', '.join(odd)}")
+        raise unknown_work(name, f"it has layers of kind {', '.join(odd)}")
     return tuple(window if kind == _WINDOWED else None for kind in kinds)
 
 
-def _unknown(name: str, why: str) -> InputError:
+def unknown_work(name: str, why: str) -> InputError:
+    """The error for a model whose operations would be a guess."""
     return InputError(f"{name}: its FLOPs cannot be counted, {why}; tokens/s is what can be had")
 
 

@@ -29,7 +29,7 @@ from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.masks.select import require_pattern
-from sparsify.masks.storage import pack_mask, packed_digest, save_packed_masks, unpack_mask
+from sparsify.masks.storage import bits_digest, mask_from_bits, mask_to_bits, save_mask_bits
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, ShardWriter
 from sparsify.pattern import Pattern, check_divides
@@ -113,9 +113,9 @@ def prune_model(
     result = PruneResult()
 
     def finish(index: int, block: nn.Module) -> None:
-        packed, reports = run.take_block()
+        bits, reports = run.take_block()
         for report in reports:
-            result.keep_masks[report.name] = unpack_mask(packed[report.name], report.shape)
+            result.keep_masks[report.name] = mask_from_bits(bits[report.name], report.shape)
         result.layers += reports
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
@@ -175,12 +175,12 @@ def prune_checkpoint(
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
     def finish(index: int, block: nn.Module) -> None:
-        packed, reports = run.take_block()
+        bits, reports = run.take_block()
         with run.timer.measure("write"):
             if writer is not None:
                 writer.write_block(index, f"{source.list_name}.{index}.", block)
                 shapes = {report.name: report.shape for report in reports}
-                save_packed_masks(out / f"masks-{index + 1:05d}.safetensors", packed, shapes)
+                save_mask_bits(out / f"masks-{index + 1:05d}.safetensors", bits, shapes)
             if (index + 1) % checkpoint_every_blocks == 0 or index + 1 == len(source.blocks):
                 if index + 1 < len(source.blocks):
                     store.commit(index + 1)
@@ -296,12 +296,12 @@ class _Run:
         with self.timer.measure("gather"):
             weight_OI.copy_(weights())
             keep_mask_OI = keep_masks()
-            packed = pack_mask(keep_mask_OI).cpu()
+            bits = mask_to_bits(keep_mask_OI).cpu()
             self._comm.all_reduce_(sums)
         require_pattern([(layer.name, weight_OI)], self._pattern)
         error, total, num_large_kept, num_large = sums.tolist()
         factor = layer.moments.known_factor(self._params.damping)
-        self._masks[layer.name] = packed
+        self._masks[layer.name] = bits
         self._reports.append(
             LayerReport(
                 name=layer.name,
@@ -316,7 +316,7 @@ class _Run:
                 num_dead_columns=solution.num_dead_columns,
                 condition=factor.condition if factor is not None else None,
                 large_kept=num_large_kept / num_large,
-                keep_mask_sha256=packed_digest(packed, (num_rows, num_columns)),
+                keep_mask_sha256=bits_digest(bits, (num_rows, num_columns)),
             )
         )
 

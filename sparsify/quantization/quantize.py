@@ -21,13 +21,8 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.isolation import check_isolation
-from sparsify.quantization.codes import METHODS, Quantized, QuantParams, dequantize
+from sparsify.quantization.codes import Quantized, QuantParams, dequantize
 from sparsify.quantization.gptq import quantize_weight
-
-__all__ = [
-    "METHODS", "QuantLayerReport", "QuantParams", "QuantResult", "Quantized", "dequantize",
-    "quantize_model", "quantize_weight",
-]  # fmt: skip
 
 
 @dataclass
@@ -41,7 +36,7 @@ class QuantLayerReport:
     shape: tuple[int, int]
     """(output features, input features)"""
     num_tokens: int
-    """calibration tokens behind the Hessian"""
+    """calibration tokens that the Hessian was summed over"""
     error: float
     """tr((W - Q) H (W - Q)^T): mean square output error per calibration token, summed over rows"""
     relative_error: float
@@ -87,8 +82,8 @@ def quantize_model(
 
     Raises:
         InputError: no masks, or a mask without a layer or of another shape; the model cannot keep
-            the documents of a row apart; see also `calibrate.walk_blocks` and `quantize_weight`.
-        NonFiniteError, SingularHessianError, CalibrationError: see `calibrate.walk_blocks`.
+            the documents of a row apart; see also `walk.walk_blocks` and `quantize_weight`.
+        NonFiniteError, SingularHessianError, CalibrationError: see `walk.walk_blocks`.
 
     Cost: that of `walk_blocks` and of `quantize_weight` per layer.
     """

@@ -60,6 +60,10 @@ _OUTLIER = 3.0  # scaled median absolute deviations at which a residual is cut
 
 _NUM_BAND_POINTS = 24
 
+_NUM_RESAMPLES = 200  # of the bootstrap
+
+_SEED = 0  # of the bootstrap
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -99,15 +103,14 @@ def forecast(
     rates: Sequence[float],
     num_final: int = 1,
     coverage: float = 0.8,
-    num_resamples: int = 200,
-    seed: int = 0,
 ) -> Forecast:
     """Predict the mean of the last `num_final` values of a run from its values so far.
 
     The curve is fitted by least squares on relative residuals, over a grid of (c, s) with (a, b)
     in closed form, in four rounds that cut residuals at 3 scaled median absolute deviations. The
     interval comes from a circular block bootstrap of the residuals (blocks of N^(1/3) points, since
-    neighbours are alike), each resample with its own g, and with the noise of the last values.
+    neighbours are alike), each resample with its own g, and with the noise of
+    the last values; the same input gives the same numbers.
 
     Args:
         steps: steps after which the values were measured, from 1, rising; any spacing.
@@ -117,8 +120,6 @@ def forecast(
         num_final: values at the end whose mean is predicted: 1 for a held-out loss, a few per cent
             of the steps for a training loss, whose single values are noisy.
         coverage: of the interval, between 0 and 1.
-        num_resamples: of the bootstrap.
-        seed: of the bootstrap; the same input and seed give the same numbers.
 
     Returns:
         The forecast; with a `reason` and no numbers when there are fewer than 10 points after the
@@ -149,16 +150,16 @@ def forecast(
         )
         return Forecast(num_steps, last_step, len(after), coverage, reason)
     spacing = max(1, int((at_N[1:] - at_N[:-1]).median()))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_SEED)
     group = math.ceil(len(after) / _MOST_POINTS)
     curve = _Curve(share_T, *(_group_means(x, group) for x in (at_N.double(), value_N)))
     fitted, residual_N = curve.fit_robustly()
-    sample = curve.resample(fitted, residual_N, num_resamples, generator)
+    sample = curve.resample(fitted, residual_N, _NUM_RESAMPLES, generator)
     end = torch.arange(max(last_step, num_steps - num_final * spacing), num_steps)
     end = end if len(end) else torch.tensor([num_steps - 1])
     ends_R = sample.at(end).mean(dim=1)
     num_noise = max(1, round(num_final / group))
-    drawn = torch.randint(len(residual_N), (num_resamples, num_noise), generator=generator)
+    drawn = torch.randint(len(residual_N), (_NUM_RESAMPLES, num_noise), generator=generator)
     ends_R = ends_R * (1 + residual_N[drawn].mean(dim=1))
     low, middle, high = _quantiles(ends_R[:, None], coverage)
     now = sample.at(torch.tensor([last_step - 1])).median().item()
@@ -252,7 +253,7 @@ class _Curve:
     def resample(
         self, fit: _Fit, residual_N: Tensor, num_resamples: int, generator: torch.Generator
     ) -> _Fit:
-        """Curves through points made anew from the fitted ones and blocks of residuals."""
+        """Curves through points made again from the fitted ones and blocks of residuals."""
         num = len(residual_N)
         length = max(1, round(num ** (1 / 3)))
         shape = (num_resamples, math.ceil(num / length))

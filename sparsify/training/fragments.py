@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import CorruptCheckpointError
-from sparsify.files import file_sha256, fsync, write_json
+from sparsify.files import file_sha256, write_json, written_whole
 from sparsify.tensors import tensor_names, write_tensors
 
 FORMAT = "twofour-checkpoint-1"
@@ -82,11 +82,8 @@ def commit(folder: Path, facts: dict[str, FileFacts], state: dict[str, Any]) -> 
     facts = {**facts, STATE: FileFacts.of(folder / STATE)}
     files = {name: asdict(facts[name]) for name in sorted(facts)}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
-    mark = folder / f".{COMMITTED}.tmp"
-    mark.write_bytes(FileFacts.of(folder / MANIFEST).sha256.encode())
-    fsync(mark)
-    mark.replace(folder / COMMITTED)
-    fsync(folder)
+    with written_whole(folder / COMMITTED) as mark:
+        mark.write_bytes(FileFacts.of(folder / MANIFEST).sha256.encode())
 
 
 class Checkpoint:
@@ -139,11 +136,6 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """What `commit` was given as state."""
         return json.loads((self.folder / STATE).read_text("utf-8"))
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all files together."""
-        return sum(facts.bytes for facts in self._files.values())
 
     def fill(self, wanted: Sequence[Fragment]) -> None:
         """Overwrite the values of `wanted`, in place, with those of the checkpoint.

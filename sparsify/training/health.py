@@ -25,9 +25,8 @@ Action = Literal["ok", "skip", "rollback", "stop"]
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
-_LEAST_SPREAD = (
-    0.01  # of the median: a loss that hardly moves is no reason to call a ripple a spike
-)
+# Of the median: a loss that hardly moves is no reason to call a ripple a spike.
+_LEAST_SPREAD = 0.01
 
 _CHECKSUM_PRIME = 0x9E3779B97F4A7C15 | 1  # odd, so that multiplying loses nothing modulo 2^63
 

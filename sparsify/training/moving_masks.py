@@ -14,22 +14,22 @@ from torch.autograd.function import once_differentiable
 
 from sparsify.errors import InputError
 from sparsify.masks.select import keep_mask_from_scores
-from sparsify.masks.storage import PackedMasks, pack_mask, unpack_mask
+from sparsify.masks.storage import BitMasks, mask_from_bits, mask_to_bits
 from sparsify.models.masked import layer_weights
 from sparsify.pattern import Pattern
 
 
 class MovingMasks:
-    """Lets the pruned weights of a model train behind their masks, until `freeze`.
+    """Lets the pruned weights of a model train under their masks, until `freeze`.
 
     While they move, a layer computes with masked weights and its weights, the pruned ones too, get
     the gradient of the masked ones (straight through), plus a decay of the pruned ones:
 
         y = x (W * M)^T,    dW = d(W * M) + decay * W * (1 - M),
 
-    and M keeps the largest |W| of every group, taken anew after `refresh` (Zhou et al. 2021, arXiv
-    2102.04010, equation 7; there M is taken anew in every step). The optimizer sees the sum as the
-    gradient, so AdamW rescales the decay with it. The weights behind the first masks are zero where
+    and M keeps the largest |W| of every group, taken again after `refresh` (Zhou et al. 2021, arXiv
+    2102.04010, equation 7; there M is taken again in every step). The optimizer sees the sum as the
+    gradient, so AdamW rescales the decay with it. The weights under the first masks are zero where
     a pruned model begins, or alive where a dense one does. After `freeze` the gradients of pruned
     weights are zero, as with masks that never moved; zeroing the weights and moments is the
     caller's part.
@@ -46,7 +46,7 @@ class MovingMasks:
     Raises:
         InputError: unknown names, other shapes, a weight shared by two layers, or no nn.Linear.
 
-    Cost: one bit per weight and one unpacked mask and masked weight at a time.
+    Cost: one bit per weight and one bool mask and masked weight at a time.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MovingMasks:
         self._pattern, self._decay = pattern, decay
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._layers: dict[str, nn.Linear] = {}
-        self._packed: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         self._stale: set[str] = set()
         self.add(model, masks)
@@ -71,7 +71,7 @@ class MovingMasks:
             )
         for name, weight in weights.items():
             self._shapes[name] = tuple(weight.shape)
-            self._packed[name] = self._first[name] = pack_mask(masks[name].to(weight.device))
+            self._bits[name] = self._first[name] = mask_to_bits(masks[name].to(weight.device))
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):
                 raise InputError(
@@ -83,7 +83,7 @@ class MovingMasks:
             weight.register_hook(_FrozenGradient(self, name))
 
     def refresh(self) -> None:
-        """Let every layer take its mask anew in its next forward."""
+        """Let every layer take its mask again in its next forward."""
         self._stale = set(self._layers)
 
     def freeze(self) -> None:
@@ -106,33 +106,33 @@ class MovingMasks:
 
     def mask(self, name: str) -> Tensor:
         """The layer's mask as it is now, bool (O, I)."""
-        return unpack_mask(self._packed[name], self._shapes[name])
+        return mask_from_bits(self._bits[name], self._shapes[name])
 
-    def masks(self) -> PackedMasks:
+    def masks(self) -> BitMasks:
         """All masks as they are now, and stay in what is returned."""
-        return PackedMasks(self._packed, self._shapes)
+        return BitMasks(self._bits, self._shapes)
 
     def load(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks of a checkpoint."""
-        for name, packed in PackedMasks.of(masks).packed.items():
-            self._packed[name] = packed.to(self._packed[name].device)
+        for name, bits in BitMasks.of(masks).bits.items():
+            self._bits[name] = bits.to(self._bits[name].device)
 
     def share_moved(self) -> float:
         """Share of the weights kept now that were pruned when this began."""
         moved = kept = 0
-        for name in self._packed:
+        for name in self._bits:
             now = self.mask(name)
-            moved += int((now & ~unpack_mask(self._first[name], self._shapes[name])).sum())
+            moved += int((now & ~mask_from_bits(self._first[name], self._shapes[name])).sum())
             kept += int(now.sum())
         return moved / max(1, kept)
 
-    def packed_for(self, name: str, weight: Tensor) -> Tensor:
-        """The layer's packed mask, taken anew from `weight` if it is due."""
+    def bits_for(self, name: str, weight: Tensor) -> Tensor:
+        """The bits of the layer's mask, taken again from `weight` if it is due."""
         if name in self._stale:
             self._stale.discard(name)
             scores = weight.detach().abs().float()
-            self._packed[name] = pack_mask(keep_mask_from_scores(scores, self._pattern))
-        return self._packed[name]
+            self._bits[name] = mask_to_bits(keep_mask_from_scores(scores, self._pattern))
+        return self._bits[name]
 
     @property
     def decay(self) -> float:
@@ -148,8 +148,8 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self._layer.weight
-        packed = self._moving.packed_for(self._name, weight)
-        y = _MaskedLinear.apply(x, weight, packed, self._moving.decay)
+        bits = self._moving.bits_for(self._name, weight)
+        y = _MaskedLinear.apply(x, weight, bits, self._moving.decay)
         return y if self._layer.bias is None else y + self._layer.bias
 
 
@@ -167,19 +167,19 @@ class _FrozenGradient:
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """x (W * M)^T; keeps W and the packed mask for backward, never the masked copy."""
+    """x (W * M)^T; keeps W and the bits of the mask for backward, never the masked copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, packed: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(x, weight, packed)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bits)
         ctx.decay = decay
-        return nn.functional.linear(x, weight * unpack_mask(packed, weight.shape))
+        return nn.functional.linear(x, weight * mask_from_bits(bits, weight.shape))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, packed = ctx.saved_tensors
-        keep = unpack_mask(packed, weight.shape)
+        x, weight, bits = ctx.saved_tensors
+        keep = mask_from_bits(bits, weight.shape)
         grad_x = grad @ (weight * keep)
         grad_w = grad.flatten(0, -2).t() @ x.flatten(0, -2)
         return grad_x, grad_w.add_(weight.masked_fill(keep, 0), alpha=ctx.decay), None, None

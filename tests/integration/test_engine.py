@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.masks.storage import PackedMasks, load_masks, save_masks
+from sparsify.masks.storage import BitMasks, load_masks, save_masks
 from sparsify.models.masked import infer_masks
 from sparsify.pattern import Pattern
 from tests.integration.recoveries import run
@@ -48,7 +48,7 @@ def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tupl
     )
     world_size = torch.distributed.get_world_size()
     engine = _engine.build_engine(model, settings, world_size, uses_gpu=False)
-    guard = mask_guard.MaskGuard(engine, PackedMasks.of(masks))
+    guard = mask_guard.MaskGuard(engine, BitMasks.of(masks))
     guard.clear()
     return engine, guard
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sparsify.masks.select import count_violations
 from sparsify.masks.storage import load_masks
 from sparsify.models.varlen import VARLEN
 from sparsify.pattern import Pattern
+from tests.conftest import count_violations
 from tests.integration.commands import Command, wait_until
 from tests.integration.recoveries import train_workers
 

@@ -17,11 +17,11 @@ from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
-from sparsify.masks.select import count_violations
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.load import load_model, save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
+from tests.conftest import count_violations
 from tests.integration.recoveries import warm_context
 
 PATTERN = Pattern.parse("2:4")

@@ -15,7 +15,7 @@ from jobs.cli.compose import load_config
 from jobs.workers import teach as _teach
 from sparsify.data.store import Shard, StoreSource
 from sparsify.data.store_write import write_manifest, write_shard
-from sparsify.data.teacher_samples import SampleCache
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.errors import StoppedEarlyError
 from sparsify.models.load import load_tokenizer
 from tests.integration.commands import Command
@@ -62,7 +62,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(killed)
     assert f"files are whole, {NUM_SHARDS} to make" not in done.stderr
-    cache = SampleCache.open(killed)
+    cache = TeacherSamples.open(killed)
     for shard in cache.shards:
         cache.verify_shard(shard)
 

@@ -60,7 +60,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(killed)
     store = TokenStore.open(killed)
-    store.verify()
+    for shard in store.shards:
+        store.verify_shard(shard)
     store.check_tokenizer(load_tokenizer(tiny_model_dir), "tiny")
     rows: TokenRows = store.rows(store.order(seed=0).batch(0, 8))
     assert rows.ids_NT.shape == (8, 32)

@@ -317,21 +317,6 @@ def test_terms_without_weight_cost_no_product(monkeypatch):
     assert count.taken() == {"logits_": 4}
 
 
-def test_frozen_head(monkeypatch):
-    problem, count = make_problem(num_tokens=16), CountingProducts(monkeypatch)
-    expected = computed(problem, LossWeights(), HeadTransform())[2][0]
-    count.taken()
-    problem.bias = None
-    expected = computed(problem, LossWeights(), HeadTransform())[2][0]
-    count.taken()
-    _, _, (of_hidden, of_weight) = computed(
-        problem, LossWeights(), HeadTransform(), weight_needs_grad=False
-    )
-    assert of_weight is None
-    assert torch.equal(of_hidden, expected)
-    assert "add_weight_grad_" not in count.taken()
-
-
 def test_cross_entropy_is_left_out_where_it_costs_a_softmax(monkeypatch):
     problem, weights = make_problem(), LossWeights(temperature=2.0)
     called = []

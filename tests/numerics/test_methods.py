@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.masks.select import keep_mask_from_scores
 from sparsify.methods import Method, Problem, PruneParams, available_methods, get_method
 from sparsify.methods._refit import damped_hessian, objective
 from sparsify.methods._target import teacher_target
 from sparsify.methods.admm import search
 from sparsify.methods.group_descent import descend
 from sparsify.pattern import Pattern
+from tests.conftest import count_violations
 
 METHODS = list(available_methods().values())
 PATTERNS = ["2:4", "4:8", "1:2", "1:4", "unstructured:0.5", "unstructured:0.3"]

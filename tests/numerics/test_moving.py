@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from sparsify.errors import InputError
-from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.masks.select import keep_mask_from_scores
 from sparsify.pattern import Pattern
 from sparsify.training.moving_masks import MovingMasks
+from tests.conftest import count_violations
 
 PATTERN = Pattern.parse("2:4")
 

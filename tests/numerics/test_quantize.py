@@ -16,11 +16,12 @@ from torch import Tensor
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.pattern import Pattern
+from sparsify.quantization import QuantParams, dequantize, quantize_model, quantize_weight
 from sparsify.quantization.gptq import search_scales
-from sparsify.quantization.quantize import QuantParams, dequantize, quantize_model, quantize_weight
+from tests.conftest import count_violations
 
 PATTERNS = ["2:4", "1:4", "unstructured:0.5", "dense"]
 

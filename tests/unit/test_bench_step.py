@@ -18,7 +18,7 @@ from jobs.benchmarks.sides.step import PHASES
 from jobs.benchmarks.support import stopwatch
 from jobs.training import mask_guard, optimizer, zero_state
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.masks.storage import PackedMasks, pack_mask
+from sparsify.masks.storage import BitMasks, mask_to_bits
 from sparsify.models.masked import apply_masks_, mask_gradients
 from sparsify.models.varlen import VARLEN
 
@@ -195,7 +195,7 @@ def test_plain_engine_holds_the_zeros_and_the_guard_sees_every_copy(precision):
     apply_masks_(wrapped, masks)
     mask_gradients(wrapped, masks)
     engine = PlainEngine(wrapped, config, uses_gpu=False)
-    guard = mask_guard.MaskGuard(engine, PackedMasks.of(masks))
+    guard = mask_guard.MaskGuard(engine, BitMasks.of(masks))
     before = [values.clone() for _, _, values, _ in guard._copies()]
     for number in range(4):
         part = torch.randn(2, 8, generator=torch.Generator().manual_seed(number))
@@ -222,7 +222,7 @@ def test_plain_engine_holds_the_zeros_and_the_guard_sees_every_copy(precision):
 def test_bits_of_a_slice_are_those_of_the_mask():
     """Slices of ranks begin anywhere, and the last ones may lie in ZeRO's padding."""
     mask = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.5
-    packed = pack_mask(mask)
+    packed = mask_to_bits(mask)
     for start in range(60):
         for numel in (0, 1, 7, 20):
             stop = min(start + numel, mask.numel())

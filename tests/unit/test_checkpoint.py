@@ -207,7 +207,6 @@ def test_any_cut_reads_what_any_other_wrote(tmp_path: Path, writers: int, reader
         wanted = [Fragment(copy, name, b, torch.full((e - b,), -9.0)) for b, e in ranges]
         checkpoint.fill(wanted)
         assert torch.equal(torch.cat([one.values for one in wanted]), whole[copy, name])
-    assert checkpoint.num_bytes > sum(4 * t.numel() for t in whole.values())
     for wrong in (Fragment("weights", "a", 30, torch.zeros(8)),
                   Fragment("exp_avg_sq", "a", 0, torch.zeros(1))):  # fmt: skip
         with pytest.raises(CorruptCheckpointError, match="another model"):

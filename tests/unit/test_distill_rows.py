@@ -20,8 +20,8 @@ from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
 from sparsify.data.teacher_samples import (
     Sample,
-    SampleCache,
     SampleFacts,
+    TeacherSamples,
     write_sample_manifest,
     write_samples,
 )
@@ -90,7 +90,7 @@ def test_samples_are_those_of_the_rows_and_the_teacher_costs_nothing(
     samples = (Sample(row[:, None], one, entropy, 1.0) for row in ids_NT)
     shard = write_samples(tmp_path / "samples", samples, 24, facts)
     write_sample_manifest(tmp_path, facts, [shard])
-    cache = SampleCache.open(tmp_path)
+    cache = TeacherSamples.open(tmp_path)
     settings = DistillConfig(num_tokens=384, batch_size=8, micro_batch_size=2)
     flops = count_flops(load_model(tiny_model_dir))
     for rank in range(world_size):

@@ -62,7 +62,7 @@ def test_matches_a_slow_float64_loop(tiny_model, other_model, kind, request):
 
 def test_chunks_of_a_long_row_add_up(tiny_model, other_model, packed_rows, monkeypatch):
     whole = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
-    monkeypatch.setattr("sparsify.evaluation.perplexity._CHUNK_TOKENS", 7)
+    monkeypatch.setattr("sparsify.evaluation.perplexity.CHUNK_TOKENS", 7)
     parts = evaluate_rows(tiny_model, packed_rows, batch_size=3, dense=other_model)
     assert parts.num_tokens == whole.num_tokens
     assert parts.nll_sum == pytest.approx(whole.nll_sum, rel=1e-7)
@@ -100,16 +100,9 @@ def test_uniform_logits_give_the_vocabulary_size(tiny_model, tiny_rows):
     assert evaluate_rows(tiny_model, tiny_rows, 4).perplexity == pytest.approx(vocabulary, rel=1e-6)
 
 
-def test_mode_is_restored_and_progress_reported(tiny_model, tiny_rows):
+def test_mode_is_restored(tiny_model, tiny_rows):
     tiny_model.train()
-    seen = []
-    evaluate_rows(
-        tiny_model,
-        tiny_rows,
-        5,
-        on_batch=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(5, 12), (10, 12), (12, 12)]
+    evaluate_rows(tiny_model, tiny_rows, 5)
     assert tiny_model.training
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsify.errors import InputError
 from sparsify.masks.select import keep_mask_from_scores
-from sparsify.masks.storage import load_masks, mask_digest, pack_mask, save_masks, unpack_mask
+from sparsify.masks.storage import load_masks, mask_digest, mask_from_bits, mask_to_bits, save_masks
 from sparsify.models.masked import (
     apply_masks_,
     has_alive,
@@ -34,21 +34,21 @@ def test_bit_order_is_pinned():
     """A file written today must mean the same tomorrow."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 0] = mask[0, 3] = mask[1, 4] = True  # elements 0, 3 and 9
-    assert pack_mask(mask).tolist() == [0b0000_1001, 0b0000_0010]
+    assert mask_to_bits(mask).tolist() == [0b0000_1001, 0b0000_0010]
 
 
 @settings(max_examples=50, deadline=None)
 @given(rows=st.integers(0, 9), columns=st.integers(1, 37), seed=st.integers(0, 2**31))
 def test_pack_round_trip(rows, columns, seed):
     mask = random_mask(rows, columns, seed=seed)
-    packed = pack_mask(mask)
+    packed = mask_to_bits(mask)
     assert packed.numel() == -(-rows * columns // 8)
-    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+    assert torch.equal(mask_from_bits(packed, mask.shape), mask)
 
 
 def test_unpack_refuses_a_wrong_size():
     with pytest.raises(InputError, match="needs 3 bytes"):
-        unpack_mask(pack_mask(random_mask(4, 4)), (4, 5))
+        mask_from_bits(mask_to_bits(random_mask(4, 4)), (4, 5))
 
 
 def test_digest_depends_on_bits_and_shape():
@@ -57,7 +57,7 @@ def test_digest_depends_on_bits_and_shape():
     other[3, 7] ^= True
     assert mask_digest(mask) == mask_digest(mask.clone())
     assert len({mask_digest(m) for m in (mask, other, mask.view(8, 4), mask.T)}) == 4
-    expected = hashlib.sha256(b"(4, 8)" + bytes(pack_mask(mask).tolist())).hexdigest()
+    expected = hashlib.sha256(b"(4, 8)" + bytes(mask_to_bits(mask).tolist())).hexdigest()
     assert mask_digest(mask) == expected
 
 

@@ -161,15 +161,11 @@ def test_shares_are_exact_in_every_block_and_even_inside(weights: list[float]) -
     assert not torch.equal(sources[0], sources[1])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_a_global_batch_is_the_same_at_any_world_size(world_size: int) -> None:
+def test_a_batch_is_the_rows_of_its_slots() -> None:
     order = TrainingOrder([300, 200], [0.5, 0.5], seed=11)
     for step in (0, 1, 83, 1000):  # 83: a batch over the border of two blocks
-        alone = order.batch(step, 12).tolist()
-        assert alone == order.rows(range(12 * step, 12 * step + 12)).tolist()
-        parts = [order.batch(step, 12, rank, world_size).tolist() for rank in range(world_size)]
-        joined = [row for rows in zip(*parts, strict=True) for row in rows]
-        assert joined == alone
+        found = order.batch(step, 12).tolist()
+        assert found == [int(order.rows([slot])) for slot in range(12 * step, 12 * step + 12)]
 
 
 def test_slots_can_be_asked_for_in_any_order_and_by_anybody() -> None:
@@ -217,9 +213,7 @@ def test_wrong_sources_are_refused(arguments: tuple, part: str) -> None:
         TrainingOrder(*arguments)
 
 
-def test_wrong_slots_and_batches_are_refused() -> None:
+def test_wrong_slots_are_refused() -> None:
     order = TrainingOrder([10])
     with pytest.raises(InputError, match="slot -1"):
         order.rows([3, -1])
-    with pytest.raises(InputError, match="multiple of 3"):
-        order.batch(0, 8, 0, 3)

@@ -18,7 +18,7 @@ from sparsify.formats.packed24 import FORMAT, load_packed, pack_model, packed_nu
 from sparsify.masks.bits import num_bytes, pack_bits, unpack_bits
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.pattern import Pattern
-from sparsify.quantization.quantize import Quantized, QuantParams, quantize_weight
+from sparsify.quantization import Quantized, QuantParams, quantize_weight
 
 PATTERNS = ["2:4", "4:8", "1:4", "1:3", "3:16", "unstructured:0.5", "unstructured:0.37"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

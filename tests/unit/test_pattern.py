@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks.select import (
-    count_violations,
     find_violation,
     keep_mask_from_scores,
     require_pattern,
 )
 from sparsify.pattern import Pattern, check_divides
+from tests.conftest import count_violations
 
 TWO_FOUR = Pattern(2, 4, 0.5)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsify.data.store_write import is_whole
+from sparsify.data.shards import is_whole
 from sparsify.data.teacher_samples import (
     Sample,
-    SampleCache,
     SampleFacts,
+    TeacherSamples,
     sample_name,
     write_sample_manifest,
     write_samples,
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_rows_come_back_by_number_in_the_order_asked_for(folder: Path) -> None:
-    cache = SampleCache.open(folder)
+    cache = TeacherSamples.open(folder)
     assert len(cache) == sum(NUM_ROWS)
     assert cache.facts == FACTS
     for one in (cache, pickle.loads(pickle.dumps(cache))):
@@ -62,8 +62,13 @@ def test_rows_come_back_by_number_in_the_order_asked_for(folder: Path) -> None:
         assert found.temperature == 2.0
 
 
+def test_rows_that_are_not_there_are_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher cache .*: row 7; it has 7 rows"):
+        TeacherSamples.open(folder).rows([0, 7])
+
+
 def test_files_are_safetensors_of_so_many_bytes_per_token(folder: Path) -> None:
-    cache = SampleCache.open(folder)
+    cache = TeacherSamples.open(folder)
     path = folder / cache.shards[0].file
     tensors = load_file(path)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
@@ -79,18 +84,18 @@ def test_files_are_safetensors_of_so_many_bytes_per_token(folder: Path) -> None:
 
 
 def test_the_digest_is_of_everything_that_was_drawn(folder: Path) -> None:
-    shards = SampleCache.open(folder).shards
-    digests = {SampleCache.open(folder).digest}
+    shards = TeacherSamples.open(folder).shards
+    digests = {TeacherSamples.open(folder).digest}
     for facts in (replace(FACTS, seed=8), replace(FACTS, store_digest="e" * 64)):
         write_sample_manifest(folder, facts, shards)
-        digests.add(SampleCache.open(folder).digest)
+        digests.add(TeacherSamples.open(folder).digest)
     write_sample_manifest(folder, FACTS, [*shards[:2], replace(shards[2], sha256="0" * 64)])
-    digests.add(SampleCache.open(folder).digest)
+    digests.add(TeacherSamples.open(folder).digest)
     assert len(digests) == 4
 
 
 def test_damage_is_named(folder: Path) -> None:
-    cache = SampleCache.open(folder)
+    cache = TeacherSamples.open(folder)
     shard = cache.shards[2]
     path, whole = folder / shard.file, (folder / shard.file).read_bytes()
 
@@ -100,10 +105,10 @@ def test_damage_is_named(folder: Path) -> None:
             path.write_bytes(data)
         assert not is_whole(folder, shard)
         with pytest.raises(InputError) as error:
-            SampleCache.open(folder)
+            TeacherSamples.open(folder)
         text = message(error)
         assert text.startswith(f"{path}: ")
-        assert text.endswith("jobs.teach again, which makes damaged files anew")
+        assert text.endswith("jobs.teach again, which replaces damaged files")
         path.write_bytes(whole)
         return text
 
@@ -116,7 +121,7 @@ def test_damage_is_named(folder: Path) -> None:
     changed[-20] ^= 1  # seen by the hash alone
     path.write_bytes(changed)
     with pytest.raises(InputError, match="SHA-256 changed"):
-        SampleCache.open(folder).verify_shard(shard)
+        TeacherSamples.open(folder).verify_shard(shard)
 
 
 def test_a_manifest_that_is_none_is_refused(folder: Path) -> None:
@@ -133,7 +138,7 @@ def test_a_manifest_that_is_none_is_refused(folder: Path) -> None:
         if text is not None:
             path.write_text(text)
         with pytest.raises(InputError, match=words) as error:
-            SampleCache.open(folder)
+            TeacherSamples.open(folder)
         assert message(error)
     with pytest.raises(InputError, match="there is no such folder; make one with"):
-        SampleCache.open(folder / "none")
+        TeacherSamples.open(folder / "none")

@@ -27,7 +27,7 @@ from jobs.workers import teach as _teach
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.data.teacher_samples import SampleCache
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.distillation.head_loss import Teacher
 from sparsify.errors import InputError
 from sparsify.models.lm_head import check_head
@@ -91,7 +91,7 @@ def test_samples_are_of_the_teachers_predictions_at_the_same_rows(job, tmp_path,
     many = with_teach(job, num_samples=5_000, temperature=0.1, flatness=1.3)
     many = replace(many, data=replace(job.data, isolate_documents=isolates))
     write(many, tmp_path / "cache")
-    cache, store = SampleCache.open(tmp_path / "cache"), TokenStore.open(job.data.train)
+    cache, store = TeacherSamples.open(tmp_path / "cache"), TokenStore.open(job.data.train)
     assert len(cache) == len(store) == 18
     assert (cache.facts.isolate_documents, cache.facts.temperature) == (isolates, 0.1)
     model = load_model(job.model.path)
@@ -120,13 +120,13 @@ def test_a_row_is_drawn_by_its_number_whatever_shares_its_forward(job, tmp_path)
     for size in (1, 4, 32):
         write(with_teach(job, batch_size=size), tmp_path / f"cache-{size}")
     one, four, all_ = (
-        SampleCache.open(tmp_path / f"cache-{n}").rows(range(18)) for n in (1, 4, 32)
+        TeacherSamples.open(tmp_path / f"cache-{n}").rows(range(18)) for n in (1, 4, 32)
     )
     for other in (four, all_):
         # Rounding may move a draw that lies on an edge; measured: none of 2,304.
         assert (one.ids_NK == other.ids_NK).float().mean() > 0.999
     write(with_teach(job, seed=1), tmp_path / "other")
-    other = SampleCache.open(tmp_path / "other").rows(range(18))
+    other = TeacherSamples.open(tmp_path / "other").rows(range(18))
     assert (one.ids_NK == other.ids_NK).float().mean() < 0.1
     rows = one.ids_NK.view(18, -1)
     assert len(rows.unique(dim=0)) == 18
@@ -135,7 +135,7 @@ def test_a_row_is_drawn_by_its_number_whatever_shares_its_forward(job, tmp_path)
 def test_half_the_memory_and_what_the_plan_says(job, tmp_path) -> None:
     half = replace(job, model=replace(job.model, dtype="bfloat16"))
     lines = write(half, tmp_path / "cache")
-    cache = SampleCache.open(tmp_path / "cache")
+    cache = TeacherSamples.open(tmp_path / "cache")
     assert cache.facts.dtype == "bfloat16"
     size = "size: 68 bytes for each of 288 tokens, 1.96e-05 GB"
     assert size in lines
@@ -271,7 +271,7 @@ def test_a_recovery_takes_no_cache_of_something_else(job, tmp_path, tiny_model_d
     for text in (refused(with_distill(temperature=1.0)), refused(good, other)):
         assert text.startswith(f"distill.teacher_cache={folder}: ")
 
-    cache = SampleCache.open(folder)
+    cache = TeacherSamples.open(folder)
     check_words(cache, load_model(tiny_model_dir))
     with pytest.raises(InputError, match="must share the vocabulary"):
         check_words(cache, load_model("embedded"))
@@ -298,7 +298,7 @@ def test_draws_do_not_need_the_whole_model(job, tmp_path) -> None:
         ).last_hidden_state
     generator = torch.Generator().manual_seed(key_of("teach", 0, 7))
     again = draw(Teacher(hidden[0], found.plain()), NUM_SAMPLES, generator)
-    sample = SampleCache.open(tmp_path / "cache").rows([7])
+    sample = TeacherSamples.open(tmp_path / "cache").rows([7])
     assert (again.ids_NK == sample.ids_NK).float().mean() > 0.99
 
 

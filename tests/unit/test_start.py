@@ -15,13 +15,14 @@ from jobs.training.engine import Partitioner
 from jobs.training.student import load_student
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
-from sparsify.masks.select import count_violations, keep_mask_from_scores
+from sparsify.masks.select import keep_mask_from_scores
 from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_model, load_pair, save_model
 from sparsify.models.masked import apply_masks_, infer_masks, num_alive
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation
+from tests.conftest import count_violations
 from tests.integration.recoveries import Worker
 
 PATTERN = Pattern.parse("2:4")

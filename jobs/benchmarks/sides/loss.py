@@ -28,7 +28,8 @@ def build(
     """
     import torch
 
-    from sparsify.distillation.head_loss import HeadProducts, Teacher, chunks, head_loss
+    from sparsify.data.rows import chunks
+    from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
     from sparsify.distillation.schedule import LossWeights, TokenCounts
     from sparsify.models.lm_head import Head
 

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sparsify.files import written_whole
+
 SCHEMA = 1
 
 _PACKAGES = ("torch", "transformers", "safetensors", "ray", "deepspeed")
@@ -114,9 +116,8 @@ def build_record(benchmark: str, command: str, outcome: Outcome, begun_s: float)
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Write the record so that the file is the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def default_name(record: dict[str, Any]) -> str:

@@ -1,0 +1,46 @@
+"""Files and folders are whole or absent, and an error's message is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsify.errors import first_line
+from sparsify.files import write_json, written_whole
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"NaN|Out of range|nan"):
+        write_json(path, {"a": float("nan")})
+    assert path.read_bytes() == before
+    write_json(path, [2])
+    assert path.read_text() == "[\n  2\n]\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for is_whole in (False, True):
+        try:
+            with written_whole(path) as temporary:
+                temporary.mkdir()  # also where a failed attempt left one
+                (temporary / "file").write_text("text")
+                assert not path.exists()
+                if not is_whole:
+                    raise OSError("full")
+        except OSError:
+            assert not path.exists()
+    assert (path / "file").read_text() == "text"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("  one\ntwo"), "one"), (KeyError(), "KeyError"), (OSError("\n\nx"), "x")],
+)
+def test_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line
