@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -159,6 +160,26 @@ def test_options_are_found_in_the_text() -> None:
 def test_mentioned_option_exists(where: Page, key: str) -> None:
     keys = {str(field.name) for field in fields(Forecast)} | {"goodput", "heldout"}
     assert key in OPTIONS or (key.startswith("recovery.") and key.split(".")[1] in keys)
+
+
+PYTHON = by_page(lambda one: re.findall(r"(?ms)^```python\n(.*?)^```$", one.text))
+
+
+@pytest.mark.parametrize(("where", "code"), PYTHON)
+def test_python_imports_what_there_is(where: Page, code: str) -> None:
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+def test_pruning_without_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = [c for one in PAGES for c in re.findall(r"(?ms)^```python\n(.*?)^```$", one.text)
+               if "prune_model" in c]  # fmt: skip
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert len(names["masks"]) == 28
 
 
 # --- files
