@@ -1,7 +1,7 @@
 """What a run can be told: every option with its type, unit and rules.
 
-The dataclasses own names, types and rules; the YAML files beside this one own the values a job
-starts from (a test holds both to the same defaults). The string under a field is its help text.
+The dataclasses own names, types, rules and defaults; the YAML files beside this one hold what a
+command, a cluster or a recipe sets otherwise. The string under a field is its help text.
 Nothing here reads files of the run, the environment or the clock, and nothing imports Hydra, Ray
 or torch. Nobody changes a config after it was made: use `dataclasses.replace`.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.spec import ClusterSpec
 from conf import checks as rules
-from conf.checks import as_list, close_match, no_duplicates
-from conf.options import distill as distill_module
 from conf.options.data import DataConfig
-from conf.options.distill import DistillConfig
+from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
 from conf.options.model import ModelConfig
@@ -26,10 +24,7 @@ from conf.options.quantize import QuantizeConfig
 from conf.options.run import STAGES, RunConfig
 from conf.options.tracker import TrackerConfig
 from sparsify.errors import InputError
-
-if TYPE_CHECKING:
-    from cluster.spec import ClusterSpec
-    from conf.options.distill import DistillConfig
+from sparsify.params import as_list, close_match, no_duplicates
 
 
 def stages_in_order(stages: Sequence[str], known: Sequence[str]) -> None:
@@ -101,7 +96,7 @@ class Config:
                 "itself; leave model.teacher out"
             )
         if "distill" in self.stages:
-            distill_module.batch_fits_workers(self.distill, self.cluster.num_workers)
+            batch_fits_workers(self.distill, self.cluster.num_workers)
             rules.one_step("distill.num_tokens", self.distill.num_tokens,
                            self.distill.batch_size, self.data.sequence_length)  # fmt: skip
         if {"evaluate", "quantize"}.intersection(self.stages):
@@ -114,13 +109,18 @@ def written_name(field_name: str) -> str:
     return next((name for name, alias in ALIASES.items() if alias == field_name), field_name)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """`config` as plain nested values under the names people write; fit for JSON and YAML."""
+def to_dict(config: Any, deciding: bool = False) -> dict[str, Any]:
+    """`config` as plain nested values under the names people write; fit for JSON and YAML.
+
+    `deciding` leaves out what decides memory and speed alone, and a result by rounding at most.
+    """
     plain: dict[str, Any] = {}
     for item in fields(config):
+        if deciding and item.metadata.get("speed_only"):
+            continue
         value = getattr(config, item.name)
         if is_dataclass(value):
-            value = to_dict(value)
+            value = to_dict(value, deciding)
         plain[written_name(item.name)] = list(value) if isinstance(value, list) else value
     return plain
 

@@ -1,7 +1,13 @@
-"""Write the model of run.from as folders to load, serve and share."""
+"""Write the model of run.from as files to deploy."""
 
 from jobs.cli.main import main
 from jobs.pipeline import command
 
+COMMAND = command(
+    "export", __doc__,
+    ("run.from=runs/first export.dtype=bfloat16",),
+    ("run", "model", "prune.pattern", "prune.skip", "export", "tracker", "cluster"),
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(command("export"))
+    main(COMMAND)

@@ -36,9 +36,14 @@ PIPELINE: tuple[Stage, ...] = (
 )  # fmt: skip
 
 
-def command(name: str) -> Command:
+def command(
+    name: str, summary: str, examples: tuple[str, ...], uses: tuple[str, ...] = ()
+) -> Command:
     """The command that runs this pipeline, or one stage of it, as conf/<name>.yaml says."""
-    return Command(name, run=lambda config: run_pipeline(config, name), plan=describe_plan)
+    return Command(
+        name, Config, lambda config: run_pipeline(config, name), lambda c: describe_plan(c),
+        summary, examples, uses, needs="run.from=PATH" if uses else "",
+    )  # fmt: skip
 
 
 def run_pipeline(config: Config, job: str) -> Path:

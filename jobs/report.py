@@ -1,8 +1,13 @@
-"""The report is the last stage of the pipeline: this says how to make it again."""
+"""Make the page, the summary and the table of run.from again."""
 
-import sys
+from jobs.cli.main import main
+from jobs.pipeline import command
+
+COMMAND = command(
+    "report", __doc__,
+    ("run.from=runs/first",),
+    ("run", "tracker", "cluster"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    hint = "python -m jobs.prune 'stages=[report]' run.from=RUN run.dir=RUN"
-    print(f"error: report is a stage of the pipeline; run {hint}", file=sys.stderr)
-    sys.exit(2)
+    main(COMMAND)

@@ -2,20 +2,18 @@
 
 `python -m jobs.teach model.path=MODEL data.train=TOKENS teach.out=FOLDER` writes FOLDER, which
 `distill.teacher_cache=FOLDER` of `jobs.distill` then reads in place of the teacher. Interrupted,
-the same command goes on at the files that are not finished.
+the same command resumes at the files that are not finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from conf.options.teach import TeachJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main
-
-if TYPE_CHECKING:
-    from conf.options.teach import TeachJobConfig
 
 
 def run(config: TeachJobConfig) -> Path:
@@ -55,5 +53,17 @@ def describe_plan(config: TeachJobConfig) -> list[str]:
     return teach.describe_plan(config)
 
 
+COMMAND = Command(
+    "teach", TeachJobConfig, run, describe_plan,
+    summary="Sample a dense model's predictions of a token store, once for many recoveries.",
+    examples=(
+        "teach.out=runs/teacher model.path=/models/8b data.train=/data/tokens",
+        "data.train=/data/tokens teach.num_samples=64 --dry-run",
+    ),
+    uses=("model.path", "model.dtype", "data.train", "data.isolate_documents", "teach", "cluster"),
+    needs="data.train=PATH",
+    out="teach.out",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(Command("teach", run, describe_plan))
+    main(COMMAND)

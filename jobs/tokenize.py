@@ -1,7 +1,7 @@
 """Turn training text into a store of token rows: once, in parallel, for many recoveries.
 
 `python -m jobs.tokenize model.path=MODEL data.train=TEXT tokenize.out=FOLDER` writes FOLDER, which
-`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command goes on at the
+`data.train=FOLDER` of `jobs.distill` then reads. Interrupted, the same command resumes at the
 shards that are not finished.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from conf.options.tokenize import TokenizeJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main
-
-if TYPE_CHECKING:
-    from conf.options.tokenize import TokenizeJobConfig
 
 
 def run(config: TokenizeJobConfig) -> Path:
@@ -62,5 +60,21 @@ def describe_plan(config: TokenizeJobConfig) -> list[str]:
     ]
 
 
+COMMAND = Command(
+    "tokenize", TokenizeJobConfig, run, describe_plan,
+    summary="Turn training text into a store of token rows, once for many recoveries.",
+    examples=(
+        "tokenize.out=runs/tokens model.path=/models/8b data.train=/data/text",
+        "tokenize.out=mix 'data.mix=[7 a.jsonl,3 b.parquet]'",
+        "data.train=/data/text --dry-run",
+    ),
+    uses=(
+        "model.path", "data.train", "data.mix", "data.calibration", "data.heldout",
+        "data.text_field", "data.separator", "data.heldout_share", "data.sequence_length",
+        "tokenize", "cluster",
+    ),
+    out="tokenize.out",
+)  # fmt: skip
+
 if __name__ == "__main__":
-    main(Command("tokenize", run, describe_plan))
+    main(COMMAND)

@@ -1,1 +1,1 @@
-"""One file for each group of options; an option's default, range and help stand at its field."""
+"""One file for each group of options; an option's default, range and help are at its field."""

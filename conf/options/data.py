@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from conf import checks as rules
-from conf.checks import as_list
 from sparsify.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from sparsify.params import as_list, check_options, option
 
 
 def parse_mix(field: str, entries: Sequence[str]) -> list[tuple[float, str]]:
@@ -44,7 +39,7 @@ class DataConfig:
 
     calibration: str = "stdlib"
     """calibration source: stdlib, packages, code, a text or JSONL file, a folder, or a dataset"""
-    mix: list[str] = field(default_factory=list)
+    mix: list[str] = option([])
     """sources with their weights, such as [0.7 stdlib,0.3 a.txt], instead of data.calibration"""
     train: str | None = None
     """source of recovery text; null = the calibration source or mix"""
@@ -52,22 +47,17 @@ class DataConfig:
     """source of evaluation text; null = the held-out part of data.calibration"""
     text_field: str = "text"
     """field of a JSONL line or dataset row that holds the text"""
-    separator: str = "<|endoftext|>"
+    separator: str = option("<|endoftext|>", blank=True)
     """text between two documents of a plain text file"""
-    heldout_share: float = 0.05
+    heldout_share: float = option(0.05, above=0, high=0.5)
     """share of the documents held out from calibration and training; over 0, at most 0.5"""
-    sequence_length: int = 256
+    sequence_length: int = option(256, low=8)
     """tokens per row, in every stage; at least 8"""
     isolate_documents: bool = True
     """documents joined into one row do not attend to each other; positions restart"""
 
     def __post_init__(self) -> None:
+        check_options(self, "data")
         parse_mix("data.mix", self.mix)
-        for name in ("calibration", "text_field"):
-            rules.not_blank(f"data.{name}", getattr(self, name))
-        rules.not_blank("data.train", self.train, optional=True)
-        rules.not_blank("data.heldout", self.heldout, optional=True)
         if not self.separator:
             raise InputError("data.separator: is empty; give the text between two documents")
-        rules.in_range("data.heldout_share", self.heldout_share, above=0, high=0.5)
-        rules.in_range("data.sequence_length", self.sequence_length, low=8)

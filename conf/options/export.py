@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf import checks as rules
+from conf.checks import DTYPES
+from sparsify.params import check_options, option
 
 
 @dataclass
 class ExportConfig:
     """The files to deploy."""
 
-    dtype: str | None = None
+    dtype: str | None = option(None, one_of=DTYPES)
     """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None:
-            rules.one_of("export.dtype", self.dtype, rules.DTYPES)
+        check_options(self, "export")

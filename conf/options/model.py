@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf import checks as rules
+from conf.checks import DTYPES
+from sparsify.params import check_options, option
 
 
 @dataclass
@@ -15,10 +16,8 @@ class ModelConfig:
     """model folder in Hugging Face layout (safetensors), or 'embedded' for the packaged one"""
     teacher: str | None = None
     """dense model to learn from and compare with; null = model.path, or what run.from came from"""
-    dtype: str = "float32"
+    dtype: str = option("float32", one_of=DTYPES)
     """type the weights are held in: float32, bfloat16 or float16"""
 
     def __post_init__(self) -> None:
-        rules.not_blank("model.path", self.path)
-        rules.not_blank("model.teacher", self.teacher, optional=True)
-        rules.one_of("model.dtype", self.dtype, rules.DTYPES)
+        check_options(self, "model")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from conf import checks as rules
-from conf.checks import nearest_multiples
+from conf.checks import nearest_multiples, one_step
 from sparsify.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from sparsify.params import PretrainParams, option
 
 
 def heads_fit(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
@@ -29,63 +25,39 @@ def heads_fit(hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(PretrainParams):
     """Train the small embedded model from scratch (job pretrain, one process)."""
 
     out: str = "sparsify/embedded"
     """model folder to write"""
     data: str = "code"
     """code (standard library and packages), or a source as in data.calibration of jobs.prune"""
-    vocab_size: int = 1024
+    vocab_size: int = option(1024, low=257)
     """tokens of the byte-level vocabulary; at least 257"""
-    hidden_size: int = 128
+    hidden_size: int = option(128, low=1)
     """width of the model"""
-    intermediate_size: int = 256
+    intermediate_size: int = option(256, low=1)
     """width of the feed-forward part"""
-    num_layers: int = 4
+    num_layers: int = option(4, low=1)
     """decoder blocks"""
-    num_heads: int = 4
+    num_heads: int = option(4, low=1)
     """attention heads; divides hidden_size into heads of even width"""
-    num_kv_heads: int = 2
+    num_kv_heads: int = option(2, low=1)
     """key and value heads; divides num_heads"""
-    sequence_length: int = 256
+    sequence_length: int = option(256, low=8)
     """tokens per row, and the model's longest context; at least 8"""
-    num_tokens: int = 44_040_192
+    num_tokens: int = option(44_040_192, low=1)
     """tokens to train on"""
-    stdlib_repeats: int = 3
+    stdlib_repeats: int = option(3, low=1)
     """times the standard library is used for each use of the installed packages (data=code)"""
-    batch_size: int = 32
-    """rows per step"""
-    learning_rate: float = 3e-3
-    """peak learning rate, after warm-up"""
-    num_warmup_steps: int = 100
-    """steps of linear warm-up"""
-    weight_decay: float = 0.1
-    """decoupled weight decay of matrices"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-    bf16: bool = True
-    """forward and backward in bfloat16, weights in float32"""
-    device: str = "cpu"
+    device: str = option("cpu", one_of=("cpu", "cuda"))
     """cpu or cuda"""
-    seed: int = 0
+    seed: int = option(0, low=0, high=2**63 - 1)
     """initial weights and order of the rows"""
-    num_threads: int = 2
+    num_threads: int = option(2, low=1)
     """CPU threads"""
 
     def __post_init__(self) -> None:
-        rules.not_blank("out", self.out)
-        rules.not_blank("data", self.data)
-        rules.one_of("device", self.device, ("cpu", "cuda"))
-        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "num_tokens", "stdlib_repeats", "batch_size", "num_threads"):
-            rules.in_range(name, getattr(self, name), low=1)
-        rules.in_range("vocab_size", self.vocab_size, low=257)
-        rules.in_range("sequence_length", self.sequence_length, low=8)
-        rules.in_range("seed", self.seed, low=0, high=2**63 - 1)
-        for name in ("learning_rate", "max_grad_norm"):
-            rules.in_range(name, getattr(self, name), above=0)
-        for name in ("weight_decay", "num_warmup_steps"):
-            rules.in_range(name, getattr(self, name), low=0)
-        rules.one_step("num_tokens", self.num_tokens, self.batch_size, self.sequence_length)
+        super().__post_init__()
+        one_step("num_tokens", self.num_tokens, self.batch_size, self.sequence_length)
         heads_fit(self.hidden_size, self.num_heads, self.num_kv_heads)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from conf import checks as rules
 from sparsify.errors import InputError
+from sparsify.params import as_list, check_options, option
 
 STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
 """Every stage, in the only order in which stages run."""
@@ -19,19 +19,14 @@ class RunConfig:
     """run folder; null = runs/<model name>-<pattern>-<method>"""
     from_: str | None = None
     """what to start from: an earlier run, one of its stage folders, or a model folder"""
-    seed: int = 0
+    seed: int = option(0, low=0, high=2**63 - 1)
     """orders calibration and training rows; same seed, same result"""
-    redo: list[str] = field(default_factory=list)
+    redo: list[str] = option([], one_of=(*STAGES, "all"))
     """stages to run again though their results could be reused, or [all]"""
 
     def __post_init__(self) -> None:
-        rules.in_range("run.seed", self.seed, low=0, high=2**63 - 1)
-        rules.not_blank("run.dir", self.dir, optional=True)
-        rules.not_blank("run.from", self.from_, optional=True)
-        rules.no_duplicates("run.redo", self.redo)
-        for name in self.redo:
-            rules.one_of("run.redo", name, (*STAGES, "all"))
+        check_options(self, "run")
         if "all" in self.redo and len(self.redo) > 1:
             raise InputError(
-                f"run.redo={rules.as_list(self.redo)}: 'all' stands alone; use run.redo=[all]"
+                f"run.redo={as_list(self.redo)}: 'all' is given alone; use run.redo=[all]"
             )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cluster.spec import ClusterSpec
-from conf import checks as rules
 from conf.options.data import DataConfig
 from conf.options.model import ModelConfig
+from sparsify.params import check_options, option
 
 
 @dataclass
@@ -16,13 +16,12 @@ class TokenizeConfig:
 
     out: str = "runs/tokens"
     """folder of the store"""
-    shard_bytes: int = 128_000_000
+    shard_bytes: int = option(128_000_000, low=1)
     """text per shard in bytes, about: the piece that one task does at a time, and loses when it is
     killed; it needs some ten times as much memory"""
 
     def __post_init__(self) -> None:
-        rules.not_blank("tokenize.out", self.out)
-        rules.in_range("tokenize.shard_bytes", self.shard_bytes, low=1)
+        check_options(self, "tokenize")
 
 
 @dataclass

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf import checks as rules
 from sparsify.errors import InputError
+from sparsify.params import check_options, option
 
 
 @dataclass
 class TrackerConfig:
     """Metrics: always a JSONL file in the run folder, and Weights & Biases on top."""
 
-    wandb: str = "auto"
+    wandb: str = option("auto", one_of=("auto", "online", "offline", "off"))
     """auto (online with a key, offline without), online, offline or off"""
     project: str = "twofour"
     """Weights & Biases project"""
@@ -20,9 +20,7 @@ class TrackerConfig:
     """name of the run there; null = name of the run folder"""
 
     def __post_init__(self) -> None:
-        rules.one_of("tracker.wandb", self.wandb, ("auto", "online", "offline", "off"))
-        rules.not_blank("tracker.project", self.project)
-        rules.not_blank("tracker.name", self.name, optional=True)
+        check_options(self, "tracker")
         if bad := sorted(set(self.project) & set("/\\#?%:")):
             raise InputError(
                 f"tracker.project={self.project}: Weights & Biases refuses {' '.join(bad)} in "

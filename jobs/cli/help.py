@@ -1,97 +1,74 @@
-"""The text of --help and --version: the docstrings of the schema beside the values of the YAML.
+"""The text of --help and --version: what dataclasses, docstrings and presets say.
 
-Reads sources with `ast` and YAML as plain data, so that help answers without torch, Ray or Hydra.
+Reads sources as text, so that help answers without torch, Ray or Hydra.
 """
 
 from __future__ import annotations
 
 import ast
 import platform
+import re
+import sys
 import textwrap
 import tomllib
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from conf import checks
-from jobs.cli.options import CONF_DIR, JOBS, Option, cluster_names, job_options
+from jobs.cli.command import Command
+from jobs.cli.options import (
+    CONF_DIR,
+    Option,
+    command_options,
+    presets,
+    takes_presets,
+    written,
+)
 from sparsify.errors import InputError
 
 _WIDTH = 80
-
-_SUMMARIES = {
-    "prune": "Prune a model, recover it, evaluate it, quantize it, export it and report on it.",
-    "distill": "Recover the sparse model of run.from by distillation from its dense teacher.",
-    "evaluate": "Score the model of run.from on held-out text, against its dense teacher.",
-    "quantize": "Quantize the model of run.from and leave every zero where it is.",
-    "export": "Write the model of run.from as files to deploy.",
-    "tokenize": "Turn training text into a store of token rows, once for many recoveries.",
-    "teach": "Sample a dense model's predictions of a token store, once for many recoveries.",
-    "pretrain": "Train the small embedded model from scratch.",
-}
-
-_FROM = "run.from=runs/first"
-
-_EXAMPLES = {
-    "prune": (
-        "python -m jobs.prune",
-        "python -m jobs.prune prune.pattern=4:8 'prune.baselines=[wanda]'",
-        "python -m jobs.prune 'stages=[prune,evaluate]' run.dir=runs/first",
-        "python -m jobs.prune +cluster=h100x32 model.path=/models/8b data.train=/data",
-        "python -m jobs.prune +cluster=h100x32 --print-config",
-    ),
-    "distill": (
-        f"python -m jobs.distill {_FROM} distill.num_tokens=10_000_000",
-        f"python -m jobs.distill {_FROM} --dry-run",
-    ),
-    "evaluate": (f"python -m jobs.evaluate {_FROM} evaluate.num_tokens=100_000",),
-    "quantize": (f"python -m jobs.quantize {_FROM} quantize.method=rtn",),
-    "export": (f"python -m jobs.export {_FROM} export.dtype=bfloat16",),
-    "tokenize": (
-        "python -m jobs.tokenize model.path=/models/8b data.train=/data/text",
-        "python -m jobs.tokenize 'data.mix=[7 a.jsonl,3 b.parquet]' tokenize.out=mix",
-        "python -m jobs.tokenize data.train=/data/text --dry-run",
-    ),
-    "teach": (
-        "python -m jobs.teach model.path=/models/8b data.train=/data/tokens",
-        "python -m jobs.teach data.train=/data/tokens teach.num_samples=64 --dry-run",
-    ),
-    "pretrain": ("python -m jobs.pretrain out=models/small seed=1",),
-}
 
 _TYPE_NAMES = {"list[str]": "list", "str": "text"}
 
 _VERSIONED = ("torch", "transformers", "ray", "deepspeed")
 
 
-def render(job: str, words: list[str]) -> str:
-    """Help of a job as plain text, at most 80 columns wide.
+def render(command: Command, words: list[str]) -> str:
+    """Help of a command as plain text, at most 80 columns wide.
 
     Args:
-        job: one of the jobs.
+        command: whose help.
         words: show only the options whose key contains one of these; empty shows everything.
             `key=value` words are passed over: help may be asked for at the end of any command.
 
     Raises:
         InputError: no option contains any of the words.
     """
-    options = job_options(job)
+    options = command_options(command)
     wanted = [word for word in words if "=" not in word]
     shown = [o for k, o in options.items() if not wanted or any(word in k for word in wanted)]
     if not shown:
+        groups = dict.fromkeys(key.split(".")[0] for key in options)
         raise InputError(
-            f"--help {' '.join(wanted)}: no option of {job} has such a name; groups are "
-            + ", ".join(JOBS[job])
+            f"--help {' '.join(wanted)}: no option of {command.name} has such a name; groups are "
+            + ", ".join(groups)
         )
-    listing = _option_lines(shown, _defaults(job))
+    listing = _option_lines(shown)
     if wanted:
         return "\n".join(listing).strip("\n")
-    lines = [_SUMMARIES[job], "", f"  python -m jobs.{job} {_usage(job)}", "", *_flag_lines()]
-    if job != "pretrain":
-        lines += ["", *_cluster_lines()]
-    if "prune" in JOBS[job]:
+    start = f"python -m jobs.{command.name}"
+    chosen = "[+cluster=NAME] [GROUP=NAME]... " if takes_presets(command) else ""
+    usage = " ".join(f"{command.needs} {chosen}[KEY=VALUE]... [FLAG]...".split())
+    lines = textwrap.wrap(command.summary.split("\n\n")[0], _WIDTH)
+    lines += ["", *_wrapped(f"{start} {usage}", "  ", "      "), "", *_flag_lines()]
+    if takes_presets(command):
+        lines += ["", *_preset_lines()]
+    if "prune.method" in options:
         lines += ["", *_method_lines()]
-    lines += [*listing, "", "EXAMPLES", *(f"  {line}" for line in _EXAMPLES[job])]
+    lines += [*listing, "", "EXAMPLES"]
+    for example in command.examples:
+        lines += _wrapped(f"{start} {example}".rstrip(), "  ", "      ")
     return "\n".join(lines)
 
 
@@ -113,15 +90,6 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def _usage(job: str) -> str:
-    words = "[KEY=VALUE]... [FLAG]"
-    if job == "pretrain":
-        return words
-    needed = {"prune": "", "tokenize": "", "teach": "data.train=PATH "}
-    required = needed.get(job, "run.from=PATH ")
-    return f"{required}[+cluster=NAME] {words}"
-
-
 def _flag_lines() -> list[str]:
     return [
         "FLAGS",
@@ -129,22 +97,33 @@ def _flag_lines() -> list[str]:
         "  --print-config     print the resolved config as YAML and stop",
         "  --dry-run          check the options, print what would be done and stop",
         "  --version          print versions and stop",
+        "  -m, --multirun     every combination of values such as run.seed=0,1 in turn,",
+        "                     each in its own folder; the same command again resumes",
+        "  -cd DIR, -cn NAME  presets in a folder of your own; a config of another name",
+        "  --cfg job, --info, --resolve, -sc install=bash, ...: as in every Hydra",
+        "                     program, see --hydra-help",
     ]
 
 
-def _cluster_lines() -> list[str]:
-    lines = ["CLUSTERS (+cluster=NAME; may set options of other groups, see --print-config)"]
-    for name in cluster_names():
-        described = _yaml(CONF_DIR / "cluster" / f"{name}.yaml")["cluster"]["description"]
-        default = " (used when none is named)" if name == "local" else ""
-        lines += _wrapped_entry(name, described + default)
+def _preset_lines() -> list[str]:
+    lines = ["PRESETS (may set options of any group, see --print-config; options win)"]
+    for group, names in presets().items():
+        lines.append(f" {'+' if group == 'cluster' else ''}{group}=")
+        for name in names:
+            text = (CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8")
+            found = re.search(r"(?m)^  description: (.*)$", text) or re.search(
+                r"(?m)^# ([^@].*)", text
+            )
+            described = found[1] if found else ""
+            default = " (used when none is named)" if name == "local" else ""
+            lines += _wrapped_entry(name, described + default)
     return lines
 
 
 def _method_lines() -> list[str]:
     lines = ["METHODS (prune.method, prune.baselines)"]
     folder = Path(checks.__file__).parent.parent / "sparsify" / "methods"
-    for name in checks.method_names():
+    for name in checks.METHODS:
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         summary = (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
         lines += _wrapped_entry(name, summary)
@@ -152,78 +131,53 @@ def _method_lines() -> list[str]:
 
 
 def _wrapped_entry(name: str, text: str) -> list[str]:
+    return _wrapped(f"{name:<19} {text}", "  ", " " * 22)
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
     return textwrap.wrap(
-        f"{name:<10} {text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 13
-    )
+        text, _WIDTH, initial_indent=first, subsequent_indent=others,
+        break_on_hyphens=False, break_long_words=False,
+    )  # fmt: skip
 
 
-def _option_lines(options: list[Option], defaults: dict[str, Any]) -> list[str]:
-    documented = _documentation()
+def _option_lines(options: list[Option]) -> list[str]:
     lines: list[str] = []
-    owner = ""
+    owner: type | None = None
     for option in options:
-        if option.owner != owner:
+        if option.owner is not owner:
             owner = option.owner
             group = option.key.split(".")[0].upper() if "." in option.key else "OPTIONS"
-            lines += ["", *textwrap.wrap(f"{group}: {documented[owner, '']}", _WIDTH)]
-        kind = _TYPE_NAMES.get(option.type, option.type) + (" or null" if option.optional else "")
-        lines.append(f"  {option.key}={_written(defaults[option.key])}  ({kind})")
-        lines += textwrap.wrap(
-            documented[option.owner, option.field], _WIDTH,
-            initial_indent="      ", subsequent_indent="      ",
-        )  # fmt: skip
+            described = (owner.__doc__ or "").split("\n")[0]
+            lines += ["", *textwrap.wrap(f"{group}: {described}", _WIDTH)]
+        kind = _TYPE_NAMES.get(option.type_name, option.type_name) + (
+            " or null" if option.optional else ""
+        )
+        lines.append(f"  {option.key}={written(option.default)}  ({kind})")
+        lines += _wrapped(_help_text(option), " " * 6, " " * 6)
     return lines
 
 
-def _documentation() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string under the field; (class, '') -> first line of the class."""
+def _help_text(option: Option) -> str:
+    """The string under an option's field, in its dataclass or in the one that it inherits from."""
+    texts = [_texts(owner.__module__) for owner in option.owner.__mro__[:-1]]
+    names = [owner.__name__ for owner in option.owner.__mro__[:-1]]
+    found = [known.get((name, option.field)) for name, known in zip(names, texts, strict=True)]
+    return next(text for text in found if text)
+
+
+@cache
+def _texts(module: str) -> dict[tuple[str, str], str]:
+    """(class, field) -> the string under the field."""
     found: dict[tuple[str, str], str] = {}
-    spec_file = CONF_DIR.parent / "cluster" / "spec.py"
-    for path in (CONF_DIR / "schema.py", *(CONF_DIR / "options").glob("*.py"), spec_file):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            found[node.name, ""] = (ast.get_docstring(node) or "").split("\n")[0]
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(field.target, ast.Name)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
-                    found[node.name, field.target.id] = " ".join(str(text.value.value).split())
+    tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                found[node.name, field.target.id] = " ".join(str(text.value.value).split())
     return found
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-
-
-def _defaults(job: str) -> dict[str, Any]:
-    """Key -> value the job starts from: its YAML over prune.yaml, and the local cluster's."""
-    merged: dict[str, Any] = {}
-    files = [CONF_DIR / f"{job}.yaml"]
-    if job != "pretrain":
-        files = [CONF_DIR / "prune.yaml", CONF_DIR / "cluster" / "local.yaml", *files]
-    for path in files:
-        for key, value in _yaml(path).items():
-            if isinstance(value, dict):
-                merged |= {f"{key}.{name}": item for name, item in value.items()}
-            else:
-                merged[key] = value
-    return merged
-
-
-def _written(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return checks.as_list(value)
-    if isinstance(value, int) and abs(value) >= 100_000:
-        return f"{value:_}"
-    text = str(value)
-    return f"'{text}'" if set(text) & set(" <>|") else text

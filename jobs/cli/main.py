@@ -1,8 +1,7 @@
-"""From a command line to a typed, checked config and an exit code; the only place that knows Hydra.
+"""Runs a command as its words tell, and says how it went in one line and an exit code.
 
-Compose the YAML files, convert once, call the job. Below this module there are only dataclasses.
 Exit codes: 0 done, 1 could not be finished, 2 the user's to fix, 75 stopped with a checkpoint when
-asked to (the same command goes on), 130 interrupted.
+asked to (the same command resumes), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,17 +9,27 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from jobs.cli import help as _help
 from jobs.cli.command import Command
-from jobs.cli.compose import load_config, one_line, print_config
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
-if TYPE_CHECKING:
-    pass
+FLAGS = ("--help", "-h", "--version", "--print-config", "--dry-run")
 
-_FLAGS = ("--help", "-h", "--print-config", "--dry-run", "--version")
+_HYDRA_VALUES = {
+    "--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"),
+    "--package": (), "-p": (), "--config-name": (), "-cn": (), "--config-dir": (), "-cd": (),
+    "--config-path": (), "-cp": (), "--experimental-rerun": (),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "-i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}  # fmt: skip
+"""Flag of Hydra with a value -> its values; () where any will do"""
+
+HYDRA_FLAGS = (
+    "--multirun", "-m", "--run", "-r", "--resolve", "--shell-completion", "-sc", "--hydra-help",
+    *_HYDRA_VALUES,
+)  # fmt: skip
 
 
 def main(command: Command, argv: list[str] | None = None) -> NoReturn:
@@ -39,55 +48,75 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
         _run(command, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except InputError as error:
-        _fail(one_line(error), 2)
+        _fail(_one_line(error), 2)
     except StoppedEarlyError as error:
-        _fail(one_line(error), os.EX_TEMPFAIL)
+        _fail(_one_line(error), os.EX_TEMPFAIL)
     except TwofourError as error:
-        _fail(one_line(error), 1)
+        _fail(_one_line(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on from what is finished", 130)
+        _fail("interrupted; run the same command again to resume from what is finished", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:  # a bug of ours: say so and show where
-        _fail(f"unexpected {type(error).__name__}: {one_line(error)}", 1, with_traceback=True)
+        _fail(f"unexpected {type(error).__name__}: {_one_line(error)}", 1, with_traceback=True)
     sys.exit(0)
 
 
 def _run(command: Command, argv: list[str]) -> None:
-    job = command.name
-    flags = [word for word in argv if word.startswith("-")]
-    words = [word for word in argv if not word.startswith("-")]
+    words, flags, hydra_flags = split_words(argv)
     if "--help" in flags or "-h" in flags:
-        print(_help.render(job, words))
+        print(_help.render(command, words))
         return
     for flag in flags:
-        _check_flag(job, flag)
+        if flag not in FLAGS:
+            hint = f"; options take no dashes: {flag.lstrip('-')}" if "=" in flag else ""
+            raise InputError(f"{flag}: unknown flag{hint}; flags are {', '.join(FLAGS)}, and "
+                             f"those of Hydra: {', '.join(HYDRA_FLAGS)}")  # fmt: skip
     if "--version" in flags:
         print(_help.version())
         return
-    config = load_config(job, words)
-    if "--print-config" in flags:
-        print_config(config)
-    if "--dry-run" in flags:
-        print("\n".join(command.plan(config)))
-    if "--print-config" in flags or "--dry-run" in flags:
-        return
-    print(command.run(config))
+    # Here, because Hydra costs half a second that help and unknown flags do not need.
+    from jobs.cli.compose import launch, print_config
+
+    def act(config: Any) -> None:
+        if "--print-config" in flags:
+            print_config(config)
+        if "--dry-run" in flags:
+            print("\n".join(command.plan(config)))
+        if not flags:
+            print(command.run(config))
+
+    launch(command, words, hydra_flags, act, is_dry=bool(flags))
 
 
-def _check_flag(job: str, flag: str) -> None:
-    if flag in _FLAGS:
-        return
-    if flag in ("-m", "--multirun"):
-        raise InputError(
-            f"{flag}: sweeps are not supported; run one command per setting, for example: "
-            f"for seed in 0 1 2; do python -m jobs.{job} "
-            f"{'seed' if job == 'pretrain' else 'run.seed'}=$seed ...; done"
-        )
-    name = flag.lstrip("-")
-    hint = f"; options take no dashes: {name}" if "=" in name else ""
-    raise InputError(f"{flag}: unknown flag{hint}; flags are {', '.join(_FLAGS)}")
+def split_words(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """The `key=value` words, the flags that are ours or nobody's, and Hydra's with their values."""
+    words: list[str] = []
+    flags: list[str] = []
+    hydra_flags: list[str] = []
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            words.append(word)
+        elif name not in HYDRA_FLAGS:
+            flags.append(word)
+        else:
+            hydra_flags.append(word)
+            known = _HYDRA_VALUES.get(name)
+            if known is None or equals:
+                continue
+            if left and not left[0].startswith("-") and (not known or left[0] in known):
+                hydra_flags.append(left.pop(0))
+            elif name not in ("--info", "-i"):
+                raise InputError(f"{word}: needs a value{': ' if known else ''}{', '.join(known)}")
+    return words, flags, hydra_flags
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str, code: int, with_traceback: bool = False) -> NoReturn:

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from jobs.runs.display import Display
     from jobs.runs.tracking import Tracker
 
-_ONLY_SPEED = {
-    "micro_batch_size", "checkpoint_every_steps", "checkpoint_every_blocks", "activations",
-    "overlap", "attention",
-    "zero_stage", "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
-    "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
-    "heldout_every_steps", "heldout_tokens", "time_limit_hours", "time_reserve_s", "hang_after_s",
-    "pause_limit_s", "checksum_every_steps",
-}  # fmt: skip
-"""options that change memory and speed, and a result by rounding at most"""
-
 
 @dataclass
 class StageContext:
@@ -54,16 +44,8 @@ class StageContext:
         return self.open_cluster()
 
     def settings(self, *groups: str) -> dict[str, Any]:
-        """The named config groups as plain values, for a stage's identity."""
-        plain = to_dict(self.config)
-        return {
-            group: {
-                key: value
-                for key, value in plain[group].items()
-                if key not in _ONLY_SPEED and (key != "batch_size" or group == "distill")
-            }
-            for group in groups
-        }
+        """The named groups without what decides only speed, as plain values for an identity."""
+        return {group: to_dict(getattr(self.config, group), deciding=True) for group in groups}
 
 
 def heldout_inputs(context: StageContext) -> dict[str, str]:

@@ -16,7 +16,8 @@ from jobs.corpus.sources import source_label
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
+from sparsify.params import LossWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,10 +27,11 @@ from jobs.training.schedule import FORECAST_SHARES, forecast_of, num_steps, plan
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
 from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.lm_head import LanguageHead
+from sparsify.params import LossWeights
 from sparsify.training.fragments import Checkpoint
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
 from sparsify.training.moving_masks import MovingMasks

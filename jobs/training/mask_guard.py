@@ -66,10 +66,10 @@ class MaskGuard:
                 # Only the bits of this rank's slice, once for all copies of it.
                 part = (layer, values.device, start, min(start + values.numel(), numel))
                 if part not in found:
-                    found[part] = _pruned(self._bits(part), *part[2:])
+                    found[part] = _pruned(self._part_bits(part), *part[2:])
                 yield layer, copy, values[: len(found[part])], found[part]
 
-    def _bits(self, part: _Part) -> torch.Tensor:
+    def _part_bits(self, part: _Part) -> torch.Tensor:
         """The bytes of a layer's mask that hold a part of it."""
         layer, device, start, stop = part
         if part not in self._parts:

@@ -2,26 +2,94 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from conf.options.pretrain import PretrainConfig
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from conf.options.data import DataConfig
+from conf.options.pretrain import PretrainConfig
+from jobs.corpus.builtin import package_documents, stdlib_documents
+from jobs.corpus.rows import load_rows
+from jobs.corpus.sources import open_source
+from jobs.runs.artifact import versions
+from jobs.runs.display import Display
+from jobs.runs.folder import disk_errors
+from sparsify.data.rows import token_rows
+from sparsify.data.split import shuffled
+from sparsify.errors import InputError
+from sparsify.evaluation.perplexity import evaluate_rows
+from sparsify.models.load import save_model
+from sparsify.training.pretrain import pretrain
 
 _END = "<|endoftext|>"
 
-USUAL_ROWS = 256  # what the pipeline scores by default: 65,536 tokens
+_USUAL_ROWS = 256  # what the pipeline scores by default: 65,536 tokens
 
 
-def read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
+def make_model(config: PretrainConfig) -> Path:
+    """Tokenizer, data, training, held-out score, model card; the folder appears at the end.
+
+    Raises:
+        InputError: the output folder exists, or there is too little text.
+    """
+    out = Path(config.out)
+    if out.exists():
+        raise InputError(f"out={out}: exists; move it away or choose another folder with out=")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: there is no GPU here; use device=cpu")
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(out):
+        partial.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.num_threads)
+    started_s = time.monotonic()
+    with Display() as display:
+        display.start_stage("pretrain")
+        vocabulary_texts, texts, heldout = _read_documents(config)
+        tokenizer = _train_tokenizer(vocabulary_texts, config)
+        texts = [texts[index] for index in shuffled(len(texts), config.seed)]
+        num_rows = config.num_tokens // config.sequence_length
+        rows = token_rows(texts, tokenizer, config.sequence_length, num_rows)
+        if len(rows) < num_rows:
+            raise InputError(
+                f"num_tokens={config.num_tokens}: the text has {rows.num_tokens} tokens; ask for "
+                "fewer, give more text, or raise stdlib_repeats"
+            )
+        held_rows = token_rows(heldout, tokenizer, config.sequence_length)
+        torch.manual_seed(config.seed)
+        model = _new_model(config).to(config.device)
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            event = {"kind": "progress", "done": step + 1, "total": total}
+            display.on_event({**event, "text": f"steps, loss {loss:.4f}"})
+
+        num_tokens = pretrain(model, rows.ids_NT, config, config.seed, on_step)
+        sums = evaluate_rows(model, held_rows, config.batch_size)
+        usual = DataConfig() if config.data == "code" else DataConfig(calibration=config.data)
+        usual_rows, _ = load_rows(usual, "heldout", tokenizer, _USUAL_ROWS, config.seed)
+        facts = {
+            "num_tokens": num_tokens,
+            "perplexity": sums.perplexity,
+            "usual_perplexity": evaluate_rows(model, usual_rows, config.batch_size).perplexity,
+            "num_heldout_tokens": sums.num_tokens,
+            "duration_s": time.monotonic() - started_s,
+            "versions": versions(),
+        }
+        save_model(model, tokenizer, partial)
+        (partial / "README.md").write_text(_model_card(model, config, facts), encoding="utf-8")
+        partial.rename(out)
+        display.finish_stage("pretrain", f"held-out perplexity {sums.perplexity:.3f}")
+    return out
+
+
+def _read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[str]]:
     """Texts for the vocabulary, for training and held-out ones, without held-out text in the first.
 
     From code: the standard library for the vocabulary, repeated beside the packages for training.
     """
-    from conf.options.data import DataConfig
-    from jobs.corpus.builtin import package_documents, stdlib_documents
-    from jobs.corpus.sources import open_source
-
     if config.data != "code":
         source = DataConfig(calibration=config.data)
         heldout = list(open_source(config.data, True, source))
@@ -33,11 +101,8 @@ def read_documents(config: PretrainConfig) -> tuple[list[str], list[str], list[s
     return stdlib, stdlib * config.stdlib_repeats + packages, heldout
 
 
-def train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
+def _train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
     """A byte-level BPE tokenizer of the training text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,9 +119,7 @@ def train_tokenizer(texts: list[str], config: PretrainConfig) -> Any:
     )  # fmt: skip
 
 
-def new_model(config: PretrainConfig) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def _new_model(config: PretrainConfig) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
@@ -74,7 +137,7 @@ def new_model(config: PretrainConfig) -> Any:
     )
 
 
-def model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
+def _model_card(model: Any, config: PretrainConfig, facts: dict[str, Any]) -> str:
     """The README.md of a model folder: data, recipe, tokens, held-out perplexity, limits."""
     num_parameters = sum(p.numel() for p in model.parameters())
     installed = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

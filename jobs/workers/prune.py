@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
@@ -99,12 +100,7 @@ class Pruning:
         many = context.world_size > 1
         self._comm = Comm.distributed(is_fixed) if many else Comm.single(is_fixed)
         self._pattern = Pattern.parse(settings.pattern)
-        self._params = PruneParams(
-            damping=settings.damping, block_size=settings.block_size,
-            teacher_share=settings.teacher_share, residual_share=settings.residual_share,
-            refit_iterations=settings.refit_iterations, descent_sweeps=settings.descent_sweeps,
-            admm_iterations=settings.admm_iterations,
-        )  # fmt: skip
+        self._params: PruneParams = settings
         self._tokenizer = load_tokenizer(dense)
         check_sequence_length(read_config(dense), config.data.sequence_length)
         num_held = NUM_HELD_ROWS if settings.budget else 0
@@ -220,7 +216,7 @@ class Pruning:
             checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
         )  # fmt: skip
 
-    def _whole_model(self, dense: Path) -> nn.Module:
+    def _whole_model(self, dense: Path) -> PreTrainedModel:
         """A checkpoint that cannot be read block by block."""
         model = load_model(dense, self._config.model.dtype, self._context.device)
         if experts := fused_experts(model):

@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 from sparsify.data.rows import CHUNK_TOKENS, chunks
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_terms import TokenTerms
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import InputError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.lm_head import Head
+from sparsify.params import LossWeights
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import HeadTransform
+from sparsify.params import LossWeights
 
 NO_TARGET = -100
 

@@ -20,9 +20,10 @@ from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher, head_loss
 from sparsify.distillation.head_terms import NO_TARGET
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
+from sparsify.params import LossWeights
 
 # Floor of SquareHead's denominator: machine epsilon of bfloat16, as in the published recipe.
 _SQUARE_HEAD_EPS = torch.finfo(torch.bfloat16).eps

@@ -8,45 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sparsify.errors import InputError
+from sparsify.params import LossWeights
 
 if TYPE_CHECKING:  # the options read this file, without torch
     from sparsify.data.rows import TokenRows
 
 _TERMS = ("kl", "reverse_kl", "ce", "square_head")
-
-
-@dataclass
-class LossWeights:
-    """Weights of the terms of the distillation loss; a term of weight 0 is not computed."""
-
-    kl: float = 1.0
-    """weight of KL(teacher || student) per token, >= 0"""
-    ce: float = 0.0
-    """weight of the next-token cross-entropy, >= 0"""
-    square_head: float = 0.0
-    """weight of the SquareHead loss between hidden states, >= 0"""
-    temperature: float = 1.0
-    """divisor of both models' logits in the KL terms, > 0"""
-    reverse_kl: float = 0.0
-    """weight of KL(student || teacher) per token, >= 0"""
-
-    def __post_init__(self) -> None:
-        for name in _TERMS:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"distill.{name}_weight={value}: must be a number >= 0")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"distill.temperature={self.temperature}: must be a number > 0")
-        if not any(getattr(self, name) for name in _TERMS):
-            raise InputError(
-                f"distill: {', '.join(f'{name}_weight' for name in _TERMS)} are all 0 at some "
-                "moment of the run, nothing to train on; give one of them a weight"
-            )
-
-    @property
-    def uses_teacher_logits(self) -> bool:
-        """Whether a term compares the two models' predictions."""
-        return bool(self.kl or self.reverse_kl)
 
 
 @dataclass(frozen=True)

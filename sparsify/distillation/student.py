@@ -14,8 +14,9 @@ from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.loss import head_distillation_loss
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import Head, LanguageHead, check_head
+from sparsify.params import LossWeights
 
 
 class LossHead(nn.Module):

@@ -17,39 +17,8 @@ from sparsify.calibration.hessian import InverseFactor
 from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
+from sparsify.params import PruneParams
 from sparsify.pattern import Pattern, check_divides
-
-
-@dataclass
-class PruneParams:
-    """Numbers that methods share; a method ignores what its mathematics does not have."""
-
-    damping: float = 0.01
-    """share of the mean Hessian diagonal added to the diagonal; 0 or more"""
-    block_size: int = 128
-    """columns whose updates are gathered before they reach the columns to the right"""
-    teacher_share: float = 1.0
-    """how far a layer is fitted to what the dense model computes from its own inputs; 0 to 1"""
-    residual_share: float = 1.0
-    """how far it also makes up for the error of the residual stream that it adds to; 0 to 1"""
-    refit_iterations: int = 10
-    """steps of the conjugate gradients that re-solve the kept weights; 0 for none"""
-    descent_sweeps: int = 3
-    """sweeps of the descent over groups; 0 for none"""
-    admm_iterations: int = 10
-    """iterations of ADMM"""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise InputError(f"damping={self.damping}: must be a finite number, 0 or more")
-        if self.block_size < 1:
-            raise InputError(f"block_size={self.block_size}: must be at least 1")
-        for name in ("teacher_share", "residual_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be from 0 to 1")
-        for name in ("refit_iterations", "descent_sweeps", "admm_iterations"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)}: must be 0 or more")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Integers for weights, every zero left in place."""
 
-from sparsify.quantization.codes import Quantized, QuantParams, dequantize
+from sparsify.params import QuantParams
+from sparsify.quantization.codes import Quantized, dequantize
 from sparsify.quantization.gptq import quantize_weight
 from sparsify.quantization.quantize import QuantResult, quantize_model
 

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from sparsify.calibration.hessian import InverseFactor, inverse_factor
 from sparsify.errors import InputError, NonFiniteError
-from sparsify.quantization.codes import Quantized, QuantParams, _per_column, dequantize
+from sparsify.params import QuantParams
+from sparsify.quantization.codes import Quantized, _per_column, dequantize
 
 _SMALLEST_SHARE = 0.5  # of the max-abs scale, that the search still tries
 

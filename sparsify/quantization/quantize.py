@@ -21,7 +21,8 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.isolation import check_isolation
-from sparsify.quantization.codes import Quantized, QuantParams, dequantize
+from sparsify.params import QuantParams
+from sparsify.quantization.codes import Quantized, dequantize
 from sparsify.quantization.gptq import quantize_weight
 
 

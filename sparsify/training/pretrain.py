@@ -6,31 +6,13 @@ One process, next-token cross-entropy, AdamW. The order of the rows depends on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from sparsify.data.split import shuffled
 from sparsify.errors import NonFiniteError
-
-
-@dataclass
-class PretrainParams:
-    """Recipe of a run from scratch."""
-
-    batch_size: int = 32
-    """rows per step"""
-    learning_rate: float = 3e-3
-    """peak of the schedule: linear warm-up, then linear decay to zero"""
-    num_warmup_steps: int = 100
-    """steps of linear warm-up"""
-    weight_decay: float = 0.1
-    """decoupled decay on matrices; vectors have none"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-    bf16: bool = True
-    """forward and backward in bfloat16 autocast, weights in float32"""
+from sparsify.params import PretrainParams
 
 
 def learning_rate_scale(step: int, num_steps: int, num_warmup_steps: int) -> float:

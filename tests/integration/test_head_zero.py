@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from sparsify.data.rows import TokenRows
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.distillation.student import DistillStudent
 from sparsify.models.lm_head import find_head
 from sparsify.models.varlen import VARLEN, choose_attention
+from sparsify.params import LossWeights
 from tests.families import in_two_documents, tiny, token_rows
 from tests.integration.recoveries import run
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsify.distillation.loss import square_head
-from sparsify.distillation.schedule import LossWeights
 from sparsify.errors import InputError
 from sparsify.evaluation.divergence import forward_kl
+from sparsify.params import LossWeights
 
 # Measured on the cases below: at most 4.4e-7; float32 has a unit roundoff of 6e-8.
 RELATIVE = 1e-6

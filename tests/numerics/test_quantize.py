@@ -287,7 +287,7 @@ def test_nothing_breaks_on_zero_weights_dead_columns_and_tiny_weights(method):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "awq"}, "quantize.method='awq'"),
+        ({"method": "awq"}, "quantize.method=awq"),
         ({"bits": 1}, "quantize.bits=1"),
         ({"bits": 9}, "at most 8"),
         ({"group_size": 0}, "quantize.group_size=0"),

@@ -8,9 +8,10 @@ import torch
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher, head_loss
 from sparsify.distillation.sampling import draw
-from sparsify.distillation.schedule import LossWeights, TokenCounts
+from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
+from sparsify.params import LossWeights
 
 NUM_TOKENS, NUM_WORDS, WIDTH, NUM_SAMPLES = 6, 40, 8, 4
 COUNTS = TokenCounts(kl=float(NUM_TOKENS), ce=0.0)

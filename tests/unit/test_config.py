@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -28,8 +29,9 @@ from conf.schema import (
     default_run_dir,
     to_dict,
 )
+from jobs.cli.command import find_command
 from jobs.cli.compose import load_config
-from jobs.cli.options import CONF_DIR, JOBS, cluster_names, job_options
+from jobs.cli.options import CONF_DIR, JOBS, cluster_names, job_options, presets
 from sparsify.errors import InputError
 
 FROM = "run.from=runs/earlier"
@@ -52,28 +54,84 @@ def cached(**settings: Any) -> DistillConfig:
     return DistillConfig(**{"teacher_cache": "c", **settings})
 
 
-# --- YAML and schema describe the same options
+# --- what is composed
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "configs.json").read_text())
+"""`prune-local` whole, other commands of the pipeline by what differs from it: option -> value"""
 
 
-def test_prune_yaml_and_local_cluster_cover_every_field_and_nothing_else() -> None:
-    written = read_yaml(CONF_DIR / "prune.yaml") | read_yaml(CONF_DIR / "cluster" / "local.yaml")
-    assert flat(written) == flat(to_dict(Config()))
+@pytest.mark.parametrize("name", GOLDEN)
+def test_composed_config_is_the_one_of_before(name: str) -> None:
+    """Held since the defaults moved from YAML into the dataclasses."""
+    job, _, cluster = name.partition("-")
+    words = [] if job == "pretrain" else [f"+cluster={cluster}"]
+    words += ["run.from=runs/first"] if GOLDEN[name].get("run.from") else []
+    words += ["data.train=/d"] if job == "teach" else []
+    is_whole = job in ("pretrain", "teach", "tokenize")
+    expected = GOLDEN[name] if is_whole else GOLDEN["prune-local"] | GOLDEN[name]
+    assert flat(to_dict(load_config(job, words))) == expected
 
 
-def test_pretrain_yaml_covers_every_field_and_nothing_else() -> None:
-    assert read_yaml(CONF_DIR / "pretrain.yaml") == to_dict(PretrainConfig())
+def test_every_command_and_cluster_is_held() -> None:
+    jobs = [job for job in JOBS if job not in ("pretrain", "report")]
+    assert set(GOLDEN) == {f"{j}-{c}" for j in jobs for c in cluster_names()} | {"pretrain-local"}
 
 
-def test_tokenize_yaml_covers_the_block_of_its_own() -> None:
-    written = read_yaml(CONF_DIR / "tokenize.yaml")
-    assert written["tokenize"] == to_dict(TokenizeConfig())
-    assert set(written) == {"defaults", "tokenize"}
+@pytest.mark.parametrize("job", JOBS)
+def test_help_shows_the_values_that_the_yaml_starts_from(job: str) -> None:
+    words = {"teach": ["data.train=/d"], "prune": []}.get(job, [FROM])
+    config = flat(to_dict(load_config(job, words if job not in ("pretrain", "tokenize") else [])))
+    told = {word.partition("=")[0] for word in words}
+    told |= {"run.dir", "run.redo"} if job == "report" else set()
+    for key, option in job_options(job).items():
+        if key not in told:
+            assert config[key] == option.default, key
 
 
-def test_teach_yaml_covers_the_block_of_its_own() -> None:
-    written = read_yaml(CONF_DIR / "teach.yaml")
-    assert written["teach"] == to_dict(TeachConfig())
-    assert set(written) == {"defaults", "teach"}
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group, names in presets().items() for name in names if group != "cluster"],
+)
+def test_preset_composes_and_says_what_it_is(group: str, name: str) -> None:
+    text = (CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n# ")
+    config = load_config("prune", [f"{group}={name}"])
+    assert config != Config() or name in ("embedded", "stdlib")
+    if group != "recipe":
+        alone = load_config("quantize", [FROM, f"{group}={name}"])
+        assert (alone.model, alone.data) == (config.model, config.data)
+
+
+def test_recipe_pins_more_than_the_cluster_it_names_and_the_command_line_wins() -> None:
+    name = "recipe=sparse-llama-3.1-8b"
+    config = load_config("prune", [name])
+    assert (config.cluster.name, config.model.dtype) == ("h100x32", "bfloat16")
+    distill = config.distill
+    assert (distill.num_tokens, distill.batch_size, distill.ce_weight) == (13_000_000_000, 128, 1.0)
+    assert (distill.kl_weight, distill.square_head_weight, distill.learning_rate) == (0, 1.0, 1e-4)
+    assert load_config("prune", [name, "+cluster=h100x8"]).distill.batch_size == 128
+    own = load_config("prune", [name, "+cluster=h100x8", "model.path=/m", "distill.batch_size=64"])
+    assert (own.cluster.name, own.model.path, own.distill.batch_size) == ("h100x8", "/m", 64)
+
+
+def test_recipe_leaves_a_command_its_one_stage() -> None:
+    assert load_config("distill", [FROM, "recipe=sparsegpt-paper"]).stages == ["distill"]
+
+
+def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
+    whole, deciding = flat(to_dict(Config())), flat(to_dict(Config(), deciding=True))
+    assert {"distill.batch_size", "prune.damping", "quantize.bits"} <= set(deciding)
+    assert set(whole) - set(deciding) == {
+        "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
+        "evaluate.batch_size", "quantize.batch_size",
+        *(f"distill.{name}" for name in (
+            "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
+            "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
+            "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
+            "heldout_every_steps", "heldout_tokens", "time_limit_hours", "time_reserve_s",
+            "hang_after_s", "pause_limit_s", "checksum_every_steps",
+        )),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", cluster_names())
@@ -84,13 +142,8 @@ def test_cluster_preset_sets_all_of_its_own_group_and_only_known_options(name: s
     assert set(flat(preset)) <= set(job_options("prune"))
 
 
-def test_every_job_has_its_yaml() -> None:
-    assert sorted(JOBS) == sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", sorted(CONF_DIR.glob("*.yaml")), ids=lambda path: path.stem)
-def test_no_defaults_list_names_a_cluster(path: Path) -> None:
-    assert not any("cluster" in str(item) for item in read_yaml(path).get("defaults", []))
+def test_every_yaml_is_of_a_command() -> None:
+    assert all(find_command(job).name == job for job in JOBS)
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
@@ -400,10 +453,10 @@ def test_edges_that_pass() -> None:
 
 
 def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
-    from conf.checks import method_names
+    from conf.checks import METHODS
     from sparsify.methods import available_methods
 
-    assert set(method_names()) == set(available_methods())
+    assert set(METHODS) == set(available_methods())
 
 
 @pytest.mark.parametrize(

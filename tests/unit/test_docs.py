@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -22,8 +23,9 @@ from jobs import bench, forecast
 from jobs.benchmarks import quality, recovery
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
-from jobs.cli.main import _FLAGS
-from jobs.cli.options import JOBS, job_options
+from jobs.cli.main import FLAGS, split_words
+from jobs.cli.options import JOBS, job_options, presets
+from jobs.pipeline import PIPELINE
 from jobs.reporting import units
 from jobs.reporting.summary import _num_parameters, build_summary
 from jobs.runs.artifact import RECORD
@@ -128,11 +130,18 @@ def test_command_names_a_job_and_its_words_parse(where: Page, command: str) -> N
     assert package == "jobs"
     assert job in JOBS
     assert (ROOT / "jobs" / f"{job}.py").is_file()
-    flags = [word for word in words if word.startswith("-")]
-    assert set(flags) <= set(_FLAGS)
+    words, flags, hydra_flags = split_words(words)
+    assert set(flags) <= set(FLAGS)
     if "--help" in flags:  # its words say which options to show
         words = [word for word in words if "=" in word]
-    load_config(job, [word for word in words if word not in flags])
+    if "--config-dir" in hydra_flags:  # presets that the reader has
+        words = [word for word in words if not word.endswith("=mine")]
+    choices = [word.split(",") if "--multirun" in hydra_flags else [word] for word in words]
+    for picked in itertools.product(*choices):
+        keys = [word.partition("=")[0] for word in words]
+        load_config(job, [
+            word if "=" in word else f"{key}={word}" for key, word in zip(keys, picked, strict=True)
+        ])  # fmt: skip
 
 
 @pytest.mark.parametrize(("where", "command"), commands_of("make"))
@@ -267,6 +276,11 @@ def test_tables_name_every_method_and_cluster() -> None:
     assert first_column("docs/pruning.md", "| method | what it does |") == set(available_methods())
     clusters = {path.stem for path in (ROOT / "conf" / "cluster").glob("*.yaml")}
     assert first_column("docs/clusters.md", "| name | what it is |") == clusters
+    table = page("docs/command-line.md").text.split("| group | names |")[1].split("\n\n")[0]
+    for group, names in presets().items():
+        row = re.search(rf"(?m)^\| `\+?{group}=` \| (.*)$", table)
+        assert row is not None
+        assert set(re.findall(r"`([\w.-]+)`", row[1])) == set(names)
 
 
 def test_tree_shows_every_stage_in_order_and_names_the_files() -> None:
@@ -409,8 +423,9 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     quantized = dict.fromkeys([field.name for field in fields(QuantLayerReport)], 0)
     step = dict.fromkeys(literal_keys("training/loop", "_step", "grad_norm"), 0)
     quantization = dict.fromkeys(literal_keys("stages/quantize", "run", "group_size"), 0)
-    recovery = dict.fromkeys(literal_keys("workers/distill", "_write", "tokens_per_s"), 0)
-    score = dict.fromkeys(literal_keys("stages/evaluate", "score", "kl"), 1.0)
+    trained = literal_keys("workers/distill", "distill_on_worker", "tokens_per_s")
+    recovery = dict.fromkeys(trained, 0)
+    score = dict.fromkeys(literal_keys("workers/evaluate", "total", "kl"), 1.0)
     gate = {"num_violations": 0}
     return {
         "prune": {
@@ -451,7 +466,8 @@ def test_table_of_summary_keys_is_what_the_builder_writes(
         (tmp_path / stage / RECORD).write_text(json.dumps(record), encoding="utf-8")
     nothing: Any = None
     one = tiny_model_dir
-    models = Models(one, {"wanda": one}, "wanda", recovered=one, packed_int4=one)
+    made = {"prune": {"wanda": one}, "distill": {"recovered": one}, "quantize": {"packed": one}}
+    models = Models(one, PIPELINE, made, "wanda")
     context = StageContext(
         Config(), Config(), tmp_path, "command", models, nothing, nothing, nothing
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import logging
 import os
 import re
 import resource
@@ -18,11 +18,11 @@ import yaml
 
 from conf.options.pretrain import PretrainConfig
 from conf.schema import Config, to_dict
-from jobs.cli.command import Command
+from jobs.cli.command import find_command
 from jobs.cli.compose import load_config
 from jobs.cli.main import main
-from jobs.cli.options import JOBS, cluster_names, job_options
-from sparsify.errors import InputError, NonFiniteError
+from jobs.cli.options import JOBS, cluster_names, job_options, presets
+from sparsify.errors import InputError, NonFiniteError, StoppedEarlyError
 
 ROOT = Path(__file__).parents[2]
 FROM = "run.from=runs/earlier"
@@ -33,22 +33,12 @@ class Outcome:
         self.code, self.out, self.err = code, out, err
 
 
-def command_of(job: str) -> Command:
-    """The command of `jobs/<job>.py`, with what tests may have put in place of its work."""
-    module: Any = importlib.import_module(
-        f"jobs.{job}" if job in ("pretrain", "teach", "tokenize") else "jobs.pipeline"
-    )
-    if hasattr(module, "run_pipeline"):
-        return Command(job, lambda config: module.run_pipeline(config, job), module.describe_plan)
-    return Command(job, module.run, module.describe_plan)
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(job: str, *argv: str) -> Outcome:
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            main(command_of(job), list(argv))
+            main(find_command(job), list(argv))
         captured = capsys.readouterr()
         return Outcome(exit_.value.code, captured.out, captured.err)
 
@@ -86,10 +76,12 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["cluster=h100x8"], ["+cluster=h100x8", "h100x32, h100x8, local"]),
         ("prune", ["+cluster=h100x88"], ["+cluster=h100x88", "did you mean h100x8?", "local"]),
         ("prune", ["+cluster=[local,h100x8]"], ["no such cluster", "local"]),
-        ("prune", ["+cluster=local", "+cluster=h100x8"], ["given twice"]),
         ("prune", ["+cluster="], ["value is missing"]),
         ("prune", ["+cluster"], ["+cluster=NAME", "h100x32, h100x8, local"]),
         ("prune", ["+cluster.num_workers=4"], ["write cluster.num_workers=4"]),
+        ("prune", ["model=lama-3.2-1b"], ["no such model", "did you mean llama-3.2-1b?"]),
+        ("prune", ["recipe=fast"], ["no such recipe", "quick"]),
+        ("pretrain", ["model=embedded"], ["model: unknown option"]),
         ("pretrain", ["+cluster=local"], ["takes no cluster"]),
         # keys
         ("prune", ["prune.num_sample=3"], ["did you mean prune.num_samples", "options of prune"]),
@@ -99,7 +91,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["zzz=1"], ["zzz: unknown option; there are: stages, run.*, model.*"]),
         ("prune", ["prune.method.x=1"], ["prune.method is a value"]),
         ("prune", ["prune=wanda"], ["prune is a group", "prune.method=..."]),
-        ("prune", ["hydra.run.dir=x"], ["hydra.run.dir: unknown option"]),
+        ("prune", ["hydra.foo=1"], ["hydra.foo", "not in 'HydraConf'"]),
+        ("prune", ["+foo=1"], ["foo: unknown option", "there are"]),
+        ("prune", ["++prune.num_sample=3"], ["did you mean prune.num_samples"]),
         ("prune", ["run.from_=x"], ["did you mean run.from"]),
         ("pretrain", ["prune.pattern=2:4"], ["prune.pattern: unknown option", "vocab_size"]),
         ("quantize", [FROM, "distill.num_tokens=9"], ["not used by jobs.quantize", "quantize"]),
@@ -122,13 +116,14 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["prune.pattern="], ["value is missing", "leave prune.pattern out"]),
         ("prune", ["~prune.pattern"], ["cannot be removed"]),
         ("prune", ["+prune.num_samples=3"], ["write prune.num_samples=3"]),
-        ("prune", ["++prune.num_samples=3"], ["write prune.num_samples=3"]),
         ("prune", ["prune..pattern=2:4"], ["not the name of an option"]),
-        ("prune", ["cluster@x=local"], ["not the name of an option"]),
+        ("prune", ["prune@x=local"], ["prune@x"]),
         # flags
-        ("prune", ["--multirun"], ["sweeps are not supported", "for seed in"]),
-        ("pretrain", ["-m"], ["sweeps are not supported", "seed=$seed"]),
-        ("prune", ["--cfg", "job"], ["--cfg: unknown flag", "--print-config"]),
+        ("prune", ["--fast"], ["--fast: unknown flag", "--print-config", "--multirun"]),
+        ("prune", ["--cfg", "jobs"], ["--cfg: needs a value: job, hydra, all"]),
+        ("prune", ["--config-dir"], ["--config-dir: needs a value"]),
+        ("prune", ["--config-name", "mine"], ["Cannot find primary config 'mine'"]),
+        ("prune", ["--cfg", "job", "-m"], ["Only one of --run, --multirun, --cfg"]),
         ("prune", ["--run.seed=3"], ["options take no dashes: run.seed=3"]),
         ("prune", ["--help", "zzz"], ["--help zzz", "no option"]),
         # types
@@ -136,7 +131,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["prune.num_samples=1.5"], ["must be a whole number"]),
         ("prune", ["prune.num_samples=true"], ["must be a whole number"]),
         ("prune", ["prune.num_samples=null"], ["must be a whole number"]),
-        ("prune", ["prune.num_samples=1,2"], ["prune.num_samples=1,2: must be a whole number"]),
+        ("prune", ["prune.num_samples=1,2"], ["must be a whole number", "need --multirun"]),
         ("prune", ["prune.num_samples=(3"], ["cannot be read"]),
         ("prune", ["prune.damping=big"], ["prune.damping=big: must be a number"]),
         ("prune", ["prune.damping=true"], ["must be a number"]),
@@ -228,6 +223,233 @@ def test_interpolation_reads_another_option() -> None:
     assert config.distill.batch_size == config.prune.num_samples
 
 
+def test_plain_words_of_hydra() -> None:
+    config = load_config("prune", ["++prune.num_samples=3", "~recipe", "prune={damping: 0.5}"])
+    assert (config.prune.num_samples, config.prune.damping) == (3, 0.5)
+    twice = load_config("prune", ["+cluster=local", "+cluster=h100x8"])
+    assert twice.cluster.name == "h100x8"  # the last one wins, so that scripts can append
+
+
+def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWOFOUR_TEST_SEED", "7")
+    monkeypatch.setenv("TWOFOUR_TEST_MODEL", "/m (1)/007")
+    words = ["run.seed=${oc.env:TWOFOUR_TEST_SEED}", "model.path=${oc.env:TWOFOUR_TEST_MODEL}"]
+    config = load_config("prune", words)
+    assert (config.run.seed, config.model.path) == (7, "/m (1)/007")
+    with pytest.raises(InputError, match="TWOFOUR_TEST_NONE"):
+        load_config("prune", ["model.path=${oc.env:TWOFOUR_TEST_NONE}"])
+
+
+# --- Hydra's own program
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_single_run_leaves_nothing_of_hydra(run: Any, pipeline: Any, away: Path) -> None:
+    handlers = list(logging.getLogger().handlers)
+    assert run("prune").code == 0
+    assert list(away.iterdir()) == []
+    assert logging.getLogger().handlers == handlers
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_sweep_runs_every_combination_in_a_folder_of_its_own(
+    run: Any, pipeline: Any, away: Path
+) -> None:
+    words = ["-m", "prune.method=wanda,sparsegpt", "run.seed=0,1", "prune.pattern=4:8"]
+    outcome = run("prune", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    made = [(config.prune.method, config.run.seed) for config, _ in pipeline.calls]
+    assert made == [("wanda", 0), ("wanda", 1), ("sparsegpt", 0), ("sparsegpt", 1)]
+    folders = [config.run.dir for config, _ in pipeline.calls]
+    assert folders[1] == "runs/sweep/prune.method-wanda_run.seed-1_prune.pattern-4-8"
+    assert len(set(folders)) == 4
+    assert outcome.out.count("runs/done\n") == 4
+    run("prune", *words)  # the same command finds the same folders
+    assert [config.run.dir for config, _ in pipeline.calls[4:]] == folders
+    assert sys.argv[0] != "-m"
+
+
+def test_sweep_over_presets_below_a_folder_of_ones_own(run: Any, pipeline: Any, away: Path) -> None:
+    assert run("prune", "-m", "+cluster=local,h100x8", "run.dir=a").code == 0
+    clusters = [(config.cluster.name, config.run.dir) for config, _ in pipeline.calls]
+    assert [name for name, _ in clusters] == ["local", "h100x8"]
+    assert all(folder.startswith("a/cluster-") for _, folder in clusters)
+    assert run("prune", "-m", "run.seed=1", "hydra.sweep.dir=b", "hydra.sweep.subdir=c").code == 0
+    assert pipeline.calls[-1][0].run.dir == "b/c"
+
+
+def test_long_sweep_has_short_names(run: Any, pipeline: Any, away: Path) -> None:
+    long = "x" * 300
+    assert run("prune", "-m", "run.seed=1,2", f"model.path=/{long}").code == 0
+    first, second = (Path(config.run.dir).name for config, _ in pipeline.calls)
+    assert max(len(first), len(second)) <= 120
+    assert first != second
+
+
+def test_record_of_a_run_of_a_sweep_names_that_run(
+    run: Any, pipeline: Any, away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def run_pipeline(config: Config, command: str) -> Path:
+        seen.append(sys.argv[1:])
+        return Path("runs/done")
+
+    monkeypatch.setattr("jobs.pipeline.run_pipeline", run_pipeline)
+    run("prune", "-m", "run.seed=4,5", "+cluster=h100x8")
+    folder = "runs/sweep/run.seed-4_cluster-h100x8"
+    assert seen[0] == ["run.seed=4", "+cluster=h100x8", f"run.dir={folder}"]
+    again = load_config("prune", seen[0])
+    assert (again.run.seed, again.cluster.name, again.run.dir) == (4, "h100x8", folder)
+
+
+def test_failed_run_of_a_sweep_hides_no_other(
+    run: Any, pipeline: Any, away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_pipeline(config: Config, command: str) -> Path:
+        pipeline.calls.append((config, command))
+        if config.run.seed == 1:
+            raise NonFiniteError("layer a: NaN")
+        return Path("runs/done")
+
+    monkeypatch.setattr("jobs.pipeline.run_pipeline", run_pipeline)
+    outcome = run("prune", "-m", "run.seed=0,1,2")
+    assert [config.run.seed for config, _ in pipeline.calls] == [0, 1, 2]
+    assert outcome.code == 1
+    assert "error: layer a: NaN\n" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: 1 of the sweep's runs failed")
+    outcome = run("prune", "-m", "prune.method=wanda,wandu", "run.seed=0")
+    assert outcome.code == 2
+    assert "did you mean wanda?" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(StoppedEarlyError("a checkpoint is kept"), 75), (KeyboardInterrupt(), 130)]
+)
+def test_sweep_that_is_asked_to_stop_stops(
+    run: Any, pipeline: Any, away: Path, error: BaseException, code: int
+) -> None:
+    pipeline.outcome = error
+    outcome = run("prune", "-m", "run.seed=0,1")
+    assert (outcome.code, len(pipeline.calls)) == (code, 1)
+
+
+def test_dry_sweep_leaves_nothing(run: Any, pipeline: Any, away: Path) -> None:
+    outcome = run("prune", "--multirun", "run.seed=3,4", "--dry-run")
+    assert (outcome.code, pipeline.calls) == (0, [])
+    assert "seed: 3" in outcome.out
+    assert "seed: 4" in outcome.out
+    assert list(away.iterdir()) == []
+
+
+def test_sweep_of_pretrain_does_not_write_over_the_packaged_model(run: Any, away: Path) -> None:
+    outcome = run("pretrain", "-m", "seed=1,2", "--dry-run")
+    assert "output: runs/sweep/seed-1\n" in outcome.out
+
+
+def test_cfg_shows_the_composed_config(run: Any, pipeline: Any, away: Path) -> None:
+    shown = yaml.safe_load(run("prune", "--cfg", "job", "run.from=/a/007").out)
+    assert shown == to_dict(load_config("prune", ["run.from=/a/007"]))
+    assert run("prune", "-c", "job", "-p", "prune.num_samples").out == "128\n"
+    reference = "run.dir=${model.path}"
+    resolved = run("prune", "--cfg", "job", "--package", "run", "--resolve", reference).out
+    assert "dir: embedded\n" in resolved
+    assert "mode: null" in run("prune", "--cfg", "hydra").out or run("prune", "--cfg", "hydra").out
+    both = yaml.safe_load(run("prune", "--cfg", "all").out)
+    assert {"hydra", "prune"} <= set(both)
+    assert both["hydra"]["output_subdir"] is None
+    assert (pipeline.calls, list(away.iterdir())) == ([], [])
+
+
+def test_info_and_hydras_help(run: Any, pipeline: Any, away: Path) -> None:
+    assert "cluster/local" in run("prune", "--info", "defaults").out
+    assert "BasicLauncher" in run("prune", "-i", "plugins").out
+    assert run("prune", "run.seed=1", "--info").code == 0
+    assert "hydra/launcher" in run("prune", "--hydra-help").out
+    assert pipeline.calls == []
+
+
+@pytest.fixture
+def mine(away: Path) -> Path:
+    """A user's own presets."""
+    files = {
+        "cluster/mysite": "cluster: {name: mysite, num_workers: 1}",
+        "experiment/small": "defaults: [override /cluster: mysite]\nprune: {num_samples: 9}",
+        "wrong/typo": "prune: {num_sample: 9}",
+    }
+    for name, text in files.items():
+        path = away / "mine" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"# @package _global_\n{text}\n")
+    (away / "mine" / "own.yaml").write_text("defaults: [prune, _self_]\nrun: {seed: 5}\n")
+    return away / "mine"
+
+
+def test_presets_of_ones_own(run: Any, pipeline: Any, mine: Path) -> None:
+    for words in (
+        ["--config-dir", "mine", "+cluster=mysite"],
+        ["-cd=mine", "+experiment=small"],
+        [f"hydra.searchpath=[file://{mine}]", "+cluster=mysite"],
+        ["--config-dir", "mine", "--config-name", "own"],
+    ):
+        assert run("prune", *words).code == 0, words
+    found = [(c.cluster.name, c.prune.num_samples, c.run.seed) for c, _ in pipeline.calls]
+    assert found == [("mysite", 128, 0), ("mysite", 9, 0), ("mysite", 128, 0), ("local", 128, 5)]
+
+
+def test_mistakes_in_presets_of_ones_own(run: Any, pipeline: Any, mine: Path) -> None:
+    for words, part in (
+        (["+cluster=mysit"], "did you mean mysite?"),
+        (["+experiment=large"], "no such experiment; there are: small"),
+        (["+wrong=typo"], "Key 'num_sample' not in 'PruneConfig'"),
+    ):
+        outcome = run("prune", "-cd", "mine", *words)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert part in outcome.err
+
+
+def test_words_of_hydra_itself(run: Any, pipeline: Any, away: Path) -> None:
+    assert run("prune", "+hydra.job.env_set.TWOFOUR_TEST=1", "hydra/job_logging=disabled").code == 0
+    assert run("prune", "hydra/launcher=basic", "-m", "run.seed=1").code == 0
+    outcome = run("prune", "hydra/launcher=nobody", "-m", "run.seed=1")
+    assert outcome.code == 2
+    assert "hydra/launcher/nobody" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("line", "choice"),
+    [
+        ("python -m jobs.prune prune.met", "prune.method="),
+        ("python -m jobs.prune model=", "model=llama-3.1-8b"),
+        (".venv/bin/python  -m  jobs.prune run.seed=1 distill.zero_s", "distill.zero_stage="),
+    ],
+)
+def test_shell_completion(
+    run: Any, monkeypatch: pytest.MonkeyPatch, line: str, choice: str
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert choice in run("prune", "-sc", "query=bash").out.split()
+
+
+def test_shell_completion_is_installed_for_python_m() -> None:
+    script = start("-m", "jobs.prune", "--shell-completion", "install=bash").stdout
+    asked = (
+        f'{script}\nCOMP_LINE="python -m jobs.prune model=llama-3.1"; '
+        f"COMP_WORDS=({sys.executable} -m jobs.prune model=llama-3.1); COMP_CWORD=3; "
+        '_twofour_complete; echo "${COMPREPLY[@]}"'
+    )
+    found = subprocess.run(
+        ["bash", "-c", asked], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout == "model=llama-3.1-8b\n", found.stderr
+
+
 # --- outcomes
 
 
@@ -297,7 +519,7 @@ def test_pretrain_plan_and_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         seen.append(config)
         return config.out
 
-    monkeypatch.setattr("jobs.pretrain.run", pretrain)
+    monkeypatch.setattr("jobs.workers.pretrain.make_model", pretrain)
     outcome = run("pretrain", "num_tokens=16_384", "--dry-run")
     assert "steps: 2 of 8192 tokens" in outcome.out
     assert seen == []
@@ -340,6 +562,11 @@ def test_help_shows_the_defaults_of_the_yaml(run: Any) -> None:
     ):  # fmt: skip
         assert f"\n  {line}\n" in text
     assert "sparsegpt" in text.split("METHODS")[1].split("OPTIONS")[0]
+    shown = text.split("PRESETS")[1].split("METHODS")[0]
+    for group, names in presets().items():
+        assert f"{group}=" in shown
+        assert all(f"\n  {name} " in shown for name in names)
+    assert "\n  h100x8              one machine with 8 H100 GPUs" in shown
 
 
 def test_help_of_one_stage_shows_only_what_it_uses(run: Any) -> None:
@@ -357,17 +584,16 @@ def test_help_can_be_narrowed_and_stands_at_the_end_of_any_command(run: Any) -> 
     assert run("prune", "prune.num_samples=abc", "--help").out == run("prune", "--help").out
 
 
-def test_every_example_in_help_is_accepted(run: Any, pipeline: Any) -> None:
+def test_every_example_of_a_command_is_accepted(run: Any, pipeline: Any, away: Path) -> None:
     for job in JOBS:
-        examples = run(job, "--help").out.split("EXAMPLES\n")[1].strip().splitlines()
-        assert examples
-        for example in examples:
-            python, flag, module, *argv = shlex.split(example)
-            assert (python, flag, module) == ("python", "-m", f"jobs.{job}")
-            if job not in ("pretrain", "tokenize", "teach"):  # those do not go through the pipeline
-                assert run(job, *argv).code == 0, example
-            else:
+        command = find_command(job)
+        assert command.examples
+        for example in command.examples:
+            argv = shlex.split(example)
+            if job in ("pretrain", "tokenize", "teach"):  # they do not go through the pipeline
                 load_config(job, [word for word in argv if word != "--dry-run"])
+            else:
+                assert run(job, *argv).code == 0, example
 
 
 # --- as a process
@@ -385,8 +611,8 @@ def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
         "from jobs.cli.main import main\n"
-        "from jobs.pipeline import command\n"
-        "try:\n    main(command('prune'), ['--help'])\n"
+        "from jobs.prune import COMMAND\n"
+        "try:\n    main(COMMAND, ['--help'])\n"
         "except SystemExit:\n    pass\n"
         "heavy = {'torch', 'ray', 'hydra', 'omegaconf', 'deepspeed', 'wandb', 'transformers'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
@@ -416,8 +642,7 @@ def test_mistake_in_a_process() -> None:
 def test_reader_that_stops_early_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    script = "from jobs.cli.main import main; from jobs.pipeline import command; "
-    script += "main(command('prune'), ['--help'])"
+    script = "from jobs.prune import COMMAND, main; main(COMMAND, ['--help'])"
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60
     )

@@ -9,10 +9,10 @@ import transformers
 from torch import nn
 
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import LossWeights
 from sparsify.distillation.student import DistillStudent, LossHead
 from sparsify.errors import InputError
 from sparsify.models.lm_head import HeadTransform, check_head, find_head
+from sparsify.params import LossWeights
 from tests.families import FAMILIES, in_two_documents, tiny, token_rows
 
 SHAPE = {

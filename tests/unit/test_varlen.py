@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from sparsify.data.rows import TokenRows
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import LossWeights
 from sparsify.distillation.student import DistillStudent
 from sparsify.errors import InputError
 from sparsify.models import varlen
@@ -34,6 +33,7 @@ from sparsify.models.varlen import (
     find_documents,
     use_varlen,
 )
+from sparsify.params import LossWeights
 from tests.families import FAMILIES, tiny, token_rows
 from tests.unit.test_packed import tiny as tiny_of_type
 

@@ -30,8 +30,9 @@ def build(
 
     from sparsify.data.rows import chunks
     from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
-    from sparsify.distillation.schedule import LossWeights, TokenCounts
+    from sparsify.distillation.schedule import TokenCounts
     from sparsify.models.lm_head import Head
+    from sparsify.params import LossWeights
 
     generator = torch.Generator(device).manual_seed(0)
     kind = getattr(torch, dtype)
