@@ -12,9 +12,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.options.distill import DistillConfig
+from jobs.runs.tracking import METRICS_FILE
+from jobs.training.schedule import num_final_steps, planned_rates
 from sparsify.errors import InputError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # costs torch
     from sparsify.training.forecast import Forecast
 
 _EXIT_INPUT = 2
@@ -62,8 +65,7 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
     Raises:
         InputError: the folder has no recovery, or its steps have no such metric.
     """
-    from jobs.training.schedule import num_final_steps
-    from sparsify.training.forecast import forecast
+    from sparsify.training.forecast import forecast  # costs torch
 
     rates = rates_of(_settings(run_dir))
     last = len(rates) if share is None else round(share * len(rates))
@@ -75,9 +77,6 @@ def forecast_run(run_dir: Path, metric: str, coverage: float, share: float | Non
 
 def rates_of(settings: dict[str, Any]) -> list[float]:
     """The learning rate of every step, from the part of a record that decides the weights."""
-    from conf.options.distill import DistillConfig
-    from jobs.training.schedule import planned_rates
-
     distill, data = settings["distill"], settings["data"]
     known = DistillConfig.__dataclass_fields__
     config = DistillConfig(**{key: value for key, value in distill.items() if key in known})
@@ -100,8 +99,6 @@ def _points(run_dir: Path, metric: str) -> dict[int, float]:
     A resumed run repeats the steps since its checkpoint: what the log had of them before does not
     count. A step without a finite value has no point.
     """
-    from jobs.runs.tracking import METRICS_FILE
-
     record = run_dir / "distill" / "record.json"
     if record.is_file() and not (run_dir / ".distill.partial").exists():
         steps = json.loads(record.read_text(encoding="utf-8"))["metrics"]["steps"]
@@ -121,7 +118,7 @@ def _logged(path: Path, metric: str) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if f'"distill/{metric}"' in line and line.endswith("\n"):  # else it is being written
             values = json.loads(line)
-            # A step that was there before: the run went back to a checkpoint, or began anew.
+            # A step that was there before: the run went back to a checkpoint, or started again.
             while lines and lines[-1]["step"] >= values["step"]:
                 lines.pop()
             lines.append({"step": values["step"], metric: values[f"distill/{metric}"]})

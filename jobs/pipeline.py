@@ -15,25 +15,22 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
+from jobs import stages
 from jobs.cli.command import Command
-from jobs.runs import artifact as artifacts
+from jobs.reporting.summary import show, write_summary
+from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
-from jobs.runs.models import Models, add_finished, find_models, forget_descendants
+from jobs.runs.models import find_models
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
-from jobs.stages import distill, evaluate, export, prune, quantize, report
+from jobs.runs.tracking import open_tracker
 
-if TYPE_CHECKING:
-    from jobs.runs.artifact import Artifact
-
-PIPELINE: tuple[Stage, ...] = (
-    prune.STAGE, distill.STAGE, evaluate.STAGE, quantize.STAGE, export.STAGE, report.STAGE,
-)  # fmt: skip
+PIPELINE: tuple[Stage, ...] = tuple(stages.stage(name) for name in STAGES)
 
 
 def command(
@@ -60,9 +57,9 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths
+    from jobs.corpus.sources import with_absolute_paths  # these two cost torch, the third rich
     from jobs.runs.display import Display
-    from jobs.runs.tracking import open_tracker
+    from jobs.workers.checks import check_inputs
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
     prepare_run_dir(run_dir)
@@ -71,13 +68,13 @@ def run_pipeline(config: Config, job: str) -> Path:
         stack.enter_context(run_lock(run_dir))
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
-        models = find_models(config, run_dir)
-        _check_inputs(config, models)
+        models = find_models(config, run_dir, PIPELINE)
+        check_inputs(config.data, models)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
         stack.callback(tracker.close)
-        clusters = Clusters(config, run_dir.name, display, tracker, stack)
+        clusters = Clusters(config.cluster, run_dir.name, display, tracker, stack)
         context = StageContext(
             config,
             replace(config, data=with_absolute_paths(config.data)),
@@ -90,22 +87,20 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.warnings,
         )
         journal = RedoJournal(run_dir, command)
-        stages = [stage for stage in PIPELINE if stage.name in config.stages]
-        for stage in stages:
+        asked = [stage for stage in PIPELINE if stage.name in config.stages]
+        for stage in asked:
             if stage.check is not None:
                 stage.check(context)
-        for stage in stages:
+        for stage in asked:
             artifact = _run_stage(stage, context, journal)
             was_redone = stage.name in journal.done
             is_new = was_redone or not artifact.is_reused
             context.statuses[stage.name] = "ran" if is_new else "reused"
             if not artifact.is_reused:
-                forget_descendants(context.models, stage.name)
-            add_finished(context.models, stage.name, artifact.folder)
+                models.forget_descendants(stage.name)
+            models.add(stage.name, artifact.folder)
             tracker.log({f"{stage.name}/duration_s": artifact.record["duration_s"]})
         journal.close()
-    from jobs.reporting.summary import show, write_summary
-
     show(write_summary(run_dir, context))
     return run_dir
 
@@ -117,14 +112,14 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     may_follow = stage.is_derived or "ran" in context.statuses.values()
     identity = stage.identity(context)
     if not redo:
-        finished = artifacts.find_finished(
+        finished = find_finished(
             context.run_dir, stage.name, identity, stage.may_extend, may_follow
         )
         if finished is not None:
             context.display.finish_stage(stage.name, "reused")
             return finished
     context.display.start_stage(stage.name)
-    writer = artifacts.StageWriter(
+    writer = StageWriter(
         context.run_dir,
         stage.name,
         identity,
@@ -139,32 +134,8 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     artifact = writer.commit(metrics, context.config.run.seed)
     if is_asked:
         journal.add(stage.name)
-    context.display.finish_stage(stage.name, stage.makes)
+    context.display.finish_stage(stage.name, stage.result)
     return artifact
-
-
-def _check_inputs(config: Config, models: Models) -> None:
-    """Find what is wrong with the user's model, text and options before anything is started."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from jobs.corpus.sources import source_fingerprint
-    from sparsify.models.load import (
-        check_checkpoint,
-        check_sequence_length,
-        check_vocabulary,
-        load_tokenizer,
-    )
-
-    for folder in [models.dense, *models.pruned.values()]:
-        check_checkpoint(folder)
-    tokenizer = load_tokenizer(models.dense)
-    model_config = AutoConfig.from_pretrained(models.dense, local_files_only=True)
-    check_sequence_length(model_config, config.data.sequence_length)
-    with torch.device("meta"):  # shapes without weights
-        model = AutoModelForCausalLM.from_config(model_config)
-    check_vocabulary(model, tokenizer, str(models.dense))
-    source_fingerprint(config.data, "calibration")
 
 
 def describe_plan(config: Config) -> list[str]:
@@ -182,5 +153,5 @@ def describe_plan(config: Config) -> list[str]:
     for stage in PIPELINE:
         if stage.name in config.stages:
             state = "finished" if (run_dir / stage.name).is_dir() else "to run"
-            lines.append(f"  {stage.name:<9} {state:<9} {stage.makes}")
+            lines.append(f"  {stage.name:<9} {state:<9} {stage.result}")
     return lines

@@ -15,7 +15,7 @@ from jobs.cli.main import main
 
 
 def run(config: PretrainConfig) -> Path:
-    """Write the model's folder."""
+    """Make the model; its folder. Raises as `jobs.workers.pretrain.make_model`."""
     from jobs.workers.pretrain import make_model  # costs torch
 
     return make_model(config)

@@ -7,9 +7,7 @@ shards that are not finished.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Any
 
 from conf.options.tokenize import TokenizeJobConfig
 from jobs.cli.command import Command
@@ -17,35 +15,10 @@ from jobs.cli.main import main
 
 
 def run(config: TokenizeJobConfig) -> Path:
-    """Write the store, or what is missing of it; its folder.
+    """Write the store, or what is missing of it; its folder."""
+    from jobs.workers.tokenize import make_store  # costs torch
 
-    Raises:
-        InputError: something the user can put right.
-        TwofourError: a shard could not be made; finished ones are kept.
-    """
-    from jobs.runs import folder
-    from jobs.runs.display import Display
-    from jobs.runs.session import ROOT, cluster_errors
-    from jobs.workers.tokenize import write_store
-
-    out = Path(config.tokenize.out).absolute()
-    folder.prepare_run_dir(out, "tokenize.out")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(folder.run_lock(out, "tokenize.out"))
-        display = stack.enter_context(Display())
-
-        def map_shards(work: Any, payloads: list[Any]) -> None:
-            from cluster.runtime.backend import RayCluster
-            from cluster.runtime.backend import map_shards as map_by_ray
-
-            name = f"tokenize {out.name}"
-            cluster = RayCluster(config.cluster, name, ROOT, display.on_event)
-            with cluster_errors(), cluster:
-                map_by_ray(cluster, "tokenize", work, payloads, "shards")
-
-        with folder.disk_errors(out):
-            write_store(config, out, map_shards, display)
-    return out
+    return make_store(config)
 
 
 def describe_plan(config: TokenizeJobConfig) -> list[str]:

@@ -17,6 +17,6 @@ def tensor_names(file: safe_open) -> list[str]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """`write_json` for a safetensors file; the same tensors give the same bytes."""
+    """A safetensors file, whole or not at all; the same tensors give the same bytes."""
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

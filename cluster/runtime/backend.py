@@ -1,125 +1,56 @@
-"""Which failures are worth another try: the memory of a driver that restarts its workers.
-
-A lost machine deserves a restart. The same exception at the same step does not: it will come again,
-and every further try costs the time since the last checkpoint.
-"""
+"""The only place that starts Ray: a run's cluster, its groups of workers and its tasks."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, WorkFailedError
-from cluster.runtime.board import OnProgress, Watch
-from cluster.runtime.worker import Board, Work, WorkerContext, guarded, is_peer_loss
+from cluster.runtime.board import Board, BoardLine, OnEvent, Watch
+from cluster.runtime.worker import Work, WorkerContext, guarded, is_peer_loss
 from cluster.spec import ClusterSpec
 
-# What differs between two tries that failed alike: addresses in memory, ports and process ids.
-_VOLATILE = re.compile(r"0x[0-9a-fA-F]+|\bpid[ =:]*\d+|(?<=:)\d{4,5}\b|\bid [0-9a-f]{8,}\b")
 
-_MOST_KEPT = 50
+class Restarts:
+    """Decides after each loss of a worker whether the group is started again.
 
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether to start again, and why or why not."""
-
-    retry: bool
-    reason: str
-
-
-class FailureLog:
-    """Decides after each failure of a run, and carries its memory over restarts of the driver.
-
-    Two budgets. A failure of the machines (a worker lost, a hang) is retried `max_retries` times,
-    counted anew whenever the run has got further than it had at any failure before. An exception of
-    the work itself is retried once, since it may be a passing fault of a machine too; the same one
-    at the same step a second time, or one at all that only the user can mend, is final.
+    That is done `most` times, counted from the start again whenever the work has got further than
+    at any loss before. An exception of the work itself is no loss: it would come again.
 
     Args:
-        max_retries: tries without progress, at least 0.
+        most: restarts without progress, at least 0.
     """
 
-    def __init__(self, max_retries: int) -> None:
-        if max_retries < 0:
-            raise ValueError(f"max_retries={max_retries}: must be at least 0")
-        self.max_retries = max_retries
-        self._failures: list[dict[str, Any]] = []
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._num_without_progress = 0
-        self._furthest_step = -1
+        self._furthest = -1
 
-    def record(
-        self,
-        kind: str,
-        message: str,
-        step: int | None,
-        is_infrastructure: bool,
-        is_users: bool = False,
-    ) -> Decision:
-        """Note a failure and decide.
-
-        Args:
-            kind: class of the exception, or a word for what was lost.
-            message: its text; addresses, ports and process ids in it do not count.
-            step: last step that was committed (of the checkpoint, or of the step it happened in,
-                but always the same of the two); None before the first.
-            is_infrastructure: the machines failed, not the work.
-            is_users: only another config or input can mend it.
-        """
-        text = _VOLATILE.sub("*", message)
-        failure = {"kind": kind, "message": text, "step": step}
+    def after_loss(self, step: int | None) -> tuple[bool, str]:
+        """Whether to start again, and why or why not; `step`: the last one done, None before it."""
         at = "before the first step" if step is None else f"at step {step}"
-        is_known = not is_infrastructure and failure in self._failures
-        self._failures = [*self._failures, failure][-_MOST_KEPT:]
-        if is_users:
-            return Decision(False, f"{kind} is for the user to mend; not retried")
-        if is_known:
-            return Decision(
-                False, f"the same {kind} {at} for the second time: it would come again; not retried"
-            )
         reached = -1 if step is None else step
-        if reached > self._furthest_step:
-            self._furthest_step, self._num_without_progress = reached, 0
+        if reached > self._furthest:
+            self._furthest, self._num_without_progress = reached, 0
         self._num_without_progress += 1
-        if self._num_without_progress > self.max_retries:
-            return Decision(
-                False,
-                f"{self._num_without_progress} failures without progress since "
-                f"{'the start' if self._furthest_step < 0 else f'step {self._furthest_step}'}, "
-                f"{self.max_retries} retries are allowed; not retried",
+        if self._num_without_progress > self._most:
+            since = "the start" if self._furthest < 0 else f"step {self._furthest}"
+            return False, (
+                f"{self._num_without_progress} failures without progress since {since}, "
+                f"{self._most} retries are allowed; not retried"
             )
-        left = self.max_retries - self._num_without_progress
-        return Decision(True, f"{kind} {at}; retried, {left} more without progress")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values for a file beside the checkpoints."""
-        return {
-            "failures": self._failures,
-            "num_without_progress": self._num_without_progress,
-            "furthest_step": self._furthest_step,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._failures = list(state["failures"])
-        self._num_without_progress = state["num_without_progress"]
-        self._furthest_step = state["furthest_step"]
+        left = self._most - self._num_without_progress
+        return True, f"worker lost {at}; retried, {left} more without progress"
 
 
 _ENVIRONMENT = {
@@ -139,15 +70,18 @@ _ENVIRONMENT = {
 def _train_loop(loop_config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     place = ray.train.get_context()
+    board = loop_config["board"]
     context = WorkerContext(
-        loop_config["board"], loop_config["name"], place.get_world_rank(),
+        BoardLine(board), loop_config["name"], place.get_world_rank(),
         place.get_world_size(), loop_config["spec"], place.get_local_world_size(),
     )  # fmt: skip
-    guarded(context, loop_config["work"], loop_config["payload"])
+    result = guarded(context, loop_config["work"], loop_config["payload"])
+    if context.rank == 0:
+        ray.get(board.finish.remote(loop_config["number"], result))
 
 
 def _task(board: Any, name: str, spec: ClusterSpec, work: Work, payload: Any) -> Any:
-    return guarded(WorkerContext(board, name, 0, 1, spec), work, payload)
+    return guarded(WorkerContext(BoardLine(board), name, 0, 1, spec), work, payload)
 
 
 class RayCluster:
@@ -160,13 +94,14 @@ class RayCluster:
         on_event: called on a background thread with every event of the board.
     """
 
-    def __init__(self, spec: ClusterSpec, run_name: str, root: Path, on_event: OnProgress) -> None:
+    def __init__(self, spec: ClusterSpec, run_name: str, root: Path, on_event: OnEvent) -> None:
         self.spec = spec
         self.run_name = run_name
         self.dashboard_url: str | None = None
         self._root = root
         self._on_event = on_event
         self._board: Any = None
+        self._num_works = 0  # pieces of work that the board was cleared for
 
     def __enter__(self) -> RayCluster:
         """Start Ray, or join the one in RAY_ADDRESS, and wait for what the spec needs."""
@@ -259,7 +194,7 @@ class RayCluster:
                 )
             time.sleep(1.0)
 
-    def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> None:
+    def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         """Run `work(context, payload)` once on every worker of the group, restarting after losses.
 
         Ray Train sets up torch.distributed (gloo, or NCCL on GPUs) and the visible devices before
@@ -267,18 +202,28 @@ class RayCluster:
         work last got further than before (by its `progress`); an exception that the work raised
         itself would come again, so it stops the run.
 
+        Args:
+            name: stage, for the dashboard and the progress.
+            work: a module-level function.
+            payload: the same for every worker.
+            storage: folder for Ray Train's own files, on a disk that all workers see.
+
+        Returns:
+            What `work` returned on rank 0, of the start that all workers finished. Ray Train hands
+            back nothing itself; the value goes over the board.
+
         Raises:
             WorkFailedError: the work raised, or workers kept dying.
         """
-        spec, failures = self.spec, FailureLog(self.spec.max_failures)
+        spec, restarts = self.spec, Restarts(self.spec.max_failures)
         attempt = 0
         while True:
-            board = self.cleared_board()
+            board, number = self._cleared_board()
             suffix = f" (restart {attempt})" if attempt else ""
             trainer = TorchTrainer(
                 _train_loop,
                 train_loop_config={
-                    "board": board, "name": name, "spec": spec, "work": work,
+                    "board": board, "number": number, "name": name, "spec": spec, "work": work,
                     "payload": payload,
                 },
                 torch_config=TorchConfig(backend="nccl" if spec.uses_gpu else "gloo"),
@@ -293,30 +238,31 @@ class RayCluster:
                     failure_config=FailureConfig(max_failures=0),
                 ),
             )  # fmt: skip
-            watch = self.watch()
+            watch = Watch(board, self._on_event)
             try:
                 with watch:
                     trainer.fit()
-                return
+                return ray.get(board.result.remote())
             except Exception as error:
-                failure = ray.get(self._board.drain.remote())[1]
+                failure = self._failure()
                 if failure is not None and not is_peer_loss(failure):
                     raise WorkFailedError(**failure) from None
                 lost = f"{name}: a worker was lost ({_last_line(error)})"
                 if not isinstance(error, WorkerGroupError):
                     text = f"{name}: Ray Train failed: {_last_line(error)}; see {self.log_folder}"
                     raise WorkFailedError("RayTrainError", text, str(error)) from None
-            verdict = failures.record("worker lost", lost, watch.furthest, is_infrastructure=True)
-            if not verdict.retry:
-                text = f"{lost}; {verdict.reason}; see Ray's logs in {self.log_folder}, then run "
+            is_retried, reason = restarts.after_loss(watch.furthest)
+            if not is_retried:
+                text = f"{lost}; {reason}; see Ray's logs in {self.log_folder}, then run "
                 raise WorkFailedError("WorkerLost", f"{text}the same command again")
             attempt += 1
-            self._on_event({"kind": "warning", "name": name, "text": f"{lost}; {verdict.reason}"})
+            self._warn(name, f"{lost}; {reason}")
 
     def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
         """Run `work(context, payload)` for each payload as Ray tasks; results in order.
 
-        At most one per worker of the spec runs at a time, whatever else the cluster has.
+        At most one per worker of the spec runs at a time, whatever else the cluster has. A task
+        whose worker dies is done again, up to `spec.max_failures` times.
 
         Args:
             name: stage, for the dashboard and the progress.
@@ -327,64 +273,78 @@ class RayCluster:
         Raises:
             WorkFailedError: a task raised, or its worker kept dying.
         """
-        board = self.cleared_board()
+        board, _ = self._cleared_board()
         # A GPU's memory is free again only when the process that used it has ended.
         remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
         results: list[Any] = [None] * len(payloads)
-        with self.watch():
-            pending: dict[Any, int] = {}
-            waiting = iter(enumerate(payloads))
+        losses: Counter[int] = Counter()
+        waiting = list(reversed(range(len(payloads))))
+        pending: dict[Any, int] = {}
 
-            def start(number: int) -> None:
-                for index, payload in itertools.islice(waiting, number):
-                    options = remote.options(
-                        name=f"{name} {index + 1}/{len(payloads)}",
-                        num_cpus=self.spec.cpus_per_worker,
-                        num_gpus=self.spec.gpus_per_worker,
-                        max_retries=self.spec.max_failures,
-                    )
-                    reference = options.remote(board, name, self.spec, work, payload)
-                    pending[reference] = index
+        def start() -> None:
+            while waiting and len(pending) < self.spec.num_workers:
+                index = waiting.pop()
+                options = remote.options(
+                    name=f"{name} {index + 1}/{len(payloads)}",
+                    num_cpus=self.spec.cpus_per_worker,
+                    num_gpus=self.spec.gpus_per_worker,
+                    max_retries=0,  # losses are counted here, and said
+                )
+                pending[options.remote(board, name, self.spec, work, payloads[index])] = index
 
-            start(self.spec.num_workers)
-            done = 0
+        with Watch(board, self._on_event):
+            start()
             while pending:
                 ready, _ = ray.wait(list(pending), num_returns=1)
-                results[pending.pop(ready[0])] = self._result(ready[0], name, list(pending))
-                done += 1
-                start(1)
-                self.tell_done(name, done, len(payloads), what)
+                index = pending.pop(ready[0])
+                try:
+                    results[index] = ray.get(ready[0])
+                except ray.exceptions.RayError as error:
+                    losses[index] += 1
+                    self._check_loss(name, what, losses[index], error, pending)
+                    waiting.append(index)
+                else:
+                    done = len(payloads) - len(pending) - len(waiting)
+                    event = {"kind": "progress", "name": name, "done": done, "text": what}
+                    self._on_event({**event, "total": len(payloads)})
+                start()
         return results
 
-    def _result(self, reference: Any, name: str, others: list[Any]) -> Any:
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayError as error:
-            for other in others:
-                ray.cancel(other, force=True)
-            raise self.failure_behind(name, error) from None
+    def _check_loss(
+        self, name: str, what: str, count: int, error: Exception, pending: dict[Any, int]
+    ) -> None:
+        """After a task that Ray says has failed: whether its worker was lost and may be replaced.
 
-    def cleared_board(self) -> Any:
-        """The board, everything on it forgotten: before a piece of work, whose calls post to it."""
-        ray.get(self._board.clear.remote())
-        return self._board
-
-    def watch(self) -> Watch:
-        """Around a piece of work: what is posted to the board goes to `on_event` as it comes."""
-        return Watch(self._board, self._on_event)
-
-    def tell_done(self, name: str, done: int, total: int, what: str) -> None:
-        """Progress of work that the driver counts itself: `done` of `total` `what`."""
-        event = {"kind": "progress", "name": name, "done": done, "total": total}
-        self._on_event({**event, "text": what})
-
-    def failure_behind(self, name: str, error: BaseException) -> WorkFailedError:
-        """What to raise for a call that Ray says has failed: the work's own error, or its loss."""
-        failure = ray.get(self._board.drain.remote())[1]
+        Raises:
+            WorkFailedError: the work's own error, or one loss too many; the other tasks are ended.
+        """
+        failure = self._failure()
+        has_died = not isinstance(error, ray.exceptions.RayTaskError)
+        if failure is None and has_died and count <= self.spec.max_failures:
+            self._warn(name, f"{name}: a worker was lost; doing its part again")
+            return
+        for other in pending:
+            ray.cancel(other, force=True)
         if failure is not None:
-            return WorkFailedError(**failure)
-        text = f"{name}: a worker was lost ({_last_line(error)}); see {self.log_folder}"
-        return WorkFailedError("WorkerLost", text)
+            raise WorkFailedError(**failure) from None
+        text = f"{name}: workers kept dying, {count} times at one of the {what}"
+        if not has_died:  # not even the call of the work came about
+            text = f"{name}: one of the {what} could not be started"
+        text += f" ({_last_line(error)}); see {self.log_folder}"
+        raise WorkFailedError("WorkerLost", text) from None
+
+    def _cleared_board(self) -> tuple[Any, int]:
+        """The board, everything on it forgotten, and the number of the work that it is for now."""
+        self._num_works += 1
+        ray.get(self._board.clear.remote(self._num_works))
+        return self._board, self._num_works
+
+    def _failure(self) -> dict[str, str] | None:
+        """What the work itself has failed with, as it posted it."""
+        return ray.get(self._board.drain.remote())[1]
+
+    def _warn(self, name: str, text: str) -> None:
+        self._on_event({"kind": "warning", "name": name, "text": text})
 
     def _resources(self) -> dict[str, float]:
         resources: dict[str, float] = {"CPU": self.spec.cpus_per_worker}
@@ -401,82 +361,3 @@ class RayCluster:
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else repr(error)
-
-
-def map_shards(
-    cluster: RayCluster, name: str, work: Work, payloads: Sequence[Any], what: str
-) -> list[Any]:
-    """Run `work(context, payload)` for each payload, at most one per worker of the spec at a time.
-
-    A call whose worker dies is made again, up to `spec.max_failures` times. Ray Data itself would
-    do so for ever, which is why calls are counted here.
-
-    Args:
-        cluster: entered.
-        name: for the dashboard and the progress.
-        work: a module-level function that returns plain JSON values.
-        payloads: one per call; at least one.
-        what: the unit that the progress counts, in the plural.
-
-    Returns:
-        The results in the order of the payloads.
-
-    Raises:
-        WorkFailedError: a call raised, or its worker kept dying.
-    """
-    spec, board = cluster.spec, cluster.cleared_board()
-    attempts: Any = _Attempts.options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    log_folder = cluster.log_folder
-
-    def call(row: dict[str, Any]) -> dict[str, Any]:
-        context = WorkerContext(board, name, 0, 1, spec)
-        lost = ray.get(attempts.begin.remote(row["index"]))
-        if lost > spec.max_failures:
-            text = f"{name}: workers kept dying, {lost} times at one of the {what}"
-            ray.get(board.fail.remote("WorkerLost", f"{text}; see {log_folder}", ""))
-            raise RuntimeError(text)
-        if lost:
-            context.warn(f"{name}: a worker was lost; doing its part again")
-        result = guarded(context, work, payloads[row["index"]])
-        return {"index": row["index"], "result": json.dumps(result)}
-
-    _quiet()
-    items = [{"index": index} for index in range(len(payloads))]
-    # One block per payload: a block is what Ray Data hands to a task, and what it does again.
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        call,
-        compute=ray.data.TaskPoolStrategy(size=min(spec.num_workers, len(payloads))),
-        num_cpus=spec.cpus_per_worker,
-    )
-    results: list[Any] = [None] * len(payloads)
-    done = 0
-    with cluster.watch():
-        try:
-            for row in dataset.iter_rows():
-                results[row["index"]] = json.loads(row["result"])
-                done += 1
-                cluster.tell_done(name, done, len(payloads), what)
-        except (ray.exceptions.RayError, RuntimeError) as error:
-            raise cluster.failure_behind(name, error) from None
-    return results
-
-
-@ray.remote
-class _Attempts:
-    """How often each call was begun."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[int] = Counter()
-
-    def begin(self, index: int) -> int:
-        """Note one more attempt; how many there were before, all of them lost."""
-        self._begun[index] += 1
-        return self._begun[index] - 1
-
-
-def _quiet() -> None:
-    """The run has its own progress; Ray Data's goes to the log files and the dashboard."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

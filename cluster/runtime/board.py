@@ -1,4 +1,4 @@
-"""How the driver hears what workers post: events read from the board on a thread."""
+"""The board over which workers speak with the driver, and both ends of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,71 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.train
 
-from cluster.runtime.worker import POLL_S
+from cluster.runtime.worker import POLL_S, is_peer_loss
 
-OnProgress = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where workers post events, failures and rank 0's result, and the driver reads them."""
+
+    def __init__(self) -> None:
+        self.clear(0)
+
+    def clear(self, number: int) -> None:
+        """Forget everything, before the piece of work of this number."""
+        self._events: list[dict[str, Any]] = []
+        self._failure: dict[str, str] | None = None
+        self._number, self._result = number, None
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Add one event."""
+        self._events.append(event)
+
+    def fail(self, kind: str, message: str, traceback: str) -> None:
+        """Record a failure: the first one, or the first that is not the loss of a peer."""
+        failure = {"kind": kind, "message": message, "traceback": traceback}
+        if self._failure is None or (is_peer_loss(self._failure) and not is_peer_loss(failure)):
+            self._failure = failure
+
+    def drain(self) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
+        """Events since the last call, and the failure if there is one."""
+        events, self._events = self._events, []
+        return events, self._failure
+
+    def finish(self, number: int, result: Any) -> None:
+        """Keep what a piece of work returned, unless it is that of a group given up meanwhile."""
+        if number == self._number:
+            self._result = result
+
+    def result(self) -> Any:
+        """What `finish` left."""
+        return self._result
+
+
+class BoardLine:
+    """A worker's line to the board."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def post(self, event: dict[str, Any], label: str = "", wait: bool = False) -> None:
+        """Send one event, under a name that the dashboard shows; `wait` until it has arrived."""
+        call = self._board.post.options(name=label) if label else self._board.post
+        reference = call.remote(event)
+        if wait:
+            ray.get(reference)
+
+    def fail(self, kind: str, message: str, traceback: str) -> None:
+        """Report a failure; returns when it has arrived."""
+        ray.get(self._board.fail.remote(kind, message, traceback))
+
+    def is_draining(self) -> bool:
+        """Whether Ray will soon take a node of the group away; a barrier of all workers."""
+        return ray.train.get_preemption_info() is not None
 
 
 class Watch:
@@ -19,7 +80,7 @@ class Watch:
     `furthest` is the last step that the work said to have done, None before the first.
     """
 
-    def __init__(self, board: Any, on_event: OnProgress) -> None:
+    def __init__(self, board: Any, on_event: OnEvent) -> None:
         self._board = board
         self._on_event = on_event
         self._stop = threading.Event()

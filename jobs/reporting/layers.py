@@ -6,10 +6,11 @@ block; every other field may be missing, because earlier versions wrote fewer of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from jobs.reporting import units as _format
+from jobs.reporting import units
 
 Record = dict[str, Any]
 
@@ -28,13 +29,18 @@ def by_method(layers: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def main_method(run: Record, groups: dict[str, list[Record]]) -> str | None:
-    """The method whose result went on; the first one where the run does not say."""
+    """The method whose model the later stages got; the first one where the run does not say."""
     return run["method"] if run.get("method") in groups else next(iter(groups), None)
 
 
 def drawable(layers: Iterable[Record], key: str) -> list[float]:
     """The values of `key` that a scale can hold."""
-    return [value for layer in layers if _format.is_drawable(value := layer.get(key))]
+    return [value for layer in layers if units.is_drawable(value := layer.get(key))]
+
+
+def rank(value: float | None) -> float:
+    """Order for 'largest': a value that is not finite counts as worse than any number."""
+    return value if units.is_finite(value) else math.inf
 
 
 def linear_kind(name: str, block: int) -> str:
@@ -83,7 +89,7 @@ def dead_columns(layers: list[Record]) -> list[tuple[str, int, int | None]]:
     found: dict[str, tuple[int, int | None]] = {}
     for layer in layers:
         number = layer.get("num_dead_columns")
-        if _format.is_finite(number) and number > found.get(layer["name"], (0, None))[0]:
+        if units.is_finite(number) and number > found.get(layer["name"], (0, None))[0]:
             shape = layer.get("shape") or []
             found[layer["name"]] = int(number), shape[1] if len(shape) == 2 else None
     return sorted(
@@ -97,7 +103,7 @@ def raised_damping(layers: list[Record]) -> list[Record]:
     return [
         layer
         for layer in layers
-        if _format.is_drawable(value := layer.get("damping")) and value > smallest
+        if units.is_drawable(value := layer.get("damping")) and value > smallest
     ]
 
 
@@ -117,7 +123,7 @@ def phase_seconds(pruning: list[Record], layers: list[Record]) -> dict[str, dict
     for row in pruning:
         phases = _usable(row.get("seconds")) or found.get(str(row["method"]), {})
         whole = row.get("duration_s")
-        rest = whole - sum(phases.values()) if _format.is_drawable(whole) else 0.0
+        rest = whole - sum(phases.values()) if units.is_drawable(whole) else 0.0
         found[str(row["method"])] = phases | ({"other": rest} if rest > 0 else {})
     return {method: phases for method, phases in found.items() if sum(phases.values()) > 0}
 
@@ -126,7 +132,7 @@ def _usable(seconds: Record | None) -> dict[str, float]:
     return {
         str(phase): value
         for phase, value in (seconds or {}).items()
-        if _format.is_drawable(value) and value >= 0
+        if units.is_drawable(value) and value >= 0
     }
 
 
@@ -142,7 +148,7 @@ def warnings(run: Record, layers: list[Record]) -> list[str]:
     Without what the stage itself warned of, which is in the summary's `warnings`.
     """
     found: list[str] = []
-    broken = [r for r in layers if not _format.is_finite(r.get("relative_error"))]
+    broken = [r for r in layers if not units.is_finite(r.get("relative_error"))]
     if broken:
         broken = sorted(broken, key=lambda layer: str(layer["name"]))
         found.append(f"No finite reconstruction error in {_named(broken)}.")
@@ -162,13 +168,13 @@ def warnings(run: Record, layers: list[Record]) -> list[str]:
         most = max(raised, key=lambda layer: layer["damping"])
         found.append(
             f"{main}: the Hessian needed more damping than was asked for, up to "
-            f"{_format.significant(most['damping'], 2)}, in {_named([most, *raised])}."
+            f"{units.significant(most['damping'], 2)}, in {_named([most, *raised])}."
         )
     poor = [r for r in members if _above(r, "condition", ILL_CONDITIONED)]
     if poor:
         worst = max(poor, key=lambda layer: layer["condition"])
         found.append(
-            f"{main}: condition {_format.significant(worst['condition'], 2)} in "
+            f"{main}: condition {units.significant(worst['condition'], 2)} in "
             f"{_named([worst, *poor])}, too much for float32; raise prune.damping."
         )
     return found
@@ -176,4 +182,4 @@ def warnings(run: Record, layers: list[Record]) -> list[str]:
 
 def _above(layer: Record, key: str, limit: float) -> bool:
     value = layer.get(key)
-    return _format.is_finite(value) and value > limit
+    return units.is_finite(value) and value > limit

@@ -1,9 +1,9 @@
 """The report of a run as one HTML page that needs nothing but itself.
 
 Decides what the page says (the headline, the sentences, which sections there are); the drawings
-come from `_bars` and `_charts`, the markup and the style from `report.html.j2`. The page holds no
-script and asks the network for nothing, and says so to the browser in its content policy. Equal
-summaries give equal pages.
+come from `bars`, `curves` and `layer_charts`, the markup and the style from `page.html.j2`. The
+page holds no script and asks the network for nothing, and says so to the browser in its content
+policy. Equal summaries give equal pages.
 """
 
 from __future__ import annotations
@@ -15,22 +15,13 @@ from typing import Any
 
 import jinja2
 
-from jobs.reporting import units as _format
-from jobs.reporting import wording as _words
-from jobs.reporting.charts import (
-    curve_note,
-    find_result,
-    forecast_panel,
-    is_plottable,
-    is_recovered,
-    pct,
-    perplexity_chart,
-    recovery_panels,
-    size_chart,
-    stage_chart,
-)
+from jobs.reporting import units
+from jobs.reporting.bars import perplexity_chart, size_chart, stage_chart
+from jobs.reporting.curves import curve_note, forecast_panel, recovery_panels
 from jobs.reporting.pruning import pruning_sections
-from jobs.reporting.wording import label_of
+from jobs.reporting.results import find_result, is_recovered, label_of, times_dense
+from jobs.reporting.svg import pct
+from jobs.reporting.wording import alerts, headline, lead
 from jobs.training.ledger import goodput_rows
 from sparsify.errors import InputError
 
@@ -68,18 +59,18 @@ def render_report(summary: dict[str, Any]) -> str:
     )
     environment.filters["pct"] = pct
     source = resources.files("jobs.reporting").joinpath("page.html.j2").read_text(encoding="utf-8")
-    words = _words.headline(summary)
+    words = headline(summary)
     columns, rows = _results_table(results, str(run.get("pattern") or "pattern"))
     page = environment.from_string(source).render(
         title="".join(text for text, _ in words),
         words=[(text.replace(" %", "\u00a0%"), tone) for text, tone in words],
-        lead=_words.lead(run, results, recovery),
+        lead=lead(run, results, recovery),
         has_comparison=any(
             row.get(key) is not None for row in results for key in ("kl", "top1_agreement")
         ),
         has_shares=any(row.get("log_gap_recovered") is not None for row in results),
         byline=_byline(run),
-        alerts=_words.alerts(run, results, layers, recovery)
+        alerts=alerts(run, results, layers, recovery)
         + [str(w) for w in summary.get("warnings") or []],
         perplexities=perplexity_chart(results, run.get("method")),
         columns=columns,
@@ -104,47 +95,42 @@ def _byline(run: dict[str, Any]) -> list[str]:
     """Model, workers and time, as far as they are known."""
     parts = [str(run["name"])] if run.get("name") else []
     if run.get("num_parameters") is not None:
-        parts.append(f"{_format.large_count(run['num_parameters'])} parameters")
+        parts.append(f"{units.large_count(run['num_parameters'])} parameters")
     if run.get("num_workers") is not None:
         plural = "worker" if run["num_workers"] == 1 else "workers"
         device = f" on {run['device']}" if run.get("device") else ""
-        parts.append(f"{_format.count(run['num_workers'])} {plural}{device}")
+        parts.append(f"{units.count(run['num_workers'])} {plural}{device}")
     if run.get("duration_s") is not None:
-        parts.append(_format.duration(run["duration_s"]))
+        parts.append(units.duration(run["duration_s"]))
     return parts
 
 
 def _results_table(
     results: list[dict[str, Any]], pattern: str
-) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """(heading, unit) of the columns that hold anything, and the rows to go with them."""
+) -> tuple[list[tuple[str, str]], list[tuple[str, list[str], str]]]:
+    """(heading, unit) of the columns that hold anything, and (label, cells, CSS class) of rows."""
     dense = find_result(results, "dense")
-    times: list[float | None] = []
-    for row in results:
-        comparable = row is not dense and is_plottable(dense) and is_plottable(row)
-        times.append(row["perplexity"] / dense["perplexity"] if dense and comparable else None)
 
     def column(key: str, spell: Callable[[float | None], str]) -> list[str]:
         return [spell(row.get(key)) for row in results]
 
     columns = [
-        ("Perplexity", "", column("perplexity", _format.perplexity)),
-        ("Against dense", "", [_format.ratio(value) for value in times]),
-        ("Gap recovered", "", column("log_gap_recovered", _format.percent)),
-        ("KL", "nats/token", column("kl", _format.significant)),
-        ("Top-1 agreement", "", column("top1_agreement", _format.percent)),
-        ("Size on disk", "", column("disk_bytes", _format.size)),
-        ("Packed size", "", column("packed_bytes", _format.size)),
-        (f"{pattern} violations", "", column("violations", _format.count)),
+        ("Perplexity", "", column("perplexity", units.perplexity)),
+        ("Against dense", "", [units.ratio(times_dense(row, dense)) for row in results]),
+        ("Gap recovered", "", column("log_gap_recovered", units.percent)),
+        ("KL", "nats/token", column("kl", units.significant)),
+        ("Top-1 agreement", "", column("top1_agreement", units.percent)),
+        ("Size on disk", "", column("disk_bytes", units.size)),
+        ("Packed size", "", column("packed_bytes", units.size)),
+        (f"{pattern} violations", "", column("violations", units.count)),
     ]
-    columns = [c for c in columns if set(c[2]) != {_format.MISSING}]
+    columns = [c for c in columns if set(c[2]) != {units.MISSING}]
     rows = [
-        {
-            "label": label_of(row),
-            "is_recovered": is_recovered(row["name"]),
-            "broken": bool(row.get("violations")),
-            "cells": [cells[i] for _, _, cells in columns],
-        }
+        (
+            label_of(row),
+            [cells[i] for _, _, cells in columns],
+            ("main " * is_recovered(row["name"]) + "broken" * bool(row.get("violations"))).strip(),
+        )
         for i, row in enumerate(results)
     ]
     return [(name, unit) for name, unit, _ in columns], rows
@@ -153,9 +139,9 @@ def _results_table(
 def _recovery_note(recovery: dict[str, Any]) -> str:
     parts = []
     if recovery.get("num_tokens") is not None:
-        parts.append(f"{_format.count(recovery['num_tokens'])} tokens")
+        parts.append(f"{units.count(recovery['num_tokens'])} tokens")
     if recovery.get("tokens_per_s") is not None:
-        parts.append(f"{_format.count(recovery['tokens_per_s'])} tokens/s")
+        parts.append(f"{units.count(recovery['tokens_per_s'])} tokens/s")
     return ", ".join(parts)
 
 
@@ -164,15 +150,15 @@ def _goodput(figures: dict[str, Any]) -> dict[str, Any] | None:
     if not figures:
         return None
     parts = [
-        f"{_format.percent(figures['goodput'])} of {_format.duration(figures['wall_s'])} went into "
-        f"{_format.count(figures['num_steps'])} steps that count"
+        f"{units.percent(figures['goodput'])} of {units.duration(figures['wall_s'])} went into "
+        f"{units.count(figures['num_steps'])} steps that count"
     ]
     if figures["num_lost_steps"]:
-        parts.append(f"{_format.count(figures['num_lost_steps'])} steps were done again")
+        parts.append(f"{units.count(figures['num_lost_steps'])} steps were done again")
     if figures["num_starts"] > 1:
-        parts.append(f"{_format.count(figures['num_starts'])} starts")
+        parts.append(f"{units.count(figures['num_starts'])} starts")
     rows = [
-        (words, _format.duration(seconds), _format.percent(share))
+        (words, [units.duration(seconds), units.percent(share)], "")
         for words, seconds, share in goodput_rows(figures)
     ]
     return {"summary": "; ".join(parts), "rows": rows}
@@ -189,15 +175,15 @@ def _facts(run: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[str,
         if run.get(key) is not None
     ]  # fmt: skip
     if run.get("num_parameters") is not None:
-        facts.insert(1, ("Parameters", _format.count(run["num_parameters"])))
+        facts.insert(1, ("Parameters", units.count(run["num_parameters"])))
     if run.get("num_workers") is not None:
-        facts.append(("Workers", _format.count(run["num_workers"])))
+        facts.append(("Workers", units.count(run["num_workers"])))
     if quantization.get("bits") is not None:
         method = str(quantization.get("method") or "").upper()
         text = f"{method} INT{quantization['bits']}, groups of {quantization.get('group_size')}"
         facts.append(("Quantization", text.strip()))
     if run.get("duration_s") is not None:
-        facts.append(("Duration", _format.duration(run["duration_s"])))
+        facts.append(("Duration", units.duration(run["duration_s"])))
     return facts
 
 

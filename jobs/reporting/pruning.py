@@ -1,6 +1,6 @@
 """What the report page says of pruning, layer by layer: plain values for the template.
 
-Decides what is shown and what is left out; the drawings come from `_layer_charts` and `_bars`. A
+Decides what is shown and what is left out; the drawings come from `layer_charts` and `bars`. A
 figure that the records lack leaves its plot out.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.reporting import units as _format
-from jobs.reporting.charts import LayerMap, Scale, depth_chart, layer_map, phase_chart, token_chart
+from jobs.reporting import units
+from jobs.reporting.bars import phase_chart, token_chart
+from jobs.reporting.layer_charts import LayerMap, depth_chart, layer_map
 from jobs.reporting.layers import (
     ILL_CONDITIONED,
     Record,
@@ -19,8 +20,10 @@ from jobs.reporting.layers import (
     main_method,
     phase_seconds,
     raised_damping,
+    rank,
     shared_inputs,
 )
+from jobs.reporting.svg import Scale
 from sparsify.pruning.progress import FEW_TOKENS, PHASES
 
 _NUM_WORST_LAYERS = 10
@@ -54,7 +57,7 @@ def pruning_sections(summary: dict[str, Any]) -> dict[str, Any]:
     sparsity = None
     if main is not None:
         sparsity = layer_map(
-            main, groups[main], "sparsity", lambda value: value, lambda v: _format.percent(v)
+            main, groups[main], "sparsity", lambda value: value, lambda v: units.percent(v)
         )
     return {
         "main": main,
@@ -62,7 +65,7 @@ def pruning_sections(summary: dict[str, Any]) -> dict[str, Any]:
         "layers": _error_section(groups, main, quantization),
         "kept": depth_chart(
             "share of large weights kept", groups, "large_kept", _share,
-            main=main, is_log=False, low_is_bad=True,
+            main=main, is_share=True,
         ),
         "calibration": _calibration_section(groups, main),
         "sparsity": sparsity,
@@ -77,18 +80,18 @@ def pruning_sections(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _share(value: float | None) -> str:
     """A share of large weights: 98.2 %, 99.97 % near the end, where the differences are small."""
-    if _format.is_finite(value) and 0.999 <= value < 1:
-        return _format.percent(value, 2)
-    return _format.percent(value)
+    if units.is_finite(value) and 0.999 <= value < 1:
+        return units.percent(value, 2)
+    return units.percent(value)
 
 
 def _short(value: float | None) -> str:
-    return _format.significant(value, 2)
+    return units.significant(value, 2)
 
 
 def _rounded(value: float | None) -> str:
     """Two digits and zeros: 11,000, 1.3e7; for figures of which only the size matters."""
-    return _short(float(f"{value:.1e}") if _format.is_finite(value) else value)
+    return _short(float(f"{value:.1e}") if units.is_finite(value) else value)
 
 
 def _error_opacity(layers: list[Record]) -> tuple[Any, list[str]]:
@@ -147,7 +150,7 @@ def _calibration_section(
     condition_of, layers = having("condition")
     condition = depth_chart(
         "condition", shared_inputs(layers, "condition"), "condition", _rounded,
-        warn=(ILL_CONDITIONED, float("inf")),
+        warn_above=ILL_CONDITIONED,
     )  # fmt: skip
     damping_of, layers = having("damping")
     damping, sentence = None, ""
@@ -155,14 +158,14 @@ def _calibration_section(
     if values and raised_damping(layers):
         damping = depth_chart("damping", shared_inputs(layers, "damping"), "damping", _short)
     elif values:
-        sentence = f"{_format.significant(values[0])} in every layer, under {damping_of}"
+        sentence = f"{units.significant(values[0])} in every layer, under {damping_of}"
     dead = dead_columns([layer for layers in groups.values() for layer in layers])
     if tokens is None and condition is None and damping is None and not dead:
         return None
     return {
         "tokens": tokens,
         "tokens_of": tokens_of,
-        "few": _format.count(FEW_TOKENS),
+        "few": units.count(FEW_TOKENS),
         "condition": condition,
         "condition_of": condition_of,
         "ill": _rounded(ILL_CONDITIONED),
@@ -170,43 +173,36 @@ def _calibration_section(
         "damping_of": damping_of,
         "damping_sentence": sentence,
         "dead": [
-            f"{name}: {_format.count(number)}" + (f" of {_format.count(all_)}" if all_ else "")
+            f"{name}: {units.count(number)}" + (f" of {units.count(all_)}" if all_ else "")
             for name, number, all_ in dead
         ],
     }
 
 
 def _worst_layers(layers: list[Record]) -> dict[str, Any]:
-    """Headings and rows (name, cells) of the layers with the largest error.
-
-    All that is known of them; columns without any value are left out.
-    """
-
-    def rank(layer: Record) -> float:
-        error = layer.get("relative_error")
-        return -error if error is not None and _format.is_finite(error) else -float("inf")
-
-    worst = sorted(layers, key=rank)[:_NUM_WORST_LAYERS]
+    """Headings and rows of the layers with the largest error: all that is known of them."""
+    worst = sorted(layers, key=lambda layer: -rank(layer.get("relative_error")))
+    worst = worst[:_NUM_WORST_LAYERS]
     shapes = [" × ".join(str(n) for n in layer.get("shape") or []) for layer in worst]
     columns = [("Shape", "", shapes)]
     for heading, unit, key, spell in (
-        ("Relative error", "", "relative_error", _format.significant),
-        ("Error", "per token", "error", _format.significant),
+        ("Relative error", "", "relative_error", units.significant),
+        ("Error", "per token", "error", units.significant),
         ("Large kept", "", "large_kept", _share),
-        ("Sparsity", "", "sparsity", _format.percent),
-        ("Damping", "", "damping", _format.significant),
+        ("Sparsity", "", "sparsity", units.percent),
+        ("Damping", "", "damping", units.significant),
         ("Condition", "", "condition", _rounded),
-        ("Dead columns", "", "num_dead_columns", _format.count),
-        ("Tokens", "", "num_tokens", _format.count),
-        ("Tokens", "per column", "tokens_per_column", _format.significant),
+        ("Dead columns", "", "num_dead_columns", units.count),
+        ("Tokens", "", "num_tokens", units.count),
+        ("Tokens", "per column", "tokens_per_column", units.significant),
     ):
         columns.append((heading, unit, [spell(layer.get(key)) for layer in worst]))
     columns.append(("Time", "", [_time(layer.get("seconds")) for layer in worst]))
-    columns = [column for column in columns if set(column[2]) - {_format.MISSING, ""}]
+    columns = [column for column in columns if set(column[2]) - {units.MISSING, ""}]
     return {
         "columns": [(heading, unit) for heading, unit, _ in columns],
         "rows": [
-            (str(layer["name"]), [cells[i] for _, _, cells in columns])
+            (str(layer["name"]), [cells[i] for _, _, cells in columns], "")
             for i, layer in enumerate(worst)
         ],
     }
@@ -214,5 +210,5 @@ def _worst_layers(layers: list[Record]) -> dict[str, Any]:
 
 def _time(seconds: Record | None) -> str:
     """The sum of a layer's phases."""
-    known = [value for value in (seconds or {}).values() if _format.is_drawable(value)]
-    return _format.duration(sum(known)) if known else _format.MISSING
+    known = [value for value in (seconds or {}).values() if units.is_drawable(value)]
+    return units.duration(sum(known)) if known else units.MISSING

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors import safe_open
+
+from conf.options.run import STAGES
 from jobs.runs.artifact import RECORD, versions
+from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
 from sparsify.formats.sparse_folder import read_sparsity
 
-if TYPE_CHECKING:
-    from jobs.runs.context import StageContext
-
 SCHEMA = 1
-
-_LABELS = {
-    "dense": "dense",
-    "recovered": "recovered",
-}
 
 
 def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
@@ -33,17 +30,14 @@ def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
 
 def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
     """The summary as plain values; nothing but the records decides its figures."""
-    from conf.options.run import STAGES
-
     records = {}
     for stage in STAGES:
         path = run_dir / stage / RECORD
         if path.is_file() and stage != "report":
             records[stage] = json.loads(path.read_text(encoding="utf-8"))
-    if context.models.recovered is None:
-        records.pop("distill", None)  # made from an earlier pruning than the one there is now
-    if context.models.packed_int4 is None:
-        records.pop("quantize", None)
+    for stage in ("distill", "quantize"):
+        if stage not in context.models.made:
+            records.pop(stage, None)  # made from an earlier pruning than the one there is now
     metrics = {stage: record["metrics"] for stage, record in records.items()}
     durations = {stage: record["duration_s"] for stage, record in records.items()}
     distill = metrics.get("distill")
@@ -109,8 +103,8 @@ def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:
 def _pattern_of(context: StageContext) -> str:
     """Pattern of the sparse model that a run without a prune stage started from."""
     models = context.models
-    for folder in [models.recovered, *models.pruned.values()]:
-        sparsity = read_sparsity(folder) if folder is not None else None
+    for folder in reversed(models.all_sparse().values()):
+        sparsity = read_sparsity(folder)
         if sparsity is not None:
             return str(sparsity["pattern"])
     return context.config.prune.pattern
@@ -118,10 +112,6 @@ def _pattern_of(context: StageContext) -> str:
 
 def _num_parameters(folder: Path) -> int:
     """Elements of all tensors in a model folder's files (headers only are read)."""
-    import math
-
-    from safetensors import safe_open
-
     total = 0
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -131,7 +121,7 @@ def _num_parameters(folder: Path) -> int:
 
 def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per model, in the order of the pipeline."""
-    from sparsify.evaluation.perplexity import log_gap_recovered
+    from sparsify.evaluation.perplexity import log_gap_recovered  # imports torch
 
     scores = dict(metrics.get("evaluate", {}).get("results", {}))
     gates = {
@@ -169,18 +159,16 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
 def _label(name: str, context: StageContext) -> str:
     base, _, bits = name.partition("_int")
     if bits:
-        is_recovered = context.models.recovered is not None
+        is_recovered = "distill" in context.models.made
         base = base if is_recovered else f"one-shot {context.models.method}"
         return f"{base} + INT{bits}"
-    return _LABELS.get(name, f"one-shot {name}")
+    return name if name in ("dense", "recovered") else f"one-shot {name}"
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:
     """Bytes of each model's weight files, and of the packed form where one was written."""
     models = context.models
-    folders = {"dense": models.dense, **models.pruned}
-    if models.recovered is not None:
-        folders["recovered"] = models.recovered
+    folders = {"dense": models.dense, **models.all_sparse()}
     # One-shot models are not packed into files: theirs is the size of the packed tensors.
     packed = {
         **metrics.get("prune", {}).get("packed_bytes", {}),
@@ -202,13 +190,14 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
 
 def show(summary: dict[str, Any]) -> None:
     """Print the tables of a run to stdout."""
+    # rich and the tables made of it: a run that fails early does without them
     from rich.console import Console
 
     from jobs.reporting.tables import pruning_table, results_table, stages_table
 
     console = Console()
     if summary["results"]:
-        console.print(results_table(summary))
+        console.print(results_table(summary, console.width))
     if summary["layers"]:
         console.print(pruning_table(summary))
     console.print(stages_table(summary))

@@ -1,4 +1,4 @@
-"""The tables a run ends with in the terminal; readable at 80 columns.
+"""The tables a run ends with in the terminal; readable at 80 columns, and at 60.
 
 Text of the run goes in as `rich.text.Text`, so that square brackets in a name stay what they are.
 """
@@ -12,13 +12,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jobs.reporting import units as _format
-from jobs.reporting.charts import is_recovered
+from jobs.reporting import units
 from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
+from jobs.reporting.results import is_recovered, label_of
 
 _RESULT_COLUMNS = (
-    "Perplexity", "Gap\nrecovered", "KL\n(nats)", "Size\non disk", "Packed\nsize",
-)  # fmt: skip
+    ("Perplexity", "perplexity", units.perplexity),
+    ("Gap\nrecovered", "log_gap_recovered", units.percent),
+    ("KL\n(nats)", "kl", units.significant),
+    ("Size\non disk", "disk_bytes", units.size),
+    ("Packed\nsize", "packed_bytes", units.size),
+)
+
+_LEFT_OUT = ("kl", "disk_bytes")  # where there is no room for them beside a model's name
 
 
 def _table(*headings: str) -> Table:
@@ -31,25 +37,24 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def results_table(summary: dict[str, Any]) -> Table:
+def results_table(summary: dict[str, Any], width: int = 80) -> Table:
     """One row per evaluated model: quality, share of the gap recovered, sizes, violations.
 
     Args:
         summary: schema 1; a missing or empty `results` gives a table without rows.
+        width: of the terminal, in columns. Below 76 the KL divergence and the size on disk are left
+            out, so that names keep their room; both are in summary.json and on the page.
     """
     pattern = str((summary.get("run") or {}).get("pattern") or "pattern")
     heading = pattern if len(pattern) <= 10 else "sparsity"  # 'unstructured:0.5' is too wide
-    table = _table("Model", *_RESULT_COLUMNS, f"{heading}\nviolations")
+    columns = [c for c in _RESULT_COLUMNS if width >= 76 or c[1] not in _LEFT_OUT]
+    table = _table("Model", *(name for name, _, _ in columns), f"{heading}\nviolations")
     for row in summary.get("results") or []:
         violations = row.get("violations")
         table.add_row(
-            Text(str(row.get("label") or row["name"])),
-            _format.perplexity(row.get("perplexity")),
-            _format.percent(row.get("log_gap_recovered")),
-            _format.significant(row.get("kl")),
-            _format.size(row.get("disk_bytes")),
-            _format.size(row.get("packed_bytes")),
-            Text(_format.count(violations), style="bold red" if violations else ""),
+            Text(label_of(row)),
+            *(spell(row.get(key)) for _, key, spell in columns),
+            Text(units.count(violations), style="bold red" if violations else ""),
             style="bold" if is_recovered(row["name"]) else "",
         )
     return table
@@ -71,18 +76,18 @@ def pruning_table(summary: dict[str, Any]) -> Table:
         rows.append(
             (
                 method,
-                _format.duration(times.get(method)),
-                _format.significant(statistics.median(errors) if errors else None),
-                _format.significant(max(errors, default=None)),
+                units.duration(times.get(method)),
+                units.significant(statistics.median(errors) if errors else None),
+                units.significant(max(errors, default=None)),
                 _worst_place(layers),
-                _format.percent(statistics.fmean(kept) if kept else None),
+                units.percent(statistics.fmean(kept) if kept else None),
             )
         )
     headings = (
-        "One-shot", "Time", "Median\nerror", "Largest\nerror", "in\nblock", "Large weights\nkept",
+        "One-shot", "Time", "Median\nerror", "Largest\nerror", "in\nblock", "Large\nweights\nkept",
     )  # fmt: skip
     used = [
-        i for i in range(len(headings)) if i == 0 or any(row[i] != _format.MISSING for row in rows)
+        i for i in range(len(headings)) if i == 0 or any(row[i] != units.MISSING for row in rows)
     ]
     table = _table(*(headings[i] for i in used))
     main = main_method(run, groups)
@@ -95,9 +100,9 @@ def pruning_table(summary: dict[str, Any]) -> Table:
 def _worst_place(layers: list[Record]) -> str:
     """Block and kind of the layer with the largest error: '3 v_proj'."""
     short = short_kinds(layers)
-    known = [layer for layer in layers if _format.is_drawable(layer.get("relative_error"))]
+    known = [layer for layer in layers if units.is_drawable(layer.get("relative_error"))]
     if not known:
-        return _format.MISSING
+        return units.MISSING
     worst = max(known, key=lambda layer: layer["relative_error"])
     kind = linear_kind(worst["name"], worst["block"])
     return f"{worst['block']} {short[kind]}"
@@ -109,21 +114,21 @@ def stages_table(summary: dict[str, Any]) -> Table:
     spent = [
         stage["duration_s"]
         for stage in stages
-        if stage.get("status") == "ran" and _format.is_finite(stage.get("duration_s"))
+        if stage.get("status") == "ran" and units.is_finite(stage.get("duration_s"))
     ]
     total = sum(spent)
     table = _table("Stage", "Status", "Time", "Share")
     for stage in stages:
         seconds, ran = stage.get("duration_s"), stage.get("status") == "ran"
-        known = ran and total > 0 and _format.is_finite(seconds)
+        known = ran and total > 0 and units.is_finite(seconds)
         table.add_row(
             Text(str(stage["name"])),
-            Text(str(stage.get("status") or _format.MISSING)),
-            _format.duration(seconds),
-            _format.percent(seconds / total if known else None, 0),
+            Text(str(stage.get("status") or units.MISSING)),
+            units.duration(seconds),
+            units.percent(seconds / total if known else None, 0),
             style="" if ran else "dim",
         )
     if len(spent) > 1:
         table.add_section()
-        table.add_row("all", "", _format.duration(total), "")
+        table.add_row("all", "", units.duration(total), "")
     return table

@@ -6,21 +6,32 @@ out, never hidden.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeGuard
 
 MISSING = "–"
 
+_Options = ParamSpec("_Options")
 
-def _special(value: float | None) -> str | None:
-    """The spelling of a value that has no digits, or None for an ordinary number."""
-    if value is None:
-        return MISSING
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return None
+
+def _spelled(
+    spell: Callable[Concatenate[float, _Options], str],
+) -> Callable[Concatenate[float | None, _Options], str]:
+    """`spell` for ordinary numbers; what has no digits is spelled the same everywhere."""
+
+    @functools.wraps(spell)
+    def spelled(value: float | None, *args: _Options.args, **kwargs: _Options.kwargs) -> str:
+        if value is None:
+            return MISSING
+        if math.isnan(value):
+            return "NaN"
+        if math.isinf(value):
+            return "∞" if value > 0 else "−∞"
+        return spell(value, *args, **kwargs)
+
+    return spelled
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
@@ -33,11 +44,9 @@ def is_drawable(value: float | None) -> TypeGuard[float]:
     return is_finite(value) and (value == 0 or 1e-100 <= abs(value) <= 1e100)
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+@_spelled
+def significant(value: float, digits: int = 3) -> str:
     """`value` with `digits` significant digits: 0.0415, 13.2, 1,250, 2.1e-5."""
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
     if value == 0:
         return "0"
     exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
@@ -52,11 +61,9 @@ def _power(value: float, digits: int) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def perplexity(value: float | None) -> str:
+@_spelled
+def perplexity(value: float) -> str:
     """Two decimals below 100, fewer above, powers of ten from a million on."""
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
     if value < 100:
         return f"{value:.2f}"
     if value < 1000:
@@ -64,35 +71,27 @@ def perplexity(value: float | None) -> str:
     return f"{value:,.0f}" if value < 1e6 else _power(value, 2)
 
 
-def percent(value: float | None, decimals: int = 1) -> str:
+@_spelled
+def percent(value: float, decimals: int = 1) -> str:
     """A share as percent: 0.683 is '68.3 %'."""
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
     text = f"{100 * value:,.{decimals}f} %"
     return text.removeprefix("-") if float(f"{100 * value:.{decimals}f}") == 0 else text
 
 
-def ratio(value: float | None) -> str:
+@_spelled
+def ratio(value: float) -> str:
     """A factor: '1.83×'."""
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
     return f"{value:.2f}×" if value < 100 else f"{significant(value)}×"
 
 
-def count(value: float | None) -> str:
+@_spelled
+def count(value: float) -> str:
     """A whole number with thousands separators."""
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
     return f"{value:,.0f}"
 
 
-def _scaled(value: float | None, base_unit: str, units: str, separator: str) -> str:
-    special = _special(value)
-    if special is not None or value is None:
-        return special or MISSING
+@_spelled
+def _scaled(value: float, base_unit: str, units: str, separator: str) -> str:
     if abs(value) < 1000:
         return f"{value:.0f}{separator}{base_unit}".rstrip()
     scaled = float(value)
@@ -113,11 +112,9 @@ def large_count(value: float | None) -> str:
     return _scaled(value, "", "kMBT", " ")
 
 
-def duration(seconds: float | None) -> str:
+@_spelled
+def duration(seconds: float) -> str:
     """'0.42 s', '12.3 s', '3 min 12 s', '2 h 05 min'."""
-    special = _special(seconds)
-    if special is not None or seconds is None:
-        return special or MISSING
     if seconds < 59.95:
         return (
             f"{seconds:.1f} s" if seconds >= 1 or seconds == 0 else f"{significant(seconds, 2)} s"

@@ -8,9 +8,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jobs.reporting import layers as _layers
-from jobs.reporting import units as _format
-from jobs.reporting.charts import find_result, is_plottable, is_recovered
+from jobs.reporting import units
+from jobs.reporting.layers import warnings
+from jobs.reporting.results import (
+    find_result,
+    is_plottable,
+    is_recovered,
+    label_of,
+    times_dense,
+)
 
 Words = list[tuple[str, str]]  # (text, tone); tone: "", "gain" or "loss"
 
@@ -20,12 +26,8 @@ def _at_pattern(run: dict[str, Any]) -> str:
     text = str(run.get("pattern") or "")
     kind, _, share = text.partition(":")
     if kind == "unstructured" and re.fullmatch(r"0?\.\d+", share):
-        return f" at {_format.percent(float(share), 0)} unstructured sparsity"
+        return f" at {units.percent(float(share), 0)} unstructured sparsity"
     return f" at {text}" if text else ""
-
-
-def label_of(row: dict[str, Any]) -> str:
-    return str(row.get("label") or row["name"])
 
 
 def _sentence_case(text: str) -> str:
@@ -49,31 +51,32 @@ def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
     dense, one_shot = find_result(results, "dense"), find_result(results, run.get("method"))
     recovered = next((row for row in results if is_recovered(row["name"])), None)
     share = recovered.get("log_gap_recovered") if recovered else None
-    if share is not None and _format.is_finite(share):
+    if share is not None and units.is_finite(share):
         if share < 0:
             return [("Recovery ", ""), ("widened", "loss"), (f" the perplexity gap{at}", "")]
-        part = _format.percent(share, 0)
+        part = units.percent(share, 0)
         return [("Recovered ", ""), (part, "gain"), (f" of the perplexity gap{at}", "")]
     row = recovered or one_shot or next((r for r in results if r is not dense), None)
     if row is None:
         if dense is None:
             return []
-        return [(f"Dense model: perplexity {_format.perplexity(dense.get('perplexity'))}", "")]
+        return [(f"Dense model: perplexity {units.perplexity(dense.get('perplexity'))}", "")]
     if not is_plottable(row):
         return [
             (f"{_sentence_case(label_of(row))}{at}: perplexity is ", ""),
             ("not a finite number", "loss"),
         ]
     words: Words = [(f"{_sentence_case(label_of(row))}{at}: perplexity ", "")]
-    words.append((_format.perplexity(row["perplexity"]), "gain" if recovered else "loss"))
-    if dense is not None and is_plottable(dense):
-        words.append((f", {_format.ratio(row['perplexity'] / dense['perplexity'])} dense", ""))
+    words.append((units.perplexity(row["perplexity"]), "gain" if recovered else "loss"))
+    times = times_dense(row, dense)
+    if times is not None:
+        words.append((f", {units.ratio(times)} dense", ""))
     return words
 
 
 def _size_words(results: list[dict[str, Any]]) -> Words:
     """The smallest packed file against the dense checkpoint: ', INT4 file 5.3× smaller'."""
-    packed = [r for r in results if _format.is_finite(r.get("packed_bytes")) and r["packed_bytes"]]
+    packed = [r for r in results if units.is_finite(r.get("packed_bytes")) and r["packed_bytes"]]
     dense = find_result(results, "dense")
     if not packed or dense is None or not dense.get("disk_bytes"):
         return []
@@ -94,16 +97,16 @@ def lead(run: dict[str, Any], results: list[dict[str, Any]], recovery: dict[str,
         return ""
     text = f"One-shot pruning with {run.get('method')} "
     if dense is not None and is_plottable(dense):
-        text += f"took perplexity from {_format.perplexity(dense['perplexity'])} "
-        text += f"to {_format.perplexity(one_shot['perplexity'])}"
+        text += f"took perplexity from {units.perplexity(dense['perplexity'])} "
+        text += f"to {units.perplexity(one_shot['perplexity'])}"
     else:
-        text += f"gave perplexity {_format.perplexity(one_shot['perplexity'])}"
+        text += f"gave perplexity {units.perplexity(one_shot['perplexity'])}"
     if after:
         first, *others = after
         tokens = recovery.get("num_tokens")
-        trained = f"training on {_format.count(tokens)} tokens" if tokens else "training"
-        text += f"; {trained} brought it to {_format.perplexity(first.get('perplexity'))}"
-        also = [f"{label_of(row)}: {_format.perplexity(row.get('perplexity'))}" for row in others]
+        trained = f"training on {units.count(tokens)} tokens" if tokens else "training"
+        text += f"; {trained} brought it to {units.perplexity(first.get('perplexity'))}"
+        also = [f"{label_of(row)}: {units.perplexity(row.get('perplexity'))}" for row in others]
         text += f" ({', '.join(also)})" if also else ""
     checked = [row for row in results if row.get("violations") is not None]
     if checked and not any(row["violations"] for row in checked):
@@ -122,17 +125,17 @@ def alerts(
     for row in results:
         if row.get("violations"):
             found.append(
-                f"{label_of(row)}: {_format.count(row['violations'])} violations of "
+                f"{label_of(row)}: {units.count(row['violations'])} violations of "
                 f"{run.get('pattern') or 'the pattern'}; the model cannot be deployed as sparse."
             )
         if not is_plottable(row):
-            value = _format.perplexity(row.get("perplexity"))
+            value = units.perplexity(row.get("perplexity"))
             found.append(f"{label_of(row)}: perplexity is {value}, which is no usable result.")
-    found += _layers.warnings(run, layers)
-    lost = [s for s in recovery.get("steps") or [] if not _format.is_finite(s.get("loss"))]
+    found += warnings(run, layers)
+    lost = [s for s in recovery.get("steps") or [] if not units.is_finite(s.get("loss"))]
     if lost:
         found.append(
             f"Recovery training: the loss is not finite at {len(lost):,} steps, "
-            f"first at step {_format.count(lost[0].get('step'))}."
+            f"first at step {units.count(lost[0].get('step'))}."
         )
     return found

@@ -39,11 +39,6 @@ class Artifact:
     record: dict[str, Any]
     is_reused: bool
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """What the stage measured."""
-        return dict(self.record["metrics"])
-
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that a result depends on."""
@@ -164,7 +159,7 @@ class StageWriter:
         self._command = command
         self._started_at_s = time.time()
         partial = run_dir / f".{stage}.partial"
-        self._settle_interrupted(partial, redo, may_replace)
+        self._clean_up_interrupted(partial, redo, may_replace)
         self.folder = partial / "result"
         self.scratch = partial / "scratch"
         self.train_storage = partial / "train"
@@ -175,7 +170,7 @@ class StageWriter:
             self.scratch.mkdir(exist_ok=True)
             write_json(partial / "begun.json", {"identity": identity, "redo": redo})
 
-    def _settle_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
+    def _clean_up_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
         """Keep an interrupted stage of the same identity, throw another away only when asked to.
 
         A redo that was interrupted is carried on by the next one of the same identity.

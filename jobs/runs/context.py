@@ -1,8 +1,4 @@
-"""What every stage of a run shares: the config, the folders, the models so far, the cluster.
-
-A stage is a module of this package with two functions: `identity(context)`, the plain values that
-decide its result, and `run(context, writer)`, which fills the writer's folder and returns metrics.
-"""
+"""What every stage of a run shares: the config, the folders, the models so far, the cluster."""
 
 from __future__ import annotations
 
@@ -13,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from conf.schema import Config, to_dict
 from jobs.runs.models import Models
+from jobs.runs.tracking import Tracker
 from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both cost what only a run needs: Ray, rich
     from cluster.runtime.backend import RayCluster
     from jobs.runs.display import Display
-    from jobs.runs.tracking import Tracker
 
 
 @dataclass
@@ -27,7 +23,7 @@ class StageContext:
 
     config: Config
     worker_config: Config
-    """the same with absolute paths, for workers, which may stand elsewhere"""
+    """the same with absolute paths, for workers, which may be elsewhere"""
     run_dir: Path
     command: str
     models: Models
@@ -47,21 +43,24 @@ class StageContext:
         """The named groups without what decides only speed, as plain values for an identity."""
         return {group: to_dict(getattr(self.config, group), deciding=True) for group in groups}
 
+    def source_fingerprint(self, which: str) -> str:
+        """Fingerprint of the run's `train`, `calibration` or `heldout` text, for identities."""
+        from jobs.corpus.sources import source_fingerprint  # costs torch
 
-def heldout_inputs(context: StageContext) -> dict[str, str]:
-    """For identities: held-out text of its own decides which documents are not trained on."""
-    from jobs.corpus.sources import source_fingerprint
+        return source_fingerprint(self.config.data, which)
 
-    if context.config.data.heldout is None:
-        return {}
-    return {"heldout": source_fingerprint(context.config.data, "heldout")}
+    def heldout_inputs(self) -> dict[str, str]:
+        """For identities: held-out text of its own decides which documents are not trained on."""
+        if self.config.data.heldout is None:
+            return {}
+        return {"heldout": self.source_fingerprint("heldout")}
 
-
-def given_masks(config: Config, folder: Path) -> dict[str, Any]:
-    """For identities: the options that say where the masks of a foreign model are."""
-    if read_sparsity(folder) is not None:
-        return {}
-    return {"prune.pattern": config.prune.pattern, "prune.skip": config.prune.skip}
+    def given_masks(self, folder: Path) -> dict[str, Any]:
+        """For identities: the options that say where the masks of a foreign model are."""
+        if read_sparsity(folder) is not None:
+            return {}
+        prune = self.config.prune
+        return {"prune.pattern": prune.pattern, "prune.skip": prune.skip}
 
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:

@@ -92,8 +92,10 @@ class Display:
             self.say(f"{name}: {text}")
 
     def on_event(self, event: dict[str, Any]) -> None:
-        """Take an event of the board: progress or a warning."""
-        if event["kind"] == "warning":
+        """Take an event of the board: progress, information or a warning."""
+        if event["kind"] == "info":
+            self.say(event["text"])
+        elif event["kind"] == "warning":
             self.say(f"warning: {event['text']}")
         elif event["kind"] == "progress":
             done, total, text = event["done"], event["total"], event.get("text", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,21 @@ def write_json(path: Path, value: Any) -> None:
         files.write_json(path, value)
 
 
-def take_json(path: Path) -> Any:
-    """Read what a worker left for the driver, and remove it: it is no result of the stage."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    return value
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that the file is the old one or the whole new one."""
+    with disk_errors(path), files.written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut a last line that a killed process left unfinished; its bytes, 0 without such a line."""
+    if not path.is_file():
+        return 0
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+    return len(content) - whole
 
 
 @contextlib.contextmanager

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jobs.runs.folder import write_json
-
-if TYPE_CHECKING:
-    pass
 
 
 class RedoJournal:
     """Stages that an interrupted command with run.redo has already made again.
 
-    The same command then goes on with the next one instead of starting over.
+    The same command then continues with the next one instead of starting over.
     """
 
     def __init__(self, run_dir: Path, command: str) -> None:

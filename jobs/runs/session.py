@@ -8,26 +8,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.schema import Config
+from cluster.errors import ClusterError, WorkFailedError
+from cluster.spec import ClusterSpec
+from jobs.runs.tracking import Tracker
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both cost what only a run needs: Ray, rich
     from cluster.runtime.backend import RayCluster
     from jobs.runs.display import Display
 
-ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> RayCluster:
+    """A Ray for this project's work, yet to be entered; see `RayCluster`."""
+    from cluster.runtime.backend import RayCluster  # costs Ray
+
+    return RayCluster(spec, name, _ROOT, on_event)
 
 
 class Clusters:
     """Starts the run's Ray when the first stage needs it; a run that reuses all needs none."""
 
     def __init__(
-        self, config: Config, run_name: str, display: Display, tracker: Any,
+        self, spec: ClusterSpec, run_name: str, display: Display, tracker: Tracker,
         stack: contextlib.ExitStack,
     ) -> None:  # fmt: skip
         self.warnings: list[str] = []
-        self._config = config
+        self._spec = spec
         self._run_name = run_name
         self._display = display
         self._tracker = tracker
@@ -35,10 +44,9 @@ class Clusters:
         self._cluster: RayCluster | None = None
 
     def open(self) -> RayCluster:
+        """The run's Ray."""
         if self._cluster is None:
-            from cluster.runtime.backend import RayCluster
-
-            cluster = RayCluster(self._config.cluster, self._run_name, ROOT, self._on_event)
+            cluster = new_cluster(self._spec, self._run_name, self._on_event)
             with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if self._cluster.dashboard_url:
@@ -58,8 +66,6 @@ class Clusters:
 @contextlib.contextmanager
 def cluster_errors() -> Iterator[None]:
     """Bring an error of the cluster or of a worker back as one of ours."""
-    from cluster.errors import ClusterError, WorkFailedError
-
     try:
         yield
     except ClusterError as error:

@@ -1,13 +1,20 @@
-"""What the pipeline knows of a stage."""
+"""What the pipeline knows of a stage.
+
+A new stage is a module of jobs/stages with a `STAGE` (on the driver, no torch at its top), one of
+jobs/workers with what its workers do, and one of conf/options with its options; and two lines: its
+name in `STAGES` of conf/options/run.py, where it runs, and its options as a field of
+conf.schema.Config. Its own command is a thin jobs/<stage>.py, if it is to have one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.runs.artifact import StageWriter
-from jobs.runs.context import StageContext
+if TYPE_CHECKING:  # both know Stage
+    from jobs.runs.artifact import StageWriter
+    from jobs.runs.context import StageContext
 
 
 @dataclass(frozen=True)
@@ -15,14 +22,19 @@ class Stage:
     """One stage, as its module of jobs/stages describes it."""
 
     name: str
-    makes: str
-    """its result in a few words, for the plan and the display"""
+    result: str
+    """in a few words, for the plan and the display"""
     identity: Callable[[StageContext], dict[str, Any]]
     """the plain values that decide its result"""
     run: Callable[[StageContext, StageWriter], dict[str, Any]]
     """fills the writer's folder and returns metrics"""
     check: Callable[[StageContext], None] | None = None
     """finds what is wrong with the stage's own inputs before any stage starts"""
+    makes: Callable[[dict[str, Any]], dict[str, str]] | None = None
+    """of its metrics: name -> folder in its own of every model for later stages, which build on the
+    last of them"""
+    is_end: bool = False
+    """what it makes is to be served, and no later stage builds on it"""
     may_extend: bool = False
     """more inputs than last time are a reason to run again, not a conflict"""
     is_derived: bool = False

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from conf.options.tracker import TrackerConfig
+from jobs.runs.folder import cut_torn_line
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -49,7 +50,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(path)
+        cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -190,7 +191,7 @@ def has_wandb_credentials() -> bool:
 def _start_wandb(
     config: TrackerConfig, online: bool, run_dir: Path, run_name: str, config_dict: dict[str, Any]
 ) -> Any:
-    import wandb
+    import wandb  # costs a second, and many runs track without it
 
     settings = wandb.Settings(
         silent=True,
@@ -218,20 +219,12 @@ def _start_wandb(
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Identity of the run, kept in its folder so that a resumed run goes on in the same place."""
+    """Identity of the run, kept in its folder so that a resumed run continues there."""
     path = run_dir / "wandb" / "run-id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
-
-
-def _cut_unfinished_line(path: Path) -> None:
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.runs.artifact import StageWriter
+from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-
-if TYPE_CHECKING:
-    from cluster.runtime.backend import RayCluster
-    from conf.schema import Config
-    from jobs.runs.artifact import StageWriter
-    from jobs.runs.context import StageContext
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the scores."""
-    from jobs.runs.context import fingerprints
-
     return {"config": settings(context), "inputs": {**fingerprints(_models(context)),
-            "heldout": heldout_fingerprint(context)}}  # fmt: skip
+            "heldout": context.source_fingerprint("heldout")}}  # fmt: skip
 
 
 def settings(context: StageContext) -> dict[str, Any]:
@@ -32,58 +26,44 @@ def settings(context: StageContext) -> dict[str, Any]:
     }
 
 
-def heldout_fingerprint(context: StageContext) -> str:
-    """Fingerprint of the held-out text."""
-    from jobs.corpus.sources import source_fingerprint
-
-    return source_fingerprint(context.config.data, "heldout")
-
-
 def _models(context: StageContext) -> dict[str, Path]:
-    models = context.models
-    pruned = {name: path for name, path in models.pruned.items() if path != models.dense}
-    found = {"dense": models.dense, **pruned}
-    if models.recovered is not None:
-        found["recovered"] = models.recovered
-    return found
+    dense = context.models.dense
+    sparse = {n: path for n, path in context.models.all_sparse().items() if path != dense}
+    return {"dense": dense, **sparse}
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Score every model there is; dense first."""
-    return {"results": score(context.cluster, context.worker_config, context.models.dense,
-                             _models(context), "evaluate")}  # fmt: skip
+    return {"results": score(context, _models(context), "evaluate")}
 
 
-def score(
-    cluster: RayCluster, config: Config, dense: Path, folders: dict[str, Path], stage: str
-) -> dict[str, dict[str, Any]]:
+def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[str, dict[str, Any]]:
     """Perplexity, KL to the dense model and top-1 agreement of each model folder.
 
     Every model's rows are shared by as many Ray tasks as there are workers; the shares' sums are
     added in a fixed order.
-    """
-    from jobs.workers.evaluate import score_share
-    from sparsify.evaluation.perplexity import EvalSums
 
-    shares = config.cluster.num_workers
+    Args:
+        context: the run.
+        folders: name -> model folder.
+        stage: for whom; shown with the progress.
+    """
+    from jobs.workers.evaluate import score_share, total  # costs torch
+
+    shares = context.config.cluster.num_workers
     payloads = [
-        {"config": config, "dense": dense, "folder": folder, "share": share, "shares": shares}
+        {
+            "config": context.worker_config, "dense": context.models.dense, "folder": folder,
+            "share": share, "shares": shares,
+        }
         for folder in folders.values()
         for share in range(shares)
-    ]
-    parts = cluster.run_tasks(stage, score_share, payloads, "shares of held-out rows")
-    results = {}
-    for index, name in enumerate(folders):
-        sums = EvalSums()
-        for part in parts[index * shares : (index + 1) * shares]:
-            sums = sums + EvalSums(**part)
-        results[name] = {
-            "perplexity": sums.perplexity,
-            "kl": sums.kl,
-            "top1_agreement": sums.top1_agreement,
-            "num_tokens": sums.num_tokens,
-        }
-    return results
+    ]  # fmt: skip
+    parts = context.cluster.run_tasks(stage, score_share, payloads, "shares of held-out rows")
+    return {
+        name: total(parts[index * shares : (index + 1) * shares])
+        for index, name in enumerate(folders)
+    }
 
 
 STAGE = Stage("evaluate", "perplexity of every model so far", identity, run, may_extend=True)

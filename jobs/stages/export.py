@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.reporting.summary import build_summary
+from jobs.runs.artifact import StageWriter, read_record
+from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-
-if TYPE_CHECKING:
-    from jobs.runs.artifact import StageWriter
-    from jobs.runs.context import StageContext
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the exported files."""
-    from jobs.runs.context import fingerprints, given_masks
-
     models = context.models
     folders = {"sparse": models.sparse("export"), "dense": models.dense}
-    if models.packed_int4 is not None:
-        folders["int4"] = models.packed_int4
-    masks = given_masks(context.config, folders["sparse"])
+    if "quantize" in models.made:
+        folders["int4"] = models.made["quantize"]["packed"]  # whatever its bits: records have it so
+    masks = context.given_masks(folders["sparse"])
     return {"config": {**context.settings("export"), **masks}, "inputs": fingerprints(folders)}
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Write the folders in one task; check the zeros of the files and that they load."""
-    from jobs.reporting.summary import build_summary
-    from jobs.workers.export import export_on_worker
+    from jobs.workers.export import export_on_worker  # costs torch
 
-    summary = build_summary(context.run_dir, context)
+    models = context.models
+    name, source = models.latest("export")
     payload = {
-        "config": context.worker_config, "models": context.models, "folder": writer.folder,
-        "results": summary["results"],
+        "config": context.worker_config, "name": name, "source": source, "dense": models.dense,
+        "folder": writer.folder, "packed": None, "bits": None,
+        "results": build_summary(context.run_dir, context)["results"],
     }  # fmt: skip
+    if "quantize" in models.made:
+        packed = models.made["quantize"]["packed"]
+        quantization = read_record(packed.parent)["metrics"]["quantization"]
+        payload |= {"packed": packed, "bits": quantization["bits"]}
     return dict(context.cluster.run_tasks("export", export_on_worker, [payload], "exports")[0])
 
 

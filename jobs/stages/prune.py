@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.runs.artifact import StageWriter
+from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-
-if TYPE_CHECKING:
-    from jobs.runs.artifact import StageWriter
-    from jobs.runs.context import StageContext
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the pruned weights."""
-    from jobs.corpus.sources import source_fingerprint
-    from jobs.runs.context import fingerprints, heldout_inputs
-
     config = context.config
     data = context.settings("data")["data"]
     return {
@@ -27,17 +21,16 @@ def identity(context: StageContext) -> dict[str, Any]:
             "run.seed": config.run.seed,
         },
         "inputs": {
-            **heldout_inputs(context),
+            **context.heldout_inputs(),
             **fingerprints({"model": context.models.dense}),
-            "calibration": source_fingerprint(config.data, "calibration"),
+            "calibration": context.source_fingerprint("calibration"),
         },
     }
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Prune with the baselines and the main method; one model folder each."""
-    from jobs.runs.folder import take_json
-    from jobs.workers.prune import prune_on_worker
+    from jobs.workers.prune import check_result, prune_on_worker  # costs torch
 
     settings = context.config.prune
     methods = [name for name in settings.baselines if name != settings.method] + [settings.method]
@@ -45,25 +38,14 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
         "config": context.worker_config, "dense": context.models.dense, "methods": methods,
         "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
-    context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
+    figures = context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
     return {
         "method": settings.method,
         "methods": methods,
         "pattern": settings.pattern,
-        **take_json(writer.folder / "figures.json"),
-        "gate": {method: _gate(writer.folder / method) for method in methods},
+        **figures,
+        "gate": {name: check_result(writer.folder / name, settings.pattern) for name in methods},
     }
-
-
-def _gate(folder: Path) -> dict[str, int]:
-    from sparsify.formats.sparse_folder import MASKS, read_sparsity
-    from sparsify.formats.verify import check_files
-    from sparsify.masks.storage import MaskFile
-    from sparsify.pattern import Pattern
-
-    sparsity = read_sparsity(folder)
-    assert sparsity is not None, "the stage has just written it"
-    return check_files(folder, MaskFile(folder / MASKS), Pattern.parse(sparsity["pattern"]))
 
 
 def check(context: StageContext) -> None:
@@ -72,19 +54,13 @@ def check(context: StageContext) -> None:
     Raises:
         InputError: a layer's inputs are no multiple of the group's length.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from sparsify.calibration.layers import prunable_linears
-    from sparsify.pattern import Pattern, check_divides
+    from jobs.workers.checks import check_pattern  # costs torch
 
     settings = context.config.prune
-    model_config = AutoConfig.from_pretrained(context.models.dense, local_files_only=True)
-    with torch.device("meta"):  # shapes without weights
-        model = AutoModelForCausalLM.from_config(model_config)
-    pattern = Pattern.parse(settings.pattern)
-    for _, name, module in prunable_linears(model, settings.skip):
-        check_divides(name, module.in_features, pattern)
+    check_pattern(context.models.dense, settings.pattern, settings.skip)
 
 
-STAGE = Stage("prune", "one-shot pruned models, one per method", identity, run, check=check)
+STAGE = Stage(
+    "prune", "one-shot pruned models, one per method", identity, run, check=check,
+    makes=lambda metrics: {name: name for name in metrics["methods"]},
+)  # fmt: skip

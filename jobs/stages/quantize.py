@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jobs.runs.artifact import StageWriter
+from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
-
-if TYPE_CHECKING:
-    from jobs.runs.artifact import StageWriter
-    from jobs.runs.context import StageContext
+from jobs.stages import evaluate
+from sparsify.formats.sparse_folder import PACKED
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the codes, and the score of the result."""
-    from jobs.corpus.sources import source_fingerprint
-    from jobs.runs.context import fingerprints, given_masks
-    from jobs.stages import evaluate
-
-    config = context.config
     folders = {"sparse": context.models.sparse("quantize"), "dense": context.models.dense}
     return {
         "config": {
             **context.settings("quantize"),
             **evaluate.settings(context),
-            **given_masks(config, folders["sparse"]),
-            "run.seed": config.run.seed,
+            **context.given_masks(folders["sparse"]),
+            "run.seed": context.config.run.seed,
         },
         "inputs": {
             **fingerprints(folders),
-            "calibration": source_fingerprint(config.data, "calibration"),
-            "heldout": evaluate.heldout_fingerprint(context),
+            "calibration": context.source_fingerprint("calibration"),
+            "heldout": context.source_fingerprint("heldout"),
         },
     }
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
-    from jobs.runs.folder import take_json
-    from jobs.stages import evaluate
-    from jobs.workers.quantize import quantize_on_worker
-    from sparsify.formats.sparse_folder import PACKED
+    from jobs.workers.quantize import quantize_on_worker  # costs torch
     from sparsify.formats.verify import check_packed
 
     packed = writer.folder / "packed"
     payload = {
         "config": context.worker_config, "sparse": context.models.sparse("quantize"),
-        "folder": writer.folder,
+        "folder": packed,
     }  # fmt: skip
-    context.cluster.run_workers("quantize", quantize_on_worker, payload, writer.train_storage)
-    layers = take_json(writer.folder / "layers.json")
+    layers = context.cluster.run_workers(
+        "quantize", quantize_on_worker, payload, writer.train_storage
+    )
     gate = check_packed(packed)
     settings = context.config.quantize
-    folders = {f"recovered_int{settings.bits}": packed}
-    results = evaluate.score(
-        context.cluster, context.worker_config, context.models.dense, folders, "quantize"
-    )
+    results = evaluate.score(context, {f"recovered_int{settings.bits}": packed}, "quantize")
     return {
         "results": results,
         "gate": gate,
@@ -68,4 +58,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("quantize", "the INT4 model, packed and scored", identity, run)
+STAGE = Stage(
+    "quantize", "the sparse model in integers, packed and scored", identity, run,
+    makes=lambda _: {"packed": "packed"}, is_end=True,
+)  # fmt: skip

@@ -9,7 +9,6 @@ import torch
 
 from conf.options.distill import DistillConfig
 from sparsify.costs.flops import ModelFlops, distillation_flops, document_lengths
-from sparsify.data.order import TrainingOrder
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.teacher_samples import Sample, TeacherSamples
@@ -55,11 +54,6 @@ class Batches:
         self._size, self._micro = settings.batch_size, settings.micro_batch_size
         self._rank, self._world_size = rank, world_size
         self._isolate, self._flops, self._cache = isolate, flops, cache
-
-    @property
-    def order(self) -> TrainingOrder:
-        """Which row stands in which slot."""
-        return self._order
 
     def at(self, step: int) -> Batch:
         """This worker's part of a step."""

@@ -4,38 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from jobs.training import engine as _engine
-from jobs.training import mask_guard
+from cluster.runtime.worker import WorkerContext
+from conf.options.distill import DistillConfig
+from conf.schema import Config
 from jobs.training.batches import Batches
-from jobs.training.loop import Recovery
+from jobs.training.engine import build_engine
+from jobs.training.heldout import Heldout
+from jobs.training.loop import Recovery, Setup
+from jobs.training.mask_guard import MaskGuard
+from jobs.training.pace import Pace
+from jobs.training.student import Student
+from jobs.training.teacher import TeacherModel
 from sparsify.costs.flops import ModelFlops
 from sparsify.data.store import TokenStore
 from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.distillation.student import DistillStudent
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.distill import DistillConfig
-    from conf.schema import Config
-    from jobs.training.heldout import Heldout
-    from jobs.training.pace import Pace
-    from jobs.training.student import Student
-    from jobs.training.teacher import TeacherModel
-
-EngineMaker = Callable[[nn.Module, "DistillConfig", int, bool], Any]
+EngineMaker = Callable[[nn.Module, DistillConfig, int, bool], Any]
 
 
 def build_recovery(
     context: WorkerContext, config: Config, student: Student,
     teacher: TeacherModel | TeacherSamples,
     store: TokenStore, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
-    make_engine: EngineMaker = _engine.build_engine,
+    make_engine: EngineMaker = build_engine,
 ) -> Recovery:  # fmt: skip
-    """A recovery that has yet to begin.
+    """A recovery that has yet to start.
 
     Args:
         context: this worker.
@@ -47,7 +45,7 @@ def build_recovery(
         pace: the clock.
         scratch: folder of the checkpoints, shared by all workers.
         run_dir: folder of the run, where switches are looked for.
-        make_engine: `_engine.build_engine`, or what takes its place.
+        make_engine: `build_engine`, or what takes its place.
     """
     flops: tuple[ModelFlops, ModelFlops | None] | None = None
     cache, head = None, None
@@ -65,10 +63,12 @@ def build_recovery(
     )  # fmt: skip
     wrapped = DistillStudent(student.model, found=student.head)
     engine = make_engine(wrapped, config.distill, context.world_size, context.device == "cuda")
-    guard = mask_guard.MaskGuard(engine, student.masks)
+    guard = MaskGuard(engine, student.masks)
     if student.moving is None:
         guard.clear()
     return Recovery(
-        context, config, engine, guard, head, student.moving, student.masks, batches,
-        heldout, pace, scratch, run_dir,
+        Setup(
+            context, config, engine, guard, head, student.moving, student.masks, batches, heldout,
+            pace, scratch, run_dir,
+        )
     )  # fmt: skip

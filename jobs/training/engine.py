@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.options.distill import DistillConfig
-from jobs.training.optimizer import GatedAdamW, _is_matrix
+from jobs.training.optimizer import GatedAdamW, is_matrix
 from jobs.training.zero import TOP_LEVEL, deepspeed_config
-from jobs.training.zero_state import _make_moments
+from jobs.training.zero_state import make_moments
 from sparsify.errors import InputError
 
 
@@ -90,8 +90,8 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero."""
     deepspeed = _started(uses_gpu)
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if _is_matrix(p)]
-    others = [p for p in trained if not _is_matrix(p)]
+    decayed = [p for p in trained if is_matrix(p)]
+    others = [p for p in trained if not is_matrix(p)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
@@ -104,7 +104,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     settings = deepspeed_config(config, world_size, uses_gpu)
     check_names(settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    _make_moments(engine)
+    make_moments(engine)
     return engine
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from conf.options.data import DataConfig, parse_mix
 from conf.schema import Config
@@ -18,9 +19,6 @@ from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
 from sparsify.distillation.schedule import TokenCounts
 from sparsify.params import LossWeights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FIGURES = ("kl", "ce", "agreement")
 

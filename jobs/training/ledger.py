@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.runs.folder import cut_torn_line
+
 START, COMPILE, TRAIN, SAVE, EVALUATE = "start", "compile", "train", "save", "evaluate"
 
 LOST, DOWN, OTHER = "lost", "down", "other"
@@ -76,7 +78,7 @@ class Ledger:
         self._clock = clock
         self._steps: list[Interval] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _cut_torn_line(path)
+        torn = cut_torn_line(path)
         if torn and warn is not None:
             warn(f"{path.name}: its last line was cut short ({torn} bytes) and is left out")
         self._file = path.open("a", encoding="utf-8")
@@ -158,16 +160,6 @@ def read_ledger(path: Path) -> tuple[list[Interval], int]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is no interval ({error})") from None
     return intervals, len(torn)
-
-
-def _cut_torn_line(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-    return len(content) - whole
 
 
 def goodput(intervals: list[Interval], begun_s: float, ended_s: float) -> dict[str, Any]:

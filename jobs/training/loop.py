@@ -1,7 +1,7 @@
-"""The recovery on one worker: steps, checkpoints, and going on from wherever the last one was.
+"""The recovery on one worker: steps, checkpoints, and continuing from wherever the last one was.
 
 The rows of step t are a function of (seed, t) alone, so the state of a run is its number of steps,
-the weights and the moments: any number of workers goes on with what any other number left. Workers
+the weights and the moments: any number of workers continues what any other number left. Workers
 speak once per step: the figures of the step, what rank 0 was asked for, and the token counts of the
 next step travel in one small sum.
 """
@@ -9,21 +9,25 @@ next step travel in one small sum.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cluster.preempt import DrainWatch, Request, StopRequests
+from cluster.runtime.worker import WorkerContext
 from cluster.watchdog import Watchdog
-from jobs.training import mask_guard, optimizer, zero_state
+from conf.schema import Config
+from jobs.training import optimizer, zero_state
 from jobs.training.batches import Batch, Batches
 from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs.training.heldout import Heldout, as_metrics
 from jobs.training.ledger import EVALUATE, SAVE
-from jobs.training.pace import Pace
-from jobs.training.schedule import FORECAST_SHARES, forecast_of, num_steps, planned_rates
+from jobs.training.mask_guard import MaskGuard
+from jobs.training.pace import FORECAST_SHARES, Pace, forecast_of
+from jobs.training.schedule import num_steps, planned_rates
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
@@ -36,10 +40,6 @@ from sparsify.training.fragments import Checkpoint
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
 from sparsify.training.moving_masks import MovingMasks
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
-
 _DRAINED = "a node is being drained"
 
 _FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
@@ -47,52 +47,61 @@ _FIGURES = ("loss", "kl", "reverse_kl", "ce", "square_head", "agreement")
 _NOT_SAMPLED = ("reverse_kl", "square_head", "agreement")  # what a teacher's samples do not say
 
 
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a recovery is made of; `jobs.training.build` puts it together."""
+
+    context: WorkerContext
+    """this worker"""
+    config: Config
+    """of the run"""
+    engine: Any
+    """what `jobs.training.engine` made of the student"""
+    guard: MaskGuard
+    """holds the zeros"""
+    teacher: LanguageHead | None
+    """the dense model, without gradients, in its two parts; None: batches have samples"""
+    moving: MovingMasks | None
+    """lets the masks move for a part of the run; None where they stay"""
+    masks: BitMasks
+    """keep masks to start with"""
+    batches: Batches
+    """the rows"""
+    heldout: Heldout | None
+    """scores on the way; None for none"""
+    pace: Pace
+    """the clock"""
+    scratch: Path
+    """folder of the checkpoints, shared by all workers"""
+    run_dir: Path
+    """folder of the run, where switches are looked for"""
+
+
 class Recovery:
-    """The recovery's steps, from wherever the last checkpoint left them.
+    """The recovery's steps, from wherever the last checkpoint left them."""
 
-    Args:
-        context: this worker.
-        config: of the run.
-        engine: what `jobs.training.engine` made of the student.
-        guard: holds the zeros.
-        teacher: the dense model, without gradients, in its two parts; None: batches have samples.
-        moving: lets the masks move for a part of the run; None where they stay.
-        masks: keep masks to begin with.
-        batches: the rows.
-        heldout: scores on the way; None for none.
-        pace: the clock.
-        scratch: folder of the checkpoints, shared by all workers.
-        run_dir: folder of the run, where switches are looked for.
-    """
-
-    def __init__(
-        self, context: WorkerContext, config: Config, engine: Any, guard: mask_guard.MaskGuard,
-        teacher: LanguageHead | None, moving: MovingMasks | None, masks: BitMasks,
-        batches: Batches, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
-    ) -> None:  # fmt: skip
-        settings = config.distill
+    def __init__(self, setup: Setup) -> None:
+        settings = setup.config.distill
         self.curve: list[dict[str, Any]] = []
         self.heldout_curve: list[dict[str, Any]] = []
-        self.engine, self.masks = engine, masks
-        self._context, self._settings = context, settings
-        self._length = config.data.sequence_length
-        self._total = num_steps(config)
-        self._guard, self._moving, self.batches = guard, moving, batches
-        self._heldout = heldout
-        self._unknown = () if teacher else _NOT_SAMPLED
-        if teacher is not None:
-            self._teacher, self._teacher_head = teacher.base, teacher.plain()
-        self._scratch = scratch
+        self.engine, self.masks, self.batches = setup.engine, setup.masks, setup.batches
+        self.pace = setup.pace
+        self._context, self._settings, self._scratch = setup.context, settings, setup.scratch
+        self._length = setup.config.data.sequence_length
+        self._total = num_steps(setup.config)
+        self._guard, self._moving, self._heldout = setup.guard, setup.moving, setup.heldout
+        self._unknown = () if setup.teacher else _NOT_SAMPLED
+        if setup.teacher is not None:
+            self._teacher, self._teacher_head = setup.teacher.base, setup.teacher.plain()
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
         self._forecast_at = {round(share * self._total) for share in FORECAST_SHARES}
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
-        self._checkpoints = Checkpoints(scratch, retention)
+        self._checkpoints = Checkpoints(setup.scratch, retention)
         policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
         self._spikes = SpikeGuard(policy)
-        self.pace = pace
         hours = settings.time_limit_hours
-        deadline_s = None if hours is None else pace.begun_s + hours * 3600
-        self._requests = StopRequests(run_dir, deadline_s, settings.time_reserve_s)
+        deadline_s = None if hours is None else setup.pace.begun_s + hours * 3600
+        self._requests = StopRequests(setup.run_dir, deadline_s, settings.time_reserve_s)
         self._drains = DrainWatch()
         self._is_due = False  # by Young's formula
         self._ready: Batch | None = None
@@ -106,7 +115,7 @@ class Recovery:
             step, checkpoint = found
             self._restore(checkpoint)
             self._spikes.load_state_dict(checkpoint.state["spikes"])
-            self._context.warn(f"distill: carrying on after step {step} of {self._total}")
+            self._context.say(f"distill: continues after step {step} of {self._total}")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -263,7 +272,7 @@ class Recovery:
         self._is_due, save, stop, drains = (bool(flag) for flag in message[len(_FIGURES) : -3])
         if drains and self._drains.is_news(context.is_draining()):
             save, request = True, Request(True, reason=request.reason or _DRAINED)
-            context.warn(f"distill: {_DRAINED}; saving, then going on")
+            context.say(f"distill: {_DRAINED}; saving, then continuing")
         values = dict(zip(_FIGURES, figures.tolist(), strict=True))
         return values, Request(save or stop, stop, request.reason)
 
@@ -301,7 +310,7 @@ class Recovery:
         return self._moving is None or self._moving.is_frozen
 
     def _freeze_when_due(self, step: int) -> None:
-        """Take masks anew, or for the last time, as the share of the run says."""
+        """Take masks again, or for the last time, as the share of the run says."""
         moving, settings = self._moving, self._settings
         if moving is None or moving.is_frozen:
             return
@@ -313,9 +322,9 @@ class Recovery:
         moving.freeze()
         self._set_masks(moving.masks())
         self._guard.clear()
-        zero_state.settle(self.engine)
+        zero_state.refresh_weights(self.engine)
         share = moving.share_moved()
-        self._context.warn(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
+        self._context.say(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
 
     def _set_masks(self, masks: BitMasks) -> None:
         self.masks = masks
@@ -341,7 +350,7 @@ class Recovery:
             raise ReplicasDifferError(
                 f"distill: after step {step} the weights of workers {odd} are not those of worker "
                 "0; a machine computes wrongly: look at it, then run the same command again, which "
-                "goes on from the last checkpoint"
+                "continues from the last checkpoint"
             )
 
     def _is_scored(self, step: int) -> bool:
@@ -390,11 +399,11 @@ class Recovery:
         if request.should_stop:
             raise StoppedEarlyError(
                 f"distill: stopped after step {step} of {self._total} with a checkpoint "
-                f"({reason[0]}); the same command goes on from there"
+                f"({reason[0]}); the same command continues from there"
             )
 
     def _roll_back(self) -> None:
-        """Load the last checkpoint and go on behind it without the steps that were bad.
+        """Load the last checkpoint and continue after it without the steps that were bad.
 
         Raises:
             NonFiniteError: there is no checkpoint yet.
@@ -411,4 +420,4 @@ class Recovery:
         self._restore(checkpoint)
         self._spikes.rolled_back(checkpoint.state["spikes"])
         self._ready = None
-        self._context.warn(f"distill: back to step {step}; bad steps are left out from here on")
+        self._context.say(f"distill: back to step {step}; bad steps are left out from here on")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jobs.training.zero_state import WEIGHTS, _masters, _Part, _slice_start, param_numel
+from jobs.training.zero_state import WEIGHTS, Part, masters, param_numel, slice_start
 from sparsify.errors import PatternViolationError
 from sparsify.masks.storage import BitMasks, mask_from_bits
 from sparsify.models.masked import has_alive
@@ -26,13 +26,13 @@ class MaskGuard:
         self._engine = engine
         named = dict(engine.module.named_parameters())
         self._weights = {name: named[f"{name}.weight"] for name in masks}
-        self._bits: dict[str, torch.Tensor] = {}
-        self._parts: dict[_Part, torch.Tensor] = {}
+        self._bits_of: dict[str, torch.Tensor] = {}
+        self._parts: dict[Part, torch.Tensor] = {}
         self.set_masks(masks)
 
     def set_masks(self, masks: BitMasks) -> None:
         """Hold other masks of the same layers from here on."""
-        self._bits, self._parts = masks.bits, {}
+        self._bits_of, self._parts = masks.bits, {}
 
     def check(self) -> None:
         """Look at every copy.
@@ -61,7 +61,7 @@ class MaskGuard:
         """(layer, copy name, flat values on this rank, flat bool True where pruned)."""
         for layer, param in self._weights.items():
             numel = param_numel(param)
-            found: dict[_Part, torch.Tensor] = {}
+            found: dict[Part, torch.Tensor] = {}
             for copy, values, start in _local_copies(self._engine, param):
                 # Only the bits of this rank's slice, once for all copies of it.
                 part = (layer, values.device, start, min(start + values.numel(), numel))
@@ -69,11 +69,11 @@ class MaskGuard:
                     found[part] = _pruned(self._part_bits(part), *part[2:])
                 yield layer, copy, values[: len(found[part])], found[part]
 
-    def _part_bits(self, part: _Part) -> torch.Tensor:
+    def _part_bits(self, part: Part) -> torch.Tensor:
         """The bytes of a layer's mask that hold a part of it."""
         layer, device, start, stop = part
         if part not in self._parts:
-            self._parts[part] = self._bits[layer][start // 8 : -(-stop // 8)].to(device)
+            self._parts[part] = self._bits_of[layer][start // 8 : -(-stop // 8)].to(device)
         return self._parts[part]
 
 
@@ -92,10 +92,10 @@ def _pruned(bits: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 def _local_copies(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(what it is called, flat view, offset of its first element) of all that this rank holds."""
     if hasattr(param, "ds_tensor"):  # ZeRO-3: every rank holds one slice of every parameter
-        yield "weights", param.ds_tensor.data.view(-1), _slice_start(param)
+        yield "weights", param.ds_tensor.data.view(-1), slice_start(param)
     else:
         yield "weights", param.data.view(-1), 0
-    for copy, values, start in _masters(engine, param):
+    for copy, values, start in masters(engine, param):
         if copy != WEIGHTS:
             yield copy, values, start
         elif values.data_ptr() != param.data.data_ptr():

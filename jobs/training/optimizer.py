@@ -37,7 +37,7 @@ class GatedAdamW(torch.optim.AdamW):
         return super().step(closure) if self.answer else None
 
 
-def _is_matrix(param: Any) -> bool:
+def is_matrix(param: Any) -> bool:
     """Of the whole parameter: what ZeRO-3 leaves of it in place has no shape."""
     return len(getattr(param, "ds_shape", param.shape)) >= 2
 

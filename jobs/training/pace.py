@@ -1,4 +1,4 @@
-"""How fast a recovery goes, where its time went, when to save, and what to say of it."""
+"""How fast a recovery goes, where its time went, when to save, and where its curve will end."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from cluster.runtime.worker import WorkerContext
+from conf.options.distill import DistillConfig
 from jobs.training.ledger import Ledger, goodput, read_ledger
+from jobs.training.schedule import num_final_steps, planned_rates
 from sparsify.costs.flops import mfu, peak_flops
 from sparsify.costs.young import checkpoint_interval_steps
 from sparsify.files import write_json
+from sparsify.training.forecast import Forecast, forecast
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.distill import DistillConfig
+FORECAST_SHARES = tuple(tenth / 10 for tenth in range(3, 10))
+"""shares of a run after which its end is forecast"""
 
 LEDGER = "ledger.jsonl"
 
@@ -76,7 +79,7 @@ class Pace:
         self.trained_s += step_s
 
     def resumed(self, step: int, trained_s: float) -> None:
-        """Go on behind a checkpoint."""
+        """Continue after a checkpoint."""
         self.trained_s, self._saved_at = trained_s, step
 
     def saved(self, step: int, stall_s: float) -> None:
@@ -131,3 +134,18 @@ class Pace:
         self._ledger.close()
         intervals, _ = read_ledger(self._scratch / LEDGER)
         return goodput(intervals, self.begun_s, time.time())
+
+
+def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Forecast:
+    """Where the training KL of a run will end, from its steps so far."""
+    sound = (one for one in curve if not one["is_skipped"])  # the others may have no figures
+    points = [(one["step"], one["kl"]) for one in sound if one["kl"] > 0]
+    return forecast(
+        [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
+    )
+
+
+def early_forecast(settings: DistillConfig, curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the first part of a finished run let expect; the report draws it beside what came."""
+    part = curve[: round(FORECAST_SHARES[0] * len(curve))]
+    return forecast_of(part, planned_rates(settings, len(curve))).as_dict()

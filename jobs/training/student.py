@@ -1,4 +1,4 @@
-"""Student and teacher of a recovery, made ready one block at a time.
+"""The student of a recovery, made ready one block at a time; what its teacher shares of that.
 
 Where the weights of a model end up split over the workers (ZeRO-3, a sharded teacher), they are
 read and split block by block: no worker ever holds the whole of a model that would not fit.
@@ -10,10 +10,14 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from cluster.runtime.worker import WorkerContext
+from conf.options.distill import DistillConfig
+from conf.schema import Config
+from jobs.training.engine import Partitioner
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError
 from sparsify.formats.verify import masks_of, own_masks
@@ -29,16 +33,6 @@ from sparsify.models.varlen import choose_attention
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation
 from sparsify.training.moving_masks import MovingMasks
-
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.distill import DistillConfig
-    from conf.schema import Config
-    from jobs.training.engine import Partitioner
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
-    from jobs.training.engine import Partitioner
 
 
 @dataclass
@@ -121,7 +115,7 @@ def make_student(
         config: of the run.
         context: this worker.
         split: called with every block when it is ready; None: the blocks stay whole.
-        is_cut: whether weights behind the masks are set to zero; else they stay, and masks move.
+        is_cut: whether weights under the masks are set to zero; else they stay, and masks move.
 
     Raises:
         InputError: see `prove`, `infer_masks` and `mask_gradients`.
@@ -166,9 +160,9 @@ def make_student(
         )
     if num_kept_alive:
         share = num_kept_alive / sum(math.prod(shape) for shape in shapes.values())
-        context.warn(
-            f"distill: begins with dense weights: {share:.1%} of those of {len(held)} layers are "
-            "alive behind their masks, and are cut when masks stay"
+        context.say(
+            f"distill: starts with dense weights: {share:.1%} of those of {len(held)} layers are "
+            "alive under their masks, and are cut when masks stay"
         )
     if settings.compile:
         compile_layers(model)
@@ -191,7 +185,7 @@ def load_student(
 ) -> Student:  # fmt: skip
     """The model to train, ready for the engine.
 
-    What its masks prune is set to zero. Where masks move, dense weights stay as they are behind
+    What its masks prune is set to zero. Where masks move, dense weights stay as they are under
     them: those of the dense model, and those of a model that was given without masks, whose
     largest weights are the first mask.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from cluster.runtime.worker import WorkerContext
+from conf.options.distill import DistillConfig
 from jobs.training.student import flops_of, open_blocks, prove
 from sparsify.costs.flops import ModelFlops
 from sparsify.data.rows import TokenRows
@@ -20,12 +24,6 @@ from sparsify.models.float8 import to_float8_
 from sparsify.models.lm_head import LanguageHead
 from sparsify.models.training import compile_layers
 from sparsify.rotation.basis import Rotation, fold_rotation
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.distill import DistillConfig
 
 _PROBE_TOKENS = 256
 
@@ -87,7 +85,7 @@ def make_teacher(
         block = source.open(index)
         found = found or prove(source, settings, isolate, context)
         if mesh is not None:
-            _shard(block, mesh)
+            fully_shard(block, mesh=mesh)  # gathered when they are used
     assert found is not None, "a list of blocks is never empty"
     if mesh is not None:
         _shard_rest(teacher, source, mesh)
@@ -113,8 +111,6 @@ def _mesh(placement: str, context: WorkerContext) -> DeviceMesh:
     Raises:
         InputError: the workers of the nodes are not equally many.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
     world_size = dist.get_world_size()
     size = context.local_world_size if placement == "node" else world_size
     if world_size % size:
@@ -126,21 +122,12 @@ def _mesh(placement: str, context: WorkerContext) -> DeviceMesh:
     return init_device_mesh(context.device, shape, mesh_dim_names=names)["local"]
 
 
-def _shard(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave this worker its part of a block's weights; they are gathered when they are used."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(block, mesh=mesh)
-
-
 def _shard_rest(teacher: Any, source: Blocks, mesh: DeviceMesh) -> None:
-    """Have the next block's weights read while one computes, behind blocks that are split.
+    """Have the next block's weights read while one computes, after blocks that are split.
 
     Embedding, last norm and head stay whole on every worker: the loss multiplies with the head
     itself.
     """
-    from torch.distributed.fsdp import fully_shard
-
     base: nn.Module = teacher.base_model
     inside = {id(p) for block in source.blocks for p in block.parameters()}
     whole = {p for p in base.parameters() if id(p) not in inside}

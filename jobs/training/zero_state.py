@@ -11,8 +11,8 @@ import torch.distributed as dist
 from jobs.training.optimizer import base_optimizer
 from sparsify.training.fragments import Checkpoint, Fragment
 
-_Part = tuple[str, torch.device, int, int]
-"""layer, where its values are, and the first and the behind-last of its elements"""
+Part = tuple[str, torch.device, int, int]
+"""layer, where its values are, and the first of its elements and the one after the last"""
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 """names of the float32 copies of a parameter that make up the training state"""
@@ -31,7 +31,7 @@ def _flat_partitions(engine: Any) -> list[torch.Tensor]:
     return [p for group in outer.param_groups for p in group["params"]]
 
 
-def _make_moments(engine: Any) -> None:
+def make_moments(engine: Any) -> None:
     """Give AdamW its state before the first step, as its first step would.
 
     DeepSpeed attaches the moments to the parameters then, so that there is no first step before
@@ -59,7 +59,7 @@ def state_fragments(engine: Any, for_saving: bool) -> list[Fragment]:
             continue
         if for_saving and engine.zero_optimization_stage() == 0 and number % world_size != rank:
             continue
-        for copy, values, start in _masters(engine, param):
+        for copy, values, start in masters(engine, param):
             values = values[: max(0, param_numel(param) - start)]  # without ZeRO's padding
             if values.numel():
                 found.append(Fragment(copy, name, start, values))
@@ -91,10 +91,10 @@ def restore(engine: Any, checkpoint: Checkpoint, num_updates: int) -> None:
         checkpoint.fill(state_fragments(engine, for_saving=False))
         for entry in base_optimizer(engine).state.values():
             entry["step"].fill_(num_updates)
-        settle(engine)
+        refresh_weights(engine)
 
 
-def settle(engine: Any) -> None:
+def refresh_weights(engine: Any) -> None:
     """Make the weights that compute follow the float32 masters, on every rank."""
     outer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -106,14 +106,14 @@ def settle(engine: Any) -> None:
         outer.update_lp_params()
 
 
-def _masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
+def masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(copy, flat float32 view, offset of its first element) of what the optimizer updates."""
     outer = engine.optimizer
     if hasattr(param, "ds_tensor"):
         for copy in (WEIGHTS, *MOMENTS):
             key = None if copy == WEIGHTS else copy
             values, _ = outer._get_fp32_opt_state_partition(param, True, key)
-            yield copy, values.view(-1), _slice_start(param)
+            yield copy, values.view(-1), slice_start(param)
     elif hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2: a slice, or nothing, of each parameter
         mapping = param._hp_mapping
         if mapping is not None:
@@ -127,5 +127,5 @@ def _masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]
             yield key, outer.state[param][key].view(-1), 0
 
 
-def _slice_start(param: Any) -> int:
+def slice_start(param: Any) -> int:
     return int(param.ds_tensor.ds_numel) * dist.get_rank(param.ds_process_group)

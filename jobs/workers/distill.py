@@ -1,52 +1,138 @@
 """On every worker: build the pair of models, resume, train, write the recovered model.
 
 The rows of step t are a function of (seed, t) alone. Every few steps the whole state goes to a
-checkpoint; an interrupted recovery carries on from the last one, and on CPU ends in the same bits.
+checkpoint; an interrupted recovery continues from the last one, and on CPU ends in the same bits.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
-    from jobs.training.loop import Recovery
-    from jobs.training.pace import Pace
-    from jobs.training.teacher import TeacherModel
-    from sparsify.data.teacher_samples import TeacherSamples
+import torch
+
+from cluster.runtime.worker import WorkerContext
+from conf.schema import Config
+from jobs.corpus.rows import load_rows
+from jobs.runs.artifact import StageWriter
+from jobs.runs.folder import disk_errors
+from jobs.training.build import build_recovery
+from jobs.training.engine import Partitioner, gathered_state_dict
+from jobs.training.heldout import Heldout, write_heldout
+from jobs.training.inputs import check_words, checked_store, open_cache
+from jobs.training.ledger import START
+from jobs.training.loop import Recovery
+from jobs.training.pace import Pace, early_forecast
+from jobs.training.schedule import num_steps
+from jobs.training.student import load_student
+from jobs.training.teacher import TeacherModel, load_teacher
+from sparsify.data.shards import MANIFEST
+from sparsify.data.store import TokenStore
+from sparsify.data.store_write import write_rows
+from sparsify.data.teacher_samples import TeacherSamples
+from sparsify.formats.basis import carry_rotation, teacher_rotation
+from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsity, write_sparsity
+from sparsify.formats.verify import check_files, masks_of
+from sparsify.masks.storage import save_masks
+from sparsify.models.load import load_tokenizer
+
+_STORE, _HELDOUT = "rows", "heldout"
 
 
-def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """On every worker: build the pair, resume if there is a checkpoint, train, write."""
-    import torch
+def make_payload(
+    config: Config, student: Path, teacher: Path, writer: StageWriter, run_dir: Path
+) -> dict[str, Any]:
+    """On the driver: what the tasks and workers of the stage are told, its inputs checked.
 
-    from jobs.training.ledger import START
-    from jobs.training.pace import Pace
+    Raises:
+        InputError: the token store does not fit the run, or no rotation that is known brings the
+            teacher into the student's basis.
+    """
+    settings = config.distill
+    weight = settings.losses().peak("square_head")
+    rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
+    return {
+        "config": config, "student": student, "teacher": teacher, "rotation": rotation,
+        "folder": writer.folder, "scratch": writer.scratch, "run_dir": run_dir,
+        "store": checked_store(config, teacher) or writer.scratch / _STORE,
+        "heldout": None if settings.heldout_every_steps is None else writer.scratch / _HELDOUT,
+        "cache": open_cache(config),
+    }  # fmt: skip
 
+
+def has_rows(payload: dict[str, Any]) -> bool:
+    """Whether the stores that `prepare_rows` makes are there already."""
+    stores = (payload["store"], payload.get("heldout"))
+    return all((folder / MANIFEST).is_file() for folder in stores if folder is not None)
+
+
+def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """One task: training and held-out text as token stores in the stage's scratch folder."""
+    torch.set_num_threads(context.num_threads)
+    config, folder = payload["config"], payload["store"]
+    wanted = num_steps(config) * config.distill.batch_size
+    tokenizer = load_tokenizer(payload["teacher"])
+    if payload.get("heldout") is not None:
+        with disk_errors(folder):
+            write_heldout(config, tokenizer, payload["heldout"])
+    if (folder / MANIFEST).is_file():
+        return
+    rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
+    if warning:
+        context.warn(warning)
+    with disk_errors(folder):
+        write_rows(folder, {"train": rows}, tokenizer, config.data.sequence_length)
+
+
+def verify_file(context: WorkerContext, payload: tuple[TeacherSamples, int]) -> None:
+    """One task: hash a file of a cache.
+
+    Raises:
+        InputError: it differs from what was written.
+    """
+    cache, index = payload
+    cache.verify_shard(cache.shards[index])
+
+
+def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any] | None:
+    """On every worker: build the pair, resume if there is a checkpoint, train, write.
+
+    Returns:
+        On rank 0 the figures of the run, else None.
+    """
     torch.set_num_threads(context.num_threads)
     config: Config = payload["config"]
     torch.manual_seed(config.run.seed)
     pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
     with pace.interval(START):
-        recovery, pattern, teacher_kl = _prepare(context, payload, pace)
+        recovery, pattern, teacher_kl = prepare(context, payload, pace)
         recovery.resume()
     recovery.train()
-    _write(payload, recovery, pattern, teacher_kl)
+    state = gathered_state_dict(recovery.engine)
+    if state is None:
+        return None
+    num_tokens = recovery.curve[-1]["num_tokens"]
+    _write(payload, recovery, state, pattern, num_tokens)
+    return {
+        "num_tokens": num_tokens,
+        "tokens_per_s": num_tokens / recovery.pace.trained_s,
+        "goodput": recovery.pace.summary(),
+        "teacher_float8_kl": teacher_kl,
+        "mask_share_moved": recovery.mask_share_moved,
+        "steps": recovery.curve,
+        "heldout": recovery.heldout_curve,
+        "forecast": early_forecast(config.distill, recovery.curve),
+    }
 
 
-def _prepare(
+def prepare(
     context: WorkerContext, payload: dict[str, Any], pace: Pace
 ) -> tuple[Recovery, str, float | None]:
-    """Student in its engine, teacher in its place, rows: a recovery that has yet to begin."""
-    from jobs.training.build import build_recovery
-    from jobs.training.engine import Partitioner
-    from jobs.training.heldout import Heldout
-    from jobs.training.student import load_student
-    from jobs.training.teacher import load_teacher
-    from jobs.training.teacher_samples import check_words
-    from sparsify.data.store import TokenStore
+    """Student in its engine, teacher in its place, rows: a recovery that has yet to start.
 
+    Returns:
+        It, the pattern of its masks, and the KL divergence that an 8-bit teacher costs.
+    """
     config: Config = payload["config"]
     settings, store = config.distill, TokenStore.open(payload["store"])
     split = Partitioner(settings, context.world_size, context.device == "cuda")
@@ -76,28 +162,18 @@ def _prepare(
     return recovery, str(student.pattern), teacher_kl
 
 
-def _write(
-    payload: dict[str, Any], recovery: Recovery, pattern: str, teacher_kl: float | None
-) -> None:
-    """Rank 0 writes the recovered model and the loss curve."""
-    from jobs.runs.folder import disk_errors, write_json
-    from jobs.training import engine as _engine
-    from sparsify.formats.basis import carry_rotation
-    from sparsify.formats.sparse_folder import (
-        MASKS,
-        model_fingerprint,
-        read_sparsity,
-        write_sparsity,
-    )
-    from sparsify.masks.storage import save_masks
-    from sparsify.models.load import load_tokenizer
+def check_result(folder: Path) -> dict[str, int]:
+    """On the driver: whether every pruned weight of what was written is zero; its counts."""
+    return check_files(folder, *masks_of(folder))
 
-    state = _engine.gathered_state_dict(recovery.engine)
-    if state is None:
-        return
+
+def _write(
+    payload: dict[str, Any], recovery: Recovery, state: dict[str, torch.Tensor], pattern: str,
+    num_tokens: int,
+) -> None:  # fmt: skip
+    """Rank 0 writes the recovered model."""
     folder = payload["folder"] / "model"
     before = read_sparsity(payload["student"]) or {}
-    num_tokens = recovery.curve[-1]["num_tokens"]
     provenance = {
         **before.get("provenance", {}),
         "dense_path": str(payload["teacher"].resolve()),
@@ -110,15 +186,3 @@ def _write(
         save_masks(folder / MASKS, recovery.masks)
         carry_rotation(payload["student"], folder)
         write_sparsity(folder, recovery.masks, pattern, before.get("method", "given"), provenance)
-    write_json(
-        payload["folder"] / "curve.json",
-        {
-            "num_tokens": num_tokens,
-            "tokens_per_s": num_tokens / recovery.pace.trained_s,
-            "goodput": recovery.pace.summary(),
-            "teacher_float8_kl": teacher_kl,
-            "mask_share_moved": recovery.mask_share_moved,
-            "steps": recovery.curve,
-            "heldout": recovery.heldout_curve,
-        },
-    )

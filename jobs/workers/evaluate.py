@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
+import torch
+
+from cluster.runtime.worker import WorkerContext
+from jobs.corpus.rows import load_rows
+from sparsify.evaluation.perplexity import EvalSums, evaluate_rows
+from sparsify.formats.packed_folder import load_any
+from sparsify.models.load import check_sequence_length, load_pair
 
 
 def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
     """One task: score one model on every `shares`-th held-out row."""
-    from dataclasses import asdict
-
-    import torch
-
-    from jobs.corpus.rows import load_rows
-    from sparsify.evaluation.perplexity import EvalSums, evaluate_rows
-    from sparsify.formats.packed_folder import load_any
-    from sparsify.models.load import check_sequence_length, load_pair
-
     torch.set_num_threads(context.num_threads)
     config = payload["config"]
     dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
@@ -30,3 +28,16 @@ def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, An
         return asdict(EvalSums())
     model = load_any(payload["folder"], config.model.dtype, context.device)
     return asdict(evaluate_rows(model, rows, config.evaluate.batch_size, dense))
+
+
+def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The score of a model from those of its shares, added in their order."""
+    sums = EvalSums()
+    for part in parts:
+        sums = sums + EvalSums(**part)
+    return {
+        "perplexity": sums.perplexity,
+        "kl": sums.kl,
+        "top1_agreement": sums.top1_agreement,
+        "num_tokens": sums.num_tokens,
+    }

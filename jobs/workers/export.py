@@ -2,69 +2,66 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cluster.runtime.worker import WorkerContext
+from jobs.runs.folder import disk_errors
+from sparsify.formats.basis import carry_rotation
+from sparsify.formats.packed_folder import load_any, save_packed_folder
+from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
+from sparsify.formats.verify import check_files, masks_of
+from sparsify.masks.storage import save_masks
+from sparsify.models.load import load_pair, save_model
 
 
 def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
     """One task: write, read back, check."""
-    import shutil
-
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from jobs.runs.folder import disk_errors
-    from sparsify.formats.basis import carry_rotation
-    from sparsify.formats.packed_folder import load_any, save_packed_folder
-    from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
-    from sparsify.formats.verify import check_files, masks_of
-    from sparsify.masks.storage import save_masks
-    from sparsify.models.load import load_pair, save_model
-
     torch.set_num_threads(context.num_threads)
-    config, models, folder = payload["config"], payload["models"], payload["folder"]
-    source = models.sparse("export")
+    config, source, folder = payload["config"], payload["source"], payload["folder"]
     dtype = config.export.dtype or _stored_dtype(source)
     model, tokenizer = load_pair(source, dtype)
     masks, pattern = masks_of(source, model, config.prune.pattern, config.prune.skip)
     before = read_sparsity(source) or {}
-    name = "recovered" if models.recovered is not None else str(models.method)
+    method = before.get("method", "given")
+    provenance = _public(before.get("provenance", {}), payload["dense"])
+    sparse, packed = folder / "sparse", folder / "sparse-packed"
+    bits = {"sparse": None, "sparse-packed": None}
     with disk_errors(folder):
-        sparse = folder / "sparse"
         save_model(model, tokenizer, sparse)
         save_masks(sparse / MASKS, masks)
         carry_rotation(source, sparse)
-        provenance = _public(before.get("provenance", {}), models.dense)
-        write_sparsity(sparse, masks, str(pattern), before.get("method", "given"), provenance)
-        save_packed_folder(folder / "sparse-packed", model, tokenizer, masks, pattern, None, sparse)
-        if models.packed_int4 is not None:
-            shutil.copytree(models.packed_int4, folder / "int4-packed")
-            write_sparsity(
-                folder / "int4-packed", masks, str(pattern), before.get("method", "given"),
+        write_sparsity(sparse, masks, str(pattern), method, provenance)
+        save_packed_folder(packed, model, tokenizer, masks, pattern, None, sparse)
+        if payload["packed"] is not None:
+            integers = f"int{payload['bits']}-packed"
+            bits[integers] = payload["bits"]
+            shutil.copytree(payload["packed"], folder / integers)
+            write_sparsity(folder / integers, masks, str(pattern), method, provenance)
+        for kind in bits:
+            card = model_card(
+                kind, bits[kind], payload["dense"].name, payload["results"], str(pattern),
                 provenance,
             )  # fmt: skip
-        for path in folder.iterdir():
-            card = _card(path.name, models, payload["results"], str(pattern), provenance)
-            (path / "README.md").write_text(card, encoding="utf-8")
+            (folder / kind / "README.md").write_text(card, encoding="utf-8")
     gate = {"sparse": check_files(sparse, masks, pattern)}
     reloaded = AutoModelForCausalLM.from_pretrained(sparse, dtype="auto", local_files_only=True)
-    unpacked = load_any(folder / "sparse-packed", dtype, "cpu")
+    unpacked = load_any(packed, dtype, "cpu")
     for weight, other, third in zip(
         model.parameters(), reloaded.parameters(), unpacked.parameters(), strict=True
     ):
         assert torch.equal(weight, other), "the exported folder loads as what was exported"
         assert torch.equal(weight, third), "the packed file unpacks to what was packed"
-    packed_bytes = {name: (folder / "sparse-packed" / PACKED).stat().st_size}
+    packed_bytes = {payload["name"]: (packed / PACKED).stat().st_size}
     return {"gate": gate, "packed_bytes": packed_bytes, "dtype": dtype}
 
 
 def _stored_dtype(folder: Path) -> str:
     """Type of the weights in a model folder."""
-    from transformers import AutoConfig
-
     dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
     return str(dtype or "float32").removeprefix("torch.")
 
@@ -75,15 +72,25 @@ def _public(provenance: dict[str, Any], dense: Path) -> dict[str, Any]:
     return {"dense_model": dense.name, **kept}
 
 
-def _card(
-    kind: str, models: Any, results: list[dict[str, Any]], pattern: str, provenance: dict[str, Any]
-) -> str:
-    """A model card: what it is, how it was made, how good it is, how to load it."""
-    what = {
-        "sparse": f"{pattern} sparse weights, stored dense with zeros; loads like any other model.",
-        "sparse-packed": f"{pattern} sparse weights, only the kept values and their positions.",
-        "int4-packed": f"{pattern} sparse weights in INT4, only the kept values.",
-    }[kind]
+def model_card(
+    kind: str, bits: int | None, dense: str, results: list[dict[str, Any]], pattern: str,
+    provenance: dict[str, Any],
+) -> str:  # fmt: skip
+    """A model card: what it is, how it was made, how good it is, how to load it.
+
+    Args:
+        kind: the folder's name; `sparse` is stored dense, the others packed.
+        bits: of its integers; None for a model that is not quantised.
+        dense: name of the dense model.
+        results: rows of the summary.
+        pattern: of the zeros.
+        provenance: for the list at the end.
+    """
+    what = f"{pattern} sparse weights, stored dense with zeros; loads like any other model."
+    if bits is not None:
+        what = f"{pattern} sparse weights in INT{bits}, only the kept values."
+    elif kind != "sparse":
+        what = f"{pattern} sparse weights, only the kept values and their positions."
     load = (
         f"from transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{kind}")'
@@ -93,7 +100,7 @@ def _card(
     )
     lines = [
         "---", "library_name: transformers", "tags: [sparse, 2:4, twofour]", "---",
-        f"# {models.dense.name}, {pattern} sparse", "", what, "",
+        f"# {dense}, {pattern} sparse", "", what, "",
         "| model | perplexity | KL to dense |", "|---|---|---|",
     ]  # fmt: skip
     for row in results:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from conf.options.data import DataConfig
 from conf.options.pretrain import PretrainConfig
-from jobs.corpus.builtin import package_documents, stdlib_documents
+from jobs.corpus.builtin import HELD_OUT_SHARE, PACKAGES, package_documents, stdlib_documents
 from jobs.corpus.rows import load_rows
 from jobs.corpus.sources import open_source
 from jobs.runs.artifact import versions
@@ -176,8 +176,6 @@ Made with `{command}` under {installed}.
 
 def _code_words(config: PretrainConfig) -> tuple[str, str, str]:
     """Title, kind of text and data of a model of the built-in code."""
-    from jobs.corpus.builtin import HELD_OUT_SHARE, PACKAGES
-
     data = f"""The Python standard library without its tests, {config.stdlib_repeats} times, and once the
 Python sources of these installed packages, at most 16 MB each: {", ".join(PACKAGES)}. A file of the
 standard library is held out when the first four bytes of the SHA-256 of its relative path, read as

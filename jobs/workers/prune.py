@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
-from jobs.runs.folder import disk_errors, write_json
+from jobs.runs.folder import disk_errors
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -31,6 +32,7 @@ from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.packed24 import packed_num_bytes
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
+from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
 from sparsify.models.blocks import reason_to_hold_whole
@@ -47,9 +49,6 @@ from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from sparsify.tensors import tensor_names
-
-if TYPE_CHECKING:  # loads Ray
-    from cluster.runtime.backend import WorkerContext
 
 _FIGURES = (
     "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
@@ -342,11 +341,14 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any] | None:
     """On every worker: prune the dense model with each method, each from where it was left.
 
     A method's folder in the scratch space holds its finished blocks. All of them become part of
     the stage's result at the end, so that a run that is killed loses no more than a block.
+
+    Returns:
+        On rank 0 the figures of all methods, else None.
     """
     pruning = Pruning(context, payload["config"], payload["dense"], payload["scratch"])
     with disk_errors(payload["scratch"]):
@@ -355,14 +357,14 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
             for index, name in enumerate(payload["methods"])
         }
         if context.rank != 0:
-            return
+            return None
         for name in payload["methods"]:
             pruning.publish(name, payload["folder"] / name)
     phases = {name: _seconds(reports) for name, reports in found.items()}
     seconds = {name: sum(parts.values()) for name, parts in phases.items()}
     seconds[payload["config"].prune.method] += pruning.seconds_ahead
     layers = [{"method": name, **layer} for name, reports in found.items() for layer in reports]
-    figures = {
+    return {
         "layers": layers,
         "packed_bytes": {name: pruning.packed_bytes(payload["folder"] / name) for name in found},
         "phases": phases,
@@ -370,7 +372,11 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
         "dense_layers": pruning.dense_layers,
         "rotation": pruning.rotation,
     }
-    write_json(payload["folder"] / "figures.json", figures)
+
+
+def check_result(folder: Path, pattern: str) -> dict[str, int]:
+    """On the driver: whether every pruned weight of what was written is zero; its counts."""
+    return check_files(folder, MaskFile(folder / MASKS), Pattern.parse(pattern))
 
 
 def _seconds(reports: list[dict[str, Any]]) -> dict[str, float]:

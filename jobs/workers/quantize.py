@@ -1,26 +1,28 @@
-"""On one worker: quantise, pack, check and score the sparse model."""
+"""On every worker: quantise the sparse model's layers; rank 0 packs them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
+import torch
+
+from cluster.runtime.worker import WorkerContext
+from jobs.corpus.rows import load_rows
+from jobs.runs.folder import disk_errors
+from sparsify.comm import Comm
+from sparsify.formats.packed_folder import save_packed_folder
+from sparsify.formats.verify import masks_of
+from sparsify.models.load import load_pair
+from sparsify.quantization import QuantParams, quantize_model
 
 
-def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """On every worker: quantise the model block by block; rank 0 writes the packed folder."""
-    import torch
+def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """On every worker: quantise the model block by block; rank 0 writes the packed folder.
 
-    from jobs.corpus.rows import load_rows
-    from jobs.runs.folder import disk_errors, write_json
-    from sparsify.comm import Comm
-    from sparsify.formats.packed_folder import save_packed_folder
-    from sparsify.formats.verify import masks_of
-    from sparsify.models.load import load_pair
-    from sparsify.quantization import QuantParams, quantize_model
-
+    Returns:
+        The layers' reports as plain values.
+    """
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["folder"]
     settings = config.quantize
@@ -40,10 +42,9 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
         model, rows, masks, params, comm=comm, batch_size=settings.batch_size,
         on_block=lambda done, total: context.progress(done, total, f"blocks, {settings.method}"),
     )  # fmt: skip
-    if context.rank != 0:
-        return
-    with disk_errors(folder):
-        save_packed_folder(
-            folder / "packed", model, tokenizer, masks, pattern, result.layers, payload["sparse"]
-        )
-    write_json(folder / "layers.json", [asdict(report) for report in result.reports])
+    if context.rank == 0:
+        with disk_errors(folder):
+            save_packed_folder(
+                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"]
+            )
+    return [asdict(report) for report in result.reports]

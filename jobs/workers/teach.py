@@ -1,4 +1,4 @@
-"""Writing a teacher's samples shard by shard of a token store, and going on after an interruption.
+"""Writing a teacher's samples shard by shard of a token store, continuing after an interruption.
 
 Every row is drawn with a generator of its own, seeded by the seed and the row's number: any number
 of workers and of interruptions gives the same bytes. Beside the files, `.teach/` holds a record of
@@ -7,19 +7,24 @@ each one that is whole; it goes when the manifest is written.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from cluster.runtime.worker import WorkerContext
+from conf.options.teach import TeachJobConfig
+from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors
-from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
+from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.order import key_of
-from sparsify.data.shards import MANIFEST, is_whole
+from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore, is_store
 from sparsify.data.teacher_samples import (
+    Sample,
     SampleFacts,
     SampleShard,
     TeacherSamples,
@@ -28,17 +33,20 @@ from sparsify.data.teacher_samples import (
     write_sample_manifest,
     write_samples,
 )
+from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.sampling import draw
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import model_fingerprint
-
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.teach import TeachJobConfig
-    from jobs.runs.display import Display
-    from sparsify.data.teacher_samples import Sample
-    from sparsify.models.lm_head import LanguageHead
-
-MapShards = Callable[[Callable[..., Any], list[Any]], None]
+from sparsify.models.isolation import check_isolation
+from sparsify.models.lm_head import LanguageHead, check_head
+from sparsify.models.load import (
+    check_checkpoint,
+    check_sequence_length,
+    load_pair,
+    load_tokenizer,
+    read_config,
+    resolve_path,
+)
 
 STATE = ".teach"
 
@@ -56,6 +64,13 @@ class TeachTask:
     batch_size: int
 
 
+def make_cache(config: TeachJobConfig) -> Path:
+    """Fill the folder that the config names on its cluster; raises as `fill_folder`."""
+    return fill_folder(
+        "teach", config.teach.out, config.cluster, lambda *given: write_cache(config, *given)
+    )
+
+
 def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, display: Display) -> None:
     """Sample what is not yet sampled, then write the manifest.
 
@@ -66,37 +81,38 @@ def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, displa
         display: told what happens.
 
     Raises:
-        InputError: the store or the model cannot be used, or the folder holds, whole or begun, a
+        InputError: the store or the model cannot be used, or the folder holds, whole or half-way, a
             cache of something else.
     """
-    from sparsify.models.load import resolve_path
-
-    display.start_stage("teach")
     store = _open_store(config)
     model = resolve_path(config.model.path).absolute()
     num_words = _check_model(model, store)
     facts = _facts(config, store, model_fingerprint(model), num_words)
     display.say(_size(store, facts))
-    settings, state = asdict(facts), out / STATE
-    done = _finished_files(out, settings)
-    names = [sample_name(shard.file) for shard in store.shards]
-    missing = [index for index, name in enumerate(names) if name not in done]
-    if missing or not (out / MANIFEST).is_file():
-        begin(out, state, settings, [asdict(shard) for shard in done.values()])
-        folder, size = store.folder.absolute(), config.teach.batch_size
-        tasks = [TeachTask(out, model, folder, index, facts, size) for index in missing]
-        if done:
-            display.say(f"teach: {len(done)} files are whole, {len(tasks)} to make")
-        if tasks:
-            map_shards(teach_shard, tasks)
-        shards = [SampleShard(**read_record(state, name)) for name in names]
-        write_sample_manifest(out, facts, shards)
-    shutil.rmtree(state, ignore_errors=True)
+    folder = ShardFolder(
+        "teach", out, out / STATE, "teacher cache", asdict(facts), SampleShard, _contents
+    )
+    places = {sample_name(shard.file): place for place, shard in enumerate(store.shards)}
+
+    def make(names: list[str]) -> None:
+        rows, size = store.folder.absolute(), config.teach.batch_size
+        map_shards(teach_shard, [TeachTask(out, model, rows, places[name], facts, size)
+                                 for name in names])  # fmt: skip
+
+    def finish(shards: dict[str, SampleShard]) -> None:
+        write_sample_manifest(out, facts, list(shards.values()))
+
+    folder.complete(list(places), make, finish, display)
     cache = TeacherSamples.open(out)
     num_tokens = len(cache) * facts.sequence_length
     display.finish_stage(
         "teach", f"{len(cache):,} rows, {num_tokens:,} tokens, digest {cache.digest[:12]}"
     )
+
+
+def _contents(out: Path) -> tuple[Any, list[dict[str, Any]]]:
+    manifest = TeacherSamples.read_manifest(out)
+    return asdict(facts_of(manifest)), manifest["shards"]
 
 
 def describe_plan(config: TeachJobConfig) -> list[str]:
@@ -125,13 +141,6 @@ def _open_store(config: TeachJobConfig) -> TokenStore:
 
 def _check_model(model: Path, store: TokenStore) -> int:
     """Find what is wrong with the model before anything is started; the size of its vocabulary."""
-    from sparsify.models.load import (
-        check_checkpoint,
-        check_sequence_length,
-        load_tokenizer,
-        read_config,
-    )
-
     check_checkpoint(model)
     model_config = read_config(model)
     check_sequence_length(model_config, store.sequence_length)
@@ -159,26 +168,8 @@ def _size(store: TokenStore, facts: SampleFacts) -> str:
     )
 
 
-def _finished_files(out: Path, settings: dict[str, Any]) -> dict[str, SampleShard]:
-    """Name -> facts of every file that is whole, its hash checked.
-
-    Raises:
-        InputError: the folder's cache, whole or begun, was made from something else.
-    """
-    if (out / MANIFEST).is_file():
-        manifest = TeacherSamples.read_manifest(out)
-        require_same("teach.out", out, asdict(facts_of(manifest)), settings, "the cache")
-        records = manifest["shards"]
-    else:
-        records = begun_records("teach.out", out, out / STATE, settings, "teacher cache")
-    shards = [SampleShard(**record) for record in records]
-    return {shard.file: shard for shard in shards if is_whole(out, shard)}
-
-
 def teach_shard(context: WorkerContext, task: TeachTask) -> dict[str, Any]:
     """Make one file and the record that says it is whole; the record."""
-    import torch
-
     torch.set_num_threads(context.num_threads)
     store = TokenStore.open(task.store)
     store.verify_shard(store.shards[task.shard])
@@ -189,7 +180,7 @@ def teach_shard(context: WorkerContext, task: TeachTask) -> dict[str, Any]:
     samples = _samples(teacher, store, rows, task, context.device)
     with disk_errors(path):
         shard = write_samples(path, samples, len(rows), facts)
-        write_record(task.folder / STATE, asdict(shard))
+        write_record(task.folder / STATE, shard)
     return asdict(shard)
 
 
@@ -197,12 +188,6 @@ def _samples(
     teacher: LanguageHead, store: TokenStore, numbers: range, task: TeachTask, device: str
 ) -> Iterator[Sample]:
     """The sample of each row, the teacher's forward over `batch_size` of them at a time."""
-    import torch
-
-    from sparsify.data.rows import TokenRows
-    from sparsify.distillation.head_loss import Teacher
-    from sparsify.distillation.sampling import draw
-
     facts, head = task.facts, teacher.plain()
     for start in range(0, len(numbers), task.batch_size):
         batch = numbers[start : start + task.batch_size]
@@ -225,10 +210,6 @@ def _samples(
 @cache
 def _teacher(model: Path, dtype: str, device: str, isolates: bool) -> LanguageHead:
     """The model in its two parts, loaded once in the life of a worker."""
-    from sparsify.models.isolation import check_isolation
-    from sparsify.models.lm_head import check_head
-    from sparsify.models.load import load_pair
-
     teacher, _ = load_pair(model, dtype, device)
     teacher.requires_grad_(False)
     if isolates:

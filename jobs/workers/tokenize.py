@@ -1,4 +1,4 @@
-"""Writing a token store shard by shard, and going on where an earlier run stopped.
+"""Writing a token store shard by shard, and continuing where an earlier run stopped.
 
 How the sources are cut into shards depends on them and on `tokenize.shard_bytes` alone, and every
 shard on its part of the text alone: any number of workers and of interruptions gives the same
@@ -9,13 +9,17 @@ manifest is written.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from cluster.runtime.worker import WorkerContext
+from conf.options.data import DataConfig
+from conf.options.tokenize import TokenizeJobConfig
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, text_digest
 from jobs.corpus.file_parts import Part, cut_source, read_part
 from jobs.corpus.sources import (
@@ -27,24 +31,15 @@ from jobs.corpus.sources import (
     training_sources,
     with_absolute_paths,
 )
-from jobs.workers.shards import begin, begun_records, read_record, require_same, write_record
+from jobs.runs.display import Display
+from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.rows import tokenizer_digest
-from sparsify.data.shards import MANIFEST, is_whole
 from sparsify.data.split import MIN_DOCUMENTS, is_held_out, split_documents
 from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 from sparsify.files import written_whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from cluster.runtime.backend import WorkerContext
-    from conf.options.data import DataConfig
-    from conf.options.tokenize import TokenizeJobConfig
-    from jobs.runs.display import Display
-
-MapShards = Callable[[Callable[..., Any], list[Any]], None]
+from sparsify.models.load import load_tokenizer, resolve_path
 
 STATE = ".tokenize"
 
@@ -92,6 +87,13 @@ class ShardTask:
     """file of digests of documents to leave out"""
 
 
+def make_store(config: TokenizeJobConfig) -> Path:
+    """Fill the folder that the config names on its cluster; raises as `fill_folder`."""
+    return fill_folder(
+        "tokenize", config.tokenize.out, config.cluster, lambda *given: write_store(config, *given)
+    )
+
+
 def write_store(
     config: TokenizeJobConfig, out: Path, map_shards: MapShards, display: Display
 ) -> None:
@@ -104,12 +106,9 @@ def write_store(
         display: told what happens.
 
     Raises:
-        InputError: a source or the tokenizer cannot be read, or the folder holds, whole or begun, a
-            store of something else.
+        InputError: a source or the tokenizer cannot be read, or the folder holds, whole or
+            half-way, a store of something else.
     """
-    from sparsify.models.load import load_tokenizer, resolve_path
-
-    display.start_stage("tokenize")
     model = resolve_path(config.model.path).absolute()
     tokenizer = load_tokenizer(model)
     data = with_absolute_paths(config.data)
@@ -118,30 +117,37 @@ def write_store(
         for source in training_sources(data)
     ]
     settings = _settings(config, sources, tokenizer)
-    state = out / STATE
-    done = _finished_shards(out, settings)
+    folder = ShardFolder("tokenize", out, out / STATE, "store", settings, Shard, _contents)
     names = [[shard_name(i, j) for j in range(len(s.shards))] for i, s in enumerate(sources)]
-    missing = {name for row in names for name in row if name not in done}
-    if missing or not (out / MANIFEST).is_file():
-        begin(out, state, settings, [asdict(shard) for shard in done.values()])
+
+    def make(missing: list[str]) -> None:
         if any(source.is_filtered for source in sources):
-            _write_digests(state / _HELD, heldout_digests(data))
+            _write_digests(folder.state / _HELD, heldout_digests(data))
         tasks = [
             ShardTask(
                 out, name, model, data, parts, source.side, source.rule,
-                state / _HELD if source.is_filtered else None,
+                folder.state / _HELD if source.is_filtered else None,
             )
             for source, row in zip(sources, names, strict=True)
             for name, parts in zip(row, source.shards, strict=True)
             if name in missing
         ]  # fmt: skip
-        if done:
-            display.say(f"tokenize: {len(done)} shards are whole, {len(tasks)} to make")
-        if tasks:
-            map_shards(tokenize_shard, tasks)
-        _finish(out, config, tokenizer, sources, names, settings, display)
-    shutil.rmtree(state, ignore_errors=True)
+        map_shards(tokenize_shard, tasks)
+
+    def finish(shards: dict[str, Shard]) -> None:
+        made = [
+            _store_source(source, [shards[name] for name in row], display)
+            for source, row in zip(sources, names, strict=True)
+        ]
+        write_manifest(out, tokenizer, config.data.sequence_length, made, settings)
+
+    folder.complete([name for row in names for name in row], make, finish, display)
     _show(out, display)
+
+
+def _contents(out: Path) -> tuple[Any, list[dict[str, Any]]]:
+    manifest = TokenStore.read_manifest(out)
+    return manifest["settings"], [shard for s in manifest["sources"] for shard in s["shards"]]
 
 
 def _open_source(
@@ -203,22 +209,6 @@ def _occurrences(sources: Sequence[_Source]) -> list[int]:
     return [labels[:index].count(label) for index, label in enumerate(labels)]
 
 
-def _finished_shards(out: Path, settings: dict[str, Any]) -> dict[str, Shard]:
-    """Name -> facts of every shard that is whole, its hash checked.
-
-    Raises:
-        InputError: the folder's store, whole or begun, was made from something else.
-    """
-    if (out / MANIFEST).is_file():
-        manifest = TokenStore.read_manifest(out)
-        require_same("tokenize.out", out, manifest["settings"], settings, "the store")
-        shards = [Shard(**shard) for s in manifest["sources"] for shard in s["shards"]]
-    else:
-        records = begun_records("tokenize.out", out, out / STATE, settings, "store")
-        shards = [Shard(**record) for record in records]
-    return {shard.file: shard for shard in shards if is_whole(out, shard)}
-
-
 def tokenize_shard(context: WorkerContext, task: ShardTask) -> dict[str, Any]:
     """Make one shard and the record that says it is whole; the record."""
     # The tokenizer is Rust with threads of its own: as many as the worker was given.
@@ -227,7 +217,7 @@ def tokenize_shard(context: WorkerContext, task: ShardTask) -> dict[str, Any]:
     documents = _shard_documents(task)
     length = task.data.sequence_length
     shard = write_shard(task.folder, task.file, documents, tokenizer, length)
-    write_record(task.folder / STATE, asdict(shard))
+    write_record(task.folder / STATE, shard)
     return asdict(shard)
 
 
@@ -243,11 +233,7 @@ def _shard_documents(task: ShardTask) -> Iterator[str]:
             yield from (text for text in kept if text and text_digest(text) not in held)
 
 
-@cache
-def _tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    from sparsify.models.load import load_tokenizer
-
-    return load_tokenizer(model)
+_tokenizer = cache(load_tokenizer)
 
 
 def _write_digests(path: Path, digests: set[bytes]) -> None:
@@ -262,32 +248,18 @@ def _read_digests(path: Path) -> frozenset[bytes]:
     return frozenset(content[i : i + size] for i in range(0, len(content), size))
 
 
-def _finish(
-    out: Path,
-    config: TokenizeJobConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[_Source],
-    names: Sequence[Sequence[str]],
-    settings: dict[str, Any],
-    display: Display,
-) -> None:
-    """Gather the records into the manifest."""
-    state = out / STATE
-    made = []
-    for source, row in zip(sources, names, strict=True):
-        shards = tuple(Shard(**read_record(state, name)) for name in row)
-        made.append(StoreSource(source.label, source.weight, source.fingerprint, shards))
-        dropped = sum(shard.num_dropped_tokens for shard in shards)
-        if dropped > _DROPPED_SHARE * (dropped + made[-1].num_tokens):
-            display.on_event(
-                {
-                    "kind": "warning",
-                    "text": f"{source.label}: {dropped:,} of its "
-                    f"{dropped + made[-1].num_tokens:,} tokens are behind the last whole row of a "
-                    "shard and are left out; with a larger tokenize.shard_bytes there are fewer",
-                }
-            )
-    write_manifest(out, tokenizer, config.data.sequence_length, made, settings)
+def _store_source(source: _Source, shards: Sequence[Shard], display: Display) -> StoreSource:
+    """The source as the manifest has it; warns where much of its text is left out."""
+    made = StoreSource(source.label, source.weight, source.fingerprint, tuple(shards))
+    dropped = sum(shard.num_dropped_tokens for shard in shards)
+    total = dropped + made.num_tokens
+    if dropped > _DROPPED_SHARE * total:
+        text = (
+            f"{source.label}: {dropped:,} of its {total:,} tokens are after the last whole row of "
+            "a shard and are left out; with a larger tokenize.shard_bytes there are fewer"
+        )
+        display.on_event({"kind": "warning", "text": text})
+    return made
 
 
 def _show(out: Path, display: Display) -> None:

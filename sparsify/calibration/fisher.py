@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsify.data.rows import TokenRows
+from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError
-from sparsify.models.calls import hidden_of, logits_of
+from sparsify.models.calls import evaluating, hidden_of, logits_of
 from sparsify.models.structure import find_blocks
+from sparsify.models.watch import hooked
 
 CEILING = 20.0  # times the mean: a few tokens of an outlier's size must not decide the Hessian
 
 FLOOR = 0.1  # share of the plain mean that is mixed in, so that every token keeps a say
-
-_CHUNK_TOKENS = 1024  # predictions whose float32 probabilities exist at one time
 
 
 def fisher_token_weights(
@@ -101,17 +101,15 @@ def fisher_token_weights(
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter gets a gradient, evaluation mode; both put back at the end."""
-    was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train(was_training)
+    with evaluating(model):
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def _squared_gradients(
@@ -120,7 +118,7 @@ def _squared_gradients(
     """|gradient at the output of block l, row b, token t|^2 as (L, B, T)."""
     squares: dict[int, Tensor] = {}
 
-    def watch(index: int, block: nn.Module) -> Any:
+    def watch(index: int, block: nn.Module) -> RemovableHandle:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden_BTD = hidden_of(output)
             if index == 0:  # parameters are frozen, so the graph starts here
@@ -135,8 +133,7 @@ def _squared_gradients(
 
         return block.register_forward_hook(after)
 
-    handles = [watch(index, block) for index, block in enumerate(blocks)]
-    try:
+    with hooked(watch(index, block) for index, block in enumerate(blocks)):
         with torch.enable_grad():
             logits_BTV = logits_of(model, batch)
         if not bool(torch.isfinite(logits_BTV).all()):
@@ -145,9 +142,6 @@ def _squared_gradients(
                 "weights or use a wider dtype"
             )
         logits_BTV.backward(gradient=_label_scores(logits_BTV.detach(), batch, draws_BT))
-    finally:
-        for handle in handles:
-            handle.remove()
     if len(squares) < len(blocks):
         idle = next(index for index in range(len(blocks)) if index not in squares)
         raise InputError(
@@ -166,7 +160,7 @@ def _label_scores(logits_BTV: Tensor, batch: TokenRows, draws_BT: Tensor) -> Ten
         logits_BTV, scores_BTV, batch.has_next_NT, draws_BT.to(logits_BTV.device), strict=True
     ):
         predicting = has_next_T.nonzero().flatten()
-        for chosen in predicting.split(_CHUNK_TOKENS):
+        for chosen in predicting.split(CHUNK_TOKENS):
             wide = torch.promote_types(logits_TV.dtype, torch.float32)
             probabilities = logits_TV[chosen].to(wide).softmax(dim=-1)
             cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)

@@ -1,12 +1,14 @@
-"""How long each kind of work took; the clock is the caller's, so that the maths reads none."""
+"""How far the walk is, and how long its work took; the clock is the caller's: maths reads none."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 
 class PhaseTimer:
@@ -47,3 +49,16 @@ class PhaseTimer:
         taken = dict(self.seconds)
         self.seconds.clear()
         return taken
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the walk tells its caller."""
+
+    on_block: Callable[[int, nn.Module], None] = lambda index, block: None
+    """called as on_block(index, block) after a block's layers are solved and the hidden states are
+    before the next block; the block's weights are still there"""
+    wait_for_pending: Callable[[], None] = lambda: None
+    """called before the weights of solved layers are used"""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    """collects the time of each kind of work"""

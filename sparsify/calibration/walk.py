@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -31,26 +31,13 @@ from sparsify.calibration.groups import GroupInputs, LayerGroups, PausableBlock,
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
 from sparsify.calibration.lookahead import Lookahead
-from sparsify.calibration.timing import PhaseTimer
+from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
-from sparsify.models.calls import BlockInputs, run_block
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the walk tells its caller."""
-
-    on_block: Callable[[int, nn.Module], None] = lambda index, block: None
-    """called as on_block(index, block) after a block's layers are solved and the hidden states are
-    before the next block; the block's weights are still there"""
-    wait_for_pending: Callable[[], None] = lambda: None
-    """called before the weights of solved layers are used"""
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
-    """collects the time of each kind of work"""
+from sparsify.models.calls import BlockInputs, evaluating, run_block
 
 
 @torch.no_grad()
@@ -106,17 +93,12 @@ def walk_blocks(
     linears = prunable_linears(source.model, skip)
     progress = progress or Progress()
     walk = _Walk(source, linears, rows, comm, memory, needs, store, progress)
-    was_training = source.model.training
-    source.model.eval()
-    try:
-        with walk, float32_products():
-            walk.enter(first_block)
-            for index in range(first_block, len(source.blocks)):
-                block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
-                progress.on_block(index, block)
-                source.close(index)
-    finally:
-        source.model.train(was_training)
+    with evaluating(source.model), walk, float32_products():
+        walk.enter(first_block)
+        for index in range(first_block, len(source.blocks)):
+            block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
+            progress.on_block(index, block)
+            source.close(index)
 
 
 def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:

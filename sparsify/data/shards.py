@@ -11,6 +11,8 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -85,19 +87,18 @@ class ShardFolder(ABC, Generic[S]):
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], shards: Sequence[S]) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.digest = str(manifest["digest"])
         """SHA-256 (hex) over everything that the manifest says, the shards' hashes among it"""
-        self.shards = tuple(shards)
+        self.shards = tuple(self._shards_of(manifest))
         """all its files, in the order in which their rows are numbered"""
-        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in shards)])
+        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in self.shards)])
         self._maps: dict[int, list[NDArray[Any]]] = {}
 
-    @classmethod
     @abstractmethod
-    def _of(cls, folder: Path, manifest: Mapping[str, Any]) -> Self:
-        """The rows that a checked manifest describes."""
+    def _shards_of(self, manifest: Mapping[str, Any]) -> Sequence[S]:
+        """The shards that a checked manifest lists."""
 
     @abstractmethod
     def _layout(self, num_rows: int) -> Layout:
@@ -111,7 +112,7 @@ class ShardFolder(ABC, Generic[S]):
             InputError: no such folder, not finished, of another version; a shard missing, truncated
                 or of another shape. Bytes changed inside one are found by `verify_shard` only.
         """
-        found = cls._of(Path(folder), cls.read_manifest(Path(folder)))
+        found = cls(Path(folder), cls.read_manifest(Path(folder)))
         for shard in found.shards:
             found._map(shard)
         return found
@@ -204,15 +205,25 @@ class ShardFolder(ABC, Generic[S]):
         if size != shard.num_bytes:
             raise self._damaged(shard, f"{size:,} bytes, the manifest says {shard.num_bytes:,}")
         try:
-            # Of torch, because its tensors are views of the mapped file; those of numpy are read.
-            with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-                if found == layout:
-                    return [file.get_tensor(name).numpy() for name in layout]
+            with safe_open(path, framework="numpy") as file:
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
         except SafetensorError:
             raise self._damaged(shard, "its header is not that of a shard") from None
-        raise self._damaged(shard, "its header differs from the manifest")
+        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        is_in_order = list(found) == list(layout) or not shard.num_rows  # nothing has no order
+        if found != layout or not is_in_order:
+            raise self._damaged(shard, "its header differs from the manifest")
+        types = [_NUMPY_TYPES[kind] for kind, _ in layout.values()]
+        shapes = [shape for _, shape in layout.values()]
+        sizes = [kind.itemsize * prod(shape) for kind, shape in zip(types, shapes, strict=True)]
+        # The tensors fill the file to its end. Mapped for reading alone: a torch tensor's mapping
+        # may be written to, so that a file larger than the memory is refused. As plain arrays: a
+        # memmap makes every slice another memmap, which takes longer.
+        starts = accumulate(sizes[:-1], initial=size - sum(sizes))
+        return [
+            np.memmap(path, kind, "r", start, shape).view(np.ndarray)
+            for kind, start, shape in zip(types, starts, shapes, strict=True)
+        ]
 
     def _damaged(self, shard: S, what: str) -> InputError:
         return InputError(
@@ -221,4 +232,7 @@ class ShardFolder(ABC, Generic[S]):
         )
 
 
-_NUMPY_TYPES = {"U8": np.uint8, "F32": np.float32}
+_NUMPY_TYPES = {
+    name: np.dtype(kind)
+    for name, kind in (("U8", "u1"), ("U16", "<u2"), ("U32", "<u4"), ("I32", "<i4"), ("F32", "<f4"))
+}

@@ -107,19 +107,16 @@ class TokenStore(ShardFolder[Shard]):
     KIND, COMMAND = "token store", "python -m jobs.tokenize"
     FORMAT, VERSION = FORMAT, VERSION
 
-    def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], sources: Sequence[StoreSource]
-    ) -> None:
-        super().__init__(folder, manifest, [s for source in sources for s in source.shards])
-        self.sources = tuple(sources)
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self.sources = tuple(_source_of(entry) for entry in manifest["sources"])
+        super().__init__(folder, manifest)
         self.sequence_length = int(manifest["sequence_length"])
         self.vocab_size = int(manifest["vocab_size"])
         self.tokenizer_sha256 = str(manifest["tokenizer_sha256"])
         self._ids_type = ID_TYPES[manifest["ids"]][0]
 
-    @classmethod
-    def _of(cls, folder: Path, manifest: Mapping[str, Any]) -> TokenStore:
-        return cls(folder, manifest, [_source_of(entry) for entry in manifest["sources"]])
+    def _shards_of(self, manifest: Mapping[str, Any]) -> list[Shard]:
+        return [shard for source in self.sources for shard in source.shards]
 
     @property
     def num_tokens(self) -> int:

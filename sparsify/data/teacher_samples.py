@@ -164,15 +164,12 @@ class TeacherSamples(ShardFolder[SampleShard]):
     KIND, COMMAND = "teacher cache", "python -m jobs.teach"
     FORMAT, VERSION = FORMAT, VERSION
 
-    def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], shards: Sequence[SampleShard]
-    ) -> None:
-        super().__init__(folder, manifest, shards)
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        super().__init__(folder, manifest)
         self.facts = facts_of(manifest)
 
-    @classmethod
-    def _of(cls, folder: Path, manifest: Mapping[str, Any]) -> TeacherSamples:
-        return cls(folder, manifest, [SampleShard(**shard) for shard in manifest["shards"]])
+    def _shards_of(self, manifest: Mapping[str, Any]) -> list[SampleShard]:
+        return [SampleShard(**shard) for shard in manifest["shards"]]
 
     def rows(self, indices: Tensor | Sequence[int]) -> Sample:
         """The samples of rows by their numbers, one row's T tokens after another's.

@@ -1,1 +1,4 @@
-"""The recovery's loss, from hidden states, without a batch's logits."""
+"""A student made to predict what its dense teacher predicts: losses, schedules, samples.
+
+No names here: the options read `distillation.schedule`, and that without torch.
+"""

@@ -17,6 +17,7 @@ import torch
 
 from sparsify.data.rows import CHUNK_TOKENS, TokenRows, chunks
 from sparsify.errors import InputError, NonFiniteError
+from sparsify.models.calls import evaluating, run_model
 from sparsify.models.isolation import check_isolation
 
 if TYPE_CHECKING:
@@ -107,19 +108,12 @@ def evaluate_rows(
     if rows.is_joined:
         for m in models:
             check_isolation(m)
-    was_training = [m.training for m in models]
     sums = EvalSums()
-    try:
-        for m in models:
-            m.eval()
+    with evaluating(*models):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size].to(model.device)
-            inputs = {"input_ids": batch.ids_NT, "position_ids": batch.positions_NT}
-            logits = [m(**inputs, use_cache=False).logits for m in models]
+            logits = [run_model(m, batch).logits for m in models]
             sums = sums + _score_batch(logits, batch, start)
-    finally:
-        for m, training in zip(models, was_training, strict=True):
-            m.train(training)
     return sums
 
 

@@ -46,6 +46,19 @@ def first_block_alone(model: nn.Module) -> Iterator[None]:
         setattr(owner, leaf, blocks)
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode while this lasts; then in the mode that each had."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training in zip(models, modes, strict=True):
+            model.train(was_training)
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states among what a block returned (the block's tensor, or first of a tuple)."""
     hidden = output[0] if isinstance(output, tuple) else output

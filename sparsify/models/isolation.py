@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.models.calls import run_model
+from sparsify.models.calls import evaluating, logits_of
 
 _LENGTH = 8
 
@@ -33,13 +33,11 @@ def check_isolation(model: nn.Module) -> None:
 
     Cost: two forwards of 16 tokens, four where rounding differs.
     """
-    device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
 
     def logits(rows: TokenRows) -> Tensor:
-        rows = rows.to(device)
         try:
-            output = run_model(model, rows)
+            return logits_of(model, rows)
         except TypeError as error:
             if "position_ids" not in str(error):
                 raise
@@ -47,14 +45,9 @@ def check_isolation(model: nn.Module) -> None:
                 f"{type(model).__name__}: takes no position_ids, so documents joined into one row "
                 "cannot be kept apart; this model cannot be used"
             ) from None
-        return output.logits
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         require_isolation(logits, vocabulary, type(model).__name__)
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
+from sparsify.models.calls import evaluating
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ def check_head(model: Any) -> LanguageHead:
     device = found.linear.weight.device
     num_words = model.config.get_text_config().vocab_size
     ids = torch.arange(_CHECK_TOKENS, device=device)[None] % num_words
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         hidden = found.base(input_ids=ids, use_cache=False).last_hidden_state
         if hidden.shape[-1] != found.linear.in_features:
             raise InputError(
@@ -137,8 +136,6 @@ def check_head(model: Any) -> LanguageHead:
             expected = model(input_ids=ids, use_cache=False).logits.float()
         finally:
             handle.remove()
-    finally:
-        model.train(was_training)
     error = (found.plain().logits(stretched).float() - expected).abs().max().item()
     limit = _CHECK_RELATIVE.get(hidden.dtype, _CHECK_RELATIVE_HALF)
     if not error <= limit * expected.abs().max().item():

@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
+from sparsify.models.calls import evaluating, logits_of
 from sparsify.models.structure import find_blocks
 
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
@@ -322,14 +323,13 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
     windows = _known_windows(config, len(find_blocks(model)[1]), name)
     embedding = model.get_input_embeddings()
     rows = _probe_rows(embedding.num_embeddings).to(embedding.weight.device)
-    was_training, before = model.training, config._attn_implementation
-    model.eval()
-    try:
-        expected = _logits(model, rows)
-        found, calls = _recorded(model, config, rows)
-    finally:
-        config._attn_implementation = before
-        model.train(was_training)
+    before = config._attn_implementation
+    with evaluating(model):
+        try:
+            expected = logits_of(model, rows)
+            found, calls = _recorded(model, config, rows)
+        finally:
+            config._attn_implementation = before
     asked = tuple(call.window or None for call in calls)
     if asked != tuple(window or None for window in windows):
         raise InputError(
@@ -366,11 +366,6 @@ def _probe_rows(vocabulary: int) -> TokenRows:
 
 
 @torch.no_grad()
-def _logits(model: Any, rows: TokenRows) -> Tensor:
-    inputs = {"input_ids": rows.ids_NT, "position_ids": rows.positions_NT}
-    return cast(Tensor, model(**inputs, use_cache=False).logits)
-
-
 def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_Call]]:
     """Logits by document, and what the layers asked for on the way."""
     calls: list[_Call] = []
@@ -386,7 +381,7 @@ def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_C
     ALL_ATTENTION_FUNCTIONS[_RECORDED] = recording
     config._attn_implementation = _RECORDED
     try:
-        return _logits(model, rows), calls
+        return logits_of(model, rows), calls
     except InputError:
         raise
     except Exception as error:  # a model that counts on its mask fails in a way of its own

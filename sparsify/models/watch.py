@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -63,24 +63,24 @@ def watch_inputs(
     linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
 ) -> AbstractContextManager[None]:
     """Call `note(name, input tensor)` before every forward of the given linears."""
-    return _hooked(
+    return hooked(
         linear.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, linear in linears.items()
     )
 
 
 def watch_outputs(
-    linears: dict[str, nn.Linear], note: Callable[[str, Tensor], None]
+    modules: Mapping[str, nn.Module], note: Callable[[str, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Call `note(name, output tensor)` after every forward of the given linears."""
-    return _hooked(
-        linear.register_forward_hook(lambda _, __, out, name=name: note(name, out))
-        for name, linear in linears.items()
+    """Call `note(name, output tensor)` after every forward of the given modules."""
+    return hooked(
+        module.register_forward_hook(lambda _, __, out, name=name: note(name, out))
+        for name, module in modules.items()
     )
 
 
 @contextmanager
-def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that are registered at the entry and removed at the end."""
     registered = list(handles)
     try:

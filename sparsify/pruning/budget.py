@@ -20,7 +20,7 @@ from sparsify.costs.roofline import matrix_bytes, matrix_latency
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.evaluation.divergence import forward_kl
-from sparsify.models.calls import logits_of
+from sparsify.models.calls import evaluating, logits_of
 from sparsify.pattern import Pattern
 
 BudgetKind = Literal["size", "latency"]
@@ -93,9 +93,7 @@ def sensitivities(
     totals = dict.fromkeys(linears, 0.0)
     num_done = 0
     batches = [batch for batch in rows.split(batch_size) if batch.has_next_NT.any()]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in (batch.to(device) for batch in batches):
             dense_logits = _logits(model, batch)
             with _swapped(linears, all_pruned):
@@ -108,8 +106,6 @@ def sensitivities(
                     num_done += 1
                     if on_batch is not None:
                         on_batch(num_done, len(batches) * len(linears))
-    finally:
-        model.train(was_training)
     damages = {name: total / int(rows.has_next_NT.sum()) for name, total in totals.items()}
     _require_finite(damages)
     return damages

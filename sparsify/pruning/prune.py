@@ -23,8 +23,8 @@ from sparsify.calibration.accumulate import TargetShares
 from sparsify.calibration.batches import lanes_of
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
-from sparsify.calibration.timing import PhaseTimer
-from sparsify.calibration.walk import Progress, walk_blocks
+from sparsify.calibration.timing import PhaseTimer, Progress
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
-from sparsify.calibration.walk import Progress, walk_blocks
+from sparsify.calibration.timing import Progress
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError

@@ -7,7 +7,6 @@ heads of one of them, K width of a head.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from sparsify.calibration.hessian import HessianSum
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
 from sparsify.models.calls import StopForward, run_model
+from sparsify.models.watch import hooked, watch_inputs
 from sparsify.rotation.sites import RotationSites
 
 
@@ -87,31 +87,24 @@ class _Sums:
 
     def add(self, model: nn.Module, batch: TokenRows) -> None:
         """Run the model up to its last norm, after which nothing is measured."""
-        handles = [
-            next(iter(site.readers.values())).register_forward_pre_hook(_adder(total))
-            for site, total in zip(self._sites.norms, self._norms, strict=False)
-        ]
-        handles += [
-            linear.register_forward_pre_hook(
-                lambda module, args, name=name: self._note_writer(name, module, args[0])
-            )
-            for name, linear in self._sites.writers.items()
-        ]
-        handles.append(self._sites.norms[-1].norm.register_forward_pre_hook(_stop))
-        batch = batch.to(self._sites.head.weight.device)
-        try:
-            with contextlib.suppress(StopForward):
-                run_model(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        first = [next(iter(site.readers.items())) for site in self._sites.norms[:-1]]
+        total = {name: total for (name, _), total in zip(first, self._norms, strict=True)}
+        last = self._sites.norms[-1].norm
+        with (
+            watch_inputs(dict(first), lambda name, value: total[name].add(value)),
+            watch_inputs(self._sites.writers, self._note_writer),
+            hooked([last.register_forward_pre_hook(_stop)]),
+            contextlib.suppress(StopForward),
+        ):
+            run_model(model, batch.to(self._sites.head.weight.device))
 
-    def _note_writer(self, name: str, linear: nn.Linear, value: Tensor) -> None:
+    def _note_writer(self, name: str, value: Tensor) -> None:
         flat_TI = value.reshape(-1, value.shape[-1]).float()
         self._diagonals[name] += flat_TI.square().sum(0)
-        if (site := self._heads.get(id(linear))) is not None:
+        key = id(self._sites.writers[name])
+        if (site := self._heads.get(key)) is not None:
             split = flat_TI.reshape(-1, site.num_kv_heads, site.num_queries, site.head_dim)
-            self._values[id(linear)] += torch.einsum("thqk,thql->hqkl", split, split)
+            self._values[key] += torch.einsum("thqk,thql->hqkl", split, split)
 
     def merge(self, other: _Sums) -> None:
         """Add the sums of `other`, in place."""
@@ -135,10 +128,6 @@ class _Sums:
             {name: diagonal_I / num_tokens for name, diagonal_I in self._diagonals.items()},
             {key: blocks_HQKK / num_tokens for key, blocks_HQKK in self._values.items()},
         )
-
-
-def _adder(total: HessianSum) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: total.add(args[0])
 
 
 def _stop(module: nn.Module, args: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError
-from sparsify.models.calls import logits_of
+from sparsify.models.calls import evaluating, logits_of
 from sparsify.pattern import Pattern, check_divides
 from sparsify.rotation.basis import Rotation, fold_gains, require_same, turn
 from sparsify.rotation.moments import residual_moments
@@ -126,9 +126,7 @@ def rotate_model(
         turn(sites, rotation)
         return require_same(model, check, before)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         before = comm.run_together(fold)
         moments = residual_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
@@ -143,8 +141,6 @@ def rotate_model(
         rotation = search.found()
         entropy_after, pruned_after = search.measure()
         difference = comm.run_together(finish)
-    finally:
-        model.train(was_training)
     return RotationReport(
         entropy_before, entropy_after, difference, rotation, pruned_before, pruned_after
     )

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
+from sparsify.models.calls import evaluating
 from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.watch import watch_inputs, watch_outputs
 
 
 @dataclass(frozen=True)
@@ -122,40 +124,30 @@ def _trace(
     source: dict[int, str] = {}
     kept: list[Tensor] = []
 
-    def after_norm(name: str, module: nn.Module, output: Tensor) -> None:
+    def after_norm(name: str, output: Tensor) -> None:
         kept.append(output)
-        norms[name] = module
+        norms[name] = after[name]
         source[output.untyped_storage().data_ptr()] = name
 
-    def before_linear(name: str, module: nn.Linear, value: Tensor) -> None:
+    def before_linear(name: str, value: Tensor) -> None:
         norm = source.get(value.untyped_storage().data_ptr())
         if norm is not None:
-            readers.setdefault(norm, {})[name] = module
+            readers.setdefault(norm, {})[name] = before[name]
 
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda module, args, name=name: before_linear(name, module, args[0])
-                )
-            )
-        elif _is_norm(module, width):
-            handles.append(
-                module.register_forward_hook(
-                    lambda module, _, output, name=name: after_norm(name, module, output)
-                )
-            )
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
-            model(input_ids=ids, use_cache=False)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    before = linears_of(model)
+    after = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in before and _is_norm(module, width)
+    }
+    with (
+        evaluating(model),
+        watch_inputs(before, before_linear),
+        watch_outputs(after, after_norm),
+        torch.no_grad(),
+    ):
+        ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+        model(input_ids=ids, use_cache=False)
     return norms, readers
 
 

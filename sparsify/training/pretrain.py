@@ -13,13 +13,7 @@ import torch.nn.functional as F
 from sparsify.data.split import shuffled
 from sparsify.errors import NonFiniteError
 from sparsify.params import PretrainParams
-
-
-def learning_rate_scale(step: int, num_steps: int, num_warmup_steps: int) -> float:
-    """Linear warm-up to 1, then linear decay that would reach 0 one step after the last."""
-    if step < num_warmup_steps:
-        return (step + 1) / num_warmup_steps
-    return (num_steps - step) / max(1, num_steps - num_warmup_steps)
+from sparsify.training.schedule import learning_rate
 
 
 def pretrain(
@@ -61,7 +55,7 @@ def pretrain(
     model.train()
     for step in range(num_steps):
         batch = rows[order[step * params.batch_size : (step + 1) * params.batch_size]].to(device)
-        scale = learning_rate_scale(step, num_steps, params.num_warmup_steps)
+        scale = learning_rate(1.0, step, num_steps, params.num_warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = params.learning_rate * scale
         with torch.autocast(device.type, torch.bfloat16, enabled=params.bf16):

@@ -59,12 +59,15 @@ class Command:
         job: the module below `jobs`.
         words: flags and overrides.
         environment: all of it.
-        folder: where it runs; its output lies in the temporary folder.
+        folder: where it runs.
     """
 
     def __init__(self, job: str, *words: str, environment: dict[str, str], folder: Path) -> None:
         self.args = [sys.executable, "-m", f"jobs.{job}", *words]
-        self._streams = [Path(tempfile.mkstemp(prefix=f"{job}-")[1]) for _ in range(2)]
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{job}-")  # goes with this object
+        self._streams = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for path in self._streams:
+            path.touch()
         self._process = warm_context().Process(
             target=_as_main,
             args=(job, words, environment, str(folder), *map(str, self._streams)),

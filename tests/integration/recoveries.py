@@ -50,6 +50,9 @@ class Worker:
         if self.rank == 0:
             self.said.append(message)
 
+    def say(self, message: str) -> None:
+        self.warn(message)
+
     def alert(self, message: str) -> None:
         self.alerts.append(message)
 
@@ -98,9 +101,9 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     from conf.options.data import DataConfig
     from conf.options.distill import DistillConfig
     from conf.schema import Config
+    from jobs.training.inputs import open_cache
     from jobs.training.pace import Pace
-    from jobs.training.teacher_samples import open_cache
-    from jobs.workers.distill import _prepare
+    from jobs.workers.distill import prepare
 
     scratch = out / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -119,7 +122,7 @@ def make_recovery(base: Path, out: Path, **settings: Any) -> tuple[Any, Worker]:
     }  # fmt: skip
     torch.manual_seed(config.run.seed)
     pace = Pace(worker, config.distill, scratch, LENGTH)
-    recovery, *_ = _prepare(worker, payload, pace)
+    recovery, *_ = prepare(worker, payload, pace)
     recovery.resume()
     return recovery, worker
 

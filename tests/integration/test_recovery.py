@@ -155,7 +155,7 @@ def test_two_then_one_then_two_workers_train_on_the_same_rows(base, undisturbed,
     run(2, train_until_asked, base, tmp_path, 2, None)
     found = torch.load(tmp_path / "found-0")
     straight = torch.load(undisturbed / "zero-2/found-0")
-    assert any("carrying on after step 8" in line for line in found["said"])
+    assert any("continues after step 8" in line for line in found["said"])
     for one, other in zip(found["curve"], straight["curve"], strict=True):
         assert one["row_crc"] == other["row_crc"]
         # Measured 3.4e-7 at most: sums over rows are split in another way.

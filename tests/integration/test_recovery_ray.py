@@ -97,12 +97,15 @@ def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
     assert code == 0, stderr
     assert "no step for" in stderr, stderr
     assert stderr.count("a worker was lost") == 2, stderr
-    assert stderr.count(f"carrying on after step {stopped} of {STEPS}") == 3
+    assert stderr.count(f"continues after step {stopped} of {STEPS}") == 3
 
     run(2, train_undisturbed, base, tmp_path)
     expected = torch.load(tmp_path / "found-0")
     record = json.loads((run_dir / "distill/record.json").read_text(encoding="utf-8"))
     assert record["metrics"]["steps"] == expected["curve"]
+    warnings = record["metrics"]["warnings"]
+    assert any("a worker was lost" in text for text in warnings)
+    assert not any("continues after" in text for text in warnings), "shown, but no warning"
     weights = load_file(run_dir / "distill/model/model.safetensors")
     parts = [weights[name].float().numpy().tobytes() for name in sorted(weights)]
     assert hashlib.sha256(b"".join(parts)).hexdigest() == expected["model"]

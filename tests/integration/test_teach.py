@@ -61,7 +61,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     done = run_job("teach", *words, f"teach.out={killed}", "cluster.num_workers=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(killed)
-    assert f"files are whole, {NUM_SHARDS} to make" not in done.stderr
+    assert f"shards are whole, {NUM_SHARDS} to make" not in done.stderr
     cache = TeacherSamples.open(killed)
     for shard in cache.shards:
         cache.verify_shard(shard)
@@ -187,7 +187,7 @@ def test_two_workers_stopped_and_one_that_goes_on_read_the_same_samples(
             run(2, train_until_stopped, base, tmp_path, cache)
         run(1, train_from, base, tmp_path, name, cache)
     straight, again = (torch.load(tmp_path / f"found-{n}-0") for n in ("straight", "again"))
-    assert any("carrying on after step 5" in line for line in again["said"])
+    assert any("continues after step 5" in line for line in again["said"])
     for one, other in zip(straight["curve"], again["curve"], strict=True):
         assert one["row_crc"] == other["row_crc"]
         # Sums in another order; other samples would change the KL of 256 tokens by percents.

@@ -95,7 +95,6 @@ import os, sys, time
 from pathlib import Path
 from cluster.errors import WorkFailedError
 from cluster.runtime.backend import RayCluster
-from cluster.runtime.backend import map_shards
 from cluster.spec import ClusterSpec
 
 def work(context, payload):
@@ -115,12 +114,12 @@ told = []
 root = Path(sys.argv[2])  # what a Ray that is joined needs to import the work's helpers
 with RayCluster(ClusterSpec(num_workers=1, max_failures=1), "dying", root, told.append) as cluster:
     payloads = [(index, sys.argv[1]) for index in range(3)]
-    print(">", map_shards(cluster, "some", work, payloads[:2], "shards"))
+    print(">", cluster.run_tasks("some", work, payloads[:2], "shards"))
     print(">", [event["text"] for event in told if event["kind"] == "warning"])
     naps = cluster.run_tasks("naps", nap, range(4), "naps")
     print(">", all(end <= begin for (_, end), (begin, _) in zip(naps, naps[1:])))
     try:
-        map_shards(cluster, "some", work, payloads[2:], "shards")
+        cluster.run_tasks("some", work, payloads[2:], "shards")
     except WorkFailedError as error:
         print(">", error.kind, error.message)
 """

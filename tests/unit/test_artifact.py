@@ -34,7 +34,7 @@ def test_a_finished_stage_is_found_again(tmp_path: Path) -> None:
     made = make(tmp_path)
     found = find(tmp_path, IDENTITY)
     assert found.is_reused
-    assert found.metrics == {"loss": 1.0}
+    assert found.record["metrics"] == {"loss": 1.0}
     assert found.record == made.record
     assert not (tmp_path / ".prune.partial").exists()
 

@@ -12,8 +12,8 @@ from cluster.spec import ClusterSpec
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig
 from conf.schema import Config
-from jobs.stages.distill import prepare_rows
 from jobs.training.batches import Batches
+from jobs.workers.distill import prepare_rows
 from sparsify.costs.flops import count_flops
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
@@ -58,7 +58,7 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
             sums += batch.own
             crcs.add(batch.row_crc)
         assert crcs == {alone.at(step).row_crc}
-        seen += alone.order.batch(step, 8).tolist()
+        seen += store.order(0).batch(step, 8).tolist()
         rows = TokenRows.joined(shares)
         assert len(rows) == 8
         assert rows.is_joined == isolate

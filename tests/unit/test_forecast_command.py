@@ -11,7 +11,8 @@ import pytest
 
 from conf.options.distill import DistillConfig
 from jobs.forecast import forecast_run, main, rates_of
-from jobs.training.schedule import learning_rate
+from jobs.training.schedule import planned_rates
+from sparsify.training.schedule import learning_rate
 
 NUM_STEPS = 120
 
@@ -48,8 +49,16 @@ def finished(run_dir: Path) -> None:
 
 def test_rates_of_are_those_of_the_training() -> None:
     config = DistillConfig(**settings()["distill"])
-    expected = [learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)]
-    assert rates_of(settings()) == expected
+    assert rates_of(settings()) == planned_rates(config, NUM_STEPS)
+
+
+def test_rates_warm_up_to_the_peak_and_fall_to_their_share_of_it() -> None:
+    rates = [learning_rate(2.0, step, 10, 4, 0.1) for step in range(10)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(2.0 * (0.1 + 0.9 / 6))
+    config = DistillConfig(learning_rate=2.0, num_warmup_steps=400, min_learning_rate_share=0.1)
+    assert planned_rates(config, 4) == rates[:4], "a warm-up longer than the run is as long as it"
 
 
 def test_run_in_progress_and_finished_run_say_the_same(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.runtime.backend import FailureLog
+from cluster.runtime.backend import Restarts
 from sparsify.costs.young import checkpoint_interval_steps
 from sparsify.errors import InputError
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
@@ -172,59 +172,33 @@ def test_checksum_sees_order_of_tensors_strides_and_nan() -> None:
     assert checksum([torch.empty(0)]) == 0
 
 
-# failures ---------------------------------------------------------------------------------------
+# losses of workers ------------------------------------------------------------------------------
 
 
-def test_same_exception_at_the_same_step_is_not_retried() -> None:
-    log = FailureLog(max_retries=5)
-    first = log.record("RuntimeError", "bad shape at 0x7f01, pid 41", 120, False)
-    assert first.retry
-    other = FailureLog(max_retries=5)  # the driver was restarted in between
-    other.load_state_dict(json.loads(json.dumps(log.state_dict())))
-    second = other.record("RuntimeError", "bad shape at 0x7e99, pid 77", 120, False)
-    assert not second.retry
-    assert "second time" in second.reason
-    assert "step 120" in second.reason
+def outcomes(most: int, steps: list[int | None]) -> list[bool]:
+    """Whether each loss at these steps is answered by a restart."""
+    restarts = Restarts(most)
+    return [restarts.after_loss(step)[0] for step in steps]
 
 
-def test_another_exception_or_step_is_retried() -> None:
-    log = FailureLog(max_retries=5)
-    assert log.record("RuntimeError", "shape 4", 120, False).retry
-    assert log.record("RuntimeError", "shape 5", 120, False).retry
-    assert log.record("RuntimeError", "shape 4", 121, False).retry
-    assert log.record("RuntimeError", "shape 4", None, False).retry
-    assert not log.record("RuntimeError", "shape 4", None, False).retry
-
-
-def test_infrastructure_has_a_budget_that_progress_fills_again() -> None:
-    log = FailureLog(max_retries=2)
-    assert log.record("WorkerLost", "node 3", 10, True).retry
-    assert log.record("WorkerLost", "node 3", 10, True).retry
-    assert log.record("WorkerLost", "node 3", 50, True).retry  # 40 steps further
-    assert log.record("WorkerLost", "node 3", 50, True).retry
-    last = log.record("WorkerLost", "node 3", 50, True)
-    assert not last.retry
-    assert "without progress since step 50" in last.reason
-    assert not FailureLog(max_retries=0).record("WorkerLost", "node", None, True).retry
+def test_losses_have_a_budget_that_progress_fills_again() -> None:
+    assert outcomes(2, [10, 10, 50, 50, 50]) == [True, True, True, True, False]  # 40 steps further
+    assert outcomes(0, [None]) == [False]
 
 
 def test_falling_back_to_an_older_checkpoint_is_no_progress() -> None:
-    log = FailureLog(max_retries=2)
-    assert log.record("Hang", "", 50, True).retry
-    assert log.record("Hang", "", 40, True).retry
-    assert not log.record("Hang", "", 45, True).retry
+    assert outcomes(2, [50, 40, 45]) == [True, True, False]
 
 
 def test_the_reason_names_the_furthest_step_also_when_the_last_try_made_none() -> None:
-    log = FailureLog(max_retries=1)
-    assert log.record("Hang", "", 50, True).retry
-    last = log.record("WorkerLost", "", None, True)
-    assert not last.retry
-    assert "without progress since step 50" in last.reason
-
-
-def test_what_the_user_must_mend_is_not_retried() -> None:
-    assert not FailureLog(9).record("InputError", "no such file", 1, False, is_users=True).retry
+    restarts = Restarts(1)
+    assert restarts.after_loss(50) == (
+        True, "worker lost at step 50; retried, 0 more without progress",
+    )  # fmt: skip
+    is_retried, reason = restarts.after_loss(None)
+    assert not is_retried
+    assert "without progress since step 50" in reason
+    assert "since the start" in Restarts(0).after_loss(None)[1]
 
 
 # how often to save ------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from conf.options.distill import DistillConfig
-from jobs.training.pace import Pace
-from jobs.training.schedule import forecast_of
+from jobs.training.pace import Pace, forecast_of
 
 
 def worker(rank: int, said: list[Any]) -> Any:

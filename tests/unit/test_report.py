@@ -17,22 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cli.options import job_options
-from jobs.reporting import units as _format
-from jobs.reporting.charts import (
-    Scale,
-    depth_chart,
-    element,
-    forecast_panel,
+from jobs.reporting import units
+from jobs.reporting.bars import (
     perplexity_chart,
     phase_chart,
-    recovery_panels,
     size_chart,
     stage_chart,
-    thin_steps,
     token_chart,
 )
+from jobs.reporting.curves import forecast_panel, recovery_panels, thin_steps
+from jobs.reporting.layer_charts import depth_chart
 from jobs.reporting.layers import dead_columns, linear_kind, phase_seconds, shared_inputs
 from jobs.reporting.page import render_report
+from jobs.reporting.svg import Scale, element
 from jobs.reporting.tables import pruning_table, results_table, stages_table
 from jobs.reporting.wording import headline
 from jobs.workers.prune import layer_metrics
@@ -216,19 +213,19 @@ def test_complete_page_holds_every_section_and_number() -> None:
     for row in summary["results"]:
         for text in (
             row["label"],
-            _format.perplexity(row["perplexity"]),
-            _format.significant(row["kl"]),
-            _format.percent(row["top1_agreement"]),
-            _format.percent(row["log_gap_recovered"]),
-            _format.size(row["disk_bytes"]),
-            _format.size(row["packed_bytes"]),
+            units.perplexity(row["perplexity"]),
+            units.significant(row["kl"]),
+            units.percent(row["top1_agreement"]),
+            units.percent(row["log_gap_recovered"]),
+            units.size(row["disk_bytes"]),
+            units.size(row["packed_bytes"]),
         ):
             assert text in page.text
     for text in ("calibration: only 96 rows", "1,024,000 tokens", "3,392 tokens/s", "torch 2.13.0",
                  "twofour model.path=toy", "5 min 02 s", "836,352", "GPTQ INT4"):  # fmt: skip
         assert text in page.text
     for layer in summary["layers"]:
-        assert f"{layer['name']}: {_format.significant(layer['relative_error'], 2)}" in page.text
+        assert f"{layer['name']}: {units.significant(layer['relative_error'], 2)}" in page.text
 
 
 @pytest.mark.parametrize("empty", ["absent", "null", "empty"])
@@ -348,7 +345,7 @@ def test_unusable_figures_are_shown_not_drawn(value: float | None) -> None:
     assert not [a for a in page.attributes if a[1] in drawn and bad.search(a[2] or "")]
     styles = [v for _, name, v in page.attributes if name == "style"]
     assert not [style for style in styles if bad.search(style or "")]
-    assert f"recovered: perplexity is {_format.perplexity(value)}, which is no usable" in page.text
+    assert f"recovered: perplexity is {units.perplexity(value)}, which is no usable" in page.text
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
@@ -676,7 +673,7 @@ def test_depth_curves_are_medians_broken_where_a_block_has_none() -> None:
         for block, values in enumerate([(1, 2, 9), (2, 3, 4), (None, 0, math.nan), (5, 5, 5)])
         for kind, value in zip("abc", values, strict=True)
     ]
-    chart = depth_chart("test", {"one": layers}, "value", _format.significant, main="one")
+    chart = depth_chart("test", {"one": layers}, "value", units.significant, main="one")
     assert chart is not None
     lines = re.findall(r'<polyline[^>]*points="([^"]*)"', chart.svg)
     points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines]
@@ -690,9 +687,9 @@ def test_depth_curves_are_medians_broken_where_a_block_has_none() -> None:
     ]
     assert "block 1\none: median 3.00, largest 4.00 in block 1 c" in chart.svg
     assert not chart.has_band
-    empty = depth_chart("test", {"one": layers[6:9]}, "value", _format.significant)
+    empty = depth_chart("test", {"one": layers[6:9]}, "value", units.significant)
     assert empty is None, "zero has no place on a logarithmic axis"
-    linear = depth_chart("test", {"one": layers}, "value", _format.significant, is_log=False)
+    linear = depth_chart("test", {"one": layers}, "value", units.significant, is_share=True)
     assert linear is not None
     assert linear.svg.count("<polyline") == 1
 
@@ -705,15 +702,16 @@ def test_the_range_to_be_warned_of_is_drawn_as_far_as_it_is_in_sight(
 ) -> None:
     layers = [{"name": f"m.{i}.up", "block": i, "value": v} for i, v in enumerate(values)]
     chart = depth_chart(
-        "test", {"up": layers}, "value", _format.significant, warn=(1e6, math.inf)
+        "test", {"up": layers}, "value", units.significant, warn_above=1e6
     )  # fmt: skip
     assert chart is not None
     assert chart.has_band is has_band
-    band = re.search(r'class="band"[^>]* y="([\d.]+)" height="([\d.]+)"', chart.svg)
+    band = re.search(r'class="band" points="([^"]*)"', chart.svg)
     assert (band is not None) is has_band
     if band is not None:
-        assert float(band[1]) == 0, "it begins at the top"
-        assert 0 < float(band[2]) <= 190
+        top, *_, bottom = sorted(float(point.split(",")[1]) for point in band[1].split())
+        assert top == 0, "it starts at the top"
+        assert 0 < bottom <= 1000
 
 
 @pytest.mark.parametrize("value", [None, 0.0, math.nan, math.inf, -1.0, 1e300, 1e-300])
@@ -734,7 +732,7 @@ def test_unusable_figures_of_layers_are_never_drawn(value: float | None) -> None
 def test_methods_beyond_the_colours_share_them() -> None:
     layers = [{"name": "m.0.up", "block": 0, "value": 1.0}]
     series = {f"method{i}": layers for i in range(12)}
-    chart = depth_chart("test", series, "value", _format.significant, main="method3")
+    chart = depth_chart("test", series, "value", units.significant, main="method3")
     assert chart is not None
     assert [tone for tone, _, _ in chart.legend][:5] == ["t1", "t2", "t3", "t0", "t4"]
     style = render_report(make_summary(num_blocks=1, num_steps=1)).split("</style>")[0]
@@ -781,7 +779,7 @@ def test_terminal_pruning_fits_80_columns() -> None:
     for value in ("42.0 s", "0.950", "3 down_proj"):
         assert value in rows["sparsegpt"]
     kept = [r["large_kept"] for r in summary["layers"] if r["method"] == "sparsegpt"]
-    assert _format.percent(sum(kept) / 28) in rows["sparsegpt"]
+    assert units.percent(sum(kept) / 28) in rows["sparsegpt"]
 
 
 def test_terminal_pruning_of_an_old_run() -> None:
@@ -835,20 +833,20 @@ def test_element_escapes_text_and_attributes() -> None:
 @pytest.mark.parametrize(
     ("spell", "value", "expected"),
     [
-        (_format.perplexity, 7.1, "7.10"), (_format.perplexity, 123.45, "123.5"),
-        (_format.perplexity, 12345.6, "12,346"), (_format.perplexity, 4.8e7, "4.8e7"),
-        (_format.perplexity, math.nan, "NaN"), (_format.perplexity, None, "–"),
-        (_format.percent, 0.683, "68.3 %"), (_format.percent, -0.00001, "0.0 %"),
-        (_format.percent, -0.25, "-25.0 %"),
-        (_format.ratio, 1.831, "1.83×"), (_format.ratio, 1234.0, "1,234×"),
-        (_format.significant, 0.04151, "0.0415"), (_format.significant, 9.999, "10.0"),
-        (_format.significant, 2.1e-5, "2.10e-5"), (_format.significant, math.inf, "∞"),
-        (_format.size, 512, "512 B"), (_format.size, 999_600, "1.00 MB"),
-        (_format.size, 141_000_000_000, "141 GB"), (_format.size, 3_345_408, "3.35 MB"),
-        (_format.large_count, 836_352, "836 k"), (_format.large_count, 7, "7"),
-        (_format.count, 1_234_567, "1,234,567"),
-        (_format.duration, 0.42, "0.42 s"), (_format.duration, 59.96, "1 min 00 s"),
-        (_format.duration, 192.4, "3 min 12 s"), (_format.duration, 7500.0, "2 h 05 min"),
+        (units.perplexity, 7.1, "7.10"), (units.perplexity, 123.45, "123.5"),
+        (units.perplexity, 12345.6, "12,346"), (units.perplexity, 4.8e7, "4.8e7"),
+        (units.perplexity, math.nan, "NaN"), (units.perplexity, None, "–"),
+        (units.percent, 0.683, "68.3 %"), (units.percent, -0.00001, "0.0 %"),
+        (units.percent, -0.25, "-25.0 %"),
+        (units.ratio, 1.831, "1.83×"), (units.ratio, 1234.0, "1,234×"),
+        (units.significant, 0.04151, "0.0415"), (units.significant, 9.999, "10.0"),
+        (units.significant, 2.1e-5, "2.10e-5"), (units.significant, math.inf, "∞"),
+        (units.size, 512, "512 B"), (units.size, 999_600, "1.00 MB"),
+        (units.size, 141_000_000_000, "141 GB"), (units.size, 3_345_408, "3.35 MB"),
+        (units.large_count, 836_352, "836 k"), (units.large_count, 7, "7"),
+        (units.count, 1_234_567, "1,234,567"),
+        (units.duration, 0.42, "0.42 s"), (units.duration, 59.96, "1 min 00 s"),
+        (units.duration, 192.4, "3 min 12 s"), (units.duration, 7500.0, "2 h 05 min"),
     ],
 )  # fmt: skip
 def test_spelling(spell: Any, value: float | None, expected: str) -> None:
@@ -868,11 +866,28 @@ def test_terminal_results_fit_80_columns() -> None:
     for row in summary["results"]:
         line = next(line for line in text.splitlines() if f" {row['perplexity']:.2f} " in line)
         for value in (
-            _format.percent(row["log_gap_recovered"]), _format.significant(row["kl"]),
-            _format.size(row["disk_bytes"]), _format.size(row["packed_bytes"]),
-            _format.count(row["violations"]),
+            units.percent(row["log_gap_recovered"]), units.significant(row["kl"]),
+            units.size(row["disk_bytes"]), units.size(row["packed_bytes"]),
+            units.count(row["violations"]),
         ):  # fmt: skip
             assert value in line
+
+
+def test_terminal_tables_at_60_columns_keep_their_names() -> None:
+    summary = make_summary()
+    for row in summary["results"][1:4]:
+        row["label"] = f"one-shot {row['name']}"
+    text = printed(results_table(summary, width=60), 60) + printed(pruning_table(summary), 60)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert "…" not in text
+    words = text.split()
+    for whole in ("one-shot", "magnitude", "recovered", "violations", "68.3", "2.01"):
+        assert whole in words
+    rows = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    assert "42.0 s" in rows["sparsegpt"]
+    for gone in ("KL", "on disk"):
+        assert gone in printed(results_table(summary))
+        assert gone not in text
 
 
 def test_terminal_numbers_are_whole_however_large() -> None:

@@ -11,6 +11,7 @@ from ray.train import WorkerGroupError
 
 from cluster.errors import WorkFailedError
 from cluster.runtime import backend as ray_backend
+from cluster.runtime.board import Board
 from cluster.spec import ClusterSpec
 
 
@@ -24,10 +25,20 @@ class Group:
         self.script = list(script)
         self.num_starts = 0
         self._answer: tuple[list[Any], Any] = ([], None)
-        self.clear = SimpleNamespace(remote=lambda: None)
+        self.number = 0
+        self._result: tuple[int, Any] = (0, None)
+        self.clear = SimpleNamespace(remote=self._clear)
+        self.result = SimpleNamespace(remote=lambda: self._result)
         self.drain = SimpleNamespace(remote=lambda: self._answer)
 
+    def _clear(self, number: int) -> None:
+        self.number, self._result = number, (0, None)
+
     def fit(self) -> None:
+        self._result = (
+            self.number,
+            "what rank 0 returned",
+        )  # a peer may end badly
         now = self.script[self.num_starts]
         self.num_starts += 1
         if isinstance(now, dict):
@@ -53,7 +64,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         )
         cluster._board = group
         try:
-            cluster.run_workers("distill", lambda context, payload: None, None, tmp_path)
+            start.result = cluster.run_workers("distill", lambda *_: None, None, tmp_path)
         finally:
             start.warnings = [e["text"] for e in events if e["kind"] == "warning"]
         return group, start.warnings
@@ -85,3 +96,20 @@ def test_the_loss_of_a_peer_is_no_error_of_the_work(started: Any) -> None:
     gloo = {"kind": "RuntimeError", "message": "gloo: Connection closed by peer", "traceback": ""}
     group, _ = started([1, gloo, None])
     assert group.num_starts == 3
+
+
+def test_the_result_is_that_of_the_start_that_succeeds(started: Any) -> None:
+    started([1, 2, None])
+    assert started.result == (3, "what rank 0 returned")
+
+
+def test_a_group_given_up_cannot_leave_a_result_behind() -> None:
+    board = Board.__ray_metadata__.modified_class()
+    board.clear(1)
+    board.clear(2)  # the group was started again
+    board.finish(1, "of the first")
+    assert board.result() is None
+    board.finish(2, "of the second")
+    assert board.result() == "of the second"
+    board.clear(3)
+    assert board.result() is None

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsify.data import teacher_samples
 from sparsify.data.shards import is_whole
 from sparsify.data.teacher_samples import (
     Sample,
     SampleFacts,
+    SampleShard,
     TeacherSamples,
     sample_name,
     write_sample_manifest,
@@ -60,6 +62,21 @@ def test_rows_come_back_by_number_in_the_order_asked_for(folder: Path) -> None:
             assert torch.equal(getattr(found, name), expected)
             assert getattr(found, name).dtype == expected.dtype
         assert found.temperature == 2.0
+
+
+def test_a_file_larger_than_the_memory_is_read(tmp_path: Path) -> None:
+    num_rows = 2**40 // (LENGTH * FACTS.token_bytes)
+    head, starts = teacher_samples._header(teacher_samples._layout(num_rows, FACTS))
+    path = tmp_path / "samples-00-00000.safetensors"
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(starts[-1])  # sparse: it takes no room on the disk
+        file.seek(starts[-1] - 4)
+        file.write(b"\0\0\x80?")
+    shard = SampleShard(path.name, num_rows, path.stat().st_size, "0" * 64)
+    write_sample_manifest(tmp_path, FACTS, [shard])
+    found = TeacherSamples.open(tmp_path).rows([0, num_rows - 1])
+    assert found.entropy_N.tolist() == [0.0] * (2 * LENGTH - 1) + [1.0]
 
 
 def test_rows_that_are_not_there_are_named(folder: Path) -> None:

@@ -18,12 +18,14 @@ from conf.options.distill import DistillConfig
 from conf.options.model import ModelConfig
 from conf.options.teach import TeachConfig, TeachJobConfig
 from conf.schema import Config
+from jobs.pipeline import PIPELINE
 from jobs.runs.artifact import differences
 from jobs.runs.context import StageContext
 from jobs.runs.models import Models
 from jobs.stages import distill
-from jobs.training.teacher_samples import check_cache, check_words, verify_file
+from jobs.training.inputs import check_cache, check_words
 from jobs.workers import teach as _teach
+from jobs.workers.distill import verify_file
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
@@ -183,7 +185,7 @@ def test_only_a_damaged_file_is_made_again(job, tmp_path) -> None:
     data[-3] ^= 1
     path.write_bytes(data)
     lines = write(job, folder)
-    assert "teach: 2 files are whole, 1 to make" in lines
+    assert "teach: 2 shards are whole, 1 to make" in lines
     assert contents(folder) == expected
 
 
@@ -201,7 +203,9 @@ def test_a_whole_cache_is_left_alone_and_another_is_refused(job, tmp_path) -> No
         with_teach(job, flatness=2.0), replace(job, model=replace(job.model, dtype="bfloat16")),
         replace(job, data=replace(job.data, isolate_documents=False)),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=f"teach.out={folder}: the cache was made") as error:
+        with pytest.raises(
+            InputError, match=f"teach.out={folder}: the teacher cache was made"
+        ) as error:
             write(change, folder, nothing)
         assert message(error)
     (tmp_path / "full").mkdir()
@@ -310,7 +314,7 @@ def test_what_decides_a_recovery_is_what_the_cache_holds_not_where_it_lies(
             distill=DistillConfig(teacher_cache=None if cache is None else str(cache)),
             data=DataConfig(train=job.data.train, sequence_length=LENGTH),
         )
-        models = Models(tiny_model_dir, {"wanda": tiny_model_dir}, "wanda")
+        models = Models(tiny_model_dir, PIPELINE, {"prune": {"wanda": tiny_model_dir}}, "wanda")
         nothing: Any = None
         return distill.identity(
             StageContext(config, config, tmp_path, "", models, nothing, nothing, nothing)

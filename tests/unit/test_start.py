@@ -77,7 +77,7 @@ def test_a_dense_model_begins_as_it_is_behind_its_largest_weights(tiny_model_dir
         assert (smallest_kept >= largest_pruned).all()
         assert count_violations(mask.float(), PATTERN) == 0
     assert said == [
-        "distill: begins with dense weights: 50.0% of those of 14 layers are alive behind their "
+        "distill: starts with dense weights: 50.0% of those of 14 layers are alive under their "
         "masks, and are cut when masks stay"
     ]
 

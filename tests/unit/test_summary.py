@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conf.schema import Config
+from jobs.pipeline import PIPELINE
 from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import RECORD
 from jobs.runs.context import StageContext
@@ -30,7 +31,7 @@ def summary_of(run_dir: Path, prune: dict[str, Any]) -> dict[str, Any]:
     record = {"metrics": {"pattern": "2:4", "method": "wanda", **prune}, "duration_s": 3.0}
     (run_dir / "prune" / RECORD).write_text(json.dumps(record), encoding="utf-8")
     nothing: Any = None
-    models = Models(model, {"wanda": model}, "wanda")
+    models = Models(model, PIPELINE, {"prune": {"wanda": model}}, "wanda")
     context = StageContext(
         Config(), Config(), run_dir, "command", models, nothing, nothing, nothing
     )  # fmt: skip

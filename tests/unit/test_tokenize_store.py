@@ -297,9 +297,9 @@ def test_a_store_is_no_text(job, tmp_path) -> None:
 def test_many_dropped_tokens_are_told(job, tmp_path) -> None:
     small = replace(job, tokenize=TokenizeConfig(shard_bytes=1200))  # a few rows a shard
     lines = write(small, tmp_path / "store")
-    assert any("behind the last whole row of a shard" in line for line in lines)
+    assert any("after the last whole row of a shard" in line for line in lines)
     large = replace(job, tokenize=TokenizeConfig(shard_bytes=10**9))
-    assert not any("behind the last" in line for line in write(large, tmp_path / "large"))
+    assert not any("after the last" in line for line in write(large, tmp_path / "large"))
 
 
 def test_too_little_text_makes_no_store(job, tmp_path) -> None:

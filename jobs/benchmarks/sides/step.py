@@ -56,6 +56,9 @@ class Here:
         """Print it."""
         print(f"warning: {message}", flush=True)
 
+    def say(self, message: str) -> None:
+        """Nothing: what is no warning is no news here."""
+
     alert = warn
 
     def is_draining(self) -> bool:

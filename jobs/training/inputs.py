@@ -1,22 +1,53 @@
-"""Samples that stand for a recovery's teacher: found, and held against what the run is about."""
+"""What a recovery is given, held against what the run is about: a token store, a teacher's samples.
+
+On the driver and on workers; `given_digests` is what decides the recovered weights.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
+from conf.schema import Config
+from sparsify.data.store import TokenStore, is_store
+from sparsify.data.teacher_samples import TeacherSamples
 from sparsify.errors import InputError
+from sparsify.formats.sparse_folder import model_fingerprint
+from sparsify.models.load import load_tokenizer
 
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
-    from sparsify.data.teacher_samples import TeacherSamples
-if TYPE_CHECKING:
-    from cluster.runtime.backend import WorkerContext
-    from conf.schema import Config
-    from sparsify.data.teacher_samples import TeacherSamples
+
+def given_store(config: Config) -> Path | None:
+    """The token store that data.train is, if it is one."""
+    train = config.data.train
+    return Path(train) if train is not None and is_store(train) else None
+
+
+def checked_store(config: Config, teacher: Path) -> Path | None:
+    """`given_store`, held against what this run reads.
+
+    Raises:
+        InputError: rows of another length, or made with another tokenizer.
+    """
+    folder = given_store(config)
+    if folder is None:
+        return None
+    store = TokenStore.open(folder)
+    if store.sequence_length != config.data.sequence_length:
+        raise InputError(
+            f"data.train={folder}: rows of {store.sequence_length} tokens, data.sequence_length is "
+            f"{config.data.sequence_length}; set data.sequence_length={store.sequence_length}, or "
+            "tokenise the text again"
+        )
+    store.check_tokenizer(load_tokenizer(teacher), str(teacher))
+    return folder.absolute()
+
+
+def given_digests(config: Config) -> dict[str, str]:
+    """For identities: the digests of the store and of the teacher's samples that were given."""
+    store, cache = given_store(config), open_cache(config)
+    found = {} if store is None else {"train": TokenStore.open(store).digest}
+    return found if cache is None else {**found, "teacher_cache": cache.digest}
 
 
 def open_cache(config: Config) -> TeacherSamples | None:
@@ -25,8 +56,6 @@ def open_cache(config: Config) -> TeacherSamples | None:
     Raises:
         InputError: the folder is not a whole cache.
     """
-    from sparsify.data.teacher_samples import TeacherSamples
-
     folder = config.distill.teacher_cache
     return None if folder is None else TeacherSamples.open(Path(folder).absolute())
 
@@ -37,9 +66,6 @@ def check_cache(config: Config, teacher: Path) -> None:
     Raises:
         InputError: not a cache, or one of another store, teacher, temperature or kind of rows.
     """
-    from sparsify.data.store import TokenStore
-    from sparsify.formats.sparse_folder import model_fingerprint
-
     cache = open_cache(config)
     if cache is None:
         return
@@ -89,21 +115,3 @@ def check_words(cache: TeacherSamples, student: nn.Module) -> None:
             f"distill: the student has {found} tokens, the teacher of {cache.folder} "
             f"{cache.facts.num_words}; teacher and student must share the vocabulary"
         )
-
-
-def verify_file(context: WorkerContext, payload: tuple[TeacherSamples, int]) -> None:
-    """One task: hash a file of a cache.
-
-    Raises:
-        InputError: it differs from what was written.
-    """
-    cache, index = payload
-    cache.verify_shard(cache.shards[index])
-
-
-def given_store(config: Config) -> Path | None:
-    """The token store that data.train is, if it is one."""
-    from sparsify.data.store import is_store
-
-    train = config.data.train
-    return Path(train) if train is not None and is_store(train) else None
