@@ -14,7 +14,7 @@ from sparsify.errors import InputError
 
 SUMMARY = "methods side by side on real models: perplexity, one-shot and recovered"
 
-EXAMPLES = ("quality --models embedded --out docs/quality.md",)
+EXAMPLES = ("quality --models embedded --out docs/benchmarks/quality.md",)
 
 PLAIN = "twofour, not rotated"
 
@@ -48,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--recover", recover, "methods whose result is recovered", nargs="*")
     add_option(parser, "--recover-tokens", 300_000, "tokens of a recovery")
     add_option(parser, "--repeat", 3, "prunings of each method, for the time")
-    page = "Markdown file for the tables, such as docs/quality.md"
+    page = "Markdown file for the tables, such as docs/benchmarks/quality.md"
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
 
 

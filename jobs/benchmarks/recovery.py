@@ -93,7 +93,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--start", "sparsegpt", start)
     add_option(parser, "--tokens", 300_000, "tokens of every recipe")
     page = (
-        "Markdown file for the tables, such as docs/recovery.md; where it has the lines "
+        "Markdown file for the tables, such as docs/benchmarks/recovery.md; where it has the lines "
         "<!-- PLACE: begin --> and <!-- PLACE: end -->, only what is between them is replaced"
     )
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
