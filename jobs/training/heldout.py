@@ -17,7 +17,7 @@ from jobs.corpus.sources import source_label
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.distillation.schedule import TokenCounts
+from sparsify.distillation import TokenCounts
 from sparsify.params import LossWeights
 
 FIGURES = ("kl", "ce", "agreement")

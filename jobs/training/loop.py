@@ -30,8 +30,8 @@ from jobs.training.pace import Pace
 from jobs.training.schedule import num_steps, planned_rates
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import NonFiniteError, StoppedEarlyError
 from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.lm_head import LanguageHead

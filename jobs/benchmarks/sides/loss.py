@@ -14,8 +14,8 @@ import torch
 
 from jobs.benchmarks.support.device import forget_peak, peak_bytes
 from sparsify.data.rows import chunks
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import Head
 from sparsify.params import LossWeights
 
