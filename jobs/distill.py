@@ -5,10 +5,7 @@ from jobs.pipeline import command
 
 COMMAND = command(
     "distill", __doc__,
-    (
-        "run.from=runs/first distill.num_tokens=10_000_000",
-        "run.from=runs/first --dry-run",
-    ),
+    ("run.from=runs/first distill.num_tokens=10_000_000", "run.from=runs/first --dry-run"),
     ("run", "model", "data", "prune.pattern", "prune.skip", "distill", "tracker", "cluster"),
 )  # fmt: skip
 

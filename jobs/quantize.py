@@ -6,10 +6,8 @@ from jobs.pipeline import command
 COMMAND = command(
     "quantize", __doc__,
     ("run.from=runs/first quantize.method=rtn",),
-    (
-        "run", "model", "data", "prune.pattern", "prune.skip", "quantize", "evaluate", "tracker",
-        "cluster",
-    ),
+    ("run", "model", "data", "prune.pattern", "prune.skip", "quantize", "evaluate", "tracker",
+     "cluster"),
 )  # fmt: skip
 
 if __name__ == "__main__":
