@@ -35,7 +35,7 @@ def describe_plan(config: PretrainConfig) -> list[str]:
 
 COMMAND = Command(
     "pretrain", PretrainConfig, run, describe_plan,
-    summary="Train the small embedded model from scratch.",
+    summary=__doc__,
     examples=("seed=1 out=models/small",),
     out="out",
 )  # fmt: skip

@@ -30,7 +30,7 @@ def describe_plan(config: TeachJobConfig) -> list[str]:
 
 COMMAND = Command(
     "teach", TeachJobConfig, run, describe_plan,
-    summary="Sample a dense model's predictions of a token store, once for many recoveries.",
+    summary=__doc__,
     examples=(
         "teach.out=runs/teacher model.path=/models/8b data.train=/data/tokens",
         "data.train=/data/tokens teach.num_samples=64 --dry-run",

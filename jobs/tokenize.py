@@ -35,7 +35,7 @@ def describe_plan(config: TokenizeJobConfig) -> list[str]:
 
 COMMAND = Command(
     "tokenize", TokenizeJobConfig, run, describe_plan,
-    summary="Turn training text into a store of token rows, once for many recoveries.",
+    summary=__doc__,
     examples=(
         "tokenize.out=runs/tokens model.path=/models/8b data.train=/data/text",
         "tokenize.out=mix 'data.mix=[7 a.jsonl,3 b.parquet]'",

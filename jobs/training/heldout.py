@@ -64,7 +64,7 @@ class Heldout:
         world_size: number of workers.
         batch_size: rows per forward.
         device: of the models.
-        has_teacher: False where a cache stands for the teacher, which has no held-out rows: then
+        has_teacher: False where the teacher is but its samples, which are of no held-out rows: then
             cross-entropy is all there is.
     """
 

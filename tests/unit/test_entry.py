@@ -506,6 +506,14 @@ def test_print_config_is_the_config(run: Any, pipeline: Any) -> None:
     assert pipeline.calls == []
 
 
+def test_report_is_made_again_in_the_folder_of_its_run(run: Any, pipeline: Any) -> None:
+    assert run("report", FROM).code == 0
+    ((config, command),) = pipeline.calls
+    assert (command, config.stages, config.run.redo) == ("report", ["report"], ["report"])
+    assert config.run.dir == config.run.from_ == "runs/earlier"
+    assert "run.from: is required" in run("report").err
+
+
 def test_dry_run_prints_the_plan_and_runs_nothing(run: Any, pipeline: Any) -> None:
     outcome = run("distill", FROM, "run.seed=4", "--dry-run")
     assert (outcome.code, outcome.out) == (0, "stages: ['distill']\nseed: 4\n")
