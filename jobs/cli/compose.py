@@ -38,6 +38,7 @@ from jobs.cli.options import (
     command_options,
     known_option,
     known_preset,
+    one_line,
     presets,
     takes_presets,
 )
@@ -65,7 +66,7 @@ _twofour_complete() {
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _twofour_complete python"""
 
-_LONGEST_NAME = 120  # of the folder of a run in a sweep; a name may have 255 bytes
+_LONGEST_NAME = 120  # of the folder of a run in a sweep
 
 
 def load_config(job: str, words: Sequence[str]) -> Any:
@@ -119,8 +120,10 @@ def launch(
         is_sweep = setting.mode == RunMode.MULTIRUN
         if is_sweep:
             folder = os.path.relpath(setting.runtime.output_dir)
+            if folder.startswith(".."):
+                folder = setting.runtime.output_dir
             OmegaConf.update(composed, command.out, folder)
-            own = [re.sub(r"^cluster=", "+cluster=", word) for word in setting.overrides.task]
+            own = _as_typed(command, setting.overrides.task)
             sys.argv = [typed_argv[0], *own, f"{command.out}={folder}"]  # for the run's record
             print(f"--- {shlex.join(sys.argv[1:])}", flush=True)
         try:
@@ -158,12 +161,19 @@ def launch(
         raise failed[0]
 
 
+def _as_typed(command: Command, words: Sequence[str]) -> list[str]:
+    """Words of one run of a sweep as people type them, without the folder."""
+    words = [re.sub(r'^([^=]*)="([^"\\]*)"$', r"\1=\2", word) for word in words]
+    words = [re.sub(r"^cluster=", "+cluster=", word) for word in words]
+    return [word for word in words if not word.startswith(f"{command.out}=")]
+
+
 def _remove_empty(folder: Path, sweep: Path) -> None:
     """Take away what Hydra made for a run of a sweep in which nothing ran."""
     with suppress(OSError):  # there is something in it
         folder.rmdir()
-        if os.listdir(sweep) == ["multirun.yaml"]:
-            (sweep / "multirun.yaml").unlink()
+        if set(os.listdir(sweep)) <= {"multirun.yaml"}:
+            (sweep / "multirun.yaml").unlink(missing_ok=True)
             os.removedirs(sweep)
 
 
@@ -331,8 +341,10 @@ def _checked(command: Command, word: str, folders: Sequence[Path], is_sweep: boo
     option = known_option(command, bare, text)
     if key.startswith("+") and not key.startswith("++"):
         raise InputError(f"{word}: the option exists already; write {bare}={text}")
-    if is_sweep and _override(key, text).is_sweep_override():
-        return word
+    if is_sweep:
+        with suppress(InputError):  # text that Hydra cannot read is one value
+            if _override(key, text).is_sweep_override():
+                return word
     return _to_hydra(option, key, text)
 
 
@@ -384,10 +396,6 @@ def _override(key: str, text: str) -> Any:
             f"with special signs, such as '{key}=[\"a(b)\"]'"
         ) from error
     return override
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def print_config(config: Any) -> None:

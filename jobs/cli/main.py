@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from jobs.cli import help as _help
 from jobs.cli.command import Command
+from jobs.cli.options import one_line
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
 FLAGS = ("--help", "-h", "--version", "--print-config", "--dry-run")
@@ -48,18 +49,18 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
         _run(command, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except InputError as error:
-        _fail(_one_line(error), 2)
+        _fail(one_line(error), 2)
     except StoppedEarlyError as error:
-        _fail(_one_line(error), os.EX_TEMPFAIL)
+        _fail(one_line(error), os.EX_TEMPFAIL)
     except TwofourError as error:
-        _fail(_one_line(error), 1)
+        _fail(one_line(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to resume from what is finished", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:  # a bug of ours: say so and show where
-        _fail(f"unexpected {type(error).__name__}: {_one_line(error)}", 1, with_traceback=True)
+        _fail(f"unexpected {type(error).__name__}: {one_line(error)}", 1, with_traceback=True)
     sys.exit(0)
 
 
@@ -113,10 +114,6 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
             elif name not in ("--info", "-i"):
                 raise InputError(f"{word}: needs a value{': ' if known else ''}{', '.join(known)}")
     return words, flags, hydra_flags
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _fail(message: str, code: int, with_traceback: bool = False) -> NoReturn:

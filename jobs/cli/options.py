@@ -167,3 +167,8 @@ def written(value: Any) -> str:
         return f"{value:_}"
     text = str(value)
     return f"'{text}'" if set(text) & set(" <>|") else text
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

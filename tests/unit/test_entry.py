@@ -301,9 +301,10 @@ def test_record_of_a_run_of_a_sweep_names_that_run(
         return Path("runs/done")
 
     monkeypatch.setattr("jobs.pipeline.run_pipeline", run_pipeline)
-    run("prune", "-m", "run.seed=4,5", "+cluster=h100x8")
-    folder = "runs/sweep/run.seed-4_cluster-h100x8"
-    assert seen[0] == ["run.seed=4", "+cluster=h100x8", f"run.dir={folder}"]
+    run("prune", "-m", "run.seed=4,5", "+cluster=h100x8", "model.path=/m (1)", f"run.dir={away}/a")
+    folder = "a/run.seed-4_cluster-h100x8_model.path-m-1"
+    path = "model.path=/m (1)"
+    assert seen[0] == ["run.seed=4", "+cluster=h100x8", path, f"run.dir={folder}"]
     again = load_config("prune", seen[0])
     assert (again.run.seed, again.cluster.name, again.run.dir) == (4, "h100x8", folder)
 
