@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test quick lint all-tests quick-tests clean
+.PHONY: setup demo test quick lint all-tests quick-tests docs clean
 
 setup: $(READY)
 
@@ -43,6 +43,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy sparsify cluster conf jobs
 	$(BIN)/lint-imports
+
+# The site, in build/site; a link that leads nowhere or a page that no menu names is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) runs

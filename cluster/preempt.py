@@ -11,7 +11,7 @@ With Slurm, ask for signals to the batch shell alone (`--signal=B:TERM@300`) and
 driver: SIGUSR1 sent to all processes of a job would end Ray's own, which do not handle it.
 
 A node that Ray drains is known through `ray.train.get_preemption_info()`, a barrier of all workers.
-The answer to it is to save and carry on: a loop that returns has finished the run for good. Rank 0
+The answer to it is to save and continue: a loop that returns has finished the run for good. Rank 0
 says when to ask (`DrainWatch`), so that all workers do at the same step.
 """
 
@@ -104,7 +104,8 @@ class StopRequests:
             not a duration, so that a worker restarted half-way knows how little is left; the clocks
             of the machines should agree within seconds.
         reserve_s: what must be left at the deadline for the save and the rest of the stage.
-        poll_s: the folder is looked at this often, since it may be on a slow network disk.
+        poll_s: the folder is looked at this often, since it may be on a slow network disk; another
+            one is for tests.
         clock: Unix time, for tests.
     """
 
@@ -113,6 +114,7 @@ class StopRequests:
         folder: Path,
         deadline_s: float | None = None,
         reserve_s: float = 60.0,
+        *,
         poll_s: float = _POLL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -128,7 +130,7 @@ class StopRequests:
 
         Args:
             next_step_s: how long the next step will take, about: a step that would end too late for
-                the save is not begun.
+                the save is not started.
         """
         now_s = self._clock()
         if self._deadline_s is not None:
@@ -164,12 +166,12 @@ class DrainWatch:
     """When to ask whether a node is being drained, and whether the answer is news.
 
     Args:
-        poll_s: seconds between two questions, each a barrier of all workers.
+        poll_s: seconds between two questions, each a barrier of all workers; for tests.
         clock: seconds, for tests.
     """
 
     def __init__(
-        self, poll_s: float = _DRAIN_POLL_S, clock: Callable[[], float] = time.monotonic
+        self, *, poll_s: float = _DRAIN_POLL_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._poll_s = poll_s
         self._clock = clock
@@ -185,7 +187,7 @@ class DrainWatch:
         return True
 
     def is_news(self, is_draining: bool) -> bool:
-        """Whether a drain has begun since the last answer: one checkpoint is enough for each."""
+        """Whether a drain has started since the last answer: one checkpoint is enough for each."""
         has_begun = is_draining and not self._was_draining
         self._was_draining = is_draining
         return has_begun

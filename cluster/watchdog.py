@@ -46,12 +46,14 @@ class Watchdog:
 
     Args:
         stack_file: of this rank alone; appended to. Its folder must be there.
-        limit_factor: times the median step, > 1.
         floor_s: least limit, so that a pause of the machine is no hang.
         start_limit_s: limit while fewer than three steps are known: compiling, first allocations.
         on_hang: called with one line of text, for the log or the board, before the process ends; a
             call that does not return in 10 s is given up. It runs on another thread than the loop.
-        ends_process: False leaves the process running after `on_hang`, and watches no more.
+        limit_factor: times the median step, > 1.
+        ends_process: for tests: False leaves the process running after `on_hang`, and watches no
+            more.
+        backstop_s: for tests: seconds beyond the limit until faulthandler's timer.
 
     Cost: one thread that wakes once a second, and some 0.1 ms per beat.
     """
@@ -59,10 +61,11 @@ class Watchdog:
     def __init__(
         self,
         stack_file: Path,
-        limit_factor: float = 5.0,
         floor_s: float = 120.0,
         start_limit_s: float = 1800.0,
         on_hang: Callable[[str], None] | None = None,
+        *,
+        limit_factor: float = 5.0,
         ends_process: bool = True,
         backstop_s: float = _BACKSTOP_S,
     ) -> None:
@@ -171,7 +174,7 @@ class Watchdog:
 
 
 def _in_time(call: Callable[[], None]) -> None:
-    """Run a call on a thread of its own, and go on without it after 10 s or an error."""
+    """Run a call on a thread of its own, and continue without it after 10 s or an error."""
 
     def run() -> None:
         with contextlib.suppress(Exception):

@@ -1,94 +1,96 @@
 """Benchmarks: this project beside others, beside itself on more processes, and beside arithmetic.
 
 `python -m jobs.bench NAME` measures both sides in one run, prints a table and writes a dated JSON
-record. One file of jobs/benchmarks per benchmark; this one only reads the command line.
+record. A benchmark is a file of jobs/benchmarks with SUMMARY (one line), EXAMPLES (command lines
+without their beginning), `add_arguments(parser)` and `run(options)`; this file finds them there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import shlex
 import sys
-import textwrap
 import time
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+from jobs.benchmarks.support.record import build_record, default_name, render, write_record
 from sparsify.errors import InputError, TwofourError
 
-_BENCHMARKS = {
-    "prune": "pruning compared with llm-compressor: time, memory, layer errors",
-    "scaling": "the same pruning by 1, 2, 4 processes: speed-up and equal masks",
-    "memory": "prune a checkpoint larger than the memory that may be held",
-    "quality": "methods side by side on real models: perplexity, one-shot and recovered",
-    "recovery": "losses and moving masks compared at equal tokens, beside a dense model continued",
-    "kernel": "the sweep over a layer's columns compared with the plain column loop",
-    "data": "training rows read by one process, compared with what a node of GPUs needs",
-    "loss": "the loss from hidden states compared with its matrix products and with full logits",
-    "step": "a step of recovery compared with the arithmetic of its two models, and its parts",
-    "model": "a whole model's time and memory from some of its blocks, phase by phase",
-}
-
-_EXAMPLES = (
-    "python -m jobs.bench prune --against llmcompressor --threads 1",
-    "python -m jobs.bench prune --against llmcompressor --model embedded",
-    "python -m jobs.bench scaling --workers 1 2 --reduction fixed",
-    "python -m jobs.bench memory --checkpoint-gb 6 --limit-gb 3",
-    "python -m jobs.bench quality --models embedded --out docs/quality.md",
-    "python -m jobs.bench recovery --models embedded --recipes kl ce dense-ce",
-    "python -m jobs.bench kernel --device cuda --save",
-    "python -m jobs.bench data --store-gb 4 --save",
-    "python -m jobs.bench loss --threads 1",
-    "python -m jobs.bench step --threads 1 --save",
-    "python -m jobs.bench step --shape llama-3.1-8b --layers 4 --sequence-length 8192 "
-    "--batch-size 4 --micro-batch-size 1 --device cuda --engine plain --compile --save",
-    "python -m jobs.bench model --shape llama-3.1-8b --blocks 3 --device cuda",
-)
+_COMMAND = "python -m jobs.bench"
 
 _EXIT_FAILED, _EXIT_INPUT, _EXIT_INTERRUPTED = 1, 2, 130
 
 
+class _Benchmark(argparse.ArgumentParser):
+    """The options of one benchmark, which is imported when they are read: it may need torch."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add the benchmark's options, then read the command line."""
+        name = self.prog.rpartition(" ")[2]
+        module = importlib.import_module(f"jobs.benchmarks.{name}")
+        where = self.add_argument_group("files")
+        record = "the record (default: a dated name in the folder of --workdir)"
+        where.add_argument(
+            "--record", "--out", type=Path, dest="record", metavar="FILE.json", help=record
+        )
+        saved = "put the record into docs/results, under a dated name"
+        where.add_argument("--save", action="store_true", help=saved)
+        kept = "models, environments, logs and records; used again later (default: %(default)s)"
+        where.add_argument("--workdir", type=Path, default=Path("runs/bench"), help=kept)
+        module.add_arguments(self)
+        self.set_defaults(run=module.run)
+        return super().parse_known_args(args, namespace)
+
+
+def described() -> dict[str, dict[str, Any]]:
+    """Name -> SUMMARY and EXAMPLES of every benchmark, read from the files without an import."""
+    found = {}
+    for path in sorted(Path(__file__).with_name("benchmarks").glob("[!_]*.py")):
+        lines = ast.parse(path.read_text(encoding="utf-8")).body
+        found[path.stem] = {
+            line.targets[0].id: ast.literal_eval(line.value)
+            for line in lines
+            if isinstance(line, ast.Assign)
+            and isinstance(line.targets[0], ast.Name)
+            and line.targets[0].id in ("SUMMARY", "EXAMPLES")
+        }
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand per benchmark."""
-    lines = textwrap.indent("\n".join(_EXAMPLES), "  ")
+    benchmarks = described()
+    examples = "\n".join(
+        f"  {_COMMAND} {words}" for known in benchmarks.values() for words in known["EXAMPLES"]
+    )
     top = argparse.ArgumentParser(
-        prog="python -m jobs.bench",
+        prog=_COMMAND,
         description="Measure both sides of a comparison in one run, and keep a dated record.",
-        epilog=f"EXAMPLES\n{lines}\n\nAll options of one: python -m jobs.bench NAME --help",
+        epilog=f"EXAMPLES\n{examples}\n\nAll options of one: {_COMMAND} NAME --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = top.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    for name, summary in _BENCHMARKS.items():
-        one = names.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    names = top.add_subparsers(
+        dest="benchmark", required=True, metavar="NAME", parser_class=_Benchmark
+    )
+    for name, known in benchmarks.items():
+        summary = known["SUMMARY"]
+        names.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            conflict_handler="resolve",  # a benchmark may mean something else by --out
         )
-        _module(name).add_arguments(one)
-        _add_common(one, has_out=name not in ("quality", "recovery"))
     return top
-
-
-def _add_common(one: argparse.ArgumentParser, has_out: bool) -> None:
-    """Where files go; the record is --record where --out is something else (not `has_out`)."""
-    where = one.add_argument_group("files")
-    record = "the record (default: a dated name in the folder of --workdir)"
-    flag = "--out" if has_out else "--record"
-    where.add_argument(flag, type=Path, dest="record", metavar="FILE.json", help=record)
-    saved = "put the record into docs/results, under a dated name"
-    where.add_argument("--save", action="store_true", help=saved)
-    kept = "models, environments, logs and records; used again by later runs (default: %(default)s)"
-    where.add_argument("--workdir", type=Path, default=Path("runs/bench"), help=kept)
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"jobs.benchmarks.{name}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; the exit code."""
     words = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(words)
-    options.command = f"python -m jobs.bench {shlex.join(words)}"
+    options.command = f"{_COMMAND} {shlex.join(words)}"
     try:
         _run(options)
     except InputError as error:
@@ -104,12 +106,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from jobs.benchmarks.support.record import build_record, default_name, render, write_record
-
     options.workdir.mkdir(parents=True, exist_ok=True)
-    begun_s = time.time()
-    outcome = _module(options.benchmark).run(options)
-    record = build_record(options.benchmark, options.command, outcome, begun_s)
+    started_s = time.time()
+    outcome = options.run(options)
+    record = build_record(options.benchmark, options.command, outcome, started_s)
     print("\n" + render(outcome))
     folder = Path("docs/results") if options.save else options.workdir
     path = options.record or folder / default_name(record)

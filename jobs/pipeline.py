@@ -62,7 +62,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these two cost torch, the third rich
+    from jobs.corpus.sources import with_absolute_paths  # these three cost torch or rich
     from jobs.runs.display import Display
     from jobs.workers.checks import check_inputs
 

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
 THIN = ("prune", "distill", "evaluate", "quantize", "export", "report")
-MOST_LAZY_IMPORTS = 340
+MOST_LAZY_IMPORTS = 39
 JOBS = ("prune", "distill", "evaluate", "quantize", "export", "tokenize", "teach", "pretrain")
 
 
@@ -65,11 +65,13 @@ def test_importing_starts_nothing_heavy() -> None:
     light += ["sparsify", "cluster.spec", "jobs.pipeline", *(f"jobs.{name}" for name in JOBS)]
     assert len(light) > 30
     heavy = [*(set(HEAVY) - {"rich"}), "torch", "transformers", "matplotlib"]
+    light.remove("jobs.cli.compose")  # the one that imports Hydra: last, and nothing else
     code = f"""
 import importlib, sys
-for name in {light!r}:
+for name in [*{light!r}, "jobs.cli.compose"]:
     importlib.import_module(name)
-    found = [heavy for heavy in {heavy!r} if heavy in sys.modules]
+    may = ("hydra", "omegaconf") if name == "jobs.cli.compose" else ()
+    found = [heavy for heavy in {heavy!r} if heavy in sys.modules and heavy not in may]
     assert not found, (name, found)
 """
     done = python(code)
@@ -106,8 +108,8 @@ def test_commands_are_thin_and_nothing_hides_beside_them() -> None:
         assert len(lines) <= 15, f"jobs/{name}.py has {len(lines)} lines: it only names its command"
 
 
-def test_imports_inside_functions_become_fewer() -> None:
-    """The target is 40, each with a comment that says why; lower the ceiling as they go."""
+def test_imports_inside_functions_stay_few() -> None:
+    """Under 40 in the project, each with a comment that says why; lower the ceiling as they go."""
     found = []
     for path, tree in sources(*PACKAGES).items():
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -341,7 +341,8 @@ class RayCluster:
 
     def _failure(self) -> dict[str, str] | None:
         """What the work itself has failed with, as it posted it."""
-        return ray.get(self._board.drain.remote())[1]
+        found: dict[str, str] | None = ray.get(self._board.failure.remote())
+        return found
 
     def _warn(self, name: str, text: str) -> None:
         self._on_event({"kind": "warning", "name": name, "text": text})

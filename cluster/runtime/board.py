@@ -37,10 +37,14 @@ class Board:
         if self._failure is None or (is_peer_loss(self._failure) and not is_peer_loss(failure)):
             self._failure = failure
 
-    def drain(self) -> tuple[list[dict[str, Any]], dict[str, str] | None]:
-        """Events since the last call, and the failure if there is one."""
+    def drain(self) -> list[dict[str, Any]]:
+        """Events since the last call."""
         events, self._events = self._events, []
-        return events, self._failure
+        return events
+
+    def failure(self) -> dict[str, str] | None:
+        """What `fail` left."""
+        return self._failure
 
     def finish(self, number: int, result: Any) -> None:
         """Keep what a piece of work returned, unless it is that of a group given up meanwhile."""
@@ -101,7 +105,7 @@ class Watch:
         while True:
             stopping = self._stop.wait(POLL_S)
             try:
-                events, _ = ray.get(self._board.drain.remote())
+                events = ray.get(self._board.drain.remote())
             except ray.exceptions.RayError:
                 return  # the board went with its cluster; the work itself reports why
             try:

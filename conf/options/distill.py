@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.checks import nearest_multiples
-from sparsify.distillation.schedule import LossSchedule
 from sparsify.errors import InputError
-from sparsify.params import LossWeights, check_options, option
+from sparsify.params import LossSchedule, LossWeights, check_options, option
 
 
 def batch_fits_workers(distill: DistillConfig, num_workers: int) -> None:

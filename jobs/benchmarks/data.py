@@ -11,15 +11,32 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option
+import numpy as np
+import torch
+
+from jobs.benchmarks.support.arguments import add_option, settings_of
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
+from jobs.corpus.builtin import stdlib_documents
+from sparsify.data.order import TrainingOrder, largest_remainder
+from sparsify.data.store import (
+    FORMAT,
+    ID_TYPES,
+    Shard,
+    StoreSource,
+    TokenStore,
+    id_type,
+)
+from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
+from sparsify.files import file_sha256
+from sparsify.models.load import load_tokenizer
+from sparsify.tensors import write_tensors
 
-if TYPE_CHECKING:
-    from sparsify.data.order import TrainingOrder
-    from sparsify.data.store import TokenStore
+SUMMARY = "training rows read by one process, compared with what a node of GPUs needs"
+
+EXAMPLES = ("data --store-gb 4 --save",)
 
 _TARGET_RATIO = 10.0
 
@@ -80,8 +97,6 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: a store too small for one row of each source.
     """
-    import torch
-
     torch.set_num_threads(1)
     # Before the tokenizer library starts its threads.
     os.environ["RAYON_NUM_THREADS"] = "1"
@@ -116,8 +131,7 @@ def run(options: Namespace) -> Outcome:
     shutil.rmtree(folder)
     names = ("store_gb", "length", "vocab_size", "micro_batch", "batch", "seconds", "gpus",
              "gpu_tokens", "seed")  # fmt: skip
-    settings = {name: getattr(options, name) for name in names}
-    return summarise(figures, {**settings, "model": Path(options.model).name})
+    return summarise(figures, {**settings_of(options, *names), "model": Path(options.model).name})
 
 
 def write_random_store(
@@ -128,22 +142,6 @@ def write_random_store(
     Raises:
         InputError: too small for one row of each source.
     """
-    import numpy as np
-    import torch
-
-    from sparsify.data.order import largest_remainder
-    from sparsify.data.store import (
-        FORMAT,
-        ID_TYPES,
-        Shard,
-        StoreSource,
-        TokenStore,
-        id_type,
-    )
-    from sparsify.data.store_write import shard_name, write_manifest
-    from sparsify.files import file_sha256
-    from sparsify.tensors import write_tensors
-
     dtype = ID_TYPES[id_type(vocab_size)][1]
     row_bytes = length * dtype.itemsize + -(-length // 8)
     counts = largest_remainder(_SHARES, int(store_gb * 1e9) // row_bytes)
@@ -180,17 +178,17 @@ def write_random_store(
 def _order_s(order: TrainingOrder, batch: int, limit_s: float) -> float:
     """Seconds to compute which rows a step has."""
     order.batch(0, batch)
-    begun_s, step = time.perf_counter(), 0
-    while time.perf_counter() - begun_s < limit_s:
+    started_s, step = time.perf_counter(), 0
+    while time.perf_counter() - started_s < limit_s:
         step += 1
         order.batch(step, batch)
-    return (time.perf_counter() - begun_s) / step
+    return (time.perf_counter() - started_s) / step
 
 
 def _read(store: TokenStore, order: TrainingOrder, options: Namespace) -> tuple[int, float]:
     """Rows read and seconds taken, the order's computation included; at most one pass."""
     num_rows = step = 0
-    begun_s = time.perf_counter()
+    started_s = time.perf_counter()
     # The sources' shares of the slots are their shares of the rows: all end at about one time.
     while num_rows + options.batch <= len(store):
         rows = order.batch(step, options.batch)
@@ -198,11 +196,11 @@ def _read(store: TokenStore, order: TrainingOrder, options: Namespace) -> tuple[
             store.rows(part)
         num_rows += len(rows)
         step += 1
-        if time.perf_counter() - begun_s > options.seconds:
+        if time.perf_counter() - started_s > options.seconds:
             break
     if num_rows == 0:
         raise InputError(f"--batch {options.batch}: more than the {len(store)} rows of the store")
-    return num_rows, time.perf_counter() - begun_s
+    return num_rows, time.perf_counter() - started_s
 
 
 def _each_file(folder: Path, act: Callable[[int], None]) -> None:
@@ -227,22 +225,18 @@ def _read_everything(folder: Path) -> None:
 
 def _tokenise(folder: Path, options: Namespace) -> dict[str, Any]:
     """Tokens per second of making shards out of text, one thread."""
-    from jobs.corpus.builtin import stdlib_documents
-    from sparsify.data.store_write import write_shard
-    from sparsify.models.load import load_tokenizer
-
     tokenizer = load_tokenizer(options.model)
     documents = [text for text in stdlib_documents(False) if text]
     write_shard(folder, "warm-up.safetensors", documents[:20], tokenizer, 256)
     num_tokens = num_bytes = 0
-    begun_s, at = time.perf_counter(), 0
-    while time.perf_counter() - begun_s < options.seconds:
+    started_s, at = time.perf_counter(), 0
+    while time.perf_counter() - started_s < options.seconds:
         part = [documents[i % len(documents)] for i in range(at, at + 50)]
         shard = write_shard(folder, "text.safetensors", part, tokenizer, 256)
         num_tokens += shard.num_tokens + shard.num_dropped_tokens
         num_bytes += sum(len(text.encode("utf-8", "replace")) for text in part)
         at += 50
-    seconds = time.perf_counter() - begun_s
+    seconds = time.perf_counter() - started_s
     return {
         "seconds": seconds,
         "tokens_per_s": num_tokens / seconds,

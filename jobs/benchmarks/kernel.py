@@ -5,17 +5,23 @@ Shape suffixes: O output features (rows), I input features (columns), B columns 
 
 from __future__ import annotations
 
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option, add_threads
-from jobs.benchmarks.support.record import Outcome, Table, Target, num_cpus
+import torch
+from torch import Tensor
+
+from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
+from jobs.benchmarks.support.device import use_device, wall_s
+from jobs.benchmarks.support.record import Outcome, Table, Target
 from sparsify.errors import InputError
+from sparsify.kernels.sweep import sweep
+from sparsify.pattern import Pattern
 
-if TYPE_CHECKING:
-    from torch import Tensor
+SUMMARY = "the sweep over a layer's columns compared with the plain column loop"
+
+EXAMPLES = ("kernel --device cuda --save",)
 
 _TARGET_RATIO = 20.0
 
@@ -36,14 +42,13 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    add_option(parser, "--device", "cpu", "where", choices=["cpu", "cuda"])
+    add_device(parser)
     shapes = "shapes of layers (default: those of Llama 3.1 8B)"
     add_option(parser, "--shapes", None, shapes, nargs="+", metavar="ROWSxCOLUMNS")
     add_option(parser, "--block-size", 128, "columns of a block")
     part = "time one block of columns, the whole layer, or both"
     add_option(parser, "--part", "both", part, choices=["block", "layer", "both"])
     add_option(parser, "--repeats", 3, "runs; the fastest counts")
-    add_threads(parser)
     add_option(parser, "--seed", 0, "random weights")
 
 
@@ -53,12 +58,7 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: no GPU, or a shape that cannot be read.
     """
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
-    num_threads = options.threads or num_cpus()
-    torch.set_num_threads(num_threads)
+    num_threads = use_device(options)
     torch.backends.cuda.matmul.allow_tf32 = False
     parts = ("block", "layer") if options.part == "both" else (options.part,)
     measured = []
@@ -70,7 +70,7 @@ def run(options: Namespace) -> Outcome:
                 num_rows, columns, options.block_size, options.repeats, options.seed, options.device
             )
             measured.append({"layer": name, "part": part, "rows": num_rows, **figures})
-    settings = {"block_size": options.block_size, "repeats": options.repeats, "seed": options.seed}
+    settings = settings_of(options, "block_size", "repeats", "seed")
     return summarise(measured, settings, options.device, num_threads)
 
 
@@ -78,11 +78,6 @@ def measure(
     num_rows: int, num_columns: int, block_size: int, repeats: int, seed: int, device: str
 ) -> dict[str, Any]:
     """Seconds of both sweeps over a random weight, and the share of equal 2:4 groups."""
-    import torch
-
-    from sparsify.kernels.sweep import sweep
-    from sparsify.pattern import Pattern
-
     pattern = Pattern.parse("2:4")
     generator = torch.Generator(device).manual_seed(seed)
     weight_OI = torch.randn(num_rows, num_columns, generator=generator, device=device)
@@ -109,18 +104,11 @@ def measure(
 
 def _fastest(step: Callable[[], Tensor], repeats: int, device: str) -> tuple[float, Tensor]:
     """Least seconds of `step`, after one run that does not count, and what it returned."""
-    import torch
-
-    def now_s() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     result, taken_s = step(), []
     for _ in range(repeats):
-        begun_s = now_s()
+        started_s = wall_s(device)
         result = step()
-        taken_s.append(now_s() - begun_s)
+        taken_s.append(wall_s(device) - started_s)
     return min(taken_s), result
 
 
@@ -131,8 +119,6 @@ def column_loop(weight_OI: Tensor, upper_II: Tensor, block_size: int) -> Tensor:
     are chosen; each column's error moves to the columns of the block to its right; the columns
     after the block receive the block's errors in one product.
     """
-    import torch
-
     work_OI = weight_OI.clone()
     num_columns = work_OI.shape[1]
     for start in range(0, num_columns, block_size):

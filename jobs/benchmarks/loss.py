@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option, add_threads
-from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, num_cpus
-from sparsify.errors import InputError, TwofourError
+from jobs.benchmarks.sides.loss import build
+from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
+from jobs.benchmarks.support.device import now_s, use_device
+from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
+from sparsify.errors import TwofourError
+
+SUMMARY = "the loss from hidden states compared with its matrix products and with full logits"
+
+EXAMPLES = ("loss --threads 1",)
 
 _TARGET_RATIO = 1.15
 
@@ -38,7 +43,7 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    add_option(parser, "--device", "cpu", "where", choices=["cpu", "cuda"])
+    add_device(parser)
     add_option(parser, "--tokens", 1024, "tokens of a pass whose time is taken")
     add_option(parser, "--vocabulary", 32000, "vocabulary of the timed pass")
     add_option(parser, "--width", 1024, "hidden width of both models in the timed pass")
@@ -51,7 +56,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--memory-vocabularies", [32000, 128256], sizes, nargs="+", type=int)
     add_option(parser, "--memory-width", 256, "hidden width there")
     add_option(parser, "--memory-chunk", 128, "chunk there")
-    add_threads(parser)
 
 
 def run(options: Namespace) -> Outcome:
@@ -60,16 +64,8 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: there is no GPU.
     """
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
-    num_threads = options.threads or num_cpus()
-    torch.set_num_threads(num_threads)
-    timed = {
-        "tokens": options.tokens, "vocabulary": options.vocabulary, "width": options.width,
-        "chunk": options.chunk, "dtype": options.dtype, "device": options.device,
-    }  # fmt: skip
+    num_threads = use_device(options)
+    timed = settings_of(options, "tokens", "vocabulary", "width", "chunk", "dtype", "device")
     seconds = fastest(timed, options.repeats)
     memory = []
     for vocabulary in options.memory_vocabularies:
@@ -84,34 +80,19 @@ def run(options: Namespace) -> Outcome:
                 f"{side}_bytes": peak_bytes(size | {"side": side}) for side in ("head", "naive")
             }
             memory.append(row)
-    settings = {**timed, "repeats": options.repeats, "memory_width": options.memory_width}
-    settings["memory_chunk"] = options.memory_chunk
+    settings = timed | settings_of(options, "repeats", "memory_width", "memory_chunk")
     return summarise(seconds, memory, settings, num_threads)
 
 
 def fastest(timed: dict[str, Any], repeats: int) -> dict[str, float]:
     """Least seconds of each side, the sides taking turns, after one turn that does not count."""
-    import torch
-
-    from jobs.benchmarks.sides.loss import build
-
-    steps = {side: build(side, **timed) for side in _SIDES}
-
-    def now_s() -> float:
-        if timed["device"] == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
-    def seconds_of(side: str) -> float:
-        begun_s = now_s()
-        steps[side]()
-        return now_s() - begun_s
-
+    steps, device = {side: build(side, **timed) for side in _SIDES}, timed["device"]
     taken_s: dict[str, list[float]] = {side: [] for side in _SIDES}
     for turn in range(repeats + 1):
         for side in _SIDES:
-            one_s = seconds_of(side)
+            started_s = now_s(device)
+            steps[side]()
+            one_s = now_s(device) - started_s
             if turn:
                 taken_s[side].append(one_s)
                 print(f"{side}: {one_s:.3f} s", flush=True)

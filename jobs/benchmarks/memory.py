@@ -8,10 +8,17 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_calibration, add_option
+import torch
+
+from jobs.benchmarks.support.arguments import add_calibration, add_option, add_set, settings_of
 from jobs.benchmarks.support.processes import Finished, run_watched
+from jobs.benchmarks.support.random_llama import block_num_weights, llama_config, write_checkpoint
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
 from sparsify.errors import InputError, TwofourError
+
+SUMMARY = "prune a checkpoint larger than the memory that may be held"
+
+EXAMPLES = ("memory --checkpoint-gb 6 --limit-gb 3",)
 
 _VOCABULARY = 4096
 
@@ -37,8 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_option(parser, "--method", "sparsegpt", "method")
     add_calibration(parser, samples=32, length=256, batch_size=4)
-    more = "more options for jobs.prune"
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=more)
+    add_set(parser, "jobs.prune")
 
 
 def run(options: Namespace) -> Outcome:
@@ -59,11 +65,10 @@ def run(options: Namespace) -> Outcome:
     if finished.returncode != 0 and not finished.num_kills:
         raise TwofourError(f"jobs.prune ended with exit code {finished.returncode}; see {log}")
     shutil.rmtree(run_dir, ignore_errors=True)
-    settings = {
-        key: getattr(options, key)
-        for key in ("checkpoint_gb", "shape", "limit_gb", "enforce", "method", "samples", "length",
-                    "batch_size", "seed")
-    } | {"blocks": num_blocks}  # fmt: skip
+    settings = settings_of(
+        options, "checkpoint_gb", "shape", "limit_gb", "enforce", "method", "samples", "length",
+        "batch_size", "seed",
+    ) | {"blocks": num_blocks}  # fmt: skip
     here = f"{Path.cwd()}/"
     settings["prune_command"] = [word.replace(here, "") for word in command[1:]]
     return summarise(finished, num_bytes, limit_bytes, settings)
@@ -71,14 +76,6 @@ def run(options: Namespace) -> Outcome:
 
 def _checkpoint(options: Namespace) -> tuple[Path, int, int]:
     """Folder, number of blocks and bytes of the random checkpoint; made once, block by block."""
-    import torch
-
-    from jobs.benchmarks.support.random_llama import (
-        block_num_weights,
-        llama_config,
-        write_checkpoint,
-    )
-
     config = llama_config(options.shape, 1, 4096, _VOCABULARY)
     block_bytes = 2 * block_num_weights(config)
     outside_bytes = 2 * 2 * _VOCABULARY * config.hidden_size

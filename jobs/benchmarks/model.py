@@ -9,24 +9,37 @@ from __future__ import annotations
 import itertools
 import time
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.benchmarks.support.arguments import add_calibration, add_option, add_threads
-from jobs.benchmarks.support.record import (
-    Outcome,
-    Table,
-    Target,
-    gigabytes,
-    num_cpus,
-    peak_memory_bytes,
+import torch
+from transformers import LlamaConfig
+
+from jobs.benchmarks.support.arguments import (
+    add_calibration,
+    add_device,
+    add_option,
+    settings_of,
 )
+from jobs.benchmarks.support.device import forget_peak, peak_bytes, use_device, wall_s
+from jobs.benchmarks.support.random_llama import (
+    block_num_weights,
+    check_blocks,
+    linear_shapes,
+    llama_config,
+    random_model,
+    random_rows,
+)
+from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, peak_memory_bytes
+from jobs.benchmarks.support.stopwatch import phase_seconds
 from sparsify.calibration.hidden_states import Memory
-from sparsify.errors import InputError
-from sparsify.pruning.prune import LayerChoice
+from sparsify.comm import Comm
+from sparsify.methods import PruneParams, get_method
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import LayerChoice, prune_model
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaConfig
+SUMMARY = "a whole model's time and memory from some of its blocks, phase by phase"
+
+EXAMPLES = ("model --shape llama-3.1-8b --blocks 3 --device cuda",)
 
 _VOCABULARY = 4096
 
@@ -50,12 +63,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--method", "sparsegpt", "method")
     orders = ["auto", "layer", "block", "dense"]
     add_option(parser, "--order", "auto", "prune.order", choices=orders)
-    add_option(parser, "--device", "cuda", "where", choices=["cpu", "cuda"])
+    add_device(parser, "cuda")
     dtype = "of the weights (default: bfloat16 on a GPU, float32 on a CPU)"
     add_option(parser, "--dtype", None, dtype, choices=["bfloat16", "float16", "float32"])
     overlap = "prune the same model again with prune.overlap=true, and hold both against each other"
     parser.add_argument("--overlap", action="store_true", help=overlap)
-    add_threads(parser)
 
 
 def run(options: Namespace) -> Outcome:
@@ -64,24 +76,8 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: an unknown shape, more blocks than it has, or no GPU.
     """
-    import torch
-
-    from jobs.benchmarks.support.random_llama import (
-        SHAPES,
-        block_num_weights,
-        llama_config,
-        random_model,
-    )
-
-    if options.shape not in SHAPES:
-        raise InputError(f"--shape {options.shape}: use one of {', '.join(SHAPES)}")
-    num_blocks = SHAPES[options.shape]["num_hidden_layers"]
-    if not 1 <= options.blocks <= num_blocks:
-        raise InputError(f"--blocks {options.blocks}: {options.shape} has {num_blocks} blocks")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
-    num_threads = options.threads or num_cpus()
-    torch.set_num_threads(num_threads)
+    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    num_threads = use_device(options)
     dtype_name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     dtype = getattr(torch, dtype_name)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
@@ -104,58 +100,35 @@ def run(options: Namespace) -> Outcome:
     figures["flops_per_s"] = rates
     figures["limits_s"] = limits(config, options.samples, options.length, rates)
     figures["whole_model"] = extrapolate(figures, num_blocks)
-    settings = {
-        key: getattr(options, key)
-        for key in (
-            "shape", "blocks", "samples", "length", "batch_size", "method", "order", "seed",
-            "overlap",
-        )
-    } | {"dtype": dtype_name}  # fmt: skip
+    settings = settings_of(
+        options, "shape", "blocks", "samples", "length", "batch_size", "method", "order", "seed",
+        "overlap",
+    ) | {"dtype": dtype_name}  # fmt: skip
     return summarise(figures, settings, options.device, num_threads)
 
 
 def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[str, Any]:
     """Prune the model; seconds of every block and phase, peak memory, and the masks' digests."""
-    import torch
-
-    from sparsify.comm import Comm
-    from sparsify.data.rows import TokenRows
-    from sparsify.methods import PruneParams, get_method
-    from sparsify.pattern import Pattern
-    from sparsify.pruning.prune import prune_model
-
-    is_cuda = options.device == "cuda"
-
-    def now_s() -> float:
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    generator = torch.Generator().manual_seed(options.seed)
-    shape = (options.samples, options.length)
-    rows = TokenRows.whole(torch.randint(0, _VOCABULARY, shape, generator=generator))
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before_bytes = torch.cuda.memory_allocated() if is_cuda else peak_memory_bytes()
-    marks = [now_s()]
+    device = options.device
+    rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
+    forget_peak(device)
+    before_bytes = torch.cuda.memory_allocated() if device == "cuda" else peak_memory_bytes()
+    marks = [wall_s(device)]
     result = prune_model(
         model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
         comm=Comm.single(), memory=Memory(options.batch_size, overlap=overlap),
         layers=LayerChoice(order=None if options.order == "auto" else options.order),
-        clock=time.perf_counter, on_block=lambda done, total: marks.append(now_s()),
+        clock=time.perf_counter, on_block=lambda done, total: marks.append(wall_s(device)),
     )  # fmt: skip
-    end_s = now_s()
-    blocks: list[dict[str, float]] = [{} for _ in range(options.blocks)]
-    for layer in result.layers:
-        phases = blocks[layer.block]
-        for phase, seconds in layer.seconds.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
-    peak = torch.cuda.max_memory_allocated() if is_cuda else peak_memory_bytes()
+    end_s = wall_s(device)
     return {
         "total_s": end_s - marks[0],
         "block_s": [stop - start for start, stop in itertools.pairwise(marks)],
-        "block_phases_s": blocks,
-        "peak_bytes": peak,
+        "block_phases_s": [
+            phase_seconds(layer for layer in result.layers if layer.block == index)
+            for index in range(options.blocks)
+        ],
+        "peak_bytes": peak_bytes(device),
         "before_bytes": before_bytes,
         "keep_mask_sha256": {layer.name: layer.keep_mask_sha256 for layer in result.layers},
     }
@@ -186,8 +159,6 @@ def limits(
         num_rows, length: calibration rows and their tokens.
         rates: operations per second: "model" in the model's dtype, "float32".
     """
-    from jobs.benchmarks.support.random_llama import linear_shapes
-
     hidden, inner = config.hidden_size, config.intermediate_size
     layers = linear_shapes(config)
     inputs = [hidden, hidden, hidden, inner]  # q k v | o | gate up | down
@@ -206,20 +177,14 @@ def limits(
 
 def gemm_rate(dtype: torch.dtype, device: str) -> float:
     """Operations per second of a square matrix product, the best of five."""
-    import torch
-
     size = 8192 if device == "cuda" else 1024
     first = torch.randn(size, size, device=device).to(dtype)
     second = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(6):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begun_s = time.perf_counter()
+        started_s = wall_s(device)
         first @ second
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun_s)
+        times.append(wall_s(device) - started_s)
     return 2 * size**3 / min(times[1:])
 
 

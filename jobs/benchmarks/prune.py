@@ -12,15 +12,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_calibration, add_option, add_threads
+import torch
+from safetensors.torch import save_file
+
+from conf.options.data import DataConfig
+from jobs.benchmarks.support.arguments import (
+    add_calibration,
+    add_option,
+    add_threads,
+    settings_of,
+)
 from jobs.benchmarks.support.environment import (
     LLMCOMPRESSOR,
     installed_versions,
     llmcompressor_python,
 )
+from jobs.benchmarks.support.layer_error import judge, mask_agreement
 from jobs.benchmarks.support.processes import run_logged
+from jobs.benchmarks.support.random_llama import llama_config, random_rows, write_checkpoint
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, num_cpus
+from jobs.corpus.rows import load_rows
+from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, TwofourError
+from sparsify.models.load import load_tokenizer, resolve_path
+
+SUMMARY = "pruning compared with llm-compressor: time, memory, layer errors"
+
+EXAMPLES = (
+    "prune --against llmcompressor --threads 1",
+    "prune --against llmcompressor --model embedded",
+)
 
 _SIDES = ("twofour", "llmcompressor")
 
@@ -78,20 +99,17 @@ def run(options: Namespace) -> Outcome:
         InputError: the other tool could not be installed, or no such model or text.
         TwofourError: a side failed; its log is named.
     """
-    from sparsify.data.rows import TokenRows
-
     num_threads = options.threads or num_cpus()
     python = llmcompressor_python(options.workdir)
     work = options.workdir / f"prune-{Path(options.model).name}"
     work.mkdir(parents=True, exist_ok=True)
-    dense, ids_NT = _prepare(options, work)
+    dense, rows = _prepare(options, work)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in _SIDES}
     for _ in range(options.repeats):
         for side in _SIDES:
             runs[side].append(run_side(side, python, dense, work, num_threads, options))
-    figures: dict[str, Any] = compare(
-        dense, {side: work / side for side in _SIDES}, TokenRows.whole(ids_NT), options.batch_size
-    )
+    pruned = {side: work / side for side in _SIDES}
+    figures = compare(dense, pruned, rows, options.batch_size)
     for side in _SIDES:
         figures[side] |= _median_run(runs[side])
     figures["versions"] = {
@@ -104,35 +122,20 @@ def run(options: Namespace) -> Outcome:
         "shape": _SHAPE if options.model == "random" else None,
         "num_samples": options.samples,
         "sequence_length": options.length,
-        "batch_size": options.batch_size,
-        "repeats": options.repeats,
-        "walk": options.walk,
-        "order": options.order,
-        "seed": options.seed,
+        **settings_of(options, "batch_size", "repeats", "walk", "order", "seed"),
     }
     return summarise(figures, settings, num_threads)
 
 
-def _prepare(options: Namespace, work: Path) -> tuple[Path, Any]:
+def _prepare(options: Namespace, work: Path) -> tuple[Path, TokenRows]:
     """The dense model's folder and the rows, which are saved once for both sides."""
-    import torch
-    from safetensors.torch import save_file
-
-    from jobs.benchmarks.support.random_llama import llama_config, write_checkpoint
-    from sparsify.models.load import load_tokenizer, resolve_path
-
     if options.model == "random":
         dense = options.workdir / f"{_SHAPE}-vocab{_VOCABULARY}-seed{options.seed}"
         if not dense.is_dir():
             config = llama_config(_SHAPE, 4, 4096, _VOCABULARY)
             write_checkpoint(dense, config, options.seed, torch.float32)
-        generator = torch.Generator().manual_seed(options.seed)
-        shape = (options.samples, options.length)
-        ids_NT = torch.randint(0, _VOCABULARY, shape, generator=generator)
+        rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
     else:
-        from conf.options.data import DataConfig
-        from jobs.corpus.rows import load_rows
-
         dense = resolve_path(options.model)
         data = DataConfig(calibration=options.calibration, sequence_length=options.length)
         rows, warning = load_rows(
@@ -140,9 +143,8 @@ def _prepare(options: Namespace, work: Path) -> tuple[Path, Any]:
         )
         if warning:
             raise InputError(f"--samples {options.samples}: {warning}")
-        ids_NT = rows.ids_NT
-    save_file({"input_ids": ids_NT}, work / "rows.safetensors")
-    return dense, ids_NT
+    save_file({"input_ids": rows.ids_NT}, work / "rows.safetensors")
+    return dense, TokenRows.whole(rows.ids_NT)
 
 
 def run_side(
@@ -193,10 +195,10 @@ def logged_seconds(log: str) -> float:
     return sum(float(seconds) for seconds in re.findall(r"METRIC - time ([0-9.]+)s", log))
 
 
-def compare(dense: Path, pruned: dict[str, Path], rows: Any, batch_size: int) -> dict[str, Any]:
+def compare(
+    dense: Path, pruned: dict[str, Path], rows: TokenRows, batch_size: int
+) -> dict[str, Any]:
     """What the common judge finds in both sides' checkpoints, and how far their masks agree."""
-    from jobs.benchmarks.support.layer_error import judge, mask_agreement
-
     figures: dict[str, Any] = judge(dense, pruned, rows, batch_size)
     names = list(next(iter(figures.values()))["layers"])
     first, second = pruned.values()

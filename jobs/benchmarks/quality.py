@@ -7,22 +7,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option
-from jobs.benchmarks.support.commands import (
-    Model,
-    add_models,
-    markdown_table,
-    number,
-    parse_model,
-    percent,
-    results_of,
-    run_command,
-    scores_of,
-    stage_metrics,
-    summary_of,
-)
+from jobs.benchmarks.support import commands
+from jobs.benchmarks.support.arguments import add_option, settings_of
 from jobs.benchmarks.support.record import Outcome, Table, Target
 from sparsify.errors import InputError
+
+SUMMARY = "methods side by side on real models: perplexity, one-shot and recovered"
+
+EXAMPLES = ("quality --models embedded --out docs/benchmarks/quality.md",)
 
 PLAIN = "twofour, not rotated"
 
@@ -49,14 +41,14 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    add_models(parser)
+    commands.add_models(parser)
     methods = f"methods, {_REFERENCE} among them"
     add_option(parser, "--methods", list(_METHODS), methods, nargs="+")
     recover = ["magnitude", _REFERENCE, PLAIN, "twofour"]
     add_option(parser, "--recover", recover, "methods whose result is recovered", nargs="*")
     add_option(parser, "--recover-tokens", 300_000, "tokens of a recovery")
     add_option(parser, "--repeat", 3, "prunings of each method, for the time")
-    page = "Markdown file for the tables, such as docs/quality.md"
+    page = "Markdown file for the tables, such as docs/benchmarks/quality.md"
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
 
 
@@ -67,7 +59,7 @@ def run(options: Namespace) -> Outcome:
         InputError: a model that cannot be read, or methods without the reference.
         TwofourError: a command failed; its log is named.
     """
-    models = [parse_model(text) for text in options.models]
+    models = [commands.parse_model(text) for text in options.models]
     if _REFERENCE not in options.methods:
         raise InputError(
             f"--methods: {_REFERENCE} has to be among them, others are held against it"
@@ -86,25 +78,24 @@ def run(options: Namespace) -> Outcome:
             run_dir = folder / (model.name if words is None else f"{model.name}-own")
             again = [run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, options.repeat + 1)]
             if [run_dir, *again] not in runs.values():
-                run_command(prune_words(model, options, run_dir, words))
+                commands.run_command(prune_words(model, options, run_dir, words))
                 for other in again:
-                    run_command(prune_words(model, options, other, words, stages="[prune]"))
+                    commands.run_command(
+                        prune_words(model, options, other, words, stages="[prune]")
+                    )
             runs[method] = [run_dir, *again]
         recovered = {}
         for method in options.recover:
             target = folder / f"{model.name}-{_slug(method)}-recovered"
-            run_command(recover_words(model, options, runs[method][0], target, method))
+            commands.run_command(recover_words(model, options, runs[method][0], target, method))
             recovered[method] = target
         figures[model.name] = collect(runs, recovered)
     settings = {
         "models": [vars(model) for model in models],
-        "methods": options.methods,
-        "recover_tokens": options.recover_tokens,
-        "repeat": options.repeat,
-        "set": options.set,
+        **settings_of(options, "methods", "recover_tokens", "repeat", "set"),
     }
     tables = [table_of(name, found) for name, found in figures.items()]
-    facts = summary_of(folder / models[0].name)["run"]
+    facts = commands.summary_of(folder / models[0].name)["run"]
     settings["num_workers"] = facts["num_workers"]
     targets = [target for name, found in figures.items() for target in targets_of(name, found)]
     outcome = Outcome(facts["device"], 1, settings, figures, tables, targets, list(_NOTES))
@@ -124,7 +115,7 @@ def _stage_name(method: str) -> str:
 
 
 def prune_words(
-    model: Model, options: Namespace, run_dir: Path, own: list[str] | None = None,
+    model: commands.Model, options: Namespace, run_dir: Path, own: list[str] | None = None,
     stages: str = "[prune,evaluate]",
 ) -> list[str]:  # fmt: skip
     """The words of the command that prunes and evaluates: with every method, or one row alone."""
@@ -139,7 +130,7 @@ def prune_words(
 
 
 def recover_words(
-    model: Model, options: Namespace, run_dir: Path, target: Path, method: str
+    model: commands.Model, options: Namespace, run_dir: Path, target: Path, method: str
 ) -> list[str]:
     """The words of the command that recovers one method's result and evaluates it."""
     source = run_dir / "prune" / _stage_name(method)
@@ -161,25 +152,29 @@ def collect(runs: dict[str, list[Path]], recovered: dict[str, Path]) -> dict[str
     """
 
     def fastest_s(method: str) -> float | None:
-        found = [stage_metrics(folder, "prune").get("seconds") or {} for folder in runs[method]]
+        found = [
+            commands.stage_metrics(folder, "prune").get("seconds") or {} for folder in runs[method]
+        ]
         return min(
             (s[_stage_name(method)] for s in found if _stage_name(method) in s), default=None
         )
 
     reference_s = fastest_s(_REFERENCE)
-    reference = results_of(runs[_REFERENCE][0])
+    reference = commands.results_of(runs[_REFERENCE][0])
     dense = reference["dense"]["perplexity"]
-    afterwards = {method: results_of(folder)["recovered"] for method, folder in recovered.items()}
-    found: dict[str, dict[str, Any]] = {"dense": scores_of(reference["dense"])}
+    afterwards = {
+        method: commands.results_of(folder)["recovered"] for method, folder in recovered.items()
+    }
+    found: dict[str, dict[str, Any]] = {"dense": commands.scores_of(reference["dense"])}
     for method, (run_dir, *_) in runs.items():
-        row = scores_of(results_of(run_dir)[_stage_name(method)])
+        row = commands.scores_of(commands.results_of(run_dir)[_stage_name(method)])
         row["seconds"] = seconds = fastest_s(method)
         row["time_ratio"] = seconds / reference_s if seconds and reference_s else None
         row["excess_removed"] = excess_removed(
             row["perplexity"], dense, reference[_REFERENCE]["perplexity"]
         )
         if method in afterwards:
-            row["recovered"] = scores_of(afterwards[method])
+            row["recovered"] = commands.scores_of(afterwards[method])
             if _REFERENCE in afterwards:
                 row["recovered"]["excess_removed"] = excess_removed(
                     afterwards[method]["perplexity"], dense, afterwards[_REFERENCE]["perplexity"]
@@ -210,14 +205,14 @@ def table_of(name: str, figures: dict[str, dict[str, Any]]) -> Table:
     rows = [
         (
             method,
-            number(row["perplexity"], 3),
-            number(row["kl"], 4),
-            percent(row.get("excess_removed")),
-            number(row.get("seconds"), 1),
-            number(row.get("time_ratio"), 2),
-            number(row.get("recovered", {}).get("perplexity"), 3),
-            number(row.get("recovered", {}).get("kl"), 4),
-            percent(row.get("recovered", {}).get("excess_removed")),
+            commands.number(row["perplexity"], 3),
+            commands.number(row["kl"], 4),
+            commands.percent(row.get("excess_removed")),
+            commands.number(row.get("seconds"), 1),
+            commands.number(row.get("time_ratio"), 2),
+            commands.number(row.get("recovered", {}).get("perplexity"), 3),
+            commands.number(row.get("recovered", {}).get("kl"), 4),
+            commands.percent(row.get("recovered", {}).get("excess_removed")),
         )
         for method, row in figures.items()
     ]
@@ -236,5 +231,5 @@ def markdown(figures: dict[str, dict[str, dict[str, Any]]], command: str) -> str
         "\n".join(f"- {note}" for note in _NOTES),
     ]
     for name, found in figures.items():
-        parts.append(f"## {name}\n\n{markdown_table(table_of(name, found))}")
+        parts.append(f"## {name}\n\n{commands.markdown_table(table_of(name, found))}")
     return "\n\n".join(parts) + "\n"

@@ -1,6 +1,6 @@
 """Recipes of the recovery side by side: losses, masks that stay or move, a dense model continued.
 
-All start from one pruned model (or from dense weights in its basis, behind its masks), train on as
+All start from one pruned model (or from dense weights in its basis, under its masks), train on as
 many tokens in the same order, and are evaluated on the same held-out text, by the ordinary
 commands. The dense model continued on those tokens shows what the text alone gives, without any
 pruning.
@@ -15,22 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option
-from jobs.benchmarks.support.commands import (
-    Model,
-    add_models,
-    markdown_table,
-    number,
-    parse_model,
-    percent,
-    results_of,
-    run_command,
-    scores_of,
-    stage_metrics,
-    summary_of,
-)
+from jobs.benchmarks.support import commands
+from jobs.benchmarks.support.arguments import add_option, settings_of
 from jobs.benchmarks.support.record import Outcome, Table
 from sparsify.errors import InputError
+
+SUMMARY = "losses and moving masks compared at equal tokens, beside a dense model continued"
+
+EXAMPLES = ("recovery --models embedded --recipes kl ce dense-ce",)
 
 _NOTES = (
     "perplexity per token and KL(dense, model) in nats per token, on held-out text",
@@ -59,7 +51,7 @@ def _losses(**weights: float) -> tuple[str, ...]:
 
 
 def _moving(share: float, start: str = "given") -> tuple[str, ...]:
-    """Masks that are taken anew in every step of that share, as SR-STE's authors do."""
+    """Masks that are taken again in every step of that share, as SR-STE's authors do."""
     moving = (f"distill.moving_share={share}", "distill.mask_refresh_steps=1")
     return (*_losses(kl=1.0), *moving, f"distill.moving_start={start}")
 
@@ -92,7 +84,7 @@ _RECIPES = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    add_models(parser)
+    commands.add_models(parser)
     add_option(parser, "--recipes", list(_RECIPES), "recipes", nargs="+", choices=list(_RECIPES))
     again = ["kl", "kl-squarehead-tenth", "kl-moving"]
     repeated = "of these, those that run with seed 1 too, which shows the noise"
@@ -101,7 +93,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--start", "sparsegpt", start)
     add_option(parser, "--tokens", 300_000, "tokens of every recipe")
     page = (
-        "Markdown file for the tables, such as docs/recovery.md; where it has the lines "
+        "Markdown file for the tables, such as docs/benchmarks/recovery.md; where it has the lines "
         "<!-- PLACE: begin --> and <!-- PLACE: end -->, only what is between them is replaced"
     )
     parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
@@ -115,26 +107,24 @@ def run(options: Namespace) -> Outcome:
         InputError: a model that cannot be read.
         TwofourError: a command failed; its log is named.
     """
-    models = [parse_model(text) for text in options.models]
+    models = [commands.parse_model(text) for text in options.models]
     folder = options.workdir / "recovery"
     folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for model in models:
         start = folder / f"{model.name}-{options.start}"
-        run_command(prune_words(model, options, start))
+        commands.run_command(prune_words(model, options, start))
         found = {}
         for name, seed in planned(options):
             target = folder / f"{start.name}-{name}-seed{seed}"
-            run_command(recover_words(model, options, start, target, name, seed))
+            commands.run_command(recover_words(model, options, start, target, name, seed))
             found[name, seed] = target
         figures[model.name] = collect(start, options.start, found)
-        facts = summary_of(start)["run"]
+        facts = commands.summary_of(start)["run"]
     settings = {
         "models": [vars(model) for model in models],
         "recipes": {name: list(_RECIPES[name].words) for name in options.recipes},
-        "start": options.start,
-        "tokens": options.tokens,
-        "set": options.set,
+        **settings_of(options, "start", "tokens", "set"),
         "num_workers": facts["num_workers"],
     }
     tables = [table_of(name, found) for name, found in figures.items()]
@@ -153,7 +143,7 @@ def planned(options: Namespace) -> list[tuple[str, int]]:
     ]
 
 
-def prune_words(model: Model, options: Namespace, run_dir: Path) -> list[str]:
+def prune_words(model: commands.Model, options: Namespace, run_dir: Path) -> list[str]:
     """The words of the command that makes the pruned model."""
     return [
         "jobs.prune", "stages=[prune,evaluate]", f"model.path={model.path}",
@@ -163,7 +153,7 @@ def prune_words(model: Model, options: Namespace, run_dir: Path) -> list[str]:
 
 
 def recover_words(
-    model: Model, options: Namespace, start: Path, target: Path, name: str, seed: int
+    model: commands.Model, options: Namespace, start: Path, target: Path, name: str, seed: int
 ) -> list[str]:
     """The words of the command that trains by one recipe and evaluates what comes of it."""
     recipe = _RECIPES[name]
@@ -186,12 +176,16 @@ def collect(start: Path, method: str, found: dict[tuple[str, int], Path]) -> dic
         method: of the pruned model.
         found: (recipe, seed) -> its run.
     """
-    before = results_of(start)
+    before = commands.results_of(start)
     dense, pruned = before["dense"]["perplexity"], before[method]["perplexity"]
     rows = []
     for (name, seed), run_dir in found.items():
-        row = {"recipe": name, "seed": seed, **scores_of(results_of(run_dir)["recovered"])}
-        metrics = stage_metrics(run_dir, "distill")
+        row = {
+            "recipe": name,
+            "seed": seed,
+            **commands.scores_of(commands.results_of(run_dir)["recovered"]),
+        }
+        metrics = commands.stage_metrics(run_dir, "distill")
         row["gap_recovered"] = gap_recovered(row["perplexity"], dense, pruned)
         row["mask_share_moved"] = metrics["mask_share_moved"]
         row["num_tokens"] = metrics["num_tokens"]
@@ -201,8 +195,8 @@ def collect(start: Path, method: str, found: dict[tuple[str, int], Path]) -> dic
     for row in rows:
         row["over_continued"] = row["perplexity"] / min(continued) - 1 if continued else None
     return {
-        "dense": scores_of(before["dense"]),
-        "pruned": {"method": method, **scores_of(before[method])},
+        "dense": commands.scores_of(before["dense"]),
+        "pruned": {"method": method, **commands.scores_of(before[method])},
         "rows": rows,
     }
 
@@ -230,13 +224,13 @@ def table_of(name: str, figures: dict[str, Any]) -> Table:
 def _cells(title: str, row: dict[str, Any]) -> Sequence[str]:
     return (
         title,
-        number(row["perplexity"], 3),
-        number(row["kl"], 4),
-        percent(row["top1_agreement"]),
-        percent(row.get("gap_recovered")),
-        percent(row.get("over_continued")),
-        percent(row.get("mask_share_moved")),
-        number(row.get("seconds"), 0),
+        commands.number(row["perplexity"], 3),
+        commands.number(row["kl"], 4),
+        commands.percent(row["top1_agreement"]),
+        commands.percent(row.get("gap_recovered")),
+        commands.percent(row.get("over_continued")),
+        commands.percent(row.get("mask_share_moved")),
+        commands.number(row.get("seconds"), 0),
     )
 
 
@@ -244,7 +238,7 @@ def markdown(figures: dict[str, dict[str, Any]], command: str) -> str:
     """The tables of all models in Markdown, with the command that made them."""
     parts = [f"Made by\n\n```\n{command}\n```", "\n".join(f"- {note}" for note in _NOTES)]
     for name, found in figures.items():
-        parts.append(f"### {name}\n\n{markdown_table(table_of(name, found))}")
+        parts.append(f"### {name}\n\n{commands.markdown_table(table_of(name, found))}")
     return "\n\n".join(parts)
 
 

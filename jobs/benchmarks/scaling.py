@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -9,10 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_calibration, add_option
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from jobs.benchmarks.support.arguments import add_calibration, add_option, settings_of
+from jobs.benchmarks.support.random_llama import llama_config, random_model, random_rows
 from jobs.benchmarks.support.record import Outcome, Table, Target, num_cpus
+from jobs.benchmarks.support.stopwatch import phase_seconds
 from sparsify.calibration.hidden_states import Memory
+from sparsify.comm import Comm
 from sparsify.errors import InputError
+from sparsify.masks.storage import load_masks, save_masks
+from sparsify.methods import PruneParams, get_method
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import prune_model
+
+SUMMARY = "the same pruning by 1, 2, 4 processes: speed-up and equal masks"
+
+EXAMPLES = ("scaling --workers 1 2 --reduction fixed",)
 
 _TARGET_SPEEDUP = 1.7
 
@@ -39,15 +55,11 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: a number of processes is less than 1 or given twice.
     """
-    from torch.multiprocessing.spawn import spawn
-
     if min(options.workers) < 1 or len(set(options.workers)) < len(options.workers):
         raise InputError(f"--workers {options.workers}: give different numbers, 1 or more")
-    task = {
-        key: getattr(options, key)
-        for key in ("shape", "blocks", "method", "samples", "length", "batch_size", "seed",
-                    "reduction")
-    }  # fmt: skip
+    task = settings_of(
+        options, "shape", "blocks", "method", "samples", "length", "batch_size", "seed", "reduction"
+    )
     with tempfile.TemporaryDirectory(prefix="twofour-scaling-") as name:
         folder = Path(name)
         for num_workers in options.workers:
@@ -58,44 +70,25 @@ def run(options: Namespace) -> Outcome:
 
 def prune_as_worker(rank: int, num_workers: int, task: dict[str, Any], folder: Path) -> None:
     """One process: prune the common model with the others; rank 0 leaves times and masks."""
-    import json
-
-    import torch
-    import torch.distributed as dist
-
-    from jobs.benchmarks.support.random_llama import llama_config, random_model
-    from sparsify.comm import Comm
-    from sparsify.data.rows import TokenRows
-    from sparsify.masks.storage import save_masks
-    from sparsify.methods import PruneParams, get_method
-    from sparsify.pattern import Pattern
-    from sparsify.pruning.prune import prune_model
-
     torch.set_num_threads(1)
     store = f"file://{folder}/store-{num_workers}"
     dist.init_process_group("gloo", store, rank=rank, world_size=num_workers)
     try:
         config = llama_config(task["shape"], task["blocks"], task["length"], _VOCABULARY)
         model = random_model(config, task["seed"], torch.float32, "cpu")
-        generator = torch.Generator().manual_seed(task["seed"])
-        shape = (task["samples"], task["length"])
-        rows = TokenRows.whole(torch.randint(0, _VOCABULARY, shape, generator=generator))
+        rows = random_rows(task["samples"], task["length"], _VOCABULARY, task["seed"])
         dist.barrier()
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         result = prune_model(
             model, rows, get_method(task["method"]), Pattern.parse("2:4"), PruneParams(),
             comm=Comm.distributed(is_fixed=task["reduction"] == "fixed"),
             memory=Memory(task["batch_size"]), clock=time.perf_counter,
         )  # fmt: skip
         dist.barrier()
-        taken_s = time.perf_counter() - begun_s
+        taken_s = time.perf_counter() - started_s
         if rank == 0:
-            phases: dict[str, float] = {}
-            for layer in result.layers:
-                for phase, seconds in layer.seconds.items():
-                    phases[phase] = phases.get(phase, 0.0) + seconds
             save_masks(folder / f"masks-{num_workers}.safetensors", result.keep_masks)
-            figures = {"seconds": taken_s, "phases": phases}
+            figures = {"seconds": taken_s, "phases": phase_seconds(result.layers)}
             (folder / f"{num_workers}.json").write_text(json.dumps(figures), encoding="utf-8")
     finally:
         dist.destroy_process_group()
@@ -103,10 +96,6 @@ def prune_as_worker(rank: int, num_workers: int, task: dict[str, Any], folder: P
 
 def summarise(folder: Path, workers: list[int], task: dict[str, Any]) -> Outcome:
     """Speed-up and agreement of every number of processes with the first one."""
-    import json
-
-    from sparsify.masks.storage import load_masks
-
     found = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in workers}
     first = workers[0]
     reference = load_masks(folder / f"masks-{first}.safetensors")

@@ -5,22 +5,23 @@ from __future__ import annotations
 import shutil
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option, add_threads
-from jobs.benchmarks.support.record import (
-    Outcome,
-    Table,
-    Target,
-    accelerator_name,
-    gigabytes,
-    num_cpus,
-    peak_memory_bytes,
-)
+from jobs.benchmarks.sides.step import PHASES, Sides, build, process_group, require_engine
+from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
+from jobs.benchmarks.support.device import forget_peak, now_s, peak_bytes, use_device
+from jobs.benchmarks.support.random_llama import check_blocks
+from jobs.benchmarks.support.record import Outcome, Table, Target, accelerator_name, gigabytes
+from sparsify.costs.flops import peak_flops
 from sparsify.errors import InputError
 
-if TYPE_CHECKING:
-    from jobs.benchmarks.sides.step import Sides
+SUMMARY = "a step of recovery compared with the arithmetic of its two models, and its parts"
+
+EXAMPLES = (
+    "step --threads 1 --save",
+    "step --shape llama-3.1-8b --layers 4 --sequence-length 8192 --batch-size 4 "
+    "--micro-batch-size 1 --device cuda --engine plain --compile --save",
+)
 
 _TARGET_RATIO = 1.10
 
@@ -54,7 +55,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--micro-batch-size", 8, "rows per forward")
     whole = "each row is one document (else documents of 1000 tokens on average, kept apart)"
     parser.add_argument("--whole-rows", action="store_true", help=whole)
-    add_option(parser, "--device", "cpu", "where", choices=["cpu", "cuda"])
+    add_device(parser)
     engine = "deepspeed, or plain: AdamW without it, where it is not installed"
     add_option(parser, "--engine", "deepspeed", engine, choices=["deepspeed", "plain"])
     stage = "ZeRO stage of --engine deepspeed (default: 2)"
@@ -72,7 +73,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--warmup", 1, "steps that do not count")
     add_option(parser, "--steps", 3, "steps that are timed")
     add_option(parser, "--part-steps", 1, "further steps whose parts are timed")
-    add_threads(parser)
     add_option(parser, "--seed", 0, "random weights and tokens")
 
 
@@ -82,16 +82,11 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: options that do not go together, no GPU, or no DeepSpeed.
     """
-    import torch
-
-    from jobs.benchmarks.sides.step import build, process_group
-
     _check(options)
+    num_threads = use_device(options)
     is_large = options.shape.startswith("llama-3.1")
     options.vocabulary = options.vocabulary or (128256 if is_large else 8192)
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
-    num_threads = options.threads or num_cpus()
-    torch.set_num_threads(num_threads)
     folder = options.workdir / "step"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -99,12 +94,11 @@ def run(options: Namespace) -> Outcome:
     with process_group(options.device, folder):
         figures = measure(build(options, folder, num_steps, num_threads), options)
     shutil.rmtree(folder)
-    names = (
-        "shape", "layers", "vocabulary", "sequence_length", "batch_size", "micro_batch_size",
-        "whole_rows", "engine", "zero_stage", "precision", "teacher_dtype", "compile",
-        "recompute_share", "attention", "warmup", "steps", "part_steps", "seed",
+    settings = settings_of(
+        options, "shape", "layers", "vocabulary", "sequence_length", "batch_size",
+        "micro_batch_size", "whole_rows", "engine", "zero_stage", "precision", "teacher_dtype",
+        "compile", "recompute_share", "attention", "warmup", "steps", "part_steps", "seed",
     )  # fmt: skip
-    settings = {name: getattr(options, name) for name in names}
     if options.engine == "deepspeed" and options.zero_stage is None:
         settings["zero_stage"] = 2
     return summarise(figures, settings, options.device, num_threads)
@@ -112,18 +106,7 @@ def run(options: Namespace) -> Outcome:
 
 def _check(options: Namespace) -> None:
     """Refuse options that cannot be run, before anything is made."""
-    import torch
-
-    from jobs.benchmarks.sides.step import require_engine
-    from jobs.benchmarks.support.random_llama import SHAPES
-
-    if options.shape not in SHAPES:
-        raise InputError(f"--shape {options.shape}: use one of {', '.join(SHAPES)}")
-    most = SHAPES[options.shape]["num_hidden_layers"]
-    if not 1 <= options.layers <= most:
-        raise InputError(f"--layers {options.layers}: {options.shape} has {most} layers")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no GPU here; use --device cpu")
+    check_blocks(options.shape, options.layers, "--layers")
     if options.engine == "plain" and options.zero_stage is not None:
         raise InputError(
             f"--zero-stage {options.zero_stage} with --engine plain: without DeepSpeed nothing is "
@@ -159,8 +142,6 @@ def measure(sides: Sides, options: Namespace) -> dict[str, Any]:
         "num_parameters": sum(p.numel() for p in recovery.engine.module.parameters()),
     }  # fmt: skip
     if options.device == "cuda":
-        from sparsify.costs.flops import peak_flops
-
         found["peak_flops_per_s"] = peak_flops(accelerator_name())
     return found
 
@@ -187,7 +168,7 @@ class _Clock:
         """A step is over: the models' turn, and the next step begins."""
         seconds = self._now_s() - self._began_s
         wall_s = time.perf_counter() - self._began_wall_s
-        self._take_memory()
+        self.peak_bytes = max(self.peak_bytes, peak_bytes(self._options.device))
         watch, options = self._sides.watch, self._options
         self._num_done += 1
         is_warm = self._num_done > options.warmup
@@ -206,33 +187,17 @@ class _Clock:
             text += f"; the models alone: {alone_s:.3f} s"
         print(text + ("" if is_warm else " (not counted)"), flush=True)
         watch.is_on = self._num_done >= options.warmup + options.steps
-        self._forget_memory()
+        forget_peak(self._options.device)
         self.begin()
 
     def _alone(self) -> float:
         assert self._sides.plain is not None
-        begun_s = self._now_s()
+        started_s = self._now_s()
         self._sides.plain()
-        return self._now_s() - begun_s
+        return self._now_s() - started_s
 
     def _now_s(self) -> float:
-        from jobs.benchmarks.support.stopwatch import now_s
-
         return now_s(self._options.device)
-
-    def _take_memory(self) -> None:
-        if self._options.device == "cuda":
-            import torch
-
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
-        else:
-            self.peak_bytes = peak_memory_bytes()
-
-    def _forget_memory(self) -> None:
-        if self._options.device == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
 
 
 def summarise(
@@ -280,8 +245,6 @@ def summarise(
 def _parts_table(
     parts: dict[str, float], inside: dict[str, float], whole_s: float, alone_s: float | None
 ) -> Table:
-    from jobs.benchmarks.sides.step import PHASES
-
     order = {name: number for number, name in enumerate(PHASES)}
     rows = []
     for name in sorted(inside, key=lambda name: order.get(name, len(order))):

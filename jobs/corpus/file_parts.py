@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
+from conf.options.data import DataConfig
 from jobs.corpus.builtin import BUILT_IN, builtin_documents
 from jobs.corpus.text_files import (
     TEXT_SUFFIXES,
@@ -28,9 +29,6 @@ from jobs.corpus.text_files import (
     split_text,
     unreadable,
 )
-
-if TYPE_CHECKING:
-    from conf.options.data import DataConfig
 
 _COMPRESSION = 4  # bytes of text per byte of a compressed file, roughly
 
@@ -113,17 +111,17 @@ def _cut_file(path: Path, config: DataConfig, part_bytes: int) -> list[Part]:
     if kind == ".parquet":
         return _cut_parquet(path, config.text_field, part_bytes)
     if compression is None and kind == ".jsonl":
-        return [Part("lines", str(path), *cut) for cut in _even(size, part_bytes)]
+        return [Part("lines", str(path), *cut) for cut in _even(size, -(-size // part_bytes))]
     is_line = config.separator == config.separator.strip(" \t") and "\n" not in config.separator
     if compression is None and kind in TEXT_SUFFIXES and is_line:
-        return [Part("text", str(path), *cut) for cut in _even(size, part_bytes)]
+        return [Part("text", str(path), *cut) for cut in _even(size, -(-size // part_bytes))]
     return [Part("file", str(path), 0, 0, size * (_COMPRESSION if compression else 1))]
 
 
-def _even(size: int, part_bytes: int) -> list[tuple[int, int, int]]:
-    """(start, stop, length) of equal pieces of at most `part_bytes` each; one if there is none."""
-    num_parts = max(1, -(-size // part_bytes))
-    edges = [size * i // num_parts for i in range(num_parts + 1)]
+def _even(size: int, num_parts: int, first: int = 0) -> list[tuple[int, int, int]]:
+    """(start, stop, length) of pieces from `first` on, as equal as can be; one at the least."""
+    num_parts = max(1, num_parts)
+    edges = [first + size * i // num_parts for i in range(num_parts + 1)]
     return [(a, b, b - a) for a, b in itertools.pairwise(edges)]
 
 
@@ -136,11 +134,8 @@ def _cut_parquet(path: Path, text_field: str, part_bytes: int) -> list[Part]:
             columns = [group.column(i) for i in range(group.num_columns)]
             size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
             num_parts = max(1, min(group.num_rows, -(-size // part_bytes)))
-            edges = [first_row + group.num_rows * i // num_parts for i in range(num_parts + 1)]
-            parts += [
-                Part("rows", str(path), a, b, size // num_parts)
-                for a, b in itertools.pairwise(edges)
-            ]
+            cuts = _even(group.num_rows, num_parts, first_row)
+            parts += [Part("rows", str(path), a, b, size // num_parts) for a, b, _ in cuts]
             first_row += group.num_rows
     return parts
 
@@ -154,7 +149,7 @@ def _cut_documents(
     mean_bytes = max(
         1, sum(len(text.encode("utf-8", "replace")) for text in sampled) // num_sampled
     )
-    pieces = _even(len(documents), max(1, part_bytes // mean_bytes))
+    pieces = _even(len(documents), -(-len(documents) // max(1, part_bytes // mean_bytes)))
     return [Part("documents", name, a, b, length * mean_bytes) for a, b, length in pieces]
 
 
@@ -179,7 +174,7 @@ def _read_rows(path: Path, part: Part, text_field: str) -> Sequence[str]:
 
 
 def _next_line(file: IO[bytes], offset: int) -> int:
-    """Where the first line begins that begins at `offset` or behind it."""
+    """Where the first line begins that begins at `offset` or after it."""
     if offset == 0:
         return 0
     file.seek(offset - 1)
@@ -188,7 +183,7 @@ def _next_line(file: IO[bytes], offset: int) -> int:
 
 
 def _next_separator(file: IO[bytes], offset: int, separator: bytes) -> tuple[int, int]:
-    """Begin and end of the first separator line that begins at `offset` or behind it.
+    """Begin and end of the first separator line that begins at `offset` or after it.
 
     The end of the file, twice, when there is none.
     """
@@ -203,7 +198,7 @@ def _next_separator(file: IO[bytes], offset: int, separator: bytes) -> tuple[int
 
 
 def _read_text(file: IO[bytes], part: Part, separator: str) -> list[str]:
-    """The documents behind the separator lines that begin in the part, the first one's before."""
+    """The documents after the separator lines that begin in the part, the first one's before."""
     mark = separator.encode()
     begin = _next_separator(file, part.start, mark)[0] if part.start else 0
     if part.start and begin >= part.stop:

@@ -6,32 +6,33 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from conf.options.data import parse_mix
+from conf.options.data import DataConfig, parse_mix
 from jobs.corpus.builtin import text_digest
 from jobs.corpus.sources import (
-    _ASKED_BY,
-    _LEAST_CALIBRATION_SHARE,
     Which,
-    _rest_of,
-    _source,
-    _uses_mix,
     gives_heldout,
     heldout_digests,
     open_source,
+    rest_of,
+    source_of,
+    uses_mix,
 )
 from sparsify.data.crops import crop_rows
 from sparsify.data.order import largest_remainder
 from sparsify.data.rows import TokenRows, token_rows
 from sparsify.errors import CalibrationError, InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics not worth using
 
-    from conf.options.data import DataConfig
+_ASKED_BY = {
+    "calibration": "samples (num_samples)",
+    "train": "tokens (distill.num_tokens)",
+    "heldout": "tokens (evaluate.num_tokens)",
+}
 
 
 def load_rows(
@@ -71,10 +72,10 @@ def load_rows(
             a source that cannot be read.
     """
     reader = _Reader(config, which, tokenizer, seed)
-    if _uses_mix(config, which):
+    if uses_mix(config, which):
         rows, warning = _mixed_rows(reader, num_rows)
     else:
-        name, held_out = _source(config, which)
+        name, held_out = source_of(config, which)
         field = "calibration" if getattr(config, which) is None else which
         rows, warning = reader.rows(field, name, held_out, num_rows)
     return (rows if config.isolate_documents else TokenRows.whole(rows.ids_NT)), warning
@@ -92,7 +93,7 @@ def _mixed_rows(reader: _Reader, num_rows: int) -> tuple[TokenRows, str | None]:
                 f"data.mix={name}: its share of {num_rows} rows is {share * num_rows:.2g} rows; "
                 f"ask for more {_ASKED_BY[reader.which]}, raise its weight or leave it out"
             )
-        rows, warning = reader.rows("mix", name, _rest_of(config), count)
+        rows, warning = reader.rows("mix", name, rest_of(config), count)
         parts.append(rows)
         warnings += [warning] if warning else []
     order = _interleaved(counts, _order_seed(reader.which, reader.seed, 0))
@@ -102,7 +103,7 @@ def _mixed_rows(reader: _Reader, num_rows: int) -> tuple[TokenRows, str | None]:
 def _interleaved(counts: Sequence[int], seed: int) -> torch.Tensor:
     """An order of sum(counts) rows in which every stretch holds about its share of each part.
 
-    Row j of a part of n stands at a random place of the j-th of n equal stretches, not in its
+    Row j of a part of n is put at a random place of the j-th of n equal stretches, not in its
     middle: with regular places and two workers, one might get all the rows of one source.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +128,7 @@ class _Reader:
     def rows(
         self, field: str, name: str, held_out: bool | None, num_rows: int
     ) -> tuple[TokenRows, str | None]:
-        """`num_rows` rows of the source `name`, which stands in data.`field`; see `load_rows`."""
+        """`num_rows` rows of the source `name`, which data.`field` names; see `load_rows`."""
         rows = self._pass(name, held_out, num_rows, 0)
         if len(rows) == num_rows:
             return rows, None

@@ -1,4 +1,4 @@
-"""Which text a run uses: the documents of a source, its split, mixes, and rows made of them.
+"""Which text a run uses: the documents of a source, its split and its mixes.
 
 Sources are the built-in ones (`jobs.corpus.builtin`), files, folders and datasets
 (`jobs.corpus.text_files`).
@@ -10,27 +10,16 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from conf.options.data import parse_mix
+from conf.options.data import DataConfig, parse_mix
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
 from jobs.corpus.text_files import existing_path, load_hub_dataset, read_source, source_files
 from sparsify.data.split import MIN_DOCUMENTS, is_held_out, shuffled, split_documents
 from sparsify.errors import InputError
 from sparsify.files import file_sha256
 
-if TYPE_CHECKING:
-    from conf.options.data import DataConfig
-
 Which = Literal["calibration", "train", "heldout"]
-
-_LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics not worth using
-
-_ASKED_BY = {
-    "calibration": "samples (num_samples)",
-    "train": "tokens (distill.num_tokens)",
-    "heldout": "tokens (evaluate.num_tokens)",
-}
 
 
 def open_source(
@@ -42,7 +31,7 @@ def open_source(
         name: `stdlib`, `packages`, `code`, or what `jobs.corpus.text_files.read_source` reads.
         held_out: True for the held-out part, False for the rest, None for all of it. `stdlib` and
             `code` are split by file name; every other source by the document's text
-            (`sparsify.data.rows.split_documents`, share `config.heldout_share`). For `stdlib` and
+            (`sparsify.data.split.split_documents`, share `config.heldout_share`). For `stdlib` and
             `code`, None also means the rest: what those hold out stays held out.
         config: names the text field, the separator and the held-out share.
         order_seed: order the documents by this seed; None keeps the order of the source.
@@ -68,14 +57,14 @@ def open_source(
     return (text for text in texts if text and is_held_out(text, share) == text_rule)
 
 
-def _uses_mix(config: DataConfig, which: Which) -> bool:
+def uses_mix(config: DataConfig, which: Which) -> bool:
     """Whether the rows of this use come from several sources."""
     return bool(config.mix) and (
         which == "calibration" or (which == "train" and config.train is None)
     )
 
 
-def _source(config: DataConfig, which: Which) -> tuple[str, bool | None]:
+def source_of(config: DataConfig, which: Which) -> tuple[str, bool | None]:
     """(name, held_out) for `open_source` of what the configuration means by `which`; no mixes."""
     if which == "heldout":
         if config.heldout is None:
@@ -91,7 +80,7 @@ def _source(config: DataConfig, which: Which) -> tuple[str, bool | None]:
                 )
         return config.heldout, None
     name = config.calibration if which == "calibration" or config.train is None else config.train
-    return name, _rest_of(config)
+    return name, rest_of(config)
 
 
 def _read_sources(config: DataConfig) -> list[tuple[str, str]]:
@@ -103,7 +92,7 @@ def _read_sources(config: DataConfig) -> list[tuple[str, str]]:
     return found + ([("train", config.train)] if config.train is not None else [])
 
 
-def _rest_of(config: DataConfig) -> bool | None:
+def rest_of(config: DataConfig) -> bool | None:
     """`held_out` of sources for calibration and training."""
     # With held-out text given, nothing of these sources needs to be kept back.
     return None if config.heldout is not None else False
@@ -124,23 +113,23 @@ def source_label(name: str) -> str:
 
 def training_sources(config: DataConfig) -> list[tuple[float, str, bool | None]]:
     """(share, source, `held_out` for `open_source`) of everything that training reads."""
-    if not _uses_mix(config, "train"):
-        return [(1.0, *_source(config, "train"))]
-    return [(share, name, _rest_of(config)) for share, name in parse_mix("data.mix", config.mix)]
+    if not uses_mix(config, "train"):
+        return [(1.0, *source_of(config, "train"))]
+    return [(share, name, rest_of(config)) for share, name in parse_mix("data.mix", config.mix)]
 
 
 def gives_heldout(config: DataConfig, name: str) -> bool:
     """Whether held-out text comes from the source itself: then the split keeps them apart."""
-    return name == _source(config, "heldout")[0]
+    return name == source_of(config, "heldout")[0]
 
 
 def heldout_digests(config: DataConfig) -> set[bytes]:
     """`text_digest` of every held-out document: those that training must not use."""
-    return {text_digest(text) for text in open_source(*_source(config, "heldout"), config)}
+    return {text_digest(text) for text in open_source(*source_of(config, "heldout"), config)}
 
 
 def with_absolute_paths(config: DataConfig) -> DataConfig:
-    """`config` with files and folders named from the root: workers may stand elsewhere."""
+    """`config` with files and folders named from the root: workers may run elsewhere."""
 
     def absolute(name: str | None) -> str | None:
         if name is None or name in BUILT_IN or not Path(name).exists():
@@ -169,10 +158,10 @@ def source_fingerprint(config: DataConfig, which: Which) -> str:
     A mix counts by its sources and, where they are not given, by the held-out documents that it
     must not use.
     """
-    if not _uses_mix(config, which):
-        return content_fingerprint(config, *_source(config, which))
+    if not uses_mix(config, which):
+        return content_fingerprint(config, *source_of(config, which))
     names = [name for _, name in parse_mix("data.mix", config.mix)]
-    parts = [content_fingerprint(config, name, _rest_of(config)) for name in names]
+    parts = [content_fingerprint(config, name, rest_of(config)) for name in names]
     if config.heldout is None:
         parts.append(source_fingerprint(config, "heldout"))
     return _digest_of(part.encode() for part in parts)

@@ -1,4 +1,4 @@
-"""summary.json: what a run measured, under stable keys (schema 1, see README), and its table."""
+"""summary.json: what a run measured (schema 1; keys in docs/run-folder.md), and its table."""
 
 from __future__ import annotations
 

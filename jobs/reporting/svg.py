@@ -132,11 +132,12 @@ def areas(
     points: list[_Point | None] = [
         None if span is None else (x, *span) for x, span in zip(xs, spans, strict=True)
     ]
-    outlines: list[list[_Point]] = [
-        [(x, high) for x, _, high in run] + [(x, low) for x, low, _ in reversed(run)]
-        for run in _runs(points, lone)
-    ]
-    return [element("polygon", class_=class_, points=_spell(outline)) for outline in outlines]
+    found = []
+    for run in _runs(points, lone):
+        outline: list[_Point] = [(x, high) for x, _, high in run]
+        outline += [(x, low) for x, low, _ in reversed(run)]
+        found.append(element("polygon", class_=class_, points=_spell(outline)))
+    return found
 
 
 def _runs(points: list[_Point | None], lone: float) -> list[list[_Point]]:

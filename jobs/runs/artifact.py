@@ -106,7 +106,7 @@ def find_finished(
         identity: what decides the result; plain JSON values.
         may_extend: inputs that the old result did not have are no conflict, only a reason to run
             again (a table that gets another row).
-        may_follow: an earlier stage was made anew by this command, so that changed inputs are what
+        may_follow: an earlier stage was made again by this command, so that changed inputs are what
             the user asked for and the stage is made again from them.
 
     Raises:
@@ -173,7 +173,7 @@ class StageWriter:
     def _clean_up_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
         """Keep an interrupted stage of the same identity, throw another away only when asked to.
 
-        A redo that was interrupted is carried on by the next one of the same identity.
+        A redo that was interrupted is continued by the next one of the same identity.
         """
         try:
             begun = json.loads((partial / "begun.json").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from conf.schema import Config, to_dict
 from jobs.runs.models import Models
@@ -43,7 +43,7 @@ class StageContext:
         """The named groups without what decides only speed, as plain values for an identity."""
         return {group: to_dict(getattr(self.config, group), deciding=True) for group in groups}
 
-    def source_fingerprint(self, which: str) -> str:
+    def source_fingerprint(self, which: Literal["calibration", "train", "heldout"]) -> str:
         """Fingerprint of the run's `train`, `calibration` or `heldout` text, for identities."""
         from jobs.corpus.sources import source_fingerprint  # costs torch
 

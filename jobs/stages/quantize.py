@@ -31,7 +31,7 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
-    from jobs.workers.quantize import quantize_on_worker  # costs torch
+    from jobs.workers.quantize import quantize_on_worker  # both cost torch
     from sparsify.formats.verify import check_packed
 
     packed = writer.folder / "packed"

@@ -12,8 +12,8 @@ from sparsify.costs.flops import ModelFlops, distillation_flops, document_length
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.teacher_samples import Sample, TeacherSamples
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.sampling import rows_of
-from sparsify.distillation.schedule import TokenCounts
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,11 +71,11 @@ class Checkpoints:
     Args:
         folder: on a file system that all workers share.
         retention: what rank 0 keeps.
-        on_phase: called with the name of every phase of a write; tests interrupt there.
+        on_phase: for tests, which interrupt there: called with the name of every phase of a write.
     """
 
     def __init__(
-        self, folder: Path, retention: Retention, on_phase: Callable[[str], None] | None = None
+        self, folder: Path, retention: Retention, *, on_phase: Callable[[str], None] | None = None
     ) -> None:
         self._folder = folder
         self._retention = retention
@@ -115,7 +115,7 @@ class Checkpoints:
         self.wait()
         kept = self._copied(fragments)
         self._on_phase("copied")
-        # The state may go on growing while the thread writes it.
+        # The state may grow further while the thread writes it.
         text = json.dumps(state, allow_nan=False) if self._rank == 0 else ""
         work = (step, kept, masks if self._rank == 0 else {}, text)
         self._thread = threading.Thread(target=self._write_guarded, args=work, daemon=True)

@@ -28,7 +28,7 @@ def check_names(config: dict[str, Any]) -> None:
     Raises:
         InputError: names a setting that DeepSpeed would have ignored.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # costs seconds
 
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
@@ -48,7 +48,7 @@ def _started(uses_gpu: bool) -> Any:
     """
     if not uses_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would take a GPU that it finds
-    import deepspeed
+    import deepspeed  # costs seconds, and reads the environment
 
     if not uses_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -113,7 +113,7 @@ def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
 
     Under ZeRO-3 one parameter at a time is gathered, so no rank but the first holds the model.
     """
-    import deepspeed
+    import deepspeed  # costs seconds, and reads the environment
 
     is_first = dist.get_rank() == 0
     if engine.zero_optimization_stage() < 3:

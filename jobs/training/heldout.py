@@ -17,7 +17,7 @@ from jobs.corpus.sources import source_label
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
-from sparsify.distillation.schedule import TokenCounts
+from sparsify.distillation import TokenCounts
 from sparsify.params import LossWeights
 
 FIGURES = ("kl", "ce", "agreement")
@@ -64,7 +64,7 @@ class Heldout:
         world_size: number of workers.
         batch_size: rows per forward.
         device: of the models.
-        has_teacher: False where a cache stands for the teacher, which has no held-out rows: then
+        has_teacher: False where the teacher is but its samples, which are of no held-out rows: then
             cross-entropy is all there is.
     """
 

@@ -73,6 +73,7 @@ class Ledger:
         self,
         path: Path,
         warn: Callable[[str], None] | None = None,
+        *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
@@ -170,7 +171,7 @@ def goodput(intervals: list[Interval], begun_s: float, ended_s: float) -> dict[s
 
     Args:
         intervals: from `read_ledger`; steps of one interval are taken to be of one length.
-        begun_s: Unix time at which the stage was begun first.
+        begun_s: Unix time at which the stage was started first.
         ended_s: Unix time at which it ended.
 
     Returns:

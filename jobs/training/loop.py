@@ -26,18 +26,18 @@ from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs.training.heldout import Heldout, as_metrics
 from jobs.training.ledger import EVALUATE, SAVE
 from jobs.training.mask_guard import MaskGuard
-from jobs.training.pace import FORECAST_SHARES, Pace, forecast_of
+from jobs.training.pace import Pace
 from jobs.training.schedule import num_steps, planned_rates
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import TokenCounts
-from sparsify.errors import NonFiniteError, ReplicasDifferError, StoppedEarlyError
+from sparsify.errors import NonFiniteError, StoppedEarlyError
 from sparsify.masks.storage import BitMasks, load_masks
 from sparsify.models.lm_head import LanguageHead
 from sparsify.params import LossWeights
 from sparsify.training.fragments import Checkpoint
-from sparsify.training.health import SpikeGuard, SpikePolicy, checksum
+from sparsify.training.health import SpikeGuard, SpikePolicy
 from sparsify.training.moving_masks import MovingMasks
 
 _DRAINED = "a node is being drained"
@@ -94,7 +94,6 @@ class Recovery:
         if setup.teacher is not None:
             self._teacher, self._teacher_head = setup.teacher.base, setup.teacher.plain()
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
-        self._forecast_at = {round(share * self._total) for share in FORECAST_SHARES}
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
         self._checkpoints = Checkpoints(setup.scratch, retention)
         policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
@@ -151,7 +150,7 @@ class Recovery:
                 self.curve.append(figures)
                 self._check_replicas(step + 1)
                 self.pace.say(step + 1, self._total, figures, self._flops)
-                self._forecast(step + 1)
+                self.pace.forecast(self.curve, self._rates)
                 watchdog.beat()
                 self._checkpoints.raise_failure()
                 if self._is_scored(step + 1):
@@ -333,25 +332,9 @@ class Recovery:
             self._moving.load(masks)
 
     def _check_replicas(self, step: int) -> None:
-        """Compare the weights that every worker holds a copy of.
-
-        Raises:
-            ReplicasDifferError: a worker's copy is another one.
-        """
         every = self._settings.checksum_every_steps
-        stage = self.engine.zero_optimization_stage()
-        if not every or step % every or stage == 3 or self._context.world_size == 1:
-            return
-        own = checksum(param.data for param in self.engine.module.parameters())
-        sums: list[Any] = [None] * self._context.world_size
-        dist.all_gather_object(sums, own)
-        odd = [rank for rank, value in enumerate(sums) if value != sums[0]]
-        if odd:
-            raise ReplicasDifferError(
-                f"distill: after step {step} the weights of workers {odd} are not those of worker "
-                "0; a machine computes wrongly: look at it, then run the same command again, which "
-                "continues from the last checkpoint"
-            )
+        if every and step % every == 0:
+            zero_state.check_replicas(self.engine, step)
 
     def _is_scored(self, step: int) -> bool:
         every = self._settings.heldout_every_steps
@@ -362,15 +345,6 @@ class Recovery:
         scores = self._heldout.score(lambda *given: self._forward(*given)[1], self._summed)
         self.heldout_curve.append({"step": step, "scores": scores})
         self._context.metrics(as_metrics(scores), step)
-
-    def _forecast(self, step: int) -> None:
-        """Every tenth of the run from a third on, tell the tracker where it will end."""
-        if self._context.rank or step not in self._forecast_at:
-            return
-        found = forecast_of(self.curve, self._rates)
-        if found.predicted is not None:
-            values = {"predicted": found.predicted, "low": found.low, "high": found.high}
-            self._context.metrics({f"distill/forecast_{k}": v for k, v in values.items()}, step)
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps

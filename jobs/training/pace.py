@@ -127,6 +127,17 @@ class Pace:
         values = {k: v for k, v in (values | speed).items() if v is not None}
         self._context.metrics({f"distill/{k}": v for k, v in values.items()}, step)
 
+    def forecast(self, curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:
+        """Every tenth of the run from a third on, tell the tracker where it will end."""
+        asked = {round(share * len(rates)) for share in FORECAST_SHARES}
+        if self._context.rank or len(curve) not in asked:
+            return
+        found = forecast_of(curve, rates)
+        if found.predicted is not None:
+            values = {"predicted": found.predicted, "low": found.low, "high": found.high}
+            named = {f"distill/forecast_{name}": value for name, value in values.items()}
+            self._context.metrics(named, len(curve))
+
     def summary(self) -> dict[str, Any] | None:
         """Rank 0: where the stage's time went so far, over all its starts."""
         if self._ledger is None:

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration of a recovery, every default that matters written out.
 
 DeepSpeed ignores names it does not know and changes defaults between releases, so whatever decides
-numbers, memory or traffic stands here, and `jobs.training.engine` holds every name against the
+numbers, memory or traffic is said here, and `jobs.training.engine` holds every name against the
 schema of the installed version before it is used.
 """
 

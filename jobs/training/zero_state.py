@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from jobs.training.optimizer import base_optimizer
+from sparsify.errors import ReplicasDifferError
 from sparsify.training.fragments import Checkpoint, Fragment
+from sparsify.training.health import checksum
 
 Part = tuple[str, torch.device, int, int]
 """layer, where its values are, and the first of its elements and the one after the last"""
@@ -129,3 +131,22 @@ def masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
 
 def slice_start(param: Any) -> int:
     return int(param.ds_tensor.ds_numel) * dist.get_rank(param.ds_process_group)
+
+
+def check_replicas(engine: Any, step: int) -> None:
+    """Compare the weights that every worker holds a copy of, which are none under ZeRO-3.
+
+    Raises:
+        ReplicasDifferError: a worker's copy is another one.
+    """
+    if engine.zero_optimization_stage() == 3 or dist.get_world_size() == 1:
+        return
+    sums: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, checksum(param.data for param in engine.module.parameters()))
+    odd = [rank for rank, value in enumerate(sums) if value != sums[0]]
+    if odd:
+        raise ReplicasDifferError(
+            f"distill: after step {step} the weights of workers {odd} are not those of worker 0; a "
+            "machine computes wrongly: look at it, then run the same command again, which "
+            "continues from the last checkpoint"
+        )

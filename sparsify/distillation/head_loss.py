@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsify.data.rows import CHUNK_TOKENS, chunks
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.head_terms import TokenTerms
-from sparsify.distillation.schedule import TokenCounts
+from sparsify.distillation.head_terms import TokenCounts, TokenTerms
 from sparsify.errors import InputError
 from sparsify.kernels.precision import float32_products
 from sparsify.models.lm_head import Head

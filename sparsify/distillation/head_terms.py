@@ -1,16 +1,19 @@
 """One chunk of logits in, losses per token and the gradient with respect to the logits out.
 
-Owns the closed forms. Knows nothing of hidden states or of where logits come from. Shape suffixes:
+Owns the closed forms, and the counts that sums over tokens are divided by. Knows nothing of hidden
+states or of where logits come from. Shape suffixes:
 N tokens of a call, C of a chunk, R of a block of a chunk, V vocabulary, K sampled ids of a token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import HeadTransform
 from sparsify.params import LossWeights
 
@@ -19,6 +22,26 @@ NO_TARGET = -100
 # Elements of a block per thread on a CPU: small enough for the caches. Measured with V = 32,000,
 # the whole loss took within 2 % of the same time for 2^16 to 2^20.
 _BLOCK_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of positions that the terms of the loss are divided by."""
+
+    kl: float
+    """positions of the KL terms: all but the last of a document that ends inside its row"""
+    ce: float
+    """positions of the cross-entropy: those whose next token is of the same document"""
+
+    @classmethod
+    def of(cls, rows: TokenRows) -> TokenCounts:
+        """The counts of some rows."""
+        return cls(int(rows.is_taught_NT.sum()), int(rows.has_next_NT.sum()))
+
+    def shared_by(self, num_parts: int) -> TokenCounts:
+        """What each of `num_parts` micro-batches divides by, so that the mean of their losses is
+        the loss of all their rows together."""
+        return TokenCounts(self.kl / num_parts, self.ce / num_parts)
 
 
 class TokenTerms:

@@ -19,8 +19,7 @@ from torch import Tensor
 from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher, head_loss
-from sparsify.distillation.head_terms import NO_TARGET
-from sparsify.distillation.schedule import TokenCounts
+from sparsify.distillation.head_terms import NO_TARGET, TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
 from sparsify.params import LossWeights

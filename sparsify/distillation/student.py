@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparsify.data.rows import CHUNK_TOKENS, TokenRows
 from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
+from sparsify.distillation.head_terms import TokenCounts
 from sparsify.distillation.loss import head_distillation_loss
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.models.lm_head import Head, LanguageHead, check_head
 from sparsify.params import LossWeights
 

@@ -11,6 +11,7 @@ import pkgutil
 
 from sparsify.errors import InputError
 from sparsify.methods._base import Method, Problem, PruneParams, Solution
+from sparsify.params import close_match
 
 __all__ = ["Method", "Problem", "PruneParams", "Solution", "available_methods", "get_method"]
 
@@ -36,5 +37,6 @@ def get_method(name: str) -> Method:
     """
     methods = available_methods()
     if name not in methods:
-        raise InputError(f"method {name!r} does not exist; choose from {', '.join(methods)}")
+        hint = close_match(name, list(methods))
+        raise InputError(f"method {name!r} does not exist{hint}; choose from {', '.join(methods)}")
     return methods[name]

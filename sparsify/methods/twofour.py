@@ -2,8 +2,8 @@
 
 The three steps each remove another part of SparseGPT's damage: the target makes up for what
 earlier pruning did to the input, the search finds the better mask, the refit the best weights on
-it. What each is worth on three models is in docs/quality.md; the prune stage also has the model
-rotated before (`sparsify.rotation.rotate`), which removes 15 to 34 % of what is left.
+it. What each is worth on three models is in docs/benchmarks/quality.md; the prune stage also has
+the model rotated before (`sparsify.rotation.rotate`), which removes 15 to 34 % of what is left.
 
 The choices were made on held-out perplexity, as the share of SparseGPT's excess log-perplexity that
 is left, without rotations, on 128 rows of 256 calibration tokens from the first few documents:

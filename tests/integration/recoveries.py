@@ -198,7 +198,7 @@ def _on_rank(rank: int, port: int, size: int, work: Any, args: tuple[Any, ...]) 
 _HEAVY = (
     "deepspeed", "transformers.models.llama.modeling_llama", "jobs.workers.distill",
     "jobs.training.loop", "jobs.training.teacher", "sparsify.pruning.prune",
-    "sparsify.rotation.rotate", "ray.train.torch", "ray.data", "hydra", "rich", "jobs.cli.main",
+    "sparsify.rotation.rotate", "ray.train.torch", "hydra", "rich", "jobs.cli.main",
     "jobs.pipeline", "pytest",
 )  # fmt: skip
 

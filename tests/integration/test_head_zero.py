@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsify.data.rows import TokenRows
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.distillation.student import DistillStudent
 from sparsify.models.lm_head import find_head
 from sparsify.models.varlen import VARLEN, choose_attention

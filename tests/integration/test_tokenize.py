@@ -1,4 +1,4 @@
-"""Tokenising through Ray Data: the command as a user runs it, killed in the middle, run again."""
+"""Tokenising on Ray: the command as a user runs it, killed in the middle, run again."""
 
 from __future__ import annotations
 

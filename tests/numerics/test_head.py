@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from sparsify.data.rows import TokenRows
 from sparsify.distillation import head_loss as head_module
 from sparsify.distillation.head_loss import Teacher, head_loss
-from sparsify.distillation.head_terms import NO_TARGET
+from sparsify.distillation.head_terms import NO_TARGET, TokenCounts
 from sparsify.distillation.loss import head_distillation_loss
-from sparsify.distillation.schedule import LossSchedule, TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head, HeadTransform
-from sparsify.params import LossWeights
+from sparsify.params import LossSchedule, LossWeights
 
 # Loss: |a - b| / |b|. Gradients: Frobenius norm of the error over that of the gradient. Measured on
 # the cases below, with logits up to 7: at most 1.7e-7 (loss) and 7.3e-7 (gradients). What is left

@@ -386,3 +386,5 @@ def test_a_teacher_brings_the_output_closer_to_the_dense_output() -> None:
 def test_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"'obs' does not exist.*magnitude, .*sparsegpt, .*wanda"):
         get_method("obs")
+    with pytest.raises(InputError, match=r"'resolve' .*\(it is now called sparsegpt_refit\)"):
+        get_method("resolve")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparsify.data.teacher_samples import Sample
+from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher, head_loss
 from sparsify.distillation.sampling import draw
-from sparsify.distillation.schedule import TokenCounts
 from sparsify.errors import InputError
 from sparsify.models.lm_head import Head
 from sparsify.params import LossWeights

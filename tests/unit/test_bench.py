@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs import bench
-from jobs.benchmarks import data, kernel, memory, prune, quality, scaling
+from jobs.benchmarks import data, kernel, memory, model, prune, quality, scaling
 from jobs.benchmarks.sides.twofour import prune_folder
-from jobs.benchmarks.support import environment, processes, record
+from jobs.benchmarks.support import commands, environment, processes, record
 from jobs.benchmarks.support.layer_error import (
     dense_hessians,
     judge,
@@ -30,9 +30,11 @@ from jobs.benchmarks.support.random_llama import (
     random_model,
     write_checkpoint,
 )
+from jobs.cli.compose import load_config
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
+from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_model
 from tests.conftest import REPOSITORY
 
@@ -90,15 +92,52 @@ def test_help_is_quick_and_names_every_benchmark() -> None:
     assert done.stdout.strip() == "[]"
     text = bench.parser().format_help()
     files = {path.stem for path in (REPOSITORY / "jobs" / "benchmarks").glob("*.py")}
-    for name in bench._BENCHMARKS:
-        assert name in text
-        assert name in files
+    known = bench.described()
+    assert {*known} == files - {"__init__"}
+    for name, module in known.items():
+        assert f"    {name} " in text
+        assert " ".join(module["SUMMARY"].split()) in " ".join(text.split())
+        assert all(f"  python -m jobs.bench {words}\n" in text for words in module["EXAMPLES"])
 
 
-def test_every_example_of_the_help_can_be_read() -> None:
-    for line in bench._EXAMPLES:
-        words = line.removeprefix("python -m jobs.bench ").split()
-        assert bench.parser().parse_args(words).benchmark == words[0]
+@pytest.mark.parametrize("name", sorted(bench.described()))
+def test_every_example_of_the_help_can_be_read(name) -> None:
+    for example in bench.described()[name]["EXAMPLES"]:
+        words = example.split()
+        assert words[0] == name
+        options = bench.parser().parse_args(words)
+        assert options.benchmark == name
+        assert options.run.__module__ == f"jobs.benchmarks.{name}"
+
+
+def test_a_benchmark_is_a_file_of_the_folder(tmp_path, monkeypatch) -> None:
+    """One that is dropped into the folder is found, and no other one is imported to run it."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("")
+    (tmp_path / "benchmarks" / "other.py").write_text(
+        "import not_there\nSUMMARY = 'another one'\nEXAMPLES = ()\n"
+    )
+    (tmp_path / "benchmarks" / "fresh.py").write_text(
+        "SUMMARY = 'a fresh one'\nEXAMPLES = ('fresh --size 3',)\n"
+        "def add_arguments(parser):\n    parser.add_argument('--size', type=int)\n"
+        "def run(options):\n    return options.size\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr("jobs.benchmarks.__path__", [str(tmp_path / "benchmarks")])
+    options = bench.parser().parse_args(["fresh", "--size", "3", "--out", "a.json", "--save"])
+    assert options.run(options) == 3
+    assert options.record == Path("a.json")
+    assert "a fresh one" in bench.parser().format_help()
+
+
+def test_out_is_the_record_or_what_the_benchmark_says(capsys) -> None:
+    options = bench.parser().parse_args(["quality", "--out", "a.md", "--record", "a.json"])
+    assert (options.markdown, options.record) == (Path("a.md"), Path("a.json"))
+    with pytest.raises(SystemExit):
+        bench.parser().parse_args(["quality", "--help"])
+    text = capsys.readouterr().out
+    assert "--record FILE.json" in text
+    assert "--out FILE.md" in text
 
 
 @pytest.mark.parametrize("words", [[], ["prune"], ["prune", "--against", "other"], ["kernel", "x"]])
@@ -344,8 +383,6 @@ def test_agreement_is_counted_by_groups() -> None:
 
 
 def test_promises_of_scaling(tmp_path) -> None:
-    from sparsify.masks.storage import save_masks
-
     mask = {"a": torch.ones(2, 4, dtype=torch.bool)}
     for num_workers, seconds in ((1, 10.0), (2, 5.0)):
         save_masks(tmp_path / f"masks-{num_workers}.safetensors", mask)
@@ -393,8 +430,6 @@ def test_the_memory_benchmark_prunes_by_the_ordinary_command(tmp_path) -> None:
     words = memory.prune_command(options, tmp_path / "m", tmp_path / "r")
     assert words[1:4] == ["-m", "jobs.prune", "stages=[prune]"]
     assert words[-1] == "prune.damping=0.1"
-    from jobs.cli.compose import load_config
-
     config = load_config("prune", words[3:])
     assert config.model.dtype == "bfloat16"
     assert config.cluster.num_workers == 1
@@ -419,8 +454,8 @@ def test_a_command_that_failed_meets_no_limit() -> None:
 
 
 def test_models_are_named_with_their_text() -> None:
-    assert quality.parse_model("embedded").calibration == "stdlib"
-    found = quality.parse_model("story=models/s:hf:name:config@train")
+    assert commands.parse_model("embedded").calibration == "stdlib"
+    found = commands.parse_model("story=models/s:hf:name:config@train")
     assert (found.name, found.path, found.calibration) == (
         "story",
         "models/s",
@@ -428,14 +463,12 @@ def test_models_are_named_with_their_text() -> None:
     )
     for text in ("models/s", "a=b", "=p:c", "a/b=p:c", "a=:c"):
         with pytest.raises(InputError, match="--models"):
-            quality.parse_model(text)
+            commands.parse_model(text)
 
 
 def test_the_quality_commands_are_ones_that_can_be_read(tmp_path) -> None:
-    from jobs.cli.compose import load_config
-
     options = bench.parser().parse_args(["quality", "--methods", "sparsegpt", "magnitude"])
-    model = quality.parse_model("embedded")
+    model = commands.parse_model("embedded")
     words = quality.prune_words(model, options, tmp_path / "embedded")
     config = load_config("prune", words[1:])
     assert (config.prune.method, config.prune.baselines) == ("magnitude", ["sparsegpt"])
@@ -531,10 +564,8 @@ def test_a_model_is_measured_block_by_block_and_worked_out(tmp_path) -> None:
 
 
 def test_limits_of_llama_8b_are_those_of_paper_and_pencil() -> None:
-    from jobs.benchmarks.model import extrapolate, limits
-
     config = llama_config("llama-3.1-8b", 1, 2048, VOCABULARY)
-    found = limits(config, 512, 2048, {"model": 1.0, "float32": 1.0})
+    found = model.limits(config, 512, 2048, {"model": 1.0, "float32": 1.0})
     num_tokens = 512 * 2048
     linears = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
     forward = 2 * num_tokens * linears + 2 * num_tokens * 2048 * 4096
@@ -544,13 +575,11 @@ def test_limits_of_llama_8b_are_those_of_paper_and_pencil() -> None:
     columns = 2 * 4096 + 2 * 1024 + 2 * 14336
     assert found["solve"] == columns * 4096**2 + 4096 * 14336**2
     figures = {"block_s": [5.0, 2.0, 1.0], "total_s": 9.0, "block_bytes": 10, "limits_s": found}
-    assert extrapolate(figures, 32)["total_s"] == 9.0 + 29 * 2.0  # the middle block counts
+    assert model.extrapolate(figures, 32)["total_s"] == 9.0 + 29 * 2.0  # the middle block counts
 
 
 def test_an_impossible_model_is_refused(tmp_path) -> None:
     options = Namespace(shape="tiny", blocks=3, device="cpu")
-    from jobs.benchmarks import model
-
     with pytest.raises(InputError, match="has 2 blocks"):
         model.run(options)
 

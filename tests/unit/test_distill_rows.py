@@ -25,7 +25,7 @@ from sparsify.data.teacher_samples import (
     write_sample_manifest,
     write_samples,
 )
-from sparsify.distillation.schedule import TokenCounts
+from sparsify.distillation import TokenCounts
 from sparsify.models.load import load_model, load_tokenizer
 
 

@@ -24,12 +24,14 @@ class Group:
     def __init__(self, script: list[Any]) -> None:
         self.script = list(script)
         self.num_starts = 0
-        self._answer: tuple[list[Any], Any] = ([], None)
+        self._events: list[Any] = []
+        self._failure: Any = None
         self.number = 0
         self._result: tuple[int, Any] = (0, None)
         self.clear = SimpleNamespace(remote=self._clear)
         self.result = SimpleNamespace(remote=lambda: self._result)
-        self.drain = SimpleNamespace(remote=lambda: self._answer)
+        self.drain = SimpleNamespace(remote=lambda: self._events)
+        self.failure = SimpleNamespace(remote=lambda: self._failure)
 
     def _clear(self, number: int) -> None:
         self.number, self._result = number, (0, None)
@@ -42,10 +44,10 @@ class Group:
         now = self.script[self.num_starts]
         self.num_starts += 1
         if isinstance(now, dict):
-            self._answer = ([], now)
+            self._events, self._failure = [], now
         elif now is not None:
             event = {"kind": "progress", "name": "distill", "done": now, "total": 9, "text": ""}
-            self._answer = ([event], None)
+            self._events, self._failure = [event], None
         if now is not None:
             raise WorkerGroupError("a worker died", {1: RuntimeError("killed")})
 

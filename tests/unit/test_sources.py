@@ -9,6 +9,8 @@ import hashlib
 import json
 import lzma
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from jobs.corpus.sources import open_source, source_fingerprint
 from sparsify.data.rows import TokenRows
 from sparsify.data.split import is_held_out
 from sparsify.errors import CalibrationError, InputError
-from tests.conftest import equal, message
+from tests.conftest import REPOSITORY, equal, message
 
 STORIES = [f"Story {i}: " + "the cat sat on the mat. " * (i % 7 + 1) for i in range(60)]
 SEPARATOR = "<|endoftext|>"
@@ -74,8 +76,8 @@ def test_compressed_text_and_jsonl(tmp_path, opener):
     assert documents(tmp_path / f"b.jsonl{suffix}") == ["three"]
 
 
-def write_records(path, field="text"):
-    records = [{"id": i, field: text} for i, text in enumerate(["one\u2028still one", "two, 2"])]
+def write_records(path, field="text", texts=("one\u2028still one", "two, 2")):
+    records = [{"id": i, field: text} for i, text in enumerate(texts)]
     if path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n\n")
     elif path.suffix == ".json":
@@ -100,6 +102,26 @@ RECORDS = [".jsonl", ".json", ".csv", ".parquet"]
 def test_records(tmp_path, suffix):
     path = write_records(tmp_path / f"a{suffix}", field="body")
     assert documents(path, text_field="body") == ["one\u2028still one", "two, 2"]
+
+
+@pytest.mark.parametrize("suffix", RECORDS)
+def test_texts_that_look_like_something_else_stay_texts(tmp_path, suffix):
+    """Readers of tables like to see dates, numbers and missing values in them."""
+    for texts in (["2020-01-01", "2021-02-03"], ["007", "12"], ["NA", "null", "nan", "true"]):
+        path = write_records(tmp_path / f"a{suffix}", texts=texts)
+        assert documents(path) == texts
+
+
+def test_data_sets_are_imported_when_one_is_read():
+    """`datasets` takes seconds, and the commands import these modules at their start."""
+    code = (
+        "import sys, jobs.corpus.sources, jobs.corpus.file_parts;"
+        "print([name for name in ('datasets', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("suffix", RECORDS)

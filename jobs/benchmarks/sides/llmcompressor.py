@@ -21,19 +21,20 @@ def now() -> tuple[float, float]:
 
 BEGIN = ("", *now())
 
+# After the clock has started: the time of these imports is a figure of its own.
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  # not on first use
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import SparseGPTModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 
 def prune_folder(
     model: Path, rows: Path, out: Path, result: Path, num_threads: int, batch_size: int
 ) -> None:
     """Prune a model folder 2:4 with SparseGPTModifier; write seconds and peak memory as JSON."""
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401  # import time is listed apart
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import SparseGPTModifier
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.set_num_threads(num_threads)
     token_ids = load_file(rows)["input_ids"]
     marks = [("import", *now())]

@@ -10,6 +10,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from jobs.benchmarks.support.device import forget_peak, peak_bytes
+from sparsify.data.rows import chunks
+from sparsify.distillation import TokenCounts
+from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
+from sparsify.models.lm_head import Head
+from sparsify.params import LossWeights
+
 
 def build(
     side: str, tokens: int, vocabulary: int, width: int, chunk: int, dtype: str, device: str,
@@ -26,14 +35,6 @@ def build(
         dtype: of hidden states and weights.
         device: cpu or cuda.
     """
-    import torch
-
-    from sparsify.data.rows import chunks
-    from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
-    from sparsify.distillation.schedule import TokenCounts
-    from sparsify.models.lm_head import Head
-    from sparsify.params import LossWeights
-
     generator = torch.Generator(device).manual_seed(0)
     kind = getattr(torch, dtype)
 
@@ -87,24 +88,16 @@ def build(
 
 def main(settings: dict[str, Any]) -> int:
     """Bytes that one pass took on top of its inputs."""
-    import torch
-
-    from jobs.benchmarks.support.record import peak_memory_bytes
-
-    if settings["device"] == "cuda":
-        step = build(**settings)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    torch.set_num_threads(1)
-    build(**(settings | {"tokens": 8, "vocabulary": 256}))()  # what libraries take for themselves
+    device = settings["device"]
+    if device == "cpu":
+        torch.set_num_threads(1)
+        # What libraries take for themselves.
+        build(**(settings | {"tokens": 8, "vocabulary": 256}))()
     step = build(**settings)
-    before = peak_memory_bytes()
+    forget_peak(device)
+    before = peak_bytes(device)
     step()
-    return peak_memory_bytes() - before
+    return peak_bytes(device) - before
 
 
 if __name__ == "__main__":

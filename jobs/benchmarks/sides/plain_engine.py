@@ -1,4 +1,4 @@
-"""AdamW without DeepSpeed, behind the few names of DeepSpeed's engine that a recovery's step uses.
+"""AdamW without DeepSpeed, under the few names of DeepSpeed's engine that a recovery's step uses.
 
 For machines that have torch and no DeepSpeed, one process only. Arithmetic is that of ZeRO in the
 same precision: float32 masters, moments and sums of gradients, and with bf16 a copy of the weights
@@ -8,16 +8,14 @@ that computes.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conf.options.distill import DistillConfig
 from jobs.training.optimizer import GatedAdamW
 from jobs.training.zero_state import MOMENTS
-
-if TYPE_CHECKING:
-    from conf.options.distill import DistillConfig
 
 
 class _Whole:

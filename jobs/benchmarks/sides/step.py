@@ -10,17 +10,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cluster.spec import ClusterSpec
+from conf.options.data import DataConfig
+from conf.options.distill import DistillConfig
+from conf.schema import Config
+from jobs.benchmarks.data import write_random_store
+from jobs.benchmarks.sides.plain_engine import PlainEngine
+from jobs.benchmarks.support.random_llama import llama_config, random_model
 from jobs.benchmarks.support.stopwatch import Stopwatch
+from jobs.training import optimizer
+from jobs.training.build import build_recovery
+from jobs.training.loop import Recovery
+from jobs.training.pace import Pace
+from jobs.training.student import make_student, prove
+from jobs.training.teacher import make_teacher
+from sparsify.data.rows import TokenRows
+from sparsify.data.store import ID_TYPES, id_type
 from sparsify.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from conf.schema import Config
-    from jobs.training.loop import Recovery
-    from sparsify.data.rows import TokenRows
+from sparsify.models.blocks import BlocksInMemory
+from sparsify.models.calls import run_model
+from sparsify.models.masked import apply_masks_, infer_masks
+from sparsify.models.training import compile_layers, prepare_student, recompute_layers
+from sparsify.models.varlen import choose_attention
+from sparsify.pattern import Pattern
 
 PHASES = (
     "data", "teacher", "student forward", "head loss", "backward", "gradient masks",
@@ -80,7 +98,7 @@ class Sides:
 
 
 def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) -> Sides:
-    """A recovery of a random, magnitude-pruned Llama that has yet to begin, and its arithmetic.
+    """A recovery of a random, magnitude-pruned Llama that has not started, and its arithmetic.
 
     Args:
         options: of the command.
@@ -91,19 +109,6 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     Raises:
         InputError: settings that do not go together.
     """
-    import torch
-
-    from jobs.benchmarks.support.random_llama import llama_config, random_model
-    from jobs.training.build import build_recovery
-    from jobs.training.pace import Pace
-    from jobs.training.student import make_student, prove
-    from jobs.training.teacher import make_teacher
-    from sparsify.models.blocks import BlocksInMemory
-    from sparsify.models.masked import apply_masks_, infer_masks
-    from sparsify.models.training import compile_layers, prepare_student, recompute_layers
-    from sparsify.models.varlen import choose_attention
-    from sparsify.pattern import Pattern
-
     device = options.device
     config = make_config(options, num_steps)
     settings, isolate = config.distill, config.data.isolate_documents
@@ -147,11 +152,6 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
 
 def make_config(options: Namespace, num_steps: int) -> Config:
     """The configuration of the run: defaults but for the sizes, and no checkpoint on the way."""
-    from cluster.spec import ClusterSpec
-    from conf.options.data import DataConfig
-    from conf.options.distill import DistillConfig
-    from conf.schema import Config
-
     length = options.sequence_length
     return Config(
         cluster=ClusterSpec(num_workers=1),
@@ -170,8 +170,6 @@ def make_config(options: Namespace, num_steps: int) -> Config:
 @contextmanager
 def process_group(device: str, folder: Path) -> Iterator[None]:
     """A group of this process alone, as checkpoints and DeepSpeed ask for one."""
-    import torch.distributed as dist
-
     where = f"file://{(folder / 'group').absolute()}"
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=where, rank=0, world_size=1)
@@ -201,19 +199,14 @@ def require_engine(name: str) -> None:
 def _engine(model: nn.Module, options: Namespace, settings: Any, is_gpu: bool) -> Any:
     """DeepSpeed's engine, or AdamW alone."""
     if options.engine == "plain":
-        from jobs.benchmarks.sides.plain_engine import PlainEngine
-
         return PlainEngine(model, settings, is_gpu)
-    from jobs.training import engine as _engine
+    from jobs.training import engine  # imports DeepSpeed, which --engine plain does without
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    return _engine.build_engine(model, settings, 1, is_gpu)
+    return engine.build_engine(model, settings, 1, is_gpu)
 
 
 def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
-    from jobs.benchmarks.data import write_random_store
-    from sparsify.data.store import ID_TYPES, id_type
-
     length = options.sequence_length
     row_bytes = length * ID_TYPES[id_type(options.vocabulary)][1].itemsize + -(-length // 8)
     num_rows = max(64, num_steps * options.batch_size)
@@ -223,8 +216,6 @@ def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
 
 def _watch_recovery(watch: Stopwatch, recovery: Any, student: Any) -> None:
     """Time the parts of a recovery's step."""
-    from jobs.training import optimizer
-
     engine = recovery.engine
     watch.watch(recovery.batches, "at", "data")
     watch.watch(recovery.batches, "micro_batches", "data")
@@ -250,27 +241,22 @@ def _arithmetic(
     Both models make their logits, all at once and in their own type, as their own code does; no
     loss is computed: the gradient of the logits is the logits themselves, which costs nothing.
     """
-    import torch
-
-    def forward(model: Any, rows: TokenRows) -> Any:
-        output = model(input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False)
-        return output.logits
 
     def teach(rows: TokenRows) -> None:
         with torch.no_grad():
-            forward(teacher, rows)
+            run_model(teacher, rows)
 
     def learn(logits: Any) -> None:
         logits.backward(logits.detach())
 
     teach = watch.around(teach, "alone: teacher")
-    student_forward = watch.around(forward, "alone: student forward")
+    student_forward = watch.around(run_model, "alone: student forward")
     learn = watch.around(learn, "alone: backward")
 
     def step() -> None:
         for rows in parts:
             teach(rows)
-            learn(student_forward(student, rows))
+            learn(student_forward(student, rows).logits)
         student.zero_grad(set_to_none=True)
 
     return step

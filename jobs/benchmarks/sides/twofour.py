@@ -11,10 +11,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sparsify.calibration.layers import InputOrder
 
 
 def now() -> tuple[float, float]:
@@ -23,6 +19,22 @@ def now() -> tuple[float, float]:
 
 
 BEGIN = ("", *now())
+
+# After the clock has started: the time of these imports is a figure of its own.
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  # not on first use
+from safetensors.torch import load_file
+
+from jobs.benchmarks.support.record import peak_memory_bytes
+from jobs.benchmarks.support.stopwatch import phase_seconds
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import InputOrder
+from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
+from sparsify.methods import PruneParams, get_method
+from sparsify.models.load import load_pair, save_model
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import LayerChoice, prune_checkpoint, prune_model
 
 
 def prune_folder(
@@ -48,19 +60,6 @@ def prune_folder(
         num_threads: CPU threads.
         batch_size: calibration rows per forward.
     """
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401  # import time is listed apart
-    from safetensors.torch import load_file
-
-    from jobs.benchmarks.support.record import peak_memory_bytes
-    from sparsify.calibration.hidden_states import Memory
-    from sparsify.comm import Comm
-    from sparsify.data.rows import TokenRows
-    from sparsify.methods import PruneParams, get_method
-    from sparsify.models.load import load_pair, save_model
-    from sparsify.pattern import Pattern
-    from sparsify.pruning.prune import LayerChoice, prune_checkpoint, prune_model
-
     torch.set_num_threads(num_threads)
     method, pattern, params = get_method("sparsegpt"), Pattern.parse("2:4"), PruneParams()
     token_rows = TokenRows.whole(load_file(rows)["input_ids"])
@@ -85,15 +84,11 @@ def prune_folder(
         marks.append(("prune", *now()))
         save_model(dense, tokenizer, out)
     marks.append(("save", *now()))
-    phases: dict[str, float] = {}
-    for layer in pruned.layers:
-        for phase, seconds in layer.seconds.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
     steps = list(itertools.pairwise([BEGIN, *marks]))
     figures = {
         "seconds": {name: wall - begin[1] for begin, (name, wall, _) in steps},
         "cpu_seconds": {name: cpu - begin[2] for begin, (name, _, cpu) in steps},
-        "prune_phases": phases,
+        "prune_phases": phase_seconds(pruned.layers),
         "peak_bytes": peak_memory_bytes(),
         "imported_bytes": imported_bytes,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 
@@ -27,3 +27,20 @@ def add_calibration(parser: ArgumentParser, samples: int, length: int, batch_siz
 def add_threads(parser: ArgumentParser) -> None:
     """--threads."""
     add_option(parser, "--threads", None, "CPU threads (default: every CPU)", type=int)
+
+
+def add_device(parser: ArgumentParser, default: str = "cpu") -> None:
+    """--device and --threads."""
+    add_option(parser, "--device", default, "where", choices=["cpu", "cuda"])
+    add_threads(parser)
+
+
+def add_set(parser: ArgumentParser, commands: str) -> None:
+    """--set, for options of the commands that a benchmark runs."""
+    more = f"more options for {commands}, such as prune.num_samples=64"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=more)
+
+
+def settings_of(options: Namespace, *names: str) -> dict[str, Any]:
+    """The options `names` as they are kept in the record."""
+    return {name: getattr(options, name) for name in names}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.support.arguments import add_option
+from jobs.benchmarks.support.arguments import add_option, add_set
 from jobs.benchmarks.support.processes import run_logged
 from jobs.benchmarks.support.record import Table
 from sparsify.errors import InputError, TwofourError
@@ -31,15 +31,14 @@ class Model:
 
 
 def add_models(parser: ArgumentParser) -> None:
-    """--models and --set."""
+    """--models and --set, for `run_command`."""
     models = (
         "models, each with its text as data.calibration of jobs.prune; 'embedded' alone is the "
         "embedded model on stdlib"
     )
     metavar = "NAME=PATH:CALIBRATION"
     add_option(parser, "--models", ["embedded"], models, nargs="+", metavar=metavar)
-    more = "more options for every command, such as prune.num_samples=64"
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=more)
+    add_set(parser, "every command")
 
 
 def parse_model(text: str) -> Model:

@@ -7,13 +7,18 @@ measured on its own. Shape suffixes: O output features, I input features.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sparsify.data.rows import TokenRows
+from sparsify.calibration.layers import prunable_linears
+from sparsify.data.rows import TokenRows
+from sparsify.masks.select import find_violation
+from sparsify.models.calls import run_model
+from sparsify.models.load import load_model
+from sparsify.pattern import Pattern
 
 
 def dense_hessians(
@@ -45,8 +50,7 @@ def dense_hessians(
     ]
     with torch.no_grad():
         for batch in rows.split(batch_size):
-            model(input_ids=batch.ids_NT, position_ids=batch.positions_NT, use_cache=False,
-                  logits_to_keep=1)  # fmt: skip
+            run_model(model, batch, logits_to_keep=1)
             seen.clear()
     for handle in handles:
         handle.remove()
@@ -78,11 +82,6 @@ def judge(
         Per side: `layers` (name -> relative error), `mean_relative_error`,
         `num_violations` (groups of four with more than two nonzeros) and `sparsity`.
     """
-    from sparsify.calibration.layers import prunable_linears
-    from sparsify.masks.select import find_violation
-    from sparsify.models.load import load_model
-    from sparsify.pattern import Pattern
-
     pattern = Pattern.parse("2:4")
     model: Any = load_model(dense)
     names = [name for _, name, _ in prunable_linears(model)]
@@ -125,8 +124,6 @@ def _num_violations(weight_OI: Tensor) -> int:
 
 def _weights(folder: Path, names: list[str]) -> dict[str, Tensor]:
     """The weights of the layers `names` from a folder's safetensors."""
-    from safetensors import safe_open
-
     wanted = {f"{name}.weight": name for name in names}
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):

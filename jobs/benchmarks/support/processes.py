@@ -1,7 +1,8 @@
 """Memory of a command and every process it starts, and a limit that the kernel holds it to.
 
-Linux only: figures are those of /proc. A process belongs to the command if it carries a mark in its
-environment, which children inherit even when they detach themselves, or if its parent belongs.
+Linux only: figures are those of the kernel. A process belongs to the command if it carries a mark
+in its environment, which children inherit even when they detach themselves, or if its parent
+belongs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from sparsify.errors import InputError
 
@@ -29,7 +32,7 @@ class MemoryUse:
     """Memory of a group of processes, in bytes; pages that they share count once."""
 
     anonymous: int = 0
-    """heap, stacks and whatever else no file stands behind"""
+    """heap, stacks and whatever else comes from no file"""
     shared: int = 0
     """shared memory, such as an object store"""
     file: int = 0
@@ -91,7 +94,7 @@ def run_watched(
     mark = secrets.token_hex(8)
     environment = {**os.environ, _MARK: mark}
     peak, peak_file = MemoryUse(), 0
-    begun_s = time.monotonic()
+    started_s = time.monotonic()
     group = control_group(limit_bytes) if is_enforced and limit_bytes else None
     with group or contextlib.nullcontext() as folder, log.open("wb") as output:
         words = list(command)
@@ -113,18 +116,20 @@ def run_watched(
             child.wait()
             raise
         kills = None if folder is None else num_kills(folder)
-    return Finished(child.returncode, time.monotonic() - begun_s, peak, peak_file, kills)
+    return Finished(child.returncode, time.monotonic() - started_s, peak, peak_file, kills)
 
 
 def memory_of(mark: str) -> MemoryUse:
     """Memory of all processes that carry `mark` or descend from one that does, now."""
     use = MemoryUse()
-    for folder in _marked(mark):
+    for process in _marked(mark):
         try:
-            figures = _rollup((folder / "smaps_rollup").read_text(encoding="utf-8"))
-            name = (folder / "comm").read_text(encoding="utf-8").strip()
+            # psutil gives no shares of shared pages by kind; the kernel does.
+            rollup = PROC / str(process.pid) / "smaps_rollup"
+            figures = _rollup(rollup.read_text(encoding="utf-8"))
         except OSError:  # it ended meanwhile
             continue
+        name = process.info["name"]
         anonymous, shared = figures.get("Pss_Anon", 0), figures.get("Pss_Shmem", 0)
         use.anonymous += anonymous
         use.shared += shared
@@ -133,30 +138,16 @@ def memory_of(mark: str) -> MemoryUse:
     return use
 
 
-def _marked(mark: str) -> list[Path]:
-    """Folders in /proc of the processes that belong to the mark.
+def _marked(mark: str) -> list[psutil.Process]:
+    """The processes that belong to the mark.
 
     Ray's workers write their title over their environment, so their parent is looked at too.
     """
-    wanted = f"{_MARK}={mark}".encode()
-    parents: dict[str, str] = {}
-    belonging: set[str] = set()
-    for folder in PROC.iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            # The program's name, in brackets, may hold spaces and brackets itself.
-            fields = (folder / "stat").read_bytes().rpartition(b")")[2].split()
-            parents[folder.name] = fields[1].decode()
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                belonging.add(folder.name)
-        except OSError:  # it ended meanwhile, or is another user's
-            continue
-    while True:
-        children = {pid for pid, parent in parents.items() if parent in belonging} - belonging
-        if not children:
-            return [PROC / pid for pid in belonging]
+    found = list(psutil.process_iter(["environ", "name", "ppid"]))  # None: another user's
+    belonging = {p.pid for p in found if (p.info["environ"] or {}).get(_MARK) == mark}
+    while children := {p.pid for p in found if p.info["ppid"] in belonging} - belonging:
         belonging |= children
+    return [process for process in found if process.pid in belonging]
 
 
 def _rollup(text: str) -> dict[str, int]:

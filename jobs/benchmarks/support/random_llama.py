@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import LlamaConfig, PreTrainedModel
+from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
+from sparsify.models.load import embedded_path
 
 _SCALE = 0.02
 
@@ -46,8 +48,6 @@ SHAPES: dict[str, dict[str, int]] = {
 
 def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: int) -> LlamaConfig:
     """Configuration of a Llama of `shape` with `num_blocks` blocks and untied embeddings."""
-    from transformers import LlamaConfig
-
     sizes: dict[str, Any] = {**SHAPES[shape], "num_hidden_layers": num_blocks}
     return LlamaConfig(
         **sizes,
@@ -59,6 +59,26 @@ def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: in
     )
 
 
+def check_blocks(shape: str, num_blocks: int, flag: str) -> int:
+    """How many blocks `shape` has, which must be at least `num_blocks`, given as option `flag`.
+
+    Raises:
+        InputError: there is no such shape, or it has fewer blocks.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"--shape {shape}: use one of {', '.join(SHAPES)}")
+    most = SHAPES[shape]["num_hidden_layers"]
+    if not 1 <= num_blocks <= most:
+        raise InputError(f"{flag} {num_blocks}: {shape} has {most} {flag.lstrip('-')}")
+    return most
+
+
+def random_rows(num_rows: int, length: int, vocab_size: int, seed: int) -> TokenRows:
+    """Rows of random tokens, each of them one document."""
+    generator = torch.Generator().manual_seed(seed)
+    return TokenRows.whole(torch.randint(0, vocab_size, (num_rows, length), generator=generator))
+
+
 def random_model(
     config: LlamaConfig, seed: int, dtype: torch.dtype, device: torch.device | str
 ) -> PreTrainedModel:
@@ -68,8 +88,6 @@ def random_model(
 
     Cost: the weights once; nothing is made in another dtype or place first.
     """
-    from transformers import LlamaForCausalLM
-
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
         model.to(dtype)
@@ -94,10 +112,6 @@ def write_checkpoint(folder: Path, config: LlamaConfig, seed: int, dtype: torch.
 
     Cost: one block's weights in memory.
     """
-    from safetensors.torch import save_file
-
-    from sparsify.models.load import embedded_path
-
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -12,15 +12,13 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jobs.runs.artifact import versions
 from sparsify.files import written_whole
 
 SCHEMA = 1
-
-_PACKAGES = ("torch", "transformers", "safetensors", "ray", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,23 @@ class Outcome:
     """what differs between the sides, and what the figures do not say"""
 
 
-def build_record(benchmark: str, command: str, outcome: Outcome, begun_s: float) -> dict[str, Any]:
+def build_record(
+    benchmark: str, command: str, outcome: Outcome, started_s: float
+) -> dict[str, Any]:
     """The record of a benchmark as plain values.
 
     Args:
         benchmark: its name.
         command: what was typed.
         outcome: what it found.
-        begun_s: when it started, in seconds since 1970.
+        started_s: when it started, in seconds since 1970.
     """
     return {
         "schema": SCHEMA,
         "benchmark": benchmark,
-        "date": time.strftime("%Y-%m-%d", time.localtime(begun_s)),
+        "date": time.strftime("%Y-%m-%d", time.localtime(started_s)),
         "command": command,
-        "duration_s": round(time.time() - begun_s, 3),
+        "duration_s": round(time.time() - started_s, 3),
         "device": outcome.device,
         "accelerator": accelerator_name() if outcome.device == "cuda" else None,
         "cpu": cpu_name(),
@@ -140,17 +140,6 @@ def render(outcome: Outcome) -> str:
     return "\n\n".join(parts)
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that figures depend on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def cpu_name() -> str:
     """Model of the CPU, as the kernel names it."""
     info = Path("/proc/cpuinfo")
@@ -168,7 +157,7 @@ def num_cpus() -> int:
 
 def accelerator_name() -> str:
     """Model of the first GPU."""
-    import torch
+    import torch  # here: benchmarks that only run commands do without it
 
     return torch.cuda.get_device_name(0)
 

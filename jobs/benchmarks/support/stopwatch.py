@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from jobs.benchmarks.support.device import now_s
+from sparsify.pruning.progress import LayerReport
 
-def now_s(device: str) -> float:
-    """Seconds: of the clock on a GPU, when it has done what it was given; on a CPU seconds of work
-    of all threads, which other programs disturb less."""
-    if device == "cuda":
-        import torch
 
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+def phase_seconds(layers: Iterable[LayerReport]) -> dict[str, float]:
+    """Seconds by phase of the pruning of some layers."""
+    phases: dict[str, float] = {}
+    for layer in layers:
+        for phase, seconds in layer.seconds.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+    return phases
 
 
 class Stopwatch:
