@@ -14,8 +14,8 @@ from jobs.benchmarks import loss
 from sparsify.errors import TwofourError
 from tests.conftest import REPOSITORY
 from tests.numerics.test_kernels import needs_triton
-from tests.unit.test_bench_loss import SIZE
-from tests.unit.test_bench_step import TINY
+from tests.unit.jobs.benchmarks.test_bench_loss import SIZE
+from tests.unit.jobs.benchmarks.test_bench_step import TINY
 
 NUM_TOKENS = 2000
 KERNELS = REPOSITORY / "tests/numerics/test_kernels.py"

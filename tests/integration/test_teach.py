@@ -20,8 +20,8 @@ from sparsify.errors import StoppedEarlyError
 from sparsify.models.load import load_tokenizer
 from tests.integration.commands import Command
 from tests.integration.recoveries import NUM_STEPS, at_step, make_recovery, results, run
-from tests.unit.test_sampling import in_process
-from tests.unit.test_tokenize_store import Told
+from tests.unit.jobs.test_teach_command import in_process
+from tests.unit.jobs.test_tokenize_command import Told
 
 SEQUENCE, NUM_SHARDS = 32, 40
 

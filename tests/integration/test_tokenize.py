@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     from conf.options.tokenize import TokenizeJobConfig
     from jobs.cli.compose import load_config
     from jobs.workers.tokenize import write_store
-    from tests.unit.test_tokenize_store import Told, in_process
+    from tests.unit.jobs.test_tokenize_command import Told, in_process
 
     config = load_config("tokenize", overrides)
     assert isinstance(config, TokenizeJobConfig)

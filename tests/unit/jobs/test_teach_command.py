@@ -35,7 +35,7 @@ from sparsify.errors import InputError
 from sparsify.models.lm_head import check_head
 from sparsify.models.load import load_model, load_tokenizer
 from tests.conftest import message
-from tests.unit.test_tokenize_store import Told
+from tests.unit.jobs.test_tokenize_command import Told
 
 LENGTH, NUM_SAMPLES = 16, 8
 CONTEXT: Any = SimpleNamespace(num_threads=1, device="cpu")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_text import BEGIN, END, Letters
+from test_rows import BEGIN, END, Letters
 
 from sparsify.data.crops import crop_rows
 from sparsify.errors import InputError

@@ -35,7 +35,7 @@ from sparsify.models.varlen import (
 )
 from sparsify.params import LossWeights
 from tests.families import FAMILIES, tiny, token_rows
-from tests.unit.test_packed import tiny as tiny_of_type
+from tests.unit.sparsify.test_isolation import tiny as tiny_of_type
 
 REFUSED = {"Gemma2": "it uses softcap", "OPT": "does not hand on where documents begin"}
 ALLOWED = [family for family in FAMILIES if family not in REFUSED]

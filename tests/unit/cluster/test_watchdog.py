@@ -15,7 +15,7 @@ import pytest
 from cluster.preempt import SAVE, STOP, DrainWatch, Request, SignalRelay, StopRequests
 from cluster.watchdog import EXIT_HANG, Watchdog
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 60  # of a child that should end by itself within two seconds
 
 

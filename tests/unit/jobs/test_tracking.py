@@ -21,7 +21,7 @@ from jobs.runs.tracking import (
     wandb_mode,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECRET = "0123456789abcdef" * 2 + "01234567"  # has the length of a key
 
 

@@ -56,7 +56,7 @@ def cached(**settings: Any) -> DistillConfig:
 
 # --- what is composed
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "configs.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "configs.json").read_text())
 """`prune-local` whole, other commands of the pipeline by what differs from it: option -> value"""
 
 

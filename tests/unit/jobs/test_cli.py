@@ -24,7 +24,7 @@ from jobs.cli.main import main
 from jobs.cli.options import JOBS, cluster_names, job_options, presets
 from sparsify.errors import InputError, NonFiniteError, StoppedEarlyError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FROM = "run.from=runs/earlier"
 
 

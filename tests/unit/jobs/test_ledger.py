@@ -173,7 +173,7 @@ time.sleep(1000)
 """
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
-        cwd=Path(__file__).resolve().parents[2], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).resolve().parents[3], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "now\n"
