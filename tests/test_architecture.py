@@ -61,7 +61,6 @@ def modules_below(*packages: str) -> list[str]:
 def test_importing_starts_nothing_heavy() -> None:
     """What composes, checks and plans a run answers at once: one process imports all of it."""
     light = modules_below("conf", "jobs.cli", "jobs.runs", "jobs.stages")
-    light.remove("jobs.cli.compose")  # Hydra itself; help and most mistakes do without
     light += ["sparsify", "cluster.spec", "jobs.pipeline", *(f"jobs.{name}" for name in JOBS)]
     assert len(light) > 30
     heavy = [*(set(HEAVY) - {"rich"}), "torch", "transformers", "matplotlib"]
