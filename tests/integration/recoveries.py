@@ -207,11 +207,13 @@ def warm_context() -> Any:
     """Processes forked from this test process's server, which has imported what is heavy once."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(list(_HEAVY))
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
+    # Read when they are imported: DeepSpeed's device, and that Ray asks for its token.
+    needed = {"DS_ACCELERATOR": "cpu", "RAY_AUTH_MODE": "token"}
+    absent = needed.keys() - os.environ.keys()
+    os.environ.update(needed)
     forkserver.ensure_running()
-    if before is None:
-        del os.environ["DS_ACCELERATOR"]
+    for name in absent:
+        del os.environ[name]
     return context
 
 
