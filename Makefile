@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 # One thread per process: more than the cores makes everything slower, and results depend on it.
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
-# Tests on WORKERS processes. Those of one file stay together, for they share what they start; the
-# order is the files', so that the long ones of tests/integration come first.
+# Unit and numerics tests run on WORKERS processes; those of one file stay together, for they share
+# what they start.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q
 
 .PHONY: setup demo test quick lint all-tests quick-tests docs clean
 
@@ -32,11 +32,14 @@ test: $(READY)
 quick: $(READY)
 	$(MAKE) --jobs=2 lint quick-tests
 
-all-tests: $(READY)
-	$(PYTEST) tests
+# Integration tests come one after another: they look for Ray's workers on this machine to kill them,
+# and each starts two of its own.
+all-tests: quick-tests
+	$(PYTEST) tests/integration
+
 
 quick-tests: $(READY)
-	$(PYTEST) tests/unit tests/numerics
+	$(PYTEST) -n $(WORKERS) --dist loadfile tests --ignore tests/integration
 
 lint: $(READY)
 	$(BIN)/ruff check .
