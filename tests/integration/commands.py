@@ -115,7 +115,7 @@ class Command:
         return subprocess.CompletedProcess(self.args, code, *self.said())
 
 
-def wait_until(ready: Any, command: Command, timeout_s: float = 240.0) -> None:
+def wait_until(ready: Any, command: Command, timeout_s: float = 600.0) -> None:
     """Wait for a moment in the life of a command, which must be alive until then."""
     deadline_s = time.monotonic() + timeout_s
     while not ready():

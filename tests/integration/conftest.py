@@ -72,7 +72,7 @@ def run_job(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("work")
 
     def run(job: str, *overrides: str) -> subprocess.CompletedProcess:
-        return Command(job, *overrides, environment=environment, folder=folder).finished(400)
+        return Command(job, *overrides, environment=environment, folder=folder).finished(900)
 
     return run
 

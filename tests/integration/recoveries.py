@@ -217,7 +217,7 @@ def warm_context() -> Any:
     return context
 
 
-def exit_codes(size: int, work: Any, *args: Any, limit_s: float = 300.0) -> list[int | None]:
+def exit_codes(size: int, work: Any, *args: Any, limit_s: float = 600.0) -> list[int | None]:
     """Run `work(rank, *args)` in `size` processes; how each ended, None if it had to be killed.
 
     As soon as one has failed, the others get two seconds to do so too.

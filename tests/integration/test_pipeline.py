@@ -30,7 +30,7 @@ def undisturbed(environment, small, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = subprocess.run(
         [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"], env=environment,
-        cwd=tmp_path_factory.mktemp("work"), capture_output=True, text=True, timeout=400,
+        cwd=tmp_path_factory.mktemp("work"), capture_output=True, text=True, timeout=900,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -191,7 +191,7 @@ def test_kill_9_in_each_stage_ends_in_the_same_figures(
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (run_dir / stage / "record.json").exists(), f"{stage} was not interrupted"
-    done = start().finished(400)
+    done = start().finished(900)
     assert done.returncode == 0, done.stderr
     assert figures_of(run_dir) == figures_of(undisturbed)
     for name in ("prune/sparsegpt", "prune/twofour", "distill/model", "export/sparse"):
@@ -213,7 +213,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(
     workers = train_workers()
     assert len(workers) >= 2
     workers[-1].kill()
-    done = process.finished(400)
+    done = process.finished(900)
     stderr = done.stderr
     assert done.returncode == 0, stderr
     assert "a worker was lost" in stderr

@@ -47,7 +47,7 @@ print(bench.main([*words, "--engine", "plain", "--out", {str(tmp_path / "out.jso
 print(bench.main(words))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -66,6 +66,6 @@ def test_kernels_in_the_interpreter() -> None:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS),
          "-k", "TestInterpreted"],
         cwd=REPOSITORY, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-        timeout=240, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "11 passed" in done.stdout, done.stdout + done.stderr

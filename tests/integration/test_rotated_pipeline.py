@@ -159,7 +159,7 @@ def test_kill_9_while_pruning_and_recovering_changes_nothing(
         wait_until(ready, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = start().finished(400)
+    done = start().finished(900)
     assert done.returncode == 0, done.stderr
     assert losses_of(run_dir) == losses_of(undisturbed)
     for folder in (PRUNED, MODEL):

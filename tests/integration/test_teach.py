@@ -51,7 +51,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
     killed = tmp_path / "killed"
     command = ("teach", *words, f"teach.out={killed}")
     process = Command(*command, environment=environment, folder=tmp_path)
-    deadline_s = time.monotonic() + 240
+    deadline_s = time.monotonic() + 600
     while not list(killed.glob(".teach/*.shard.json")) and process.poll() is None:
         assert time.monotonic() < deadline_s
         time.sleep(0.005)

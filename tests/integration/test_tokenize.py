@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     killed = tmp_path / "killed"
     command = ("tokenize", *overrides, f"tokenize.out={killed}")
     process = Command(*command, environment=environment, folder=tmp_path)
-    deadline_s = time.monotonic() + 240
+    deadline_s = time.monotonic() + 600
     while not list(killed.glob(".tokenize/*.shard.json")) and process.poll() is None:
         assert time.monotonic() < deadline_s
         time.sleep(0.005)

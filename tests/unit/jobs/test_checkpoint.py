@@ -113,7 +113,7 @@ def test_killed_in_any_phase_the_last_whole_one_is_found(tmp_path: Path, phase: 
     processes.set_forkserver_preload(["pytest", "jobs.training.checkpoint"])
     process = processes.Process(target=save_until_killed, args=(tmp_path, phase))
     process.start()
-    process.join(60)
+    process.join(180)
     assert process.exitcode == 9, "it was to die"
     checkpoints = Checkpoints(tmp_path, Retention())
     assert not list(tmp_path.glob(".step-*")), "what was half written is gone"

@@ -450,7 +450,7 @@ def test_shell_completion_is_installed_for_python_m() -> None:
         '_twofour_complete; echo "${COMPREPLY[@]}"'
     )
     found = subprocess.run(
-        ["bash", "-c", asked], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["bash", "-c", asked], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
     assert found.stdout == "model=llama-3.1-8b\n", found.stderr
 
@@ -616,7 +616,7 @@ def start(*argv: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TWOFOUR_DEBUG"}
     return subprocess.run(
         [sys.executable, *argv], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 
@@ -657,7 +657,7 @@ def test_reader_that_stops_early_is_no_error() -> None:
     os.close(reader)
     script = "from jobs.prune import COMMAND, main; main(COMMAND, ['--help'])"
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=180
     )
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, b"")

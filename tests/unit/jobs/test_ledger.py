@@ -178,7 +178,7 @@ time.sleep(1000)
     assert child.stdout is not None
     assert child.stdout.readline() == "now\n"
     os.kill(child.pid, signal.SIGKILL)
-    child.communicate(timeout=60)
+    child.communicate(timeout=180)
     intervals, torn = read_ledger(path)
     assert torn == 0
     assert [(i.first_step, i.last_step) for i in intervals] == [(1, 3)]

@@ -195,7 +195,7 @@ def run_script(run_dir: Path, mode: str, **environment: str) -> subprocess.Compl
         [sys.executable, str(script), str(run_dir), mode, ARGUMENT],
         cwd=ROOT, env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=180,
     )  # fmt: skip
 
 
