@@ -64,7 +64,7 @@ def test_whatever_happens_under_ray_it_ends_in_the_same_bits(
     scratch = run_dir / ".distill.partial/scratch"
     settings: dict[str, Any] = {
         **SETTINGS, "batch_size": BATCH, "micro_batch_size": 2, "learning_rate": 1e-3,
-        "num_warmup_steps": 3, "weight_decay": 0.1, "hang_after_s": 20.0,
+        "num_warmup_steps": 3, "weight_decay": 0.1, "hang_after_s": 40.0,
     }  # fmt: skip
     command = [
         f"run.from={base / 'student'}",
