@@ -75,6 +75,10 @@ def run_pipeline(config: Config, job: str) -> Path:
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)
         check_inputs(config.data, models)
+        asked = [stage for stage in PIPELINE if stage.name in config.stages]
+        for stage in asked:
+            if stage.check is not None:
+                stage.check(config, models)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
@@ -92,10 +96,6 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.warnings,
         )
         journal = RedoJournal(run_dir, command)
-        asked = [stage for stage in PIPELINE if stage.name in config.stages]
-        for stage in asked:
-            if stage.check is not None:
-                stage.check(context)
         for stage in asked:
             artifact = _run_stage(stage, context, journal)
             was_redone = stage.name in journal.done

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # both know Stage
+from conf.schema import Config
+
+if TYPE_CHECKING:  # all know Stage
     from jobs.runs.artifact import StageWriter
     from jobs.runs.context import StageContext
+    from jobs.runs.models import Models
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Stage:
     """the plain values that decide its result"""
     run: Callable[[StageContext, StageWriter], dict[str, Any]]
     """fills the writer's folder and returns metrics"""
-    check: Callable[[StageContext], None] | None = None
-    """finds what is wrong with the stage's own inputs before any stage starts"""
+    check: Callable[[Config, Models], None] | None = None
+    """finds what is wrong with the stage's own inputs before anything is started"""
     makes: Callable[[dict[str, Any]], dict[str, str]] | None = None
     """of its metrics: name -> folder in its own of every model for later stages, which build on the
     last of them"""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.preempt import SignalRelay
+from conf.schema import Config
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
+from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 
 
@@ -52,11 +54,11 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     return {**figures, "gate": gate, "is_teacher_rotated": payload["rotation"] is not None}
 
 
-def check(context: StageContext) -> None:
+def check(config: Config, models: Models) -> None:
     """Require that the teacher's samples, where they are used, fit this run."""
     from jobs.training.inputs import check_cache  # costs torch
 
-    check_cache(context.config, context.models.dense)
+    check_cache(config, models.dense)
 
 
 STAGE = Stage(

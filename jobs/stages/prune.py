@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from conf.schema import Config
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
+from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 
 
@@ -48,7 +50,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     }
 
 
-def check(context: StageContext) -> None:
+def check(config: Config, models: Models) -> None:
     """Require that every layer to prune has whole groups of the pattern.
 
     Raises:
@@ -56,8 +58,7 @@ def check(context: StageContext) -> None:
     """
     from jobs.workers.checks import check_pattern  # costs torch
 
-    settings = context.config.prune
-    check_pattern(context.models.dense, settings.pattern, settings.skip)
+    check_pattern(models.dense, config.prune.pattern, config.prune.skip)
 
 
 STAGE = Stage(

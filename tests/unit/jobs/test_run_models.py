@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from conf.options.prune import PruneConfig
 from conf.options.run import STAGES, RunConfig
 from conf.schema import Config
+from jobs import pipeline
 from jobs.pipeline import PIPELINE
 from jobs.runs.artifact import RECORD
 from jobs.runs.models import Models, find_models
@@ -99,6 +101,17 @@ def test_without_a_sparse_model_the_message_says_what_to_do(tiny_model_dir: Path
     with pytest.raises(InputError) as error:
         Models(tiny_model_dir, PIPELINE).sparse("export")
     assert message(error).startswith("stages: export needs a pruned model and there is none")
+
+
+def test_a_stage_that_refuses_does_so_before_anything_is_started(tmp_path, monkeypatch) -> None:
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("the tracker, and with it a run on its server, was started")
+
+    monkeypatch.setattr(pipeline, "open_tracker", started)
+    config = Config(stages=["prune"], run=RunConfig(dir=str(tmp_path)))
+    config = replace(config, prune=PruneConfig(pattern="3:5", block_size=125))
+    with pytest.raises(InputError, match=r"q_proj: 128 input columns cannot be cut into groups of 5"):
+        pipeline.run_pipeline(config, "prune")
 
 
 @pytest.mark.parametrize(
