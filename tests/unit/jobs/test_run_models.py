@@ -110,7 +110,9 @@ def test_a_stage_that_refuses_does_so_before_anything_is_started(tmp_path, monke
     monkeypatch.setattr(pipeline, "open_tracker", started)
     config = Config(stages=["prune"], run=RunConfig(dir=str(tmp_path)))
     config = replace(config, prune=PruneConfig(pattern="3:5", block_size=125))
-    with pytest.raises(InputError, match=r"q_proj: 128 input columns cannot be cut into groups of 5"):
+    with pytest.raises(
+        InputError, match=r"q_proj: 128 input columns cannot be cut into groups of 5"
+    ):
         pipeline.run_pipeline(config, "prune")
 
 
