@@ -18,6 +18,7 @@ from jobs.benchmarks.support.arguments import (
     add_calibration,
     add_device,
     add_option,
+    add_shape,
     settings_of,
 )
 from jobs.benchmarks.support.device import forget_peak, peak_bytes, use_device, wall_s
@@ -56,8 +57,7 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    shape = "llama-3.1-8b, llama-3.1-70b, or a small one: bench-2k, bench-1k, tiny"
-    add_option(parser, "--shape", "llama-3.1-8b", shape)
+    add_shape(parser, "llama-3.1-8b")
     add_option(parser, "--blocks", 3, "blocks that are measured")
     add_calibration(parser, samples=512, length=2048, batch_size=8)
     add_option(parser, "--method", "sparsegpt", "method")

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
 from jobs.benchmarks.sides.step import PHASES, Sides, build, process_group, require_engine
-from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
+from jobs.benchmarks.support.arguments import add_device, add_option, add_shape, settings_of
 from jobs.benchmarks.support.device import forget_peak, now_s, peak_bytes, use_device
 from jobs.benchmarks.support.random_llama import check_blocks
 from jobs.benchmarks.support.record import Outcome, Table, Target, accelerator_name, gigabytes
@@ -45,8 +45,7 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
-    shape = "llama-3.1-8b, llama-3.1-70b, or a small one: bench-2k, bench-1k, tiny"
-    add_option(parser, "--shape", "bench-1k", shape)
+    add_shape(parser, "bench-1k")
     add_option(parser, "--layers", 2, "decoder layers of both models")
     words = "vocabulary (default: 128256 of llama-3.1, else 8192)"
     add_option(parser, "--vocabulary", None, words, type=int)
