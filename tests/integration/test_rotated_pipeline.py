@@ -117,7 +117,7 @@ def test_a_dense_model_alone_becomes_one_with_the_pattern(
     start += ["stages=[distill,evaluate]", f"run.dir={tmp_path / 'out'}"]
     done = run_job("prune", *words, *start, "distill.moving_share=0.25")
     assert done.returncode == 0, done.stderr
-    assert "75.0% of those of 14 layers are alive behind their masks" in done.stderr
+    assert "75.0% of those of 14 layers are alive under their masks" in done.stderr
     results = json.loads((tmp_path / "out/summary.json").read_text(encoding="utf-8"))["results"]
     assert [(row["name"], row["violations"]) for row in results] == [
         ("dense", None), ("recovered", 0),
