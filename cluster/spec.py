@@ -27,6 +27,8 @@ class ClusterSpec:
     """restarts after lost workers, without the stage getting any further, before the run stops"""
     start_timeout_s: float = 300.0
     """seconds to wait for the cluster's resources before stopping with what is missing"""
+    executor: str = "ray"
+    """what runs the workers: ray, or plain: processes of this machine without Ray, for debugging"""
     dashboard: bool = True
     """start the Ray dashboard on a local Ray (127.0.0.1 only)"""
 
@@ -38,6 +40,8 @@ class ClusterSpec:
             value = getattr(self, field)
             if not value >= low:
                 raise ValueError(f"cluster.{field}={value}: must be at least {low}")
+        if self.executor not in ("ray", "plain"):
+            raise ValueError(f"cluster.executor={self.executor}: must be ray or plain")
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(
                 f"cluster.gpus_per_worker={self.gpus_per_worker}: a worker drives one GPU or none; "

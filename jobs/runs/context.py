@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.executor import Executor
 from conf.schema import Config, to_dict
 from jobs.runs.models import Models
 from jobs.runs.tracking import Tracker
 from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
 
-if TYPE_CHECKING:  # both cost what only a run needs: Ray, rich
-    from cluster.runtime.backend import RayCluster
+if TYPE_CHECKING:  # costs what only a run needs: rich
     from jobs.runs.display import Display
 
 
@@ -29,14 +29,14 @@ class StageContext:
     models: Models
     display: Display
     tracker: Tracker
-    open_cluster: Callable[[], RayCluster]
+    open_cluster: Callable[[], Executor]
     warnings: list[str] = field(default_factory=list)
     statuses: dict[str, str] = field(default_factory=dict)
     """stage -> ran or reused, for the stages that are done"""
 
     @property
-    def cluster(self) -> RayCluster:
-        """The run's Ray, started at first use."""
+    def cluster(self) -> Executor:
+        """What runs the work, started at first use."""
         return self.open_cluster()
 
     def settings(self, *groups: str) -> dict[str, Any]:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError, WorkFailedError
+from cluster.executor import Executor
+from cluster.plain import PlainCluster
 from cluster.spec import ClusterSpec
 from jobs.runs.tracking import Tracker
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
 
-if TYPE_CHECKING:  # both cost what only a run needs: Ray, rich
-    from cluster.runtime.backend import RayCluster
+if TYPE_CHECKING:  # costs what only a run needs: rich
     from jobs.runs.display import Display
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> RayCluster:
-    """A Ray for this project's work, yet to be entered; see `RayCluster`."""
+def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> Executor:
+    """What runs this project's work, yet to be entered; see `Executor`."""
+    if spec.executor == "plain":
+        return PlainCluster(spec, on_event)
     from cluster.runtime.backend import RayCluster  # costs Ray
 
     return RayCluster(spec, name, _ROOT, on_event)
@@ -41,9 +44,9 @@ class Clusters:
         self._display = display
         self._tracker = tracker
         self._stack = stack
-        self._cluster: RayCluster | None = None
+        self._cluster: Executor | None = None
 
-    def open(self) -> RayCluster:
+    def open(self) -> Executor:
         """The run's Ray."""
         if self._cluster is None:
             cluster = new_cluster(self._spec, self._run_name, self._on_event)

@@ -79,7 +79,11 @@ def run_job(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def small(tiny_model_dir: Path, text_file: Path) -> list[str]:
-    """Overrides that make the whole pipeline small: a tiny model, few rows, few steps."""
+    """Overrides that make the whole pipeline small: a tiny model, few rows, few steps.
+
+    Workers are plain processes, which start in a tenth of Ray's time; tests of what Ray does say
+    cluster.executor=ray after these.
+    """
     return [
         f"model.path={tiny_model_dir}",
         f"data.calibration={text_file}",
@@ -93,4 +97,5 @@ def small(tiny_model_dir: Path, text_file: Path) -> list[str]:
         "quantize.num_samples=8",
         "quantize.group_size=32",
         "tracker.wandb=off",
+        "cluster.executor=plain",
     ]

@@ -26,10 +26,11 @@ STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
 
 @pytest.fixture(scope="module")
 def undisturbed(environment, small, tmp_path_factory) -> Path:
-    """A run from start to end, in an interpreter that has imported nothing yet."""
+    """A run from start to end on Ray, in an interpreter that has imported nothing yet."""
     run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    words = [*small, "cluster.executor=ray", f"run.dir={run_dir}"]
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.prune", *small, f"run.dir={run_dir}"], env=environment,
+        [sys.executable, "-m", "jobs.prune", *words], env=environment,
         cwd=tmp_path_factory.mktemp("work"), capture_output=True, text=True, timeout=900,
         check=False,
     )  # fmt: skip
@@ -83,7 +84,7 @@ def test_every_stage_leaves_its_record_and_the_summary_has_every_row(undisturbed
 def test_recovery_wins_back_what_magnitude_lost(
     undisturbed: Path, run_job, small, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    words = [w for w in small if w.startswith(("data.", "distill.", "tracker."))]
+    words = [w for w in small if w.startswith(("data.", "distill.", "tracker.", "cluster."))]
     start = [f"run.from={undisturbed / 'prune/magnitude'}", f"run.dir={tmp_path / 'out'}"]
     rate = ["distill.learning_rate=2e-4", "distill.num_warmup_steps=2"]
     done = run_job("distill", *words, *start, *rate, f"model.teacher={tiny_model_dir}")
@@ -162,7 +163,8 @@ def test_a_damaged_result_is_noticed(undisturbed: Path, run_job, small, tmp_path
 def test_single_stages_start_from_a_run(undisturbed: Path, run_job, small, tmp_path: Path) -> None:
     shared = [word for word in small if word.split("=")[0] not in ("model.path",)]
     out = tmp_path / "again"
-    options = [w for w in shared if w.startswith(("data.", "quantize.", "evaluate.", "tracker."))]
+    groups = ("data.", "quantize.", "evaluate.", "tracker.", "cluster.")
+    options = [w for w in shared if w.startswith(groups)]
     done = run_job("quantize", *options, f"run.from={undisturbed}", f"run.dir={out}")
     assert done.returncode == 0, done.stderr
     mine, first = summary_of(out)["results"], summary_of(undisturbed)["results"]
@@ -207,7 +209,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(
 ) -> None:
     run_dir = tmp_path / "lost"
     shutil.copytree(undisturbed / "prune", run_dir / "prune")  # which is reused
-    words = [*small, f"run.dir={run_dir}", "stages=[prune,distill]"]
+    words = [*small, "cluster.executor=ray", f"run.dir={run_dir}", "stages=[prune,distill]"]
     process = Command("prune", *words, environment=environment, folder=tmp_path)
     wait_until(lambda: list((run_dir / ".distill.partial/scratch").glob("step-*")), process)
     workers = train_workers()

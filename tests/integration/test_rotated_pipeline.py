@@ -83,7 +83,7 @@ def test_recovery_alone_from_a_copied_model_is_the_same(
 ) -> None:
     shutil.copytree(undisturbed / PRUNED, tmp_path / "pruned")
     shutil.copytree(tiny_model_dir, tmp_path / "dense")
-    words = [w for w in options if w.startswith(("data.", "distill.", "tracker."))]
+    words = [w for w in options if w.startswith(("data.", "distill.", "tracker.", "cluster."))]
     start = [f"run.from={tmp_path / 'pruned'}", f"run.dir={tmp_path / 'out'}"]
     done = run_job("distill", *words, *start, f"model.teacher={tmp_path / 'dense'}")
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_recovery_alone_from_a_copied_model_is_the_same(
 def test_dense_weights_in_the_students_basis_end_in_the_pattern(
     undisturbed: Path, run_job, options, tmp_path: Path
 ) -> None:
-    words = [w for w in options if w.startswith(("data.", "distill.", "tracker."))]
+    words = [w for w in options if w.startswith(("data.", "distill.", "tracker.", "cluster."))]
     dense = [
         "distill.moving_share=0.25", "distill.moving_start=dense", "distill.mask_refresh_steps=1",
     ]  # fmt: skip
@@ -112,7 +112,11 @@ def test_dense_weights_in_the_students_basis_end_in_the_pattern(
 def test_a_dense_model_alone_becomes_one_with_the_pattern(
     run_job, options, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    words = [w for w in options if w.startswith(("data.", "distill.", "tracker.", "evaluate."))]
+    words = [
+        w
+        for w in options
+        if w.startswith(("data.", "distill.", "tracker.", "cluster.", "evaluate."))
+    ]
     start = [f"run.from={tiny_model_dir}", f"model.teacher={tiny_model_dir}", "prune.pattern=1:4"]
     start += ["stages=[distill,evaluate]", f"run.dir={tmp_path / 'out'}"]
     done = run_job("prune", *words, *start, "distill.moving_share=0.25")
@@ -132,7 +136,7 @@ def test_another_teacher_is_refused_in_one_line(
     shutil.copytree(tiny_model_dir, other)
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
-    words = [w for w in options if w.startswith(("data.", "distill.", "tracker."))]
+    words = [w for w in options if w.startswith(("data.", "distill.", "tracker.", "cluster."))]
     start = [f"run.from={undisturbed}", f"run.dir={tmp_path / 'out'}", f"model.teacher={other}"]
     done = run_job("distill", *words, *start)
     assert done.returncode == 2

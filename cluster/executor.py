@@ -1,0 +1,27 @@
+"""What runs the work of one run: the calls that Ray and plain processes both answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from cluster.runtime.worker import Work
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class Executor(Protocol):
+    """Runs work on workers; a context manager, entered by one run."""
+
+    dashboard_url: str | None
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
+        """Run `work(context, payload)` on every worker of a group; what it returned on rank 0."""
+
+    def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
+        """Run `work(context, payload)` for each payload, `what` in the plural; results in order."""

@@ -1,0 +1,120 @@
+"""Work on plain processes: what comes back, in which order, and how it ends when a worker does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from cluster.errors import ClusterError, WorkFailedError
+from cluster.plain import PlainCluster
+from cluster.spec import ClusterSpec
+
+Events = list[dict[str, Any]]
+
+
+def cluster(num_workers: int, events: Events | None = None) -> PlainCluster:
+    told: Events = [] if events is None else events
+    return PlainCluster(ClusterSpec(num_workers=num_workers, executor="plain"), told.append)
+
+
+def sum_of_ranks(context: Any, payload: float) -> tuple[int, float]:
+    context.progress(1, 1, "summed")
+    values = torch.tensor([payload + context.rank])
+    dist.all_reduce(values)
+    return os.getpid(), float(values)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_form_a_group_and_rank_0_answers(num_workers: int, tmp_path: Path) -> None:
+    events: Events = []
+    with cluster(num_workers, events) as plain:
+        pid, total = plain.run_workers("sum", sum_of_ranks, 10.0, tmp_path)
+    assert total == sum(10.0 + rank for rank in range(num_workers))
+    assert (pid == os.getpid()) == (num_workers == 1)  # one worker: a debugger works
+    assert events == [{"kind": "progress", "name": "sum", "done": 1, "total": 1, "text": "summed"}]
+    assert not dist.is_initialized()
+
+
+def square(context: Any, payload: int) -> int:
+    time.sleep(0.05 * (3 - payload))  # the last is done first
+    return payload * payload
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_of_tasks_come_in_their_order(num_workers: int) -> None:
+    events: Events = []
+    with cluster(num_workers, events) as plain:
+        assert plain.run_tasks("square", square, [0, 1, 2, 3], "numbers") == [0, 1, 4, 9]
+        assert plain.run_tasks("square", square, [], "numbers") == []
+    done = [(event["done"], event["total"], event["text"]) for event in events]
+    assert done == [(count, 4, "numbers") for count in (1, 2, 3, 4)]
+
+
+def fail_on_last(context: Any, payload: int) -> None:
+    if context.rank == payload:
+        raise KeyError(f"no layer {context.rank}")
+    if context.world_size > 1:
+        dist.barrier()  # the others wait for it, and then miss it
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_works_own_error_comes_back_and_nobody_waits(num_workers: int, tmp_path: Path) -> None:
+    with cluster(num_workers) as plain, pytest.raises(WorkFailedError, match="no layer") as caught:
+        plain.run_workers("fail", fail_on_last, num_workers - 1, tmp_path)
+    assert caught.value.kind == "KeyError"
+    assert "fail_on_last" in caught.value.traceback
+    assert not psutil.Process().children()
+
+
+def die(context: Any, payload: int) -> None:
+    if context.rank == payload:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_a_lost_worker_ends_the_others(tmp_path: Path) -> None:
+    with cluster(2) as plain, pytest.raises(WorkFailedError, match=r"exit code -9.*same command"):
+        plain.run_workers("die", die, 1, tmp_path)
+    assert not psutil.Process().children()
+
+
+def test_more_than_one_machine_is_refused() -> None:
+    with pytest.raises(ClusterError, match="this machine alone"):
+        PlainCluster(ClusterSpec(num_nodes=2, executor="plain"), print).__enter__()
+    with pytest.raises(ValueError, match="executor=slurm: must be ray or plain"):
+        ClusterSpec(executor="slurm")
+
+
+_DRIVER = """
+import time
+from pathlib import Path
+from cluster.plain import PlainCluster
+from cluster.spec import ClusterSpec
+def wait(context, payload):
+    context.say("here")
+    time.sleep(600)
+with PlainCluster(ClusterSpec(executor="plain"), lambda e: print(e["text"], flush=True)) as plain:
+    plain.run_tasks("wait", wait, [0, 1], "")
+"""
+
+
+def test_workers_do_not_outlive_a_killed_driver() -> None:
+    driver = subprocess.Popen([sys.executable, "-c", _DRIVER], stdout=subprocess.PIPE)
+    assert driver.stdout is not None
+    assert [driver.stdout.readline() for _ in range(2)] == [b"here\n"] * 2
+    workers = psutil.Process(driver.pid).children()
+    assert len(workers) == 2
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
