@@ -13,6 +13,7 @@ from conf.options.data import DataConfig
 from jobs.corpus.sources import source_fingerprint
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
+from sparsify.models.blocks import stored_of
 from sparsify.models.load import (
     check_checkpoint,
     check_sequence_length,
@@ -22,8 +23,16 @@ from sparsify.models.load import (
 from sparsify.pattern import Pattern, check_divides
 
 
-def check_inputs(data: DataConfig, models: Models) -> None:
+def check_inputs(data: DataConfig, models: Models, dtype: str) -> list[str]:
     """Require whole checkpoints, room for the rows, a tokenizer that fits, and text to read.
+
+    Args:
+        data: the text.
+        models: what the run starts from.
+        dtype: `model.dtype`.
+
+    Returns:
+        What of the models is left out or is not as they say, in one line each.
 
     Raises:
         InputError: something the user can put right.
@@ -36,6 +45,12 @@ def check_inputs(data: DataConfig, models: Models) -> None:
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
     source_fingerprint(data, "calibration")
+    folders = {dense, *models.made.get("prune", {}).values()}
+    return [
+        f"model {folder.name}: {remark}"
+        for folder in sorted(folders)
+        for remark in stored_of(folder, dtype).remarks()
+    ]
 
 
 def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
+from sparsify.models.stored import follow_weights, not_finite, num_not_finite
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
@@ -198,7 +199,8 @@ def load_model(
         device: where the weights go.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode. A head that is stored with values of its own is kept, and the
+        model's configuration says so (`models.stored.follow_weights`).
 
     Raises:
         InputError: see `check_checkpoint`; also tensors that are missing, unexpected or of the
@@ -229,6 +231,7 @@ def load_model(
         raise InputError(f"model folder {folder}: cannot be loaded: {first_line(error)}") from None
     model, info = loaded  # a pair, because of output_loading_info
     _check_loading_info(folder, info)
+    follow_weights(model)
     check_finite(folder, model, dtype)
     return model.to(device).eval()
 
@@ -255,15 +258,15 @@ def _check_loading_info(folder: Path, info: dict[str, Any]) -> None:
 
 
 def check_finite(folder: Path, model: torch.nn.Module, dtype: str, prefix: str = "") -> None:
-    """InputError when a parameter of `model`, read from `folder`, is NaN or infinite as `dtype`."""
-    for name, weight in model.named_parameters(prefix):
-        bad = weight.numel() - int(weight.isfinite().sum())
-        if bad:
-            hint = "; float16 ends at 65504, try model.dtype=bfloat16" if dtype == "float16" else ""
-            raise InputError(
-                f"model folder {folder}: {bad} of {weight.numel()} values of {name} are NaN or "
-                f"infinite as {dtype}; use a sound checkpoint{hint}"
-            )
+    """InputError when a weight of `model`, read from `folder`, is NaN or infinite as `dtype`.
+
+    Buffers that are stored count, and weights without memory are passed over.
+    """
+    for name, weight in model.state_dict(prefix=prefix and f"{prefix}.").items():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        if num_bad := num_not_finite(weight):
+            raise not_finite(folder, name, num_bad, weight.numel(), DTYPES[dtype])
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
