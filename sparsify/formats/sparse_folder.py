@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,17 +22,40 @@ ROTATION = "sparsity/rotation.safetensors"
 PACKED = "model.packed.safetensors"
 
 
-def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the files of a model folder that decide what it computes and how it tokenises.
+# Configurations, tokenizers, templates, indices and weights, whatever a family calls them.
+_READ_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".codes", ".tokenizer")
 
-    A file that only describes (README, generation defaults, records) does not count.
+_TEMPLATES = "additional_chat_templates"
+
+_READ_NAMES = ("vocab.txt", "merges.txt", "dict.txt")
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of a model folder that it, its tokenizer, or what is made of it is
+    read from: weights wherever the index has them, configurations, vocabularies, templates, masks
+    and rotations.
+
+    A file that only describes (README, licence), weights that are never read (pickle) and hidden
+    folders do not count.
+
+    Cost: reads all of it.
     """
+    names = {path.name for path in folder.iterdir() if _is_read(path)} | {MASKS, ROTATION}
+    names |= {f"{_TEMPLATES}/{path.name}" for path in folder.glob(f"{_TEMPLATES}/*.jinja")}
+    for index in folder.glob("*.safetensors.index.json"):
+        # What is no index counts by its bytes; whoever reads the weights says what is wrong.
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            names |= {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        names = ("config.json", "tokenizer.json", "tokenizer_config.json", SPARSITY)
-        if path.suffix in (".safetensors", ".model") or path.name in names:
-            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    for name in sorted(names):
+        if (path := folder / name).is_file():
+            digest.update(f"{name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _is_read(path: Path) -> bool:
+    is_kind = path.suffix in _READ_SUFFIXES or path.name in _READ_NAMES
+    return is_kind and not path.name.startswith(".")
 
 
 def read_sparsity(folder: Path) -> dict[str, Any] | None:
