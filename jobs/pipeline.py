@@ -74,7 +74,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)
-        remarks = check_inputs(config.data, models, config.model.dtype)
+        remarks = check_inputs(config, models)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
         for stage in asked:
             if stage.check is not None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conf.options.data import DataConfig
+from conf.schema import Config
 from jobs.corpus.sources import source_fingerprint
+from jobs.corpus.tokens import check_tokens
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
 from sparsify.models.blocks import stored_of
@@ -18,18 +19,17 @@ from sparsify.models.load import (
     check_checkpoint,
     check_sequence_length,
     check_vocabulary,
-    load_tokenizer,
+    read_tokenizer,
 )
 from sparsify.pattern import Pattern, check_divides
 
 
-def check_inputs(data: DataConfig, models: Models, dtype: str) -> list[str]:
+def check_inputs(config: Config, models: Models) -> list[str]:
     """Require whole checkpoints, room for the rows, a tokenizer that fits, and text to read.
 
     Args:
-        data: the text.
-        models: what the run starts from.
-        dtype: `model.dtype`.
+        config: of the run.
+        models: what it starts from.
 
     Returns:
         What of the models is left out or is not as they say, in one line each.
@@ -37,20 +37,20 @@ def check_inputs(data: DataConfig, models: Models, dtype: str) -> list[str]:
     Raises:
         InputError: something the user can put right.
     """
-    dense = models.dense
+    data, dense = config.data, models.dense
     for folder in (dense, *models.made.get("prune", {}).values()):
         check_checkpoint(folder)
-    tokenizer = load_tokenizer(dense)
+    tokenizer, remark = read_tokenizer(dense)
     model = _shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
     source_fingerprint(data, "calibration")
-    folders = {dense, *models.made.get("prune", {}).values()}
-    return [
-        f"model {folder.name}: {remark}"
-        for folder in sorted(folders)
-        for remark in stored_of(folder, dtype).remarks()
-    ]
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
+    remarks = {dense: said + ([remark] if remark else [])}
+    for folder in (dense, *models.made.get("prune", {}).values()):
+        remarks.setdefault(folder, []).extend(stored_of(folder, config.model.dtype).remarks())
+    return [f"model {folder.name}: {text}" for folder, texts in remarks.items() for text in texts]
 
 
 def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:

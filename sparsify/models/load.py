@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
 from sparsify.models.stored import follow_weights, not_finite, num_not_finite
+from sparsify.models.tokenizer import beyond_embedding, by_own_rules
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
@@ -270,11 +271,16 @@ def check_finite(folder: Path, model: torch.nn.Module, dtype: str, prefix: str =
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model folder, by the rules of its own tokenizer.json.
 
     Raises:
         InputError: the folder has no tokenizer files, or they cannot be read.
     """
+    return read_tokenizer(path)[0]
+
+
+def read_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """`load_tokenizer`, and what is to be said of it (`models.tokenizer.by_own_rules`)."""
     folder = resolve_path(path)
     if not folder.is_dir():
         raise InputError(f"model folder {path}: there is no such folder")
@@ -284,9 +290,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "of the model into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer, remark = by_own_rules(folder, tokenizer)
         empty = not tokenizer.get_vocab()
     except Exception as error:
         raise InputError(
@@ -294,7 +301,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from None
     if empty:
         raise InputError(f"model folder {folder}: the tokenizer has no tokens")
-    return tokenizer
+    return tokenizer, remark
 
 
 def load_pair(
@@ -312,14 +319,20 @@ def load_pair(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """InputError when a token id of `tokenizer` lies beyond the embedding rows of `model`."""
-    highest = max(tokenizer.get_vocab().values())
+    """InputError when a token that every text may hold lies beyond the embedding rows of `model`.
+
+    Tokens that were added to the vocabulary stand for a word of their own, which a text may never
+    hold: whoever knows the text asks for those (`models.tokenizer.beyond_embedding`).
+    """
     embedding: Any = model.get_input_embeddings()
     num_rows = embedding.weight.shape[0]
-    if highest >= num_rows:
+    marks = (tokenizer.bos_token, tokenizer.eos_token)
+    added = tokenizer.get_added_vocab().keys() - {str(mark) for mark in marks}
+    beyond = beyond_embedding(tokenizer, num_rows)
+    if beyond.keys() - added:
         raise InputError(
-            f"model folder {name}: the tokenizer has ids up to {highest}, the model has {num_rows} "
-            "embedding rows; use the tokenizer that belongs to this model"
+            f"model folder {name}: the tokenizer has ids up to {max(beyond.values())}, the model "
+            f"has {num_rows} embedding rows; use the tokenizer that belongs to this model"
         )
 
 
