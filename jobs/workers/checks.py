@@ -22,6 +22,7 @@ from sparsify.models.load import (
     read_tokenizer,
 )
 from sparsify.pattern import Pattern, check_divides
+from sparsify.pruning.coverage import coverage
 
 
 def check_inputs(config: Config, models: Models) -> list[str]:
@@ -47,7 +48,8 @@ def check_inputs(config: Config, models: Models) -> list[str]:
     source_fingerprint(data, "calibration")
     num_rows = model.get_input_embeddings().weight.shape[0]
     said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
-    remarks = {dense: said + ([remark] if remark else [])}
+    left = coverage(model, config.prune.skip).remark() if "prune" in config.stages else None
+    remarks = {dense: said + [text for text in (remark, left) if text is not None]}
     for folder in (dense, *models.made.get("prune", {}).values()):
         remarks.setdefault(folder, []).extend(stored_of(folder, config.model.dtype).remarks())
     return [f"model {folder.name}: {text}" for folder, texts in remarks.items() for text in texts]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
@@ -45,7 +44,6 @@ from sparsify.models.load import (
     save_model,
 )
 from sparsify.models.stored import check_stored
-from sparsify.models.structure import fused_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
@@ -199,7 +197,7 @@ class Pruning:
             "clock": time.perf_counter,
         }  # fmt: skip
         if self._reason is not None:
-            model = self._whole_model(dense)
+            model = load_model(dense, self._config.model.dtype, context.device)
             result = prune_model(model, *args, memory=memory, **common)
             if context.rank == 0:
                 save_model(model, None, folder)
@@ -225,16 +223,6 @@ class Pruning:
         check_stored(
             self._dense, stored.places, DTYPES[dtype], self._comm.rank, self._comm.world_size
         )
-
-    def _whole_model(self, dense: Path) -> PreTrainedModel:
-        """A checkpoint that cannot be read block by block."""
-        model = load_model(dense, self._config.model.dtype, self._context.device)
-        if experts := fused_experts(model):
-            self._context.warn(
-                f"prune: {len(experts)} expert weights are fused into one parameter each and stay "
-                f"dense, such as {experts[0]}"
-            )
-        return model
 
     def _order(self, name: str) -> InputOrder:
         """When inputs are measured: as asked for, or as the method has it."""
