@@ -74,7 +74,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)
-        check_inputs(config.data, models)
+        remarks = check_inputs(config, models)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
         for stage in asked:
             if stage.check is not None:
@@ -84,6 +84,8 @@ def run_pipeline(config: Config, job: str) -> Path:
         )
         stack.callback(tracker.close)
         clusters = Clusters(config.cluster, run_dir.name, display, tracker, stack)
+        for remark in remarks:  # recorded with the first stage that runs
+            clusters.warn(remark)
         context = StageContext(
             config,
             replace(config, data=with_absolute_paths(config.data)),

@@ -122,6 +122,7 @@ def _results_table(
         ("Top-1 agreement", "", column("top1_agreement", units.percent)),
         ("Size on disk", "", column("disk_bytes", units.size)),
         ("Packed size", "", column("packed_bytes", units.size)),
+        ("Zeros", "of all weights", column("zero_share", units.percent)),
         (f"{pattern} violations", "", column("violations", units.count)),
     ]
     columns = [c for c in columns if set(c[2]) != {units.MISSING}]

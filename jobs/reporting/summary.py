@@ -151,9 +151,17 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
                 "log_gap_recovered": gap,
                 **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
                 "violations": gate["num_violations"] if gate else None,
+                "zero_share": _zero_share(gate),
             }
         )
     return rows
+
+
+def _zero_share(gate: dict[str, Any] | None) -> float | None:
+    """Of all weights of a model, pruned or not; records before did not count them."""
+    if not gate or "num_model_weights" not in gate:
+        return None
+    return float(gate["num_model_zeros"] / gate["num_model_weights"])
 
 
 def _label(name: str, context: StageContext) -> str:

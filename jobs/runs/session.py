@@ -57,6 +57,10 @@ class Clusters:
                 self._display.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
         return self._cluster
 
+    def warn(self, text: str) -> None:
+        """A warning of the driver's own, shown and recorded like those of workers."""
+        self._on_event({"kind": "warning", "text": text})
+
     def _on_event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "metrics":
             self._tracker.log(event["values"], event["step"])

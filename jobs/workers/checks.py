@@ -9,33 +9,50 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conf.options.data import DataConfig
+from conf.schema import Config
 from jobs.corpus.sources import source_fingerprint
+from jobs.corpus.tokens import check_tokens
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
+from sparsify.models.blocks import stored_of
 from sparsify.models.load import (
     check_checkpoint,
     check_sequence_length,
     check_vocabulary,
-    load_tokenizer,
+    read_tokenizer,
 )
 from sparsify.pattern import Pattern, check_divides
+from sparsify.pruning.coverage import coverage
 
 
-def check_inputs(data: DataConfig, models: Models) -> None:
+def check_inputs(config: Config, models: Models) -> list[str]:
     """Require whole checkpoints, room for the rows, a tokenizer that fits, and text to read.
+
+    Args:
+        config: of the run.
+        models: what it starts from.
+
+    Returns:
+        What of the models is left out or is not as they say, in one line each.
 
     Raises:
         InputError: something the user can put right.
     """
-    dense = models.dense
+    data, dense = config.data, models.dense
     for folder in (dense, *models.made.get("prune", {}).values()):
         check_checkpoint(folder)
-    tokenizer = load_tokenizer(dense)
+    tokenizer, remark = read_tokenizer(dense)
     model = _shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
     source_fingerprint(data, "calibration")
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
+    left = coverage(model, config.prune.skip).remark() if "prune" in config.stages else None
+    remarks = {dense: said + [text for text in (remark, left) if text is not None]}
+    for folder in (dense, *models.made.get("prune", {}).values()):
+        remarks.setdefault(folder, []).extend(stored_of(folder, config.model.dtype).remarks())
+    return [f"model {folder.name}: {text}" for folder, texts in remarks.items() for text in texts]
 
 
 def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:

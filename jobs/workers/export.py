@@ -13,7 +13,7 @@ from cluster.runtime.worker import WorkerContext
 from jobs.runs.folder import disk_errors
 from sparsify.formats.basis import carry_rotation
 from sparsify.formats.packed_folder import load_any, save_packed_folder
-from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
+from sparsify.formats.sparse_folder import MASKS, PACKED, described, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_pair, save_model
@@ -45,7 +45,7 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
         for kind in bits:
             card = model_card(
                 kind, bits[kind], payload["dense"].name, payload["results"], str(pattern),
-                provenance,
+                provenance, described(read_sparsity(folder / kind) or {}),
             )  # fmt: skip
             (folder / kind / "README.md").write_text(card, encoding="utf-8")
     gate = {"sparse": check_files(sparse, masks, pattern)}
@@ -74,7 +74,7 @@ def _public(provenance: dict[str, Any], dense: Path) -> dict[str, Any]:
 
 def model_card(
     kind: str, bits: int | None, dense: str, results: list[dict[str, Any]], pattern: str,
-    provenance: dict[str, Any],
+    provenance: dict[str, Any], zeros: str | None = None,
 ) -> str:  # fmt: skip
     """A model card: what it is, how it was made, how good it is, how to load it.
 
@@ -85,12 +85,15 @@ def model_card(
         results: rows of the summary.
         pattern: of the zeros.
         provenance: for the list at the end.
+        zeros: a sentence on how much of the model they are.
     """
     what = f"{pattern} sparse weights, stored dense with zeros; loads like any other model."
     if bits is not None:
         what = f"{pattern} sparse weights in INT{bits}, only the kept values."
     elif kind != "sparse":
         what = f"{pattern} sparse weights, only the kept values and their positions."
+    if zeros is not None:
+        what = f"{what} {zeros}"
     load = (
         f"from transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{kind}")'
@@ -99,7 +102,7 @@ def model_card(
         f'state_dict = load_packed("{kind}/model.packed.safetensors")  # dense tensors'
     )
     lines = [
-        "---", "library_name: transformers", "tags: [sparse, 2:4, twofour]", "---",
+        "---", "library_name: transformers", f'tags: [sparse, "{pattern}", twofour]', "---",
         f"# {dense}, {pattern} sparse", "", what, "",
         "| model | perplexity | KL to dense |", "|---|---|---|",
     ]  # fmt: skip

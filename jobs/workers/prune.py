@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
@@ -35,7 +34,7 @@ from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, w
 from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
-from sparsify.models.blocks import reason_to_hold_whole
+from sparsify.models.blocks import reason_to_hold_whole, stored_of
 from sparsify.models.load import (
     DTYPES,
     check_sequence_length,
@@ -44,7 +43,7 @@ from sparsify.models.load import (
     read_config,
     save_model,
 )
-from sparsify.models.structure import fused_experts
+from sparsify.models.stored import check_stored
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
@@ -100,6 +99,9 @@ class Pruning:
         self._comm = Comm.distributed(is_fixed) if many else Comm.single(is_fixed)
         self._pattern = Pattern.parse(settings.pattern)
         self._params: PruneParams = settings
+        self._reason = reason_to_hold_whole(dense)
+        if self._reason is None:  # else all of it is loaded, and looked at, before it is pruned
+            self._comm.run_together(self._check_weights)
         self._tokenizer = load_tokenizer(dense)
         check_sequence_length(read_config(dense), config.data.sequence_length)
         num_held = NUM_HELD_ROWS if settings.budget else 0
@@ -111,7 +113,6 @@ class Pruning:
         self._held_rows = rows[len(rows) - num_held :]
         if warning:
             context.warn(warning)
-        self._reason = reason_to_hold_whole(dense)
         if self._reason is not None:
             context.warn(
                 f"prune: the whole model is held in memory and is not resumable by blocks, because "
@@ -196,7 +197,7 @@ class Pruning:
             "clock": time.perf_counter,
         }  # fmt: skip
         if self._reason is not None:
-            model = self._whole_model(dense)
+            model = load_model(dense, self._config.model.dtype, context.device)
             result = prune_model(model, *args, memory=memory, **common)
             if context.rank == 0:
                 save_model(model, None, folder)
@@ -215,15 +216,13 @@ class Pruning:
             checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
         )  # fmt: skip
 
-    def _whole_model(self, dense: Path) -> PreTrainedModel:
-        """A checkpoint that cannot be read block by block."""
-        model = load_model(dense, self._config.model.dtype, self._context.device)
-        if experts := fused_experts(model):
-            self._context.warn(
-                f"prune: {len(experts)} expert weights are fused into one parameter each and stay "
-                f"dense, such as {experts[0]}"
-            )
-        return model
+    def _check_weights(self) -> None:
+        """This worker's part of a look at every weight, before hours of work on the first ones."""
+        dtype = self._config.model.dtype
+        stored = stored_of(self._dense, dtype)
+        check_stored(
+            self._dense, stored.places, DTYPES[dtype], self._comm.rank, self._comm.world_size
+        )
 
     def _order(self, name: str) -> InputOrder:
         """When inputs are measured: as asked for, or as the method has it."""

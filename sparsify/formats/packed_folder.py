@@ -17,7 +17,7 @@ from sparsify.errors import InputError
 from sparsify.formats.packed24 import load_packed, save_packed
 from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import DTYPES, load_model
+from sparsify.models.load import DTYPES, check_finite, load_model
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
 
@@ -26,7 +26,8 @@ def load_any(folder: Path, dtype: str, device: str | torch.device) -> PreTrained
     """Load a model folder; a packed one is unpacked to dense tensors.
 
     Raises:
-        InputError: as `load_model`; also a packed file that does not fit the config beside it.
+        InputError: as `load_model`; also a packed file that does not fit the config beside it, or
+            holds values that are NaN or infinite.
     """
     if not (folder / PACKED).is_file():
         return load_model(folder, dtype, device)
@@ -34,13 +35,14 @@ def load_any(folder: Path, dtype: str, device: str | torch.device) -> PreTrained
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     missing, unexpected = model.load_state_dict(load_packed(folder / PACKED), strict=False)
-    tied = {name for name in missing if name.startswith("lm_head")}
-    if unexpected or (set(missing) - tied and not config.tie_word_embeddings):
+    lost = sorted(set(missing) - model.all_tied_weights_keys.keys())
+    if unexpected or lost:
         raise InputError(
-            f"{folder / PACKED}: does not fit config.json beside it (missing "
-            f"{sorted(missing)[:1]}, unexpected {sorted(unexpected)[:1]}); quantise the model again"
+            f"{folder / PACKED}: does not fit config.json beside it (missing {lost[:1]}, "
+            f"unexpected {sorted(unexpected)[:1]}); quantise the model again"
         )
     model.tie_weights()
+    check_finite(folder, model, dtype)
     return model.to(device).eval()
 
 

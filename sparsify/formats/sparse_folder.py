@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from sparsify.errors import InputError
 from sparsify.files import file_sha256, write_json
@@ -21,17 +25,40 @@ ROTATION = "sparsity/rotation.safetensors"
 PACKED = "model.packed.safetensors"
 
 
-def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the files of a model folder that decide what it computes and how it tokenises.
+# Configurations, tokenizers, templates, indices and weights, whatever a family calls them.
+_READ_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".codes", ".tokenizer")
 
-    A file that only describes (README, generation defaults, records) does not count.
+_TEMPLATES = "additional_chat_templates"
+
+_READ_NAMES = ("vocab.txt", "merges.txt", "dict.txt")
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the files of a model folder that it, its tokenizer, or what is made of it is
+    read from: weights wherever the index has them, configurations, vocabularies, templates, masks
+    and rotations.
+
+    A file that only describes (README, licence), weights that are never read (pickle) and hidden
+    folders do not count.
+
+    Cost: reads all of it.
     """
+    names = {path.name for path in folder.iterdir() if _is_read(path)} | {MASKS, ROTATION}
+    names |= {f"{_TEMPLATES}/{path.name}" for path in folder.glob(f"{_TEMPLATES}/*.jinja")}
+    for index in folder.glob("*.safetensors.index.json"):
+        # What is no index counts by its bytes; whoever reads the weights says what is wrong.
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            names |= {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        names = ("config.json", "tokenizer.json", "tokenizer_config.json", SPARSITY)
-        if path.suffix in (".safetensors", ".model") or path.name in names:
-            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    for name in sorted(names):
+        if (path := folder / name).is_file():
+            digest.update(f"{name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _is_read(path: Path) -> bool:
+    is_kind = path.suffix in _READ_SUFFIXES or path.name in _READ_NAMES
+    return is_kind and not path.name.startswith(".")
 
 
 def read_sparsity(folder: Path) -> dict[str, Any] | None:
@@ -58,20 +85,59 @@ def write_sparsity(
     method: str,
     provenance: dict[str, Any],
 ) -> None:
-    """Describe the zeros of a model folder: pattern, mask hash per layer, where it came from."""
+    """Describe the zeros of a model folder, whose weights are written already: pattern, mask hash
+    per layer, where it came from, and what of it stays dense."""
     # Here: the rest of the file is read where torch is not loaded.
     from sparsify.masks.storage import mask_digest
 
-    layers = {}
+    layers, num_pruned, num_masked = {}, 0, 0
     for name in sorted(masks):
         mask = masks[name]  # one at a time: they may come from a file
+        num_kept = int(mask.sum())
         layers[name] = {
             "shape": list(mask.shape),
-            "num_kept": int(mask.sum()),
+            "num_kept": num_kept,
             "keep_mask_sha256": mask_digest(mask),
         }
+        num_pruned += mask.numel() - num_kept
+        num_masked += mask.numel()
+    dense = _dense_weights(folder, masks)
     value = {
         "format": "twofour-sparsity", "version": 1, "pattern": pattern, "method": method,
         "provenance": provenance, "layers": layers,
+        "model": {
+            "num_weights": num_masked + sum(dense.values()),
+            "num_pruned": num_pruned,
+            "dense": {name: size for name, size in dense.items() if size},
+        },
     }  # fmt: skip
     write_json(folder / SPARSITY, value)
+
+
+def _dense_weights(folder: Path, masks: Mapping[str, Any]) -> dict[str, int]:
+    """Name -> number of weights of every stored tensor that no mask belongs to."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                layer, weight, _ = name.partition(".weight")
+                if not (weight and layer in masks):
+                    found[name] = math.prod(file.get_slice(name).get_shape())
+    return dict(sorted(found.items()))
+
+
+def described(sparsity: Mapping[str, Any]) -> str | None:
+    """What part of a model its zeros are, in a sentence; None for folders that do not say."""
+    model = sparsity.get("model")
+    if not isinstance(model, dict) or not model.get("num_weights"):
+        return None
+    share = model["num_pruned"] / model["num_weights"]
+    dense: dict[str, int] = model["dense"]
+    if not dense:
+        return f"{share:.1%} of all weights are pruned."
+    largest = max(dense, key=lambda name: dense[name])
+    part = sum(dense.values()) / model["num_weights"]
+    return (
+        f"{share:.1%} of all weights are pruned; {len(dense)} tensors with {part:.1%} of the "
+        f"weights stay dense, the largest of them {largest}."
+    )

@@ -18,6 +18,11 @@ from sparsify.models.masked import infer_masks
 from sparsify.pattern import Pattern
 from sparsify.tensors import tensor_names
 
+_COUNTS = (
+    "num_layers", "num_weights", "num_zeros", "num_violations", "num_model_weights",
+    "num_model_zeros",
+)  # fmt: skip
+
 
 def check_files(
     folder: Path, masks: Mapping[str, torch.Tensor], pattern: Pattern
@@ -30,7 +35,8 @@ def check_files(
         pattern: what every masked layer must satisfy.
 
     Returns:
-        Counts: layers and weights checked, zeros among them, and violations (always 0 here).
+        Counts: layers and weights checked, zeros among them, and violations (always 0 here); and
+        weights and zeros of all tensors, so that what stayed dense counts too.
 
     Raises:
         PatternViolationError: a pruned weight is not exactly zero, or a group is too full; names
@@ -44,7 +50,9 @@ def check_files(
 def check_packed(folder: Path) -> dict[str, int]:
     """`check_files` for a packed folder: what its file unpacks to, against its own masks."""
     masks, pattern = masks_of(folder)
-    return _check(load_packed(folder / PACKED).items(), folder, masks, pattern)
+    # Tied names share a tensor, which is one.
+    once = {id(tensor): (name, tensor) for name, tensor in load_packed(folder / PACKED).items()}
+    return _check(once.values(), folder, masks, pattern)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -61,8 +69,12 @@ def _check(
     pattern: Pattern,
 ) -> dict[str, int]:
     left = set(masks)
-    counts = {"num_layers": 0, "num_weights": 0, "num_zeros": 0, "num_violations": 0}
+    counts = dict.fromkeys(_COUNTS, 0)
     for name, weight in weights:
+        num_zeros = weight.numel() - int(weight.count_nonzero())
+        if weight.is_floating_point():
+            counts["num_model_weights"] += weight.numel()
+            counts["num_model_zeros"] += num_zeros
         layer = name.removesuffix(".weight")
         if layer not in left:
             continue
@@ -70,7 +82,7 @@ def _check(
         check_weight(layer, weight, masks[layer], pattern)
         counts["num_layers"] += 1
         counts["num_weights"] += weight.numel()
-        counts["num_zeros"] += int((weight == 0).sum())
+        counts["num_zeros"] += num_zeros
     if left:
         raise InputError(f"{folder}: no weight of layer {min(left)} in its files")
     return counts

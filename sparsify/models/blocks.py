@@ -30,8 +30,9 @@ from sparsify.models.load import (
     resolve_path,
     weight_files,
 )
+from sparsify.models.stored import Stored, check_stored, stored_tensors
 from sparsify.models.structure import find_blocks
-from sparsify.tensors import tensor_names, write_tensors
+from sparsify.tensors import write_tensors
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is made
     from transformers import PreTrainedModel
@@ -95,7 +96,8 @@ class BlocksOnDisk:
 
     Raises:
         InputError: see `models.load.check_checkpoint`; or the checkpoint's tensors are not named
-            and shaped as the model's (`reason_to_hold_whole` says so without raising).
+            and shaped as the model's (`reason_to_hold_whole` says so without raising); or a weight
+            outside the blocks, read or not, is NaN or infinite.
     """
 
     def __init__(
@@ -103,14 +105,14 @@ class BlocksOnDisk:
         with_head: bool = False,
     ) -> None:  # fmt: skip
         folder = resolve_path(path)
-        reason = reason_to_hold_whole(folder)
-        if reason is not None:
-            raise InputError(f"model folder {folder}: {reason}; load the whole model instead")
+        check_checkpoint(folder)
         self.folder = folder
         self.dtype = dtype
         self._device = torch.device(device)
-        self._where = _tensor_files(folder)
-        self._model = _empty_model(folder, dtype)
+        self._model, stored = _open(folder, dtype)
+        if (reason := _reason(self._model, stored)) is not None:
+            raise InputError(f"model folder {folder}: {reason}; load the whole model instead")
+        self._places = stored.places
         self.list_name, self.blocks = find_blocks(self.model)
         head = {id(p) for p in _parameters_of(self.model.get_output_embeddings())}
         first = {id(p) for p in _parameters_of(self.model.get_input_embeddings())}
@@ -120,6 +122,8 @@ class BlocksOnDisk:
         outside = [name for name in self.rest_names() if name not in unused]
         self._assign(self._read(outside))
         self.model.tie_weights()
+        check_finite(folder, self.model, dtype)
+        check_stored(folder, {n: self._places[n] for n in sorted(unused)}, DTYPES[dtype])
         self.model.eval()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="next block")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -130,8 +134,8 @@ class BlocksOnDisk:
         return self._model
 
     def rest_names(self) -> list[str]:
-        """Checkpoint names of the tensors outside the blocks."""
-        return sorted(name for name in self._where if not name.startswith(f"{self.list_name}."))
+        """Names of the tensors outside the blocks."""
+        return sorted(name for name in self._places if not name.startswith(f"{self.list_name}."))
 
     def open(self, index: int) -> nn.Module:
         """The block with its weights; the next one is fetched meanwhile.
@@ -166,16 +170,17 @@ class BlocksOnDisk:
 
     def _names_of(self, index: int) -> list[str]:
         prefix = f"{self.list_name}.{index}."
-        return [name for name in self._where if name.startswith(prefix)]
+        return [name for name in self._places if name.startswith(prefix)]
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         """Copies of tensors; the files are mapped only while they are read."""
         found = {}
-        for path in sorted({self._where[name] for name in names}):
+        places = [self._places[name] for name in names]
+        for path in sorted({place.path for place in places}):
             with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if self._where[name] == path:
-                        tensor = file.get_tensor(name)
+                for name, place in zip(names, places, strict=True):
+                    if place.path == path:
+                        tensor = file.get_tensor(place.name)
                         dtype = DTYPES[self.dtype] if tensor.is_floating_point() else tensor.dtype
                         found[name] = tensor.to(dtype, copy=True)
         return found
@@ -207,38 +212,44 @@ def reason_to_hold_whole(path: str | Path) -> str | None:
     """Why a checkpoint cannot be read block by block, or None when it can.
 
     Its tensors must have the names and shapes of the model's own. Checkpoints that transformers
-    renames or merges while loading (some mixtures of experts) have not.
+    renames or merges while loading (some mixtures of experts) have not. Tensors that transformers
+    passes over are no reason, nor is a head of its own in a model that says it is tied.
 
     Raises:
         InputError: see `models.load.check_checkpoint`.
     """
     folder = resolve_path(path)
     check_checkpoint(folder)
-    model = _empty_model(folder, "float32")
-    where = _tensor_files(folder)
+    return _reason(*_open(folder, "float32"))
+
+
+def stored_of(path: str | Path, dtype: str) -> Stored:
+    """What the files of a checkpoint hold, by the names of the model in `dtype`.
+
+    Raises:
+        InputError: see `models.load.check_checkpoint`.
+    """
+    folder = resolve_path(path)
+    check_checkpoint(folder)
+    return _open(folder, dtype)[1]
+
+
+def _open(folder: Path, dtype: str) -> tuple[PreTrainedModel, Stored]:
+    model = _empty_model(folder, dtype)
+    return model, stored_tensors(weight_files(folder), model, DTYPES[dtype])
+
+
+def _reason(model: PreTrainedModel, stored: Stored) -> str | None:
     needed = dict(model.named_parameters())
-    known = model.state_dict().keys()
-    if missing := sorted(needed.keys() - where.keys()):
+    if missing := sorted(needed.keys() - stored.places.keys()):
         return f"{len(missing)} tensors of the model are not in it by name, such as {missing[0]}"
-    if unexpected := sorted(where.keys() - known):
+    if unexpected := stored.foreign:
         return f"it has {len(unexpected)} tensors that the model has not, such as {unexpected[0]}"
-    for path in sorted(set(where.values())):
-        with safe_open(path, framework="pt") as file:
-            for name in tensor_names(file):
-                shape = tuple(file.get_slice(name).get_shape())
-                if name in needed and shape != tuple(needed[name].shape):
-                    wanted = tuple(needed[name].shape)
-                    return f"tensor {name} has shape {shape} where config.json asks for {wanted}"
+    for name, place in stored.places.items():
+        if name in needed and place.shape != tuple(needed[name].shape):
+            wanted = tuple(needed[name].shape)
+            return f"tensor {name} has shape {place.shape} where config.json asks for {wanted}"
     return None
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file it is in."""
-    where = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
-    return where
 
 
 def _parameters_of(module: nn.Module | None) -> list[nn.Parameter]:

@@ -26,6 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
+from sparsify.models.stored import follow_weights, not_finite, num_not_finite
+from sparsify.models.tokenizer import beyond_embedding, by_own_rules
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
@@ -198,7 +200,8 @@ def load_model(
         device: where the weights go.
 
     Returns:
-        The model in evaluation mode.
+        The model in evaluation mode. A head that is stored with values of its own is kept, and the
+        model's configuration says so (`models.stored.follow_weights`).
 
     Raises:
         InputError: see `check_checkpoint`; also tensors that are missing, unexpected or of the
@@ -229,6 +232,7 @@ def load_model(
         raise InputError(f"model folder {folder}: cannot be loaded: {first_line(error)}") from None
     model, info = loaded  # a pair, because of output_loading_info
     _check_loading_info(folder, info)
+    follow_weights(model)
     check_finite(folder, model, dtype)
     return model.to(device).eval()
 
@@ -255,23 +259,28 @@ def _check_loading_info(folder: Path, info: dict[str, Any]) -> None:
 
 
 def check_finite(folder: Path, model: torch.nn.Module, dtype: str, prefix: str = "") -> None:
-    """InputError when a parameter of `model`, read from `folder`, is NaN or infinite as `dtype`."""
-    for name, weight in model.named_parameters(prefix):
-        bad = weight.numel() - int(weight.isfinite().sum())
-        if bad:
-            hint = "; float16 ends at 65504, try model.dtype=bfloat16" if dtype == "float16" else ""
-            raise InputError(
-                f"model folder {folder}: {bad} of {weight.numel()} values of {name} are NaN or "
-                f"infinite as {dtype}; use a sound checkpoint{hint}"
-            )
+    """InputError when a weight of `model`, read from `folder`, is NaN or infinite as `dtype`.
+
+    Buffers that are stored count, and weights without memory are passed over.
+    """
+    for name, weight in model.state_dict(prefix=prefix and f"{prefix}.").items():
+        if weight.is_meta or not weight.is_floating_point():
+            continue
+        if num_bad := num_not_finite(weight):
+            raise not_finite(folder, name, num_bad, weight.numel(), DTYPES[dtype])
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model folder, by the rules of its own tokenizer.json.
 
     Raises:
         InputError: the folder has no tokenizer files, or they cannot be read.
     """
+    return read_tokenizer(path)[0]
+
+
+def read_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """`load_tokenizer`, and what is to be said of it (`models.tokenizer.by_own_rules`)."""
     folder = resolve_path(path)
     if not folder.is_dir():
         raise InputError(f"model folder {path}: there is no such folder")
@@ -281,9 +290,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             "of the model into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer, remark = by_own_rules(folder, tokenizer)
         empty = not tokenizer.get_vocab()
     except Exception as error:
         raise InputError(
@@ -291,7 +301,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from None
     if empty:
         raise InputError(f"model folder {folder}: the tokenizer has no tokens")
-    return tokenizer
+    return tokenizer, remark
 
 
 def load_pair(
@@ -309,14 +319,20 @@ def load_pair(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """InputError when a token id of `tokenizer` lies beyond the embedding rows of `model`."""
-    highest = max(tokenizer.get_vocab().values())
+    """InputError when a token that every text may hold lies beyond the embedding rows of `model`.
+
+    Tokens that were added to the vocabulary stand for a word of their own, which a text may never
+    hold: whoever knows the text asks for those (`models.tokenizer.beyond_embedding`).
+    """
     embedding: Any = model.get_input_embeddings()
     num_rows = embedding.weight.shape[0]
-    if highest >= num_rows:
+    marks = (tokenizer.bos_token, tokenizer.eos_token)
+    added = tokenizer.get_added_vocab().keys() - {str(mark) for mark in marks}
+    beyond = beyond_embedding(tokenizer, num_rows)
+    if beyond.keys() - added:
         raise InputError(
-            f"model folder {name}: the tokenizer has ids up to {highest}, the model has {num_rows} "
-            "embedding rows; use the tokenizer that belongs to this model"
+            f"model folder {name}: the tokenizer has ids up to {max(beyond.values())}, the model "
+            f"has {num_rows} embedding rows; use the tokenizer that belongs to this model"
         )
 
 

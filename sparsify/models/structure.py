@@ -20,7 +20,8 @@ def fused_experts(model: nn.Module) -> list[str]:
 
     Returns:
         Full dotted names of the floating point parameters of three dimensions inside the blocks,
-        in the model's order. Kernels of convolutions also have three; they are left out.
+        and of matrices of modules that are called experts, in the model's order. Kernels of
+        convolutions also have three dimensions; they are left out.
 
     Raises:
         InputError: the model has no decoder blocks.
@@ -31,8 +32,14 @@ def fused_experts(model: nn.Module) -> list[str]:
         for module_name, module in blocks.named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.is_floating_point()
+        if parameter.is_floating_point()
+        and (parameter.ndim == 3 or _is_flat_expert(module_name, module, parameter))
     ]
+
+
+def _is_flat_expert(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Experts one below the other in a matrix, as DBRX has them."""
+    return parameter.ndim == 2 and "experts" in name and not isinstance(module, nn.Linear)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

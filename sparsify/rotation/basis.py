@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.models.calls import logits_of
+from sparsify.models.stored import declare_untied
 from sparsify.rotation.sites import RotationSites, find_rotation_sites
 from sparsify.tensors import write_tensors
 
@@ -114,9 +115,7 @@ def fold_gains(model: Any, sites: RotationSites) -> None:
     if sites.head.weight is sites.embedding.weight:
         trainable = sites.head.weight.requires_grad
         sites.head.weight = nn.Parameter(sites.head.weight.detach().clone(), trainable)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
+        declare_untied(model)
     for site in sites.norms:
         weight_D: Any = site.norm.weight
         gain_D = weight_D.double() + site.offset

@@ -140,11 +140,43 @@ def test_json_is_the_old_or_the_new_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
 
 
-def test_model_fingerprint_follows_weights_and_tokenizer_only(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
-        (tmp_path / name).write_text(name, encoding="utf-8")
+READ = (
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+    "parts/last.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
+    "spiece.model", "qwen.tiktoken", "chat_template.jinja", "additional_chat_templates/rag.jinja",
+    "sparsity.json", "sparsity/masks.safetensors", "sparsity/rotation.safetensors",
+)  # fmt: skip
+DESCRIBES = (
+    "README.md",
+    "LICENSE.txt",
+    "pytorch_model.bin",
+    ".cache/x.json",
+    "other/x.safetensors",
+)
+
+
+def test_model_fingerprint_follows_every_file_that_is_read_and_no_other(tmp_path: Path) -> None:
+    for name in (*READ, *DESCRIBES):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name, encoding="utf-8")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "parts/last.safetensors"}}', encoding="utf-8")
     before = sparse_folder.model_fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("other", encoding="utf-8")
+    seen = {before}
+    for name in DESCRIBES:
+        (tmp_path / name).write_text("other", encoding="utf-8")
+        assert sparse_folder.model_fingerprint(tmp_path) == before, name
+    for name in READ:
+        path = tmp_path / name
+        was = path.read_bytes()
+        path.write_bytes(was + b" ")
+        seen.add(sparse_folder.model_fingerprint(tmp_path))
+        path.unlink()
+        seen.add(sparse_folder.model_fingerprint(tmp_path))
+        path.write_bytes(was)
+    assert len(seen) == 1 + 2 * len(READ)
     assert sparse_folder.model_fingerprint(tmp_path) == before
-    (tmp_path / "tokenizer.json").write_text("other", encoding="utf-8")
+    index.write_text("{", encoding="utf-8")
     assert sparse_folder.model_fingerprint(tmp_path) != before

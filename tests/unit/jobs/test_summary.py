@@ -10,6 +10,7 @@ import pytest
 
 from conf.schema import Config
 from jobs.pipeline import PIPELINE
+from jobs.reporting.page import _results_table
 from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import RECORD
 from jobs.runs.context import StageContext
@@ -60,3 +61,16 @@ def test_record_of_an_earlier_version(tmp_path: Path, prune: dict[str, Any]) -> 
     summary = summary_of(tmp_path, prune)
     assert summary["layers"] == prune.get("layers", [])
     assert summary["pruning"] == []
+
+
+def test_zeros_count_among_all_weights(tmp_path: Path) -> None:
+    score = {"perplexity": 2.0, "kl": 0.0, "top1_agreement": 1.0}
+    (tmp_path / "evaluate").mkdir()
+    scores = {"metrics": {"results": {"dense": score, "wanda": score}}, "duration_s": 1.0}
+    (tmp_path / "evaluate" / RECORD).write_text(json.dumps(scores), encoding="utf-8")
+    gate = {"num_violations": 0, "num_weights": 8, "num_zeros": 4}
+    whole = {**gate, "num_model_weights": 80, "num_model_zeros": 6}
+    dense, pruned = summary_of(tmp_path, {"gate": {"wanda": whole}})["results"]
+    assert dense["zero_share"] is None and pruned["zero_share"] == 0.075
+    headings, _ = _results_table([dense, pruned], "2:4")
+    assert ("Zeros", "of all weights") in headings
