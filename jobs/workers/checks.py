@@ -1,4 +1,4 @@
-"""What the driver asks of a run's models and text before anything is started, from shapes alone."""
+"""What the driver asks of a run's models before anything is started, from shapes alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.options.data import DataConfig
-from jobs.corpus.sources import source_fingerprint
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
 from sparsify.models.load import (
@@ -23,7 +22,7 @@ from sparsify.pattern import Pattern, check_divides
 
 
 def check_inputs(data: DataConfig, models: Models) -> None:
-    """Require whole checkpoints, room for the rows, a tokenizer that fits, and text to read.
+    """Require whole checkpoints, room for the rows, and a tokenizer that fits.
 
     Raises:
         InputError: something the user can put right.
@@ -35,7 +34,6 @@ def check_inputs(data: DataConfig, models: Models) -> None:
     model = _shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
-    source_fingerprint(data, "calibration")
 
 
 def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:
