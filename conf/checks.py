@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sparsify
 from sparsify.errors import InputError
@@ -38,21 +39,42 @@ def half_needs_gpu(dtype: str, cluster: ClusterSpec) -> None:
         )
 
 
-def one_step(field: str, num_tokens: int, batch_size: int, sequence_length: int) -> None:
-    """Require tokens for one optimizer step at least."""
-    needed = batch_size * sequence_length
-    if num_tokens < needed:
+class Given(NamedTuple):
+    """An option: its name, its value, and the one that it has where nobody sets it."""
+
+    name: str
+    value: int
+    usual: int
+
+    @classmethod
+    def of(cls, name: str, group: Any) -> Given:
+        """The option `name`, a field of `group`."""
+        field = name.rpartition(".")[2]
+        return cls(name, getattr(group, field), getattr(type(group), field))
+
+
+def _set_here(options: Sequence[Given]) -> str:
+    """Those options that somebody set, as they were written; the first one if nobody did."""
+    found = [option for option in options if option.value != option.usual] or options[:1]
+    return " ".join(f"{option.name}={option.value}" for option in found)
+
+
+def one_step(tokens: Given, batch: Given, length: Given) -> None:
+    """Require tokens for one optimizer step at least; names the options that were set."""
+    needed = batch.value * length.value
+    if tokens.value < needed:
         raise InputError(
-            f"{field}={num_tokens}: less than one step of {needed} tokens "
-            f"(batch_size {batch_size} x sequence_length {sequence_length}); "
-            f"use at least {needed}, or a smaller batch_size"
+            f"{_set_here((tokens, batch, length))}: {tokens.name} is less than one step of "
+            f"{needed} tokens ({batch.name} {batch.value} x {length.name} {length.value}); use "
+            f"{tokens.name} of at least {needed}, or a smaller {batch.name} or {length.name}"
         )
 
 
-def one_row(field: str, num_tokens: int, sequence_length: int) -> None:
-    """Require tokens for one row at least."""
-    if num_tokens < sequence_length:
+def one_row(tokens: Given, length: Given) -> None:
+    """Require tokens for one row at least; names the options that were set."""
+    if tokens.value < length.value:
         raise InputError(
-            f"{field}={num_tokens}: less than one row of data.sequence_length={sequence_length} "
-            f"tokens; use at least {sequence_length}"
+            f"{_set_here((tokens, length))}: {tokens.name} is less than one row of "
+            f"{length.name}={length.value} tokens; use {tokens.name} of at least {length.value}, "
+            f"or a shorter {length.name}"
         )

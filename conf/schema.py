@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.spec import ClusterSpec
 from conf import checks as rules
+from conf.checks import Given
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.evaluate import EvaluateConfig
@@ -95,13 +96,13 @@ class Config:
                 f"model.teacher={self.model.teacher}: a run that prunes learns from model.path "
                 "itself; leave model.teacher out"
             )
+        length = Given.of("data.sequence_length", self.data)
         if "distill" in self.stages:
             batch_fits_workers(self.distill, self.cluster.num_workers)
-            rules.one_step("distill.num_tokens", self.distill.num_tokens,
-                           self.distill.batch_size, self.data.sequence_length)  # fmt: skip
+            rules.one_step(Given.of("distill.num_tokens", self.distill),
+                           Given.of("distill.batch_size", self.distill), length)  # fmt: skip
         if {"evaluate", "quantize"}.intersection(self.stages):
-            rules.one_row("evaluate.num_tokens", self.evaluate.num_tokens,
-                          self.data.sequence_length)  # fmt: skip
+            rules.one_row(Given.of("evaluate.num_tokens", self.evaluate), length)
 
 
 def written_name(field_name: str) -> str:

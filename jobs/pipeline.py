@@ -62,9 +62,11 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these three cost torch or rich
+    from jobs.corpus.sources import with_absolute_paths  # these five cost torch or rich
+    from jobs.corpus.survey import Texts
     from jobs.runs.display import Display
     from jobs.workers.checks import check_inputs
+    from jobs.workers.text_checks import check_texts
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
     prepare_run_dir(run_dir)
@@ -79,6 +81,8 @@ def run_pipeline(config: Config, job: str) -> Path:
         for stage in asked:
             if stage.check is not None:
                 stage.check(config, models)
+        texts = Texts(config.data)
+        check_texts(config, models, texts, display.say)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
@@ -96,6 +100,7 @@ def run_pipeline(config: Config, job: str) -> Path:
             tracker,
             clusters.open,
             clusters.warnings,
+            texts=texts,
         )
         journal = RedoJournal(run_dir, command)
         for stage in asked:
@@ -117,6 +122,7 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     is_asked = any(name in ("all", stage.name) for name in context.config.run.redo)
     redo = is_asked and stage.name not in journal.done
     may_follow = stage.is_derived or "ran" in context.statuses.values()
+    context.notes.clear()
     identity = stage.identity(context)
     if not redo:
         finished = find_finished(
@@ -136,7 +142,7 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     )
     with cluster_errors(), disk_errors(writer.folder):
         metrics = stage.run(context, writer)
-    metrics["warnings"] = list(context.warnings)
+    metrics["warnings"] = [*context.notes, *context.warnings]
     context.warnings.clear()
     artifact = writer.commit(metrics, context.config.run.seed)
     if is_asked:

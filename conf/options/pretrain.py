@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.checks import nearest_multiples, one_step
+from conf.checks import Given, nearest_multiples, one_step
 from sparsify.errors import InputError
 from sparsify.params import PretrainParams, option
 
@@ -59,5 +59,6 @@ class PretrainConfig(PretrainParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_step("num_tokens", self.num_tokens, self.batch_size, self.sequence_length)
+        names = ("num_tokens", "batch_size", "sequence_length")
+        one_step(*(Given.of(name, self) for name in names))
         heads_fit(self.hidden_size, self.num_heads, self.num_kv_heads)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from jobs.corpus.text_files import Documents, joined
+from jobs.corpus.documents import Documents, joined
 from sparsify.data.split import is_held_out, shuffled
 from sparsify.errors import InputError
 

@@ -7,30 +7,35 @@ the documents of all parts, one part after another, are those of the whole sourc
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from conf.options.data import DataConfig
 from jobs.corpus.builtin import BUILT_IN, builtin_documents
-from jobs.corpus.text_files import (
+from jobs.corpus.content import Content
+from jobs.corpus.places import (
+    HUB,
     TEXT_SUFFIXES,
-    as_text,
-    column_documents,
     existing_path,
-    is_dataset,
-    json_lines,
+    full_name,
     kind_of,
-    parquet_file,
+    source_files,
+)
+from jobs.corpus.tables import column_documents, parquet_file
+from jobs.corpus.text_files import (
+    is_dataset,
+    is_line,
+    json_lines,
+    plain_text,
     read_file,
     read_source,
-    source_files,
-    split_text,
-    unreadable,
 )
 
 _COMPRESSION = 4  # bytes of text per byte of a compressed file, roughly
+
+_BLOCK_BYTES = 1 << 16
 
 _SAMPLED_DOCUMENTS = 100  # read to know how long the documents of a data set are
 
@@ -40,13 +45,14 @@ class Part:
     """A part of a source."""
 
     kind: str
-    """file (whole), text or lines (bytes), rows (of parquet), documents (of a data set)"""
+    """file (whole), text, split text (with separators) or lines (bytes), rows (of parquet),
+    documents (of a data set)"""
     name: str
     """the file, or the source whose documents are meant"""
     start: int
     stop: int
-    """bytes, rows or documents, from start to before stop; a document belongs to the part in which
-    it begins"""
+    """bytes, rows or documents, from start to before stop; of plain text the bytes of whole
+    documents, of JSON lines a line belongs to the part in which it begins"""
     num_bytes: int
     """about how much text"""
 
@@ -67,7 +73,8 @@ def cut_source(
     Raises:
         InputError: the source is missing or cannot be read.
     """
-    if name in BUILT_IN or name.startswith("hf:") or is_dataset(name):
+    name = full_name(name, BUILT_IN)
+    if name in BUILT_IN or name.startswith(HUB) or is_dataset(name):
         parts = _cut_documents(name, held_out, config, part_bytes)
     else:
         files = source_files(existing_path(name, BUILT_IN))
@@ -96,13 +103,13 @@ def read_part(part: Part, held_out: bool | None, config: DataConfig) -> Sequence
         return read_file(path, config.text_field, config.separator)
     if part.kind == "rows":
         return _read_rows(path, part, config.text_field)
-    try:
-        with path.open("rb") as file:
-            if part.kind == "text":
-                return _read_text(file, part, config.separator)
-            return _read_lines(file, part, config.text_field)
-    except OSError as error:
-        raise unreadable(path, error) from None
+    content = Content(path)
+    if part.kind in ("text", "split text"):
+        text = Content(path, content.read(part.start, part.stop), part.start)
+        return plain_text(text, config.separator, part.kind == "split text")
+    begin, end = (_next_line(content, offset) for offset in (part.start, part.stop))
+    lines = Content(path, content.read(begin, end), begin)
+    return json_lines(lines, config.text_field, f" after byte {begin}" if begin else "")
 
 
 def _cut_file(path: Path, config: DataConfig, part_bytes: int) -> list[Part]:
@@ -110,12 +117,30 @@ def _cut_file(path: Path, config: DataConfig, part_bytes: int) -> list[Part]:
     size = path.stat().st_size
     if kind == ".parquet":
         return _cut_parquet(path, config.text_field, part_bytes)
-    if compression is None and kind == ".jsonl":
-        return [Part("lines", str(path), *cut) for cut in _even(size, -(-size // part_bytes))]
-    is_line = config.separator == config.separator.strip(" \t") and "\n" not in config.separator
-    if compression is None and kind in TEXT_SUFFIXES and is_line:
-        return [Part("text", str(path), *cut) for cut in _even(size, -(-size // part_bytes))]
-    return [Part("file", str(path), 0, 0, size * (_COMPRESSION if compression else 1))]
+    if compression is not None:
+        return [Part("file", str(path), 0, 0, size * _COMPRESSION)]
+    cuts = _even(size, -(-size // part_bytes))
+    if kind in TEXT_SUFFIXES and is_line(config.separator):
+        content = Content.of_file(path, None)
+        if content.is_file:
+            return _cut_text(content, config.separator, cuts)
+    elif kind == ".jsonl" and Content.of_file(path, None).is_file:
+        return [Part("lines", str(path), *cut) for cut in cuts]
+    return [Part("file", str(path), 0, 0, size)]
+
+
+def _cut_text(content: Content, separator: str, cuts: Sequence[tuple[int, int, int]]) -> list[Part]:
+    """Parts of whole documents: each belongs to the cut in which its mark lies."""
+    text = plain_text(content, separator)
+    kind, path = "split text" if text.is_split else "text", str(content.path)
+    firsts = [bisect_left(text.marks, begin) for begin, _, _ in cuts[1:]]
+    parts = []
+    for (first, last), cut in zip(
+        itertools.pairwise([0, *firsts, len(text.marks)]), cuts, strict=True
+    ):
+        begin, end = (text.spans[2 * first], text.spans[2 * last - 1]) if first < last else (0, 0)
+        parts.append(Part(kind, path, begin, end, cut[2]))
+    return parts
 
 
 def _even(size: int, num_parts: int, first: int = 0) -> list[tuple[int, int, int]]:
@@ -173,47 +198,11 @@ def _read_rows(path: Path, part: Part, text_field: str) -> Sequence[str]:
         return column_documents(path, table, text_field, part.start)
 
 
-def _next_line(file: IO[bytes], offset: int) -> int:
+def _next_line(content: Content, offset: int) -> int:
     """Where the first line begins that begins at `offset` or after it."""
-    if offset == 0:
-        return 0
-    file.seek(offset - 1)
-    file.readline()
-    return file.tell()
-
-
-def _next_separator(file: IO[bytes], offset: int, separator: bytes) -> tuple[int, int]:
-    """Begin and end of the first separator line that begins at `offset` or after it.
-
-    The end of the file, twice, when there is none.
-    """
-    begin = _next_line(file, offset)
-    file.seek(begin)
-    for line in file:
-        text = line.removesuffix(b"\n").removesuffix(b"\r") if line.endswith(b"\n") else line
-        if text.strip(b" \t") == separator:
-            return begin, begin + len(line)
-        begin += len(line)
-    return begin, begin
-
-
-def _read_text(file: IO[bytes], part: Part, separator: str) -> list[str]:
-    """The documents after the separator lines that begin in the part, the first one's before."""
-    mark = separator.encode()
-    begin = _next_separator(file, part.start, mark)[0] if part.start else 0
-    if part.start and begin >= part.stop:
-        return []
-    # With the separator that ends it, so that text before it is known not to be the whole file.
-    end = _next_separator(file, part.stop, mark)[1]
-    return split_text(as_text(Path(part.name), _bytes(file, begin, end), begin), separator)
-
-
-def _read_lines(file: IO[bytes], part: Part, text_field: str) -> Sequence[str]:
-    begin, end = (_next_line(file, offset) for offset in (part.start, part.stop))
-    text = as_text(Path(part.name), _bytes(file, begin, end), begin)
-    return json_lines(Path(part.name), text, text_field, f" after byte {begin}" if begin else "")
-
-
-def _bytes(file: IO[bytes], begin: int, end: int) -> bytes:
-    file.seek(begin)
-    return file.read(end - begin)
+    begin = offset - 1
+    while offset and (block := content.read(begin, begin + _BLOCK_BYTES)):
+        if (at := block.find(b"\n")) >= 0:
+            return begin + at + 1
+        begin += len(block)
+    return content.size if offset else 0

@@ -146,11 +146,13 @@ class _Reader:
             texts = self._documents(name, held_out, None)
             num_tokens = token_rows(texts, self._tokenizer, 2).num_tokens  # up to an odd last one
             kind = CalibrationError if self.which == "calibration" else InputError
+            advice = f"or ask for fewer {_ASKED_BY[self.which]}"
+            if self.which == "heldout":
+                advice = "a larger data.heldout_share, or other text with data.heldout=FILE"
             raise kind(
                 f"data.{field}={name}: {part} {num_tokens} tokens; {num_rows} rows of {length} "
                 f"need {num_rows * length}, and at least {least * length} are required; give more "
-                "text, a shorter data.sequence_length, or ask for fewer "
-                f"{_ASKED_BY[self.which]}"
+                f"text, a shorter data.sequence_length, {advice}"
             )
         has = (
             f"data.{field}={name}: {part} {len(rows)} rows of {length} tokens, {num_rows} were "

@@ -6,18 +6,17 @@ Sources are the built-in ones (`jobs.corpus.builtin`), files, folders and datase
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from conf.options.data import DataConfig, parse_mix
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, builtin_documents, text_digest
-from jobs.corpus.text_files import existing_path, load_hub_dataset, read_source, source_files
-from sparsify.data.split import MIN_DOCUMENTS, is_held_out, shuffled, split_documents
+from jobs.corpus.places import HUB, absolute_name, full_name
+from jobs.corpus.text_files import read_source
+from sparsify.data.split import MIN_DOCUMENTS, shuffled, split_document
 from sparsify.errors import InputError
-from sparsify.files import file_sha256
 
 Which = Literal["calibration", "train", "heldout"]
 
@@ -31,7 +30,7 @@ def open_source(
         name: `stdlib`, `packages`, `code`, or what `jobs.corpus.text_files.read_source` reads.
         held_out: True for the held-out part, False for the rest, None for all of it. `stdlib` and
             `code` are split by file name; every other source by the document's text
-            (`sparsify.data.split.split_documents`, share `config.heldout_share`). For `stdlib` and
+            (`sparsify.data.split.split_document`, share `config.heldout_share`). For `stdlib` and
             `code`, None also means the rest: what those hold out stays held out.
         config: names the text field, the separator and the held-out share.
         order_seed: order the documents by this seed; None keeps the order of the source.
@@ -39,22 +38,21 @@ def open_source(
     Raises:
         InputError: the source cannot be read (now), or a document in it (when it is reached).
     """
-    documents: Sequence[str]
-    text_rule = held_out
-    if name in BUILT_IN:
-        documents = builtin_documents(name, held_out)
-        text_rule = None if name in SPLIT_BY_NAME else held_out
-    else:
-        documents = read_source(name, config.text_field, config.separator, BUILT_IN)
-    if text_rule is not None and len(documents) < MIN_DOCUMENTS:
-        documents = split_documents(list(documents), text_rule, config.heldout_share)
-        text_rule = None
+    documents = source_documents(name, held_out, config)
+    text_rule = None if name in SPLIT_BY_NAME else held_out
     order = range(len(documents)) if order_seed is None else shuffled(len(documents), order_seed)
     texts = (documents[i] for i in order)
-    if text_rule is None:
-        return (text for text in texts if text)
-    share = config.heldout_share
-    return (text for text in texts if text and is_held_out(text, share) == text_rule)
+    if text_rule is not None:
+        share, has_few = config.heldout_share, len(documents) < MIN_DOCUMENTS
+        texts = (split_document(text, text_rule, share, has_few) for text in texts)
+    return (text for text in texts if text)
+
+
+def source_documents(name: str, held_out: bool | None, config: DataConfig) -> Sequence[str]:
+    """All documents of a source; of a built-in one, those of its side `held_out`."""
+    if name in BUILT_IN:
+        return builtin_documents(name, held_out)
+    return read_source(name, config.text_field, config.separator, BUILT_IN)
 
 
 def uses_mix(config: DataConfig, which: Which) -> bool:
@@ -99,15 +97,15 @@ def rest_of(config: DataConfig) -> bool | None:
 
 
 def _same_source(first: str, second: str) -> bool:
-    named = {*BUILT_IN, *(n for n in (first, second) if n.startswith("hf:"))}
-    if first in named or second in named:
+    first, second = (full_name(name, BUILT_IN) for name in (first, second))
+    if any(name in BUILT_IN or name.startswith(HUB) for name in (first, second)):
         return first == second
     return Path(first).resolve() == Path(second).resolve()
 
 
 def source_label(name: str) -> str:
     """A source's name without where it lies."""
-    is_path = name not in BUILT_IN and not name.startswith("hf:")
+    is_path = name not in BUILT_IN and not name.startswith(HUB)
     return Path(name).name if is_path else name
 
 
@@ -132,9 +130,7 @@ def with_absolute_paths(config: DataConfig) -> DataConfig:
     """`config` with files and folders named from the root: workers may run elsewhere."""
 
     def absolute(name: str | None) -> str | None:
-        if name is None or name in BUILT_IN or not Path(name).exists():
-            return name
-        return str(Path(name).absolute())
+        return None if name is None else absolute_name(name, BUILT_IN)
 
     def of_entry(entry: str) -> str:
         weight, _, source = entry.strip().partition(" ")
@@ -147,47 +143,3 @@ def with_absolute_paths(config: DataConfig) -> DataConfig:
         train=absolute(config.train),
         heldout=absolute(config.heldout),
     )
-
-
-def source_fingerprint(config: DataConfig, which: Which) -> str:
-    """SHA-256 (hex) of the content of a source: changes when, and only when, its text may have.
-
-    A file counts by its bytes; a folder by path, size and hash of each file it is read from; the
-    built-in sources by the same of their sources' text; a Hub dataset by its name and the
-    fingerprint that `datasets` gives it. Settings that choose a part of the text are not in it.
-    A mix counts by its sources and, where they are not given, by the held-out documents that it
-    must not use.
-    """
-    if not uses_mix(config, which):
-        return content_fingerprint(config, *source_of(config, which))
-    names = [name for _, name in parse_mix("data.mix", config.mix)]
-    parts = [content_fingerprint(config, name, rest_of(config)) for name in names]
-    if config.heldout is None:
-        parts.append(source_fingerprint(config, "heldout"))
-    return _digest_of(part.encode() for part in parts)
-
-
-def content_fingerprint(config: DataConfig, name: str, held_out: bool | None) -> str:
-    """`source_fingerprint` of one source, for `held_out` as in `open_source`."""
-    if name in BUILT_IN:
-        texts = open_source(name, held_out if name in SPLIT_BY_NAME else None, config)
-        return _digest_of(text_digest(text) for text in texts)
-    if name.startswith("hf:"):
-        fingerprint = load_hub_dataset(name)._fingerprint
-        return _digest_of([name.encode(), fingerprint.encode()])
-    path = existing_path(name, BUILT_IN)
-    files = source_files(path)
-    if path.is_file():
-        return file_sha256(path)
-    lines = (
-        f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0{file_sha256(file)}\n"
-        for file in files
-    )
-    return _digest_of(line.encode() for line in lines)
-
-
-def _digest_of(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

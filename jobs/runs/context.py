@@ -13,7 +13,8 @@ from jobs.runs.models import Models
 from jobs.runs.tracking import Tracker
 from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
 
-if TYPE_CHECKING:  # costs what only a run needs: rich
+if TYPE_CHECKING:  # they cost what only a run needs: torch, rich
+    from jobs.corpus.survey import Texts
     from jobs.runs.display import Display
 
 
@@ -33,6 +34,10 @@ class StageContext:
     warnings: list[str] = field(default_factory=list)
     statuses: dict[str, str] = field(default_factory=dict)
     """stage -> ran or reused, for the stages that are done"""
+    texts: Texts | None = None
+    """what the run's sources hold; None where no stage reads text"""
+    notes: list[str] = field(default_factory=list)
+    """what is left out of the text that the stage at work reads, for its record"""
 
     @property
     def cluster(self) -> Executor:
@@ -45,9 +50,10 @@ class StageContext:
 
     def source_fingerprint(self, which: Literal["calibration", "train", "heldout"]) -> str:
         """Fingerprint of the run's `train`, `calibration` or `heldout` text, for identities."""
-        from jobs.corpus.sources import source_fingerprint  # costs torch
-
-        return source_fingerprint(self.config.data, which)
+        assert self.texts is not None, "a run that reads text"
+        fingerprint = self.texts.fingerprint(which)
+        self.notes += [line for line in self.texts.remarks(which) if line not in self.notes]
+        return fingerprint
 
     def heldout_inputs(self) -> dict[str, str]:
         """For identities: held-out text of its own decides which documents are not trained on."""

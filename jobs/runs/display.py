@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +24,33 @@ _LOG_EVERY_S = 10.0
 
 def _number() -> Column:
     return Column(no_wrap=True, min_width=7)
+
+
+class Estimate:
+    """How long a piece of work still takes, by how it went since it was first heard of.
+
+    What came before is no part of it: workers that started, text that was tokenised, the first step
+    with all that it loads. Another unit or total, or less done than before, is another piece.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._piece: tuple[str, float] | None = None
+        self._first = self._last = (0.0, 0.0)
+
+    def left_s(self, done: float, total: float, unit: str) -> float | None:
+        """Take note of progress; the seconds left, None where nothing says how many."""
+        now = (self._clock(), done)
+        if self._piece != (unit, total) or done < self._last[1]:
+            self._piece, self._first = (unit, total), now
+        self._last = now
+        (begun_s, begun), (now_s, _) = self._first, now
+        if not begun < done < total:
+            return None
+        return (now_s - begun_s) / (done - begun) * (total - done)
 
 
 class Display:
@@ -50,8 +78,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._stage = ""
-        self._started_s = 0.0
-        self._first: tuple[float, float] | None = None
+        self._estimate = Estimate()
         self._logged_s = 0.0
 
     def __enter__(self) -> Display:
@@ -72,8 +99,8 @@ class Display:
     def start_stage(self, name: str) -> None:
         """A stage begins; its total is not known yet."""
         self._stage = name
-        self._started_s = self._logged_s = time.monotonic()
-        self._first = None
+        self._logged_s = time.monotonic()
+        self._estimate = Estimate()
         if self._is_live:
             self._tasks[name] = self._progress.add_task(name, total=None, text="starting workers")
         else:
@@ -107,15 +134,10 @@ class Display:
 
     def _log(self, done: float, total: float, text: str) -> None:
         now_s = time.monotonic()
-        if self._first is None or done < self._first[1]:
-            self._first = (now_s, done)
+        left_s = self._estimate.left_s(done, total, text.partition(",")[0])
         if done < total and now_s - self._logged_s < _LOG_EVERY_S:
             return
         self._logged_s = now_s
-        begun_s, begun = self._first
-        eta = ""
-        if begun < done < total:
-            left_s = (now_s - begun_s) / (done - begun) * (total - done)
-            eta = f", ETA {left_s:.0f} s"
+        eta = "" if left_s is None else f", ETA {left_s:.0f} s"
         self.say(f"{self._stage}: {done:g}/{total:g} {text}{eta}".rstrip())
         sys.stderr.flush()

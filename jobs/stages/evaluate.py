@@ -54,9 +54,9 @@ def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[s
     payloads = [
         {
             "config": context.worker_config, "dense": context.models.dense, "folder": folder,
-            "share": share, "shares": shares,
+            "share": share, "shares": shares, "says": place == share == 0,
         }
-        for folder in folders.values()
+        for place, folder in enumerate(folders.values())
         for share in range(shares)
     ]  # fmt: skip
     parts = context.cluster.run_tasks(stage, score_share, payloads, "shares of held-out rows")

@@ -41,15 +41,28 @@ def domains(data: DataConfig) -> dict[str, DataConfig]:
     return found
 
 
-def write_heldout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenise the held-out text of every domain into a store, one source each."""
-    length = config.data.sequence_length
+def write_heldout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    """Tokenise the held-out text of every domain into a store, one source each.
+
+    Returns:
+        Warnings for the user: domains with less text than was asked for, or with rows that the
+        workers leave out.
+    """
+    length, num_workers = config.data.sequence_length, config.cluster.num_workers
     num_rows = max(1, config.distill.heldout_tokens // length)
-    rows_of = {
-        label: load_rows(data, "heldout", tokenizer, num_rows, config.run.seed)[0]
-        for label, data in domains(config.data).items()
-    }
+    rows_of, warnings = {}, []
+    for label, data in domains(config.data).items():
+        rows, warning = load_rows(data, "heldout", tokenizer, num_rows, config.run.seed)
+        rows_of[label] = rows
+        warnings += [warning] if warning else []
+        num_left = len(rows) % num_workers if len(rows) > num_workers else 0
+        if num_left:
+            warnings.append(
+                f"distill: {num_left} of the {len(rows)} held-out rows of {label} are not scored "
+                f"on the way, for {num_workers} workers score equally many"
+            )
     write_rows(folder, rows_of, tokenizer, length)
+    return warnings
 
 
 class Heldout:

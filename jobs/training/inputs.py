@@ -20,7 +20,8 @@ from sparsify.models.load import load_tokenizer
 def given_store(config: Config) -> Path | None:
     """The token store that data.train is, if it is one."""
     train = config.data.train
-    return Path(train) if train is not None and is_store(train) else None
+    folder = None if train is None else Path(train).expanduser()
+    return folder if folder is not None and is_store(folder) else None
 
 
 def checked_store(config: Config, teacher: Path) -> Path | None:

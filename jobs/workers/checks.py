@@ -1,4 +1,4 @@
-"""What the driver asks of a run's models and text before anything is started, from shapes alone."""
+"""What the driver asks of a run's models before anything is started, from shapes alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.schema import Config
-from jobs.corpus.sources import source_fingerprint
 from jobs.corpus.tokens import check_tokens
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
@@ -26,7 +25,7 @@ from sparsify.pruning.coverage import coverage
 
 
 def check_inputs(config: Config, models: Models) -> list[str]:
-    """Require whole checkpoints, room for the rows, a tokenizer that fits, and text to read.
+    """Require whole checkpoints, room for the rows, and a tokenizer that fits the text.
 
     Args:
         config: of the run.
@@ -45,7 +44,6 @@ def check_inputs(config: Config, models: Models) -> list[str]:
     model = _shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
-    source_fingerprint(data, "calibration")
     num_rows = model.get_input_embeddings().weight.shape[0]
     said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
     left = coverage(model, config.prune.skip).remark() if "prune" in config.stages else None

@@ -74,7 +74,9 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(payload["teacher"])
     if payload.get("heldout") is not None:
         with disk_errors(folder):
-            write_heldout(config, tokenizer, payload["heldout"])
+            warnings = write_heldout(config, tokenizer, payload["heldout"])
+        for warning in warnings:
+            context.warn(warning)
     if (folder / MANIFEST).is_file():
         return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)

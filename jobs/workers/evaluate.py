@@ -22,7 +22,9 @@ def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, An
     dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
     check_sequence_length(dense.config, config.data.sequence_length)
     num_rows = config.evaluate.num_tokens // config.data.sequence_length
-    rows, _ = load_rows(config.data, "heldout", tokenizer, num_rows, config.run.seed)
+    rows, warning = load_rows(config.data, "heldout", tokenizer, num_rows, config.run.seed)
+    if warning and payload["says"]:  # once for all shares of all models
+        context.warn(warning)
     rows = rows[payload["share"] :: payload["shares"]]
     if len(rows) == 0:
         return asdict(EvalSums())

@@ -23,18 +23,17 @@ from conf.options.tokenize import TokenizeJobConfig
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, text_digest
 from jobs.corpus.file_parts import Part, cut_source, read_part
 from jobs.corpus.sources import (
-    content_fingerprint,
     gives_heldout,
     heldout_digests,
-    source_fingerprint,
     source_label,
     training_sources,
     with_absolute_paths,
 )
+from jobs.corpus.survey import Survey, source_fingerprint, survey_source
 from jobs.runs.display import Display
 from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.rows import tokenizer_digest
-from sparsify.data.split import MIN_DOCUMENTS, is_held_out, split_documents
+from sparsify.data.split import MIN_DOCUMENTS, split_document
 from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
@@ -62,7 +61,7 @@ class _Source:
     """which documents are left out: none, hash (held out by their text) or tail (their ends)"""
     is_filtered: bool
     """whether documents equal to a held-out one are left out"""
-    fingerprint: str
+    survey: Survey
     shards: list[list[Part]]
 
     @property
@@ -116,6 +115,9 @@ def write_store(
         _open_source(data, *source, config.tokenize.shard_bytes)
         for source in training_sources(data)
     ]
+    for source in sources:
+        for line in source.survey.remarks:
+            display.on_event({"kind": "warning", "text": f"{source.name}: {line}"})
     settings = _settings(config, sources, tokenizer)
     folder = ShardFolder("tokenize", out, out / STATE, "store", settings, Shard, _contents)
     names = [[shard_name(i, j) for j in range(len(s.shards))] for i, s in enumerate(sources)]
@@ -164,7 +166,7 @@ def _open_source(
         rule = "hash" if _has_documents(shards, data, MIN_DOCUMENTS) else "tail"
     return _Source(
         name, weight, side, rule, not gives_heldout(data, name),
-        content_fingerprint(data, name, held_out), shards,
+        survey_source(data, name, held_out), shards,
     )  # fmt: skip
 
 
@@ -187,7 +189,7 @@ def _settings(
     return {
         "sources": {
             source.label if count == 0 else f"{source.label} ({count + 1})": {
-                "fingerprint": source.fingerprint,
+                "fingerprint": source.survey.fingerprint,
                 "weight": source.weight,
                 "held_out": source.rule,
             }
@@ -227,10 +229,11 @@ def _shard_documents(task: ShardTask) -> Iterator[str]:
     share = task.data.heldout_share
     for part in task.parts:
         for text in read_part(part, task.side, task.data):
-            if task.rule == "hash" and is_held_out(text, share):
-                continue
-            kept = split_documents([text], False, share) if task.rule == "tail" else [text]
-            yield from (text for text in kept if text and text_digest(text) not in held)
+            kept = text
+            if task.rule != "none":
+                kept = split_document(text, False, share, task.rule == "tail")
+            if kept and text_digest(kept) not in held:
+                yield kept
 
 
 _tokenizer = cache(load_tokenizer)
@@ -250,7 +253,7 @@ def _read_digests(path: Path) -> frozenset[bytes]:
 
 def _store_source(source: _Source, shards: Sequence[Shard], display: Display) -> StoreSource:
     """The source as the manifest has it; warns where much of its text is left out."""
-    made = StoreSource(source.label, source.weight, source.fingerprint, tuple(shards))
+    made = StoreSource(source.label, source.weight, source.survey.fingerprint, tuple(shards))
     dropped = sum(shard.num_dropped_tokens for shard in shards)
     total = dropped + made.num_tokens
     if dropped > _DROPPED_SHARE * total:

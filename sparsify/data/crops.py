@@ -10,7 +10,7 @@ Shape suffixes: N rows, T tokens of a row.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -28,6 +28,10 @@ _ROW_CHARS = 8  # for each token of a row: what is tokenised of it at first
 _SPREAD = 16  # times the text of all rows is what they are taken from
 
 _MOST_CHARS = 64_000_000  # that are read for the spread's sake, beyond twice the text of the rows
+
+_LONG_CHARS = 8_000_000  # of a document that would leave no room for others
+
+_STRETCHES = 4  # that are taken of it, and of such documents
 
 
 def crop_rows(
@@ -65,7 +69,9 @@ def crop_rows(
         raise InputError(f"sequence_length: {sequence_length} is too short; use at least 2 tokens")
     row_chars = _ROW_CHARS * sequence_length
     least = row_chars * num_rows
-    text = _Text.read(documents, max(2 * least, min(_SPREAD * least, _MOST_CHARS)))
+    most = max(2 * least, min(_SPREAD * least, _MOST_CHARS))
+    # Of another seed than the rows' places, which do not move with it.
+    text = _Text.read(_shortened(documents, max(2 * least, most // _STRETCHES), seed + 1), most)
     if text.num_chars < least:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +88,20 @@ def crop_rows(
             return None
         rows.append(found)
     return TokenRows.joined(rows)
+
+
+def _shortened(documents: Iterable[str], num_chars: int, seed: int) -> Iterator[str]:
+    """The documents, of a long one stretches from all over it with `num_chars` characters."""
+    generator = torch.Generator().manual_seed(seed)
+    for text in documents:
+        if len(text) <= max(_LONG_CHARS, num_chars):
+            yield text
+            continue
+        for index in range(_STRETCHES):
+            begin, end = (edge * len(text) // _STRETCHES for edge in (index, index + 1))
+            room = max(0, end - begin - num_chars // _STRETCHES)
+            place = begin + int(torch.randint(room + 1, (), generator=generator))
+            yield text[place : place + num_chars // _STRETCHES]
 
 
 def _row(

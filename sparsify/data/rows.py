@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,16 @@ CHUNK_TOKENS = 1024
 _BATCH_DOCUMENTS = 64
 
 _BATCH_CHARS = 256_000  # so that one long book does not make a reader of one row wait
+
+# A text longer than this is tokenised in windows, for tokenizers take 180 bytes of memory and 2
+# microseconds a character: those of a book of 1 GB at once would take 180 GB.
+_LONG_CHARS = 1_000_000
+
+_WINDOW_CHARS = 100_000
+
+_OVERLAP_CHARS = 4_000  # of neighbouring windows: words of half of it are tokenised as in the whole
+
+_SAME_TOKENS = 8  # in a row, of two windows, where one is left for the other
 
 # Scripts, digits, spaces, code, cases: whatever tokenizers are known to treat differently.
 _PROBE = (
@@ -114,29 +125,106 @@ class TokenRows:
         return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device))
 
 
-def _encoded(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of each document with one mark between documents.
+def _encoded(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], bool]]:
+    """Token ids of each document with one mark between documents, and whether one begins there.
 
-    The mark is the beginning token where the tokenizer sets one itself, else the end-of-text
-    token: both together make pairs that no model has seen in training.
+    A long document comes in several parts. The mark is the beginning token where the tokenizer sets
+    one itself, else the end-of-text token: both together make pairs that no model has seen in
+    training.
     """
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     batch: list[str] = []
     num_chars = 0
 
-    def flush() -> Iterator[list[int]]:
+    def has_mark(first: list[int], last: list[int]) -> bool:
+        is_begun = begin is not None and first[:1] == [begin]
+        return end is None or is_begun or last[-1:] == [end]
+
+    def flush() -> Iterator[tuple[list[int], bool]]:
         for ids in tokenizer(batch, verbose=False)["input_ids"] if batch else []:
-            is_begun = begin is not None and ids[:1] == [begin]
-            has_mark = end is None or is_begun or ids[-1:] == [end]
-            yield ids if has_mark or not ids else [*ids, end]
+            yield (ids if not ids or has_mark(ids, ids) else [*ids, end]), True
 
     for text in documents:
+        if len(text) > _LONG_CHARS and tokenizer.is_fast:  # the others do not say where tokens lie
+            yield from flush()
+            batch, num_chars = [], 0
+            first: list[int] = []
+            for ids in _in_windows(text, tokenizer):
+                yield ids, not first
+                first, last = first or ids, ids
+            if first and not has_mark(first, last):
+                yield [end], False
+            continue
         batch.append(text)
         num_chars += len(text)
         if len(batch) == _BATCH_DOCUMENTS or num_chars > _BATCH_CHARS:
             yield from flush()
             batch, num_chars = [], 0
     yield from flush()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The tokens of a part of a text."""
+
+    ids: list[int]
+    places: list[int]
+    """the character of the text at which each begins, in their order"""
+
+    @classmethod
+    def of(cls, text: str, begin: int, end: int, tokenizer: PreTrainedTokenizerBase) -> _Window:
+        """The part from `begin` to before `end`; marks at its ends, where they are the text's."""
+        found = tokenizer(
+            [text[begin:end]], verbose=False, return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+        )  # fmt: skip
+        ids, is_mark = found["input_ids"][0], found["special_tokens_mask"][0]
+        places = [begin + start for start, _ in found["offset_mapping"][0]]
+        num_before = is_mark.index(0) if 0 in is_mark else len(ids)
+        num_behind = is_mark[::-1].index(0) if 0 in is_mark else 0
+        places[:num_before] = [begin] * num_before
+        places[len(ids) - num_behind :] = [end] * num_behind
+        kept = slice(num_before if begin else 0, len(ids) - (num_behind if end < len(text) else 0))
+        return cls(ids[kept], places[kept])
+
+    def seam(self, other: _Window, least: int) -> tuple[int, int] | None:
+        """Where both go on alike: a token of each, the first at `least` or behind it."""
+        mine, theirs = bisect_left(self.places, least), bisect_left(other.places, least)
+        while mine + _SAME_TOKENS <= len(self.ids) and theirs + _SAME_TOKENS <= len(other.ids):
+            gap = self.places[mine] - other.places[theirs]
+            alike = (
+                self.ids[mine : mine + _SAME_TOKENS] == other.ids[theirs : theirs + _SAME_TOKENS]
+            )
+            if gap == 0 and alike:
+                return mine, theirs
+            mine, theirs = mine + (gap <= 0), theirs + (gap >= 0)
+        return None
+
+
+def _in_windows(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The token ids of a long text, those of one window after another.
+
+    Neighbours overlap, and one takes over from the other where both say the same, with text enough
+    on either side: the ids are those of the whole text. A word longer than half the overlap may be
+    cut in another way than in the whole.
+    """
+    begin, end, first = 0, _WINDOW_CHARS, 0
+    window = _Window.of(text, begin, end, tokenizer)
+    while end < len(text):
+        middle = end - _OVERLAP_CHARS // 2
+        begin, end = end - _OVERLAP_CHARS, min(len(text), end - _OVERLAP_CHARS + _WINDOW_CHARS)
+        following = _Window.of(text, begin, end, tokenizer)
+        seam = window.seam(following, middle)
+        if seam is None:
+            last = bisect_left(window.places, middle)
+            begin = window.places[last] if last < len(window.ids) else middle
+            seam = last, 0
+            following = _Window.of(text, begin, end, tokenizer)
+        yield window.ids[first : seam[0]]
+        window, first = following, seam[1]
+    yield window.ids[first:]
 
 
 def token_rows(
@@ -192,11 +280,15 @@ def token_stream(
     Args:
         documents: texts; one without tokens leaves no trace.
         tokenizer: of the model that will read them.
-        num_tokens: stop after the document that reaches this many; None takes all.
+        num_tokens: stop after the document, or the window of a long one, that reaches this many;
+            None takes all.
+
+    Cost: memory for the tokens, one document, and what the tokenizer takes for a million
+    characters.
     """
     stream = TokenStream(array("q"), array("q"))
-    for ids in _encoded(documents, tokenizer):
-        if ids:
+    for ids, is_start in _encoded(documents, tokenizer):
+        if ids and is_start:
             stream.starts.append(len(stream.ids))
         stream.ids.extend(ids)
         if num_tokens is not None and len(stream.ids) >= num_tokens:

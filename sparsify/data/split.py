@@ -9,6 +9,9 @@ import torch
 MIN_DOCUMENTS = 20
 """a text of fewer has too few to hold some out"""
 
+LONG_BYTES = 8 << 20
+"""a document of so many is not held out as a whole"""
+
 _TAIL_SHARE = 0.1  # held-out share of such a text
 
 
@@ -22,19 +25,22 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
 
-def split_documents(documents: list[str], held_out: bool, share: float) -> list[str]:
-    """The held-out (or the other) part of `documents`, by `is_held_out` on each document's text.
+def is_long(text: str) -> bool:
+    """Whether a document has 8 MiB or more, too much to be held out or kept as a whole."""
+    # Counted in bytes when it may be so: no character has more than four.
+    return 4 * len(text) >= LONG_BYTES and len(text.encode("utf-8", "surrogatepass")) >= LONG_BYTES
 
-    Of a text of fewer than MIN_DOCUMENTS the last tenth of the characters of every document is the
-    held-out part.
+
+def split_document(text: str, held_out: bool, share: float, has_few: bool) -> str:
+    """What of a document is held out (or is not): all of it or nothing, by `is_held_out`.
+
+    Where there are but few documents, and of a long one, the last tenth of its characters is held
+    out.
     """
-    if len(documents) >= MIN_DOCUMENTS:
-        return [text for text in documents if is_held_out(text, share) == held_out]
-    parts = []
-    for text in documents:
-        cut = int(len(text) * (1 - _TAIL_SHARE))
-        parts.append(text[cut:] if held_out else text[:cut])
-    return [text for text in parts if text]
+    if not has_few and not is_long(text):
+        return text if is_held_out(text, share) == held_out else ""
+    cut = int(len(text) * (1 - _TAIL_SHARE))
+    return text[cut:] if held_out else text[:cut]
 
 
 def shuffled(num_items: int, seed: int) -> list[int]:

@@ -360,6 +360,14 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
             lambda: Config(distill=DistillConfig(num_tokens=4095)),
             ["distill.num_tokens=4095", "one step of 4096", "at least 4096"],
         ),
+        (  # the option that was set is the one that is named first
+            lambda: Config(data=DataConfig(sequence_length=10**6)),
+            ["data.sequence_length=1000000: distill.num_tokens is less than one step of 16000000"],
+        ),
+        (
+            lambda: Config(data=DataConfig(sequence_length=10**6), stages=["prune", "evaluate"]),
+            ["data.sequence_length=1000000: evaluate.num_tokens is less than one row"],
+        ),
         # evaluate, quantize, tracker
         (lambda: EvaluateConfig(num_tokens=0), ["evaluate.num_tokens=0"]),
         (lambda: EvaluateConfig(batch_size=0), ["evaluate.batch_size=0"]),

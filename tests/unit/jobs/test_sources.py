@@ -21,7 +21,8 @@ from conf.options.data import DataConfig
 from jobs.corpus import builtin as _builtin
 from jobs.corpus.builtin import stdlib_documents
 from jobs.corpus.rows import load_rows
-from jobs.corpus.sources import open_source, source_fingerprint
+from jobs.corpus.sources import open_source
+from jobs.corpus.survey import source_fingerprint
 from sparsify.data.rows import TokenRows
 from sparsify.data.split import is_held_out
 from sparsify.errors import CalibrationError, InputError
@@ -185,7 +186,9 @@ def test_hub_name_is_passed_on_in_parts(monkeypatch):
 def test_hub_without_network_is_one_line():
     with pytest.raises(InputError) as error:
         documents("hf:no-such-org/no-such-dataset")
-    assert "hf:no-such-org/no-such-dataset: cannot be loaded" in message(error)
+    text = message(error)
+    assert "hf:no-such-org/no-such-dataset: no such file or folder, and as a data set" in text
+    assert "cannot be loaded" in text
 
 
 # --- bad input -------------------------------------------------------------------------------
@@ -217,19 +220,18 @@ def test_missing_file_names_close_matches(stories):
         ("a.txt.bz2", b"plain", ["cannot be read"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
         ("a.jsonl", b'["a"]\n', ["line 1", "a list, not an object"]),
-        (
-            "a.jsonl",
-            b'{"text": null}\n',
-            ["line 1", "'text' is NoneType, not a string"],
-        ),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', ["not valid JSON", ".jsonl"]),
-        ("a.json", b'{"text": "a"}', ["expected a JSON list"]),
+        ("a.jsonl", b'{"text": null}\n', ["no text in it", "passed over: 1 (a.jsonl, line 1)"]),
+        ("a.jsonl", b'{"text": 7}\n', ["line 1", "'text' is int, not a string"]),
+        ("a.json", b'{\n"text": "a"}', ["line 1", "not valid JSON"]),
+        ("a.json", b'"a"', ["expected a JSON list", "an object on each line"]),
         ("a.csv", b'text\n"a', ["not valid CSV"]),
-        ("a.csv", b"id,text\n1\n", ["line 2", "NoneType, not a string"]),
+        ("a.csv", b"id,text\n1\n", ["no text in it", "passed over: 1 (a.csv, line 2)"]),
         ("a.parquet", b"plain", ["not valid parquet"]),
         ("a.pdf", b"%PDF", ["format not known", ".jsonl"]),
+        ("a.arrow", b"plain", ["not valid Arrow"]),
         ("a.zst", b"", ["format not known"]),
-        ("a.csv.gz", gzip.compress(b"text\na\n"), ["format not known"]),
+        ("a.txt.zst", b"plain", ["cannot be read"]),
+        ("a.parquet.gz", b"", ["format not known"]),
     ],
 )
 def test_bad_file_is_refused_in_one_line(tmp_path, name, content, parts):
@@ -252,10 +254,10 @@ def test_unreadable_folder_and_file(tmp_path):
 
 
 def test_file_without_permission(stories, monkeypatch):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # chmod would not stop the root user
+    monkeypatch.setattr(Path, "open", refuse)  # chmod would not stop the root user
     with pytest.raises(InputError, match=r"cannot be read .*Permission denied.*permissions"):
         documents(stories)
 
@@ -542,10 +544,15 @@ def test_mix_for_training_repeats_what_is_short(letters, tiny_tokenizer):
 
 def test_fingerprint_follows_the_content(stories, tmp_path):
     first = source_fingerprint(config(stories), "calibration")
-    assert first == hashlib.sha256(stories.read_bytes()).hexdigest()
+    texts = [hashlib.sha256(story.encode()).digest() for story in STORIES]
+    assert first == hashlib.sha256(b"".join(texts)).hexdigest()
     copy = tmp_path / "copy.txt"
     copy.write_bytes(stories.read_bytes())
     assert source_fingerprint(config(copy), "calibration") == first
+    lines = [{"text": text} for text in (None, *STORIES[:9], "", *STORIES[9:])]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    assert source_fingerprint(config(rows), "calibration") == first, "the same text"
     copy.write_bytes(stories.read_bytes() + b"!")
     assert source_fingerprint(config(copy), "calibration") != first
     data = config(copy, heldout=str(stories))
@@ -561,11 +568,13 @@ def test_fingerprint_of_a_folder(tmp_path):
     (folder / "b.txt").write_text("two")
     prints.append(source_fingerprint(config(folder), "calibration"))
     (folder / "b.txt").rename(folder / "c.txt")
+    assert source_fingerprint(config(folder), "calibration") == prints[1], "the same text"
+    (folder / "c.txt").rename(folder / "0.txt")
     prints.append(source_fingerprint(config(folder), "calibration"))
-    (folder / "c.txt").write_text("tow")
+    (folder / "0.txt").write_text("tow")
     prints.append(source_fingerprint(config(folder), "calibration"))
     assert len(set(prints)) == 4
-    (folder / "c.txt").write_text("two")
+    (folder / "0.txt").write_text("two")
     assert source_fingerprint(config(folder), "calibration") == prints[2]
 
 

@@ -16,7 +16,7 @@ from jobs.corpus.sources import open_source
 from jobs.workers import tokenize as _tokenize
 from sparsify.data.rows import TokenRows, token_rows
 from sparsify.data.shards import MANIFEST
-from sparsify.data.split import is_held_out, split_documents
+from sparsify.data.split import is_held_out, split_document
 from sparsify.data.store import TokenStore
 from sparsify.errors import InputError
 
@@ -148,7 +148,9 @@ def test_of_few_documents_the_ends_are_held_out(job, tmp_path, tiny_tokenizer) -
     config = replace(job, data=data, tokenize=TokenizeConfig(shard_bytes=10**9))
     write(config, tmp_path / "store")
     store = TokenStore.open(tmp_path / "store")
-    expected = token_rows(split_documents(books, False, 0.2), tiny_tokenizer, LENGTH)
+    expected = token_rows(
+        (split_document(book, False, 0.2, True) for book in books), tiny_tokenizer, LENGTH
+    )
     assert torch.equal(store.rows(range(len(store))).ids_NT, expected.ids_NT)
 
 

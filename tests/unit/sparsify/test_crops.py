@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_rows import BEGIN, END, Letters
 
+from sparsify.data import crops
 from sparsify.data.crops import crop_rows
 from sparsify.errors import InputError
 
@@ -107,3 +108,14 @@ def test_every_row_begins_as_the_tokenizer_begins_a_text():
 def test_one_token_is_no_row():
     with pytest.raises(InputError, match="at least 2"):
         crop_rows(["abc"], Letters(), 1, 1, seed=0)
+
+
+def test_of_long_documents_parts_are_taken_from_all_over(monkeypatch):
+    monkeypatch.setattr(crops, "_LONG_CHARS", 10_000)
+    documents = numbered(6, 10_000)  # 60,000 characters each
+    rows = crop_rows(documents, Words(), T, 4, seed=0)  # reads 8,192 characters, 2,048 of each
+    found = (rows.ids_NT[:, 0] - 1000) // 2500  # quarters of documents
+    assert (found // 4).unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(rows.ids_NT, crop_rows(documents, Words(), T, 4, seed=0).ids_NT)
+    one = crop_rows(documents[:1], Words(), T, 4, seed=0)
+    assert (one.ids_NT[:, 0] // 2500).unique().numel() > 1, "of one document too"

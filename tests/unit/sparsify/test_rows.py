@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from pathlib import Path
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
+from sparsify.data import rows as rows_module
 from sparsify.data.rows import TokenRows, token_rows
 from sparsify.errors import InputError
+from tests.conftest import END_OF_TEXT, equal
 
 END = 320
 BEGIN = 321
@@ -92,3 +99,45 @@ def test_whole_rows_are_one_document_each(tiny_rows):
 def test_has_next_says_where_the_next_token_is_of_the_same_document():
     rows = TokenRows(torch.zeros(2, 6), torch.tensor([[0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5]]))
     assert rows.has_next_NT.int().tolist() == [[1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
+
+
+LONG_TEXTS = {
+    "code": Path(rows_module.__file__).read_text(encoding="utf-8"),
+    "mixed": "".join(random.Random(0).choice("ab é你 \n\t😀.,;'") for _ in range(5000)),
+    "one word": "abc" * 2000,
+    "spaces": " " * 3000 + "x",
+}
+
+
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_long_text_has_the_tokens_of_the_whole(tiny_tokenizer, monkeypatch, kind, marks):
+    tokenizer = tiny_tokenizer
+    if marks:  # puts both marks around a text by itself
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{END_OF_TEXT} $A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, 0)]
+        )
+    texts = ["the first", LONG_TEXTS[kind], "the last"]
+    whole = token_rows(texts, tokenizer, 7)
+    for name, value in (("LONG", 500), ("WINDOW", 300), ("OVERLAP", 80)):
+        monkeypatch.setattr(rows_module, f"_{name}_CHARS", value)
+    rows = token_rows(texts, tokenizer, 7)
+    assert equal(rows, whole)
+
+
+def test_of_a_long_text_as_much_is_tokenised_as_rows_need(tiny_tokenizer, monkeypatch):
+    for name, value in (("LONG", 5000), ("WINDOW", 3000), ("OVERLAP", 80)):
+        monkeypatch.setattr(rows_module, f"_{name}_CHARS", value)
+    seen = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tiny_tokenizer, name)
+
+        def __call__(self, texts, **options):
+            seen.extend(texts)
+            return tiny_tokenizer(texts, **options)
+
+    assert len(token_rows(["a dog ran. " * 10_000], Counting(), 16, num_rows=4)) == 4
+    assert sum(map(len, seen)) == 3000 + 3000
