@@ -16,7 +16,8 @@ from sparsify.formats.packed_folder import load_any, save_packed_folder
 from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import load_pair, save_model
+from sparsify.models.load import load_pair
+from sparsify.models.save import save_model
 
 
 def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
