@@ -11,11 +11,14 @@ A finished stage is reused when the same command comes again; see jobs/runs/arti
 from __future__ import annotations
 
 import contextlib
+import gc
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.machine import require_answer
 from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
@@ -24,7 +27,8 @@ from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
-from jobs.runs.models import find_models
+from jobs.runs.hub import bytes_to_download
+from jobs.runs.models import Models, find_models
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
@@ -62,9 +66,8 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these three cost torch or rich
+    from jobs.corpus.sources import with_absolute_paths  # both cost torch or rich
     from jobs.runs.display import Display
-    from jobs.workers.checks import check_inputs
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
     prepare_run_dir(run_dir)
@@ -73,12 +76,10 @@ def run_pipeline(config: Config, job: str) -> Path:
         stack.enter_context(run_lock(run_dir))
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
-        models = find_models(config, run_dir, PIPELINE)
-        check_inputs(config.data, models)
+        journal = RedoJournal(run_dir, command)
+        again = journal.left(config.run.redo, config.stages)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
-        for stage in asked:
-            if stage.check is not None:
-                stage.check(config, models)
+        models = checked_models(config, run_dir, again)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
@@ -95,7 +96,6 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.open,
             clusters.warnings,
         )
-        journal = RedoJournal(run_dir, command)
         for stage in asked:
             artifact = _run_stage(stage, context, journal)
             was_redone = stage.name in journal.done
@@ -108,6 +108,34 @@ def run_pipeline(config: Config, job: str) -> Path:
         journal.close()
     show(write_summary(run_dir, context))
     return run_dir
+
+
+def checked_models(
+    config: Config, run_dir: Path, again: Collection[str], fetch: bool = True
+) -> Models:
+    """The models the run starts from, when nothing that can be known now refuses one of its stages.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        again: stages that are to be made again whatever there is of them.
+        fetch: download the weights of models of the Hub; without them they are not looked at.
+
+    Raises:
+        InputError: something the user can put right, for all stages of the command together.
+    """
+    gc.disable()  # collections are a fifth of the seconds that a dry run takes
+    from jobs.workers.checks import check_cluster, check_inputs  # cost torch and transformers
+
+    gc.enable()
+    with cluster_errors():
+        check_cluster(config.cluster)
+    models = find_models(config, run_dir, PIPELINE, again, fetch)
+    check_inputs(config, models, fetch)
+    for stage in PIPELINE:
+        if stage.name in config.stages and stage.check is not None:
+            stage.check(config, models)
+    return models
 
 
 def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Artifact:
@@ -144,8 +172,17 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
 
 
 def describe_plan(config: Config) -> list[str]:
-    """What a run of this config would do, in lines for a person; touches nothing."""
-    run_dir = Path(config.run.dir or default_run_dir(config))
+    """What a run of this config would do, in lines for a person; writes nothing but what describes
+    a model of the Hub, into its cache.
+
+    Raises:
+        InputError: what the run would raise before its first stage.
+    """
+    run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
+    with cluster_errors():
+        require_answer()
+    again = RedoJournal(run_dir, "").left(config.run.redo, config.stages)
+    models = checked_models(config, run_dir, again, fetch=False)
     spec = config.cluster
     device = "GPU" if spec.uses_gpu else "CPU"
     lines = [
@@ -155,8 +192,11 @@ def describe_plan(config: Config) -> list[str]:
         f"  {spec.description}",
         "stages:",
     ]
+    if num_bytes := bytes_to_download("model.path", models.dense):
+        lines.insert(2, f"  {num_bytes / 1e9:,.1f} GB of weights to download from the Hub first")
     for stage in PIPELINE:
         if stage.name in config.stages:
-            state = "finished" if (run_dir / stage.name).is_dir() else "to run"
+            is_there = stage.name not in again and (run_dir / stage.name).is_dir()
+            state = "finished" if is_there else "to run"
             lines.append(f"  {stage.name:<9} {state:<9} {stage.result}")
     return lines

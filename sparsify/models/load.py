@@ -157,9 +157,10 @@ def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     config = read_config(folder)
     kind = {} if dtype is None else {"dtype": DTYPES[dtype]}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, **kind
-        )
+        with quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **kind
+            )
     except Exception as error:  # whatever the family's own code raises
         raise InputError(
             f"{folder / 'config.json'}: no model can be built of it ({type(error).__name__}: "
