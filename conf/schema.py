@@ -19,7 +19,7 @@ from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
-from conf.options.model import ModelConfig
+from conf.options.model import HUB_NAME, ModelConfig
 from conf.options.prune import PruneConfig
 from conf.options.quantize import QuantizeConfig
 from conf.options.run import STAGES, RunConfig
@@ -133,7 +133,11 @@ def default_run_dir(config: Config) -> str:
     `runs/embedded-2-4-twofour` or its stage folder and quantizes adds `-quantize`.
     """
     if config.run.from_ is None or "prune" in config.stages:
-        name = config.model.path.rstrip("/").rsplit("/", 1)[-1] or "model"
+        name = config.model.path.rstrip("/")
+        if HUB_NAME.fullmatch(name):  # a revision may have slashes too
+            name, _, revision = name.partition("@")
+            name += f"-{revision.replace('/', '-')}" if revision else ""
+        name = name.rsplit("/", 1)[-1] or "model"
         pattern = config.prune.pattern.replace(":", "-")
         return f"runs/{name}-{pattern}-{config.prune.method}"
     parts = [part for part in config.run.from_.split("/") if part not in ("", ".", "..")]

@@ -11,11 +11,14 @@ A finished stage is reused when the same command comes again; see jobs/runs/arti
 from __future__ import annotations
 
 import contextlib
+import gc
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.machine import require_answer
 from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
@@ -24,7 +27,8 @@ from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
-from jobs.runs.models import find_models
+from jobs.runs.hub import bytes_to_download
+from jobs.runs.models import Models, find_models
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
@@ -62,10 +66,9 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these five cost torch or rich
+    from jobs.corpus.sources import with_absolute_paths  # these four cost torch or rich
     from jobs.corpus.survey import Texts
     from jobs.runs.display import Display
-    from jobs.workers.checks import check_inputs
     from jobs.workers.text_checks import check_texts
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
@@ -75,12 +78,10 @@ def run_pipeline(config: Config, job: str) -> Path:
         stack.enter_context(run_lock(run_dir))
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
-        models = find_models(config, run_dir, PIPELINE)
-        remarks = check_inputs(config, models)
+        journal = RedoJournal(run_dir, command)
+        again = journal.left(config.run.redo, config.stages)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
-        for stage in asked:
-            if stage.check is not None:
-                stage.check(config, models)
+        models, remarks = checked_models(config, run_dir, again)
         texts = Texts(config.data)
         check_texts(config, models, texts, display.say)
         tracker = open_tracker(
@@ -102,7 +103,6 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.warnings,
             texts=texts,
         )
-        journal = RedoJournal(run_dir, command)
         for stage in asked:
             artifact = _run_stage(stage, context, journal)
             was_redone = stage.name in journal.done
@@ -115,6 +115,37 @@ def run_pipeline(config: Config, job: str) -> Path:
         journal.close()
     show(write_summary(run_dir, context))
     return run_dir
+
+
+def checked_models(
+    config: Config, run_dir: Path, again: Collection[str], fetch: bool = True
+) -> tuple[Models, list[str]]:
+    """The models the run starts from, when nothing that can be known now refuses one of its stages.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        again: stages that are to be made again whatever there is of them.
+        fetch: download the weights of models of the Hub; without them they are not looked at.
+
+    Returns:
+        The models, and what is to be said of them, a line each.
+
+    Raises:
+        InputError: something the user can put right, for all stages of the command together.
+    """
+    gc.disable()  # collections are a fifth of the seconds that a dry run takes
+    from jobs.workers.checks import check_cluster, check_inputs  # cost torch and transformers
+
+    gc.enable()
+    with cluster_errors():
+        check_cluster(config.cluster)
+    models = find_models(config, run_dir, PIPELINE, again, fetch)
+    remarks = check_inputs(config, models, fetch)
+    for stage in PIPELINE:
+        if stage.name in config.stages and stage.check is not None:
+            stage.check(config, models)
+    return models, remarks
 
 
 def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Artifact:
@@ -152,8 +183,17 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
 
 
 def describe_plan(config: Config) -> list[str]:
-    """What a run of this config would do, in lines for a person; touches nothing."""
-    run_dir = Path(config.run.dir or default_run_dir(config))
+    """What a run of this config would do, in lines for a person; writes nothing but what describes
+    a model of the Hub, into its cache.
+
+    Raises:
+        InputError: what the run would raise before its first stage.
+    """
+    run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
+    with cluster_errors():
+        require_answer()
+    again = RedoJournal(run_dir, "").left(config.run.redo, config.stages)
+    models, remarks = checked_models(config, run_dir, again, fetch=False)
     spec = config.cluster
     device = "GPU" if spec.uses_gpu else "CPU"
     lines = [
@@ -163,8 +203,12 @@ def describe_plan(config: Config) -> list[str]:
         f"  {spec.description}",
         "stages:",
     ]
+    if num_bytes := bytes_to_download("model.path", models.dense):
+        lines.insert(2, f"  {num_bytes / 1e9:,.1f} GB of weights to download from the Hub first")
+    lines[2:2] = [f"  {remark}" for remark in remarks]
     for stage in PIPELINE:
         if stage.name in config.stages:
-            state = "finished" if (run_dir / stage.name).is_dir() else "to run"
+            is_there = stage.name not in again and (run_dir / stage.name).is_dir()
+            state = "finished" if is_there else "to run"
             lines.append(f"  {stage.name:<9} {state:<9} {stage.result}")
     return lines

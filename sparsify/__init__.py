@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what `_FACE` says, for type checkers
     from sparsify.methods import PruneParams as PruneParams
     from sparsify.methods import get_method as get_method
     from sparsify.models.load import load_pair as load_pair
-    from sparsify.models.load import save_model as save_model
+    from sparsify.models.save import save_model as save_model
     from sparsify.pattern import Pattern as Pattern
     from sparsify.pruning import LayerChoice as LayerChoice
     from sparsify.pruning import Memory as Memory
@@ -33,7 +33,8 @@ _FACE = {
     "evaluation.perplexity": ("evaluate_rows",),
     "formats.packed24": ("load_packed", "save_packed"),
     "methods": ("PruneParams", "get_method"),
-    "models.load": ("load_pair", "save_model"),
+    "models.load": ("load_pair",),
+    "models.save": ("save_model",),
     "pattern": ("Pattern",),
     "pruning": ("LayerChoice", "Memory", "prune_checkpoint", "prune_model"),
     "quantization.quantize": ("quantize_model",),

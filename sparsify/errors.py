@@ -43,6 +43,8 @@ class StoppedEarlyError(TwofourError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing: for messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """All that an error says, on one line, or its kind where it says nothing: for messages.
+
+    Libraries say what is wrong in the first line and why in those after it.
+    """
+    return " ".join(str(error).split()) or type(error).__name__

@@ -11,6 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsify.errors import InputError
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn what the file system refuses while the block reads into one line about `what`.
+
+    Raises:
+        InputError: no permission, a name that is too long, a loop of links, a disk that fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = (
+            f" at {error.filename}" if error.filename and str(error.filename) not in what else ""
+        )
+        raise InputError(
+            f"{what}: cannot be read ({error.strerror or error}{where}); check the name and the "
+            "permissions"
+        ) from None
+
 
 def fsync(path: Path) -> None:
     """Wait until a file's or folder's content has reached the disk."""

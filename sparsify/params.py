@@ -31,7 +31,8 @@ def option(default: Any, **rules: Any) -> Any:
         default: its value unless told otherwise; of a list, every instance gets a copy.
         rules: `low`, `high`, `above`, `below` of a number; `one_of`, the known values (of every
             entry of a list, which then holds each once); `blank=True` where text may be empty;
-            `speed_only=True` where it decides memory and speed, and a result by rounding at most.
+            `speed_only=True` where it decides memory and speed, and a result by rounding at most;
+            `is_path=True` of a file or folder, in which ~ is the user's home.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=rules)
@@ -53,7 +54,8 @@ def check_options(options: Any, group: str) -> None:
         name = f"{group}.{item.name.rstrip('_')}" if group else item.name
         known = rules.pop("one_of", None)
         is_blank_fine = rules.pop("blank", False)
-        rules.pop("speed_only", None)
+        for known_elsewhere in ("speed_only", "is_path"):
+            rules.pop(known_elsewhere, None)
         if value is None and item.default is None:
             continue
         if isinstance(value, list):

@@ -113,7 +113,7 @@ class DistillConfig:
     with distill.teacher_cache there is none to place"""
     teacher_dtype: str | None = option(None, one_of=("float32", "bfloat16", "float8"))
     """type of the teacher's weights: float32, bfloat16 or float8; null = as distill.precision"""
-    teacher_cache: str | None = None
+    teacher_cache: str | None = option(None, is_path=True)
     """folder of jobs.teach over the rows of data.train: no teacher is loaded; null = the teacher"""
     checkpoint_every_steps: int | None = option(50, low=1, speed_only=True)
     """steps between two checkpoints; null = by Young's formula from the measured stall"""

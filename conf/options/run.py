@@ -15,9 +15,9 @@ STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
 class RunConfig:
     """Where the run lives and what it starts from."""
 
-    dir: str | None = None
+    dir: str | None = option(None, is_path=True)
     """run folder; null = runs/<model name>-<pattern>-<method>"""
-    from_: str | None = None
+    from_: str | None = option(None, is_path=True)
     """what to start from: an earlier run, one of its stage folders, or a model folder"""
     seed: int = option(0, low=0, high=2**63 - 1)
     """orders calibration and training rows; same seed, same result"""

@@ -16,7 +16,7 @@ from sparsify.params import check_options, option
 class TeachConfig:
     """The sample of a dense model's predictions that is written."""
 
-    out: str = "runs/teacher"
+    out: str = option("runs/teacher", is_path=True)
     """folder of the cache"""
     num_samples: int = option(16, low=1)
     """token ids drawn per token; the cache takes 8 bytes for each and 4 more per token"""

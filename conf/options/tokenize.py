@@ -14,7 +14,7 @@ from sparsify.params import check_options, option
 class TokenizeConfig:
     """The token store that is written."""
 
-    out: str = "runs/tokens"
+    out: str = option("runs/tokens", is_path=True)
     """folder of the store"""
     shard_bytes: int = option(128_000_000, low=1)
     """text per shard in bytes, about: the piece that one task does at a time, and loses when it is

@@ -237,7 +237,8 @@ def _sweep_folders(command: Command) -> tuple[Callable[..., str], Callable[..., 
     def whole(*, _root_: DictConfig) -> str:
         """What the command was told to write to, which now holds the folders of its runs."""
         told = OmegaConf.select(_root_, command.out)
-        return "runs/sweep" if told == command_options(command)[command.out].default else told
+        is_default = told == command_options(command)[command.out].default
+        return "runs/sweep" if is_default else home_expanded(command.out, told)
 
     def part(*, _root_: DictConfig) -> str:
         """Named by the run's own words, so that the same command finds it again."""
@@ -276,9 +277,40 @@ def _typed(command: Command, composed: DictConfig) -> Any:
         known_option(command, str(key), str(plain[key]))
     # Presets set groups that the command may not have.
     plain = {key: value for key, value in plain.items() if key in used}
+    _expand_homes(command, plain)
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(command.config), _field_names(plain))
     )
+
+
+def _expand_homes(command: Command, plain: dict[str, Any]) -> None:
+    """Put the home folder for ~ into paths: shells do not, behind an equals sign.
+
+    Raises:
+        InputError: ~NAME of no user.
+    """
+    for option in command_options(command).values():
+        *groups, leaf = option.key.split(".")
+        node = plain
+        for group in groups:
+            node = node[group]
+        if option.is_path and str(node[leaf]).startswith("~"):
+            node[leaf] = home_expanded(option.key, node[leaf])
+
+
+def home_expanded(key: str, path: str) -> str:
+    """A path with the home folder in place of ~ or ~USER.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise InputError(
+            f"{key}={path}: {path.partition('/')[0]} is no user's home folder; write ./{path} for "
+            "a folder of that name"
+        )
+    return found
 
 
 def _field_names(node: Any) -> Any:

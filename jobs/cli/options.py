@@ -44,6 +44,8 @@ class Option:
     field: str
     """name of the field there"""
     default: Any
+    is_path: bool
+    """whether it names a file or folder"""
 
 
 def _walk(config_class: type, prefix: str = "") -> dict[str, Option]:
@@ -59,7 +61,7 @@ def _walk(config_class: type, prefix: str = "") -> dict[str, Option]:
             name = str(item.type)
             found[key] = Option(
                 key, name.removesuffix(" | None"), name.endswith(" | None"),
-                config_class, item.name, _default(item),
+                config_class, item.name, _default(item), bool(item.metadata.get("is_path")),
             )  # fmt: skip
     return found
 

@@ -13,7 +13,7 @@ from conf.options.run import STAGES
 from jobs.runs.artifact import RECORD, versions
 from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
-from sparsify.formats.sparse_folder import read_sparsity
+from sparsify.formats.sparse_folder import model_name, read_sparsity
 
 SCHEMA = 1
 
@@ -71,7 +71,7 @@ def _run_facts(
         "name": run_dir.name,
         "dir": str(run_dir),
         "command": context.command,
-        "model": context.models.dense.name,
+        "model": model_name(context.models.dense),
         "num_parameters": _num_parameters(context.models.dense),
         "pattern": prune.get("pattern") or _pattern_of(context),
         "method": prune.get("method", context.models.method),

@@ -10,7 +10,6 @@ identity is refused with the fields that differ, unless the user asked to redo t
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,13 +17,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jobs.runs.folder import disk_errors, write_json
+from jobs.runs.folder import disk_errors, read_json, write_json
 from sparsify.errors import InputError
 from sparsify.files import file_sha256, fsync
 
 RECORD = "record.json"
 
 SCHEMA = 1
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "identity": dict, "outputs": dict, "metrics": dict, "duration_s": (int, float),
+}  # fmt: skip
+"""What a record must have for others to read it"""
 
 _VERSIONED = (
     "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
@@ -53,22 +57,47 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record of a finished stage.
 
     Raises:
-        InputError: missing or not readable as one.
+        InputError: missing, or not whole.
     """
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise InputError(
-                f"{path}: schema {record['schema']}, this version reads {SCHEMA}; redo the stage"
-            )
-        return dict(record)
+        record = read_json(path, _redo(folder))
     except FileNotFoundError:
-        raise InputError(f"{folder}: has no {RECORD}, so it is not a finished stage") from None
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a stage record ({error}); redo the stage") from None
+        raise InputError(
+            f"{folder}: has no {RECORD}, so it is not a finished stage; {_redo(folder)}"
+        ) from None
+    if record.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: schema {record.get('schema')}, this version reads {SCHEMA}; {_redo(folder)}"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(record.get(key), kind):
+            state = "is no such value" if key in record else "is missing"
+            raise InputError(f"{path}: damaged, {key!r} {state}; {_redo(folder)}")
+    for name, facts in record["outputs"].items():
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= set(facts):
+            raise InputError(f"{path}: damaged, nothing is said of {name!r}; {_redo(folder)}")
+    return record
+
+
+def _redo(folder: Path) -> str:
+    """What to do about a damaged stage."""
+    return f"the stage is damaged, add run.redo=[{folder.name}] to the command that made it"
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """`read_record`, and every file that it names is there with its size; contents are not read.
+
+    Raises:
+        InputError: the record is not whole, or a file is not.
+    """
+    record = read_record(folder)
+    for name, facts in record["outputs"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            state = "is missing" if not path.is_file() else "has another size"
+            raise InputError(f"{path}: {state}; {_redo(folder)}")
+    return record
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -124,14 +153,11 @@ def find_finished(
         if may_extend and is_of_inputs and all(": absent -> " in change for change in changes):
             return None
         raise _refuse(run_dir, stage, changes, "the finished stage")
-    for name, facts in record["outputs"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            state = "is missing" if not path.is_file() else "has another size"
-            raise InputError(f"{path}: {state}; the stage is damaged, add run.redo=[{stage}]")
-        if file_sha256(path) != facts["sha256"]:
-            raise InputError(f"{path}: its SHA-256 changed since it was written; the stage is "
-                             f"damaged, add run.redo=[{stage}]")  # fmt: skip
+    for name, facts in read_whole(folder)["outputs"].items():
+        if file_sha256(folder / name) != facts["sha256"]:
+            raise InputError(
+                f"{folder / name}: its SHA-256 changed since it was written; {_redo(folder)}"
+            )
     return Artifact(folder, record, is_reused=True)
 
 
@@ -175,18 +201,22 @@ class StageWriter:
 
         A redo that was interrupted is continued by the next one of the same identity.
         """
-        try:
-            begun = json.loads((partial / "begun.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            begun = {"identity": None, "redo": False}
-        changes = differences(begun["identity"], self._identity)
-        if not changes and (begun["redo"] or not redo):
-            return
-        if partial.exists() and (redo or may_replace or begun["identity"] is None):
-            shutil.rmtree(partial)
-            return
         scratch = partial / "scratch"
-        if scratch.is_dir() and any(scratch.iterdir()):
+        is_begun = scratch.is_dir() and any(scratch.iterdir())
+        try:
+            begun = read_json(partial / "begun.json", f"add run.redo=[{self._stage}] to start over")
+        except FileNotFoundError:
+            begun = {}
+        except InputError:
+            if is_begun and not (redo or may_replace):
+                raise  # hours of work, and nothing says of what
+            begun = {}
+        changes = differences(begun.get("identity"), self._identity)
+        if not changes and (begun.get("redo") or not redo):
+            return
+        if partial.exists() and (redo or may_replace or not begun):
+            shutil.rmtree(partial)
+        elif is_begun:
             raise _refuse(self._run_dir, self._stage, changes, "the interrupted stage")
 
     def commit(self, metrics: dict[str, Any], seed: int) -> Artifact:

@@ -11,7 +11,7 @@ from cluster.executor import Executor
 from conf.schema import Config, to_dict
 from jobs.runs.models import Models
 from jobs.runs.tracking import Tracker
-from sparsify.formats.sparse_folder import model_fingerprint, read_sparsity
+from sparsify.formats.sparse_folder import hub_reference, model_fingerprint, read_sparsity
 
 if TYPE_CHECKING:  # they cost what only a run needs: torch, rich
     from jobs.corpus.survey import Texts
@@ -70,5 +70,5 @@ class StageContext:
 
 
 def fingerprints(folders: dict[str, Path]) -> dict[str, str]:
-    """Name -> fingerprint of each model folder."""
-    return {name: model_fingerprint(folder) for name, folder in folders.items()}
+    """Name -> fingerprint of each model folder; of one of the Hub its name and commit."""
+    return {n: hub_reference(folder) or model_fingerprint(folder) for n, folder in folders.items()}

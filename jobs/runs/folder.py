@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,30 @@ def write_json(path: Path, value: Any) -> None:
     """`files.write_json`, with a full or unwritable disk as one line."""
     with disk_errors(path):
         files.write_json(path, value)
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """An object that `write_json` wrote.
+
+    Args:
+        path: of the file.
+        fix: what to do when it is damaged; ends the message.
+
+    Raises:
+        InputError: it cannot be read, or is not what was written.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
+    except ValueError as error:  # cut off, or not UTF-8
+        raise InputError(f"{path}: damaged, not JSON ({error}); {fix}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged, a {type(value).__name__} and no object; {fix}")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,9 +88,9 @@ def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
     Raises:
         InputError: it is a file, or cannot be made or written.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{option}={run_dir}: is a file; choose a folder")
     try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise InputError(f"{option}={run_dir}: is a file; choose a folder")
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".probe"
         probe.write_bytes(b"x")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.schema import Config
-from jobs.runs.artifact import RECORD
+from jobs.runs.artifact import RECORD, read_whole
+from jobs.runs.hub import model_folder
 from jobs.runs.stage import Stage
 from sparsify.errors import InputError
+from sparsify.files import readable
 from sparsify.formats.sparse_folder import read_sparsity
 
 
@@ -55,16 +56,19 @@ class Models:
         makes = self.stages[self._place(stage)].makes
         if makes is None:
             return
-        metrics = json.loads((folder / RECORD).read_text(encoding="utf-8"))["metrics"]
+        metrics = read_whole(folder)["metrics"]
         self.made[stage] = {name: folder / path for name, path in makes(metrics).items()}
         if metrics.get("method") in self.made[stage]:
             self.method = metrics["method"]
 
-    def add_run(self, run: Path, until: str | None = None) -> None:
-        """Enter the finished stages of a run's folder, up to and with `until`."""
+    def add_run(self, run: Path, until: str | None = None, without: Collection[str] = ()) -> None:
+        """Enter the finished stages of a run's folder, up to and with `until`.
+
+        Those that are to be made again, `without`, are not looked at: they may be damaged.
+        """
         last = len(self.stages) if until is None else self._place(until) + 1
         for stage in self.stages[:last]:
-            if (run / stage.name / RECORD).is_file():
+            if stage.name not in without and (run / stage.name / RECORD).is_file():
                 self.add(stage.name, run / stage.name)
 
     def forget_descendants(self, stage: str) -> None:
@@ -78,44 +82,57 @@ class Models:
         return [stage.name for stage in self.stages].index(name)
 
 
-def find_models(config: Config, run_dir: Path, stages: Sequence[Stage]) -> Models:
+def find_models(
+    config: Config, run_dir: Path, stages: Sequence[Stage], again: Collection[str] = (),
+    fetch: bool = True,
+) -> Models:  # fmt: skip
     """The models a run can start from: of run.from, and of the run's own finished stages.
 
     All folders are absolute: workers may be elsewhere.
 
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        stages: every stage there is.
+        again: stages of the run that will be made again, whatever there is of them.
+        fetch: download the weights of models of the Hub; False for what describes them alone.
+
     Raises:
         InputError: run.from is neither a run, nor a stage, nor a model folder; or a model that
-            was pruned elsewhere comes without the dense model it is compared with.
+            was pruned elsewhere comes without the dense model it is compared with; or a stage is
+            damaged.
     """
-    source = config.run.from_
-    if source is None:
-        models = Models(_folder_of(config.model.path), stages)
+    text = config.run.from_
+    if text is None:
+        models = Models(model_folder("model.path", config.model.path, fetch), stages)
+        own = None
     else:
-        models = _models_from(_folder_of(source), config, stages)
-    own = None if source is None else Path(source).resolve()
+        source = model_folder("run.from", text, fetch)
+        own = source.resolve()
+        models = _models_from(source, config, stages, again if own == run_dir.resolve() else (),
+                              fetch)  # fmt: skip
     if own != run_dir.resolve():
-        models.add_run(run_dir)
+        models.add_run(run_dir, without=again)
     return models
 
 
-def _folder_of(path: str) -> Path:
-    from sparsify.models.load import resolve_path  # costs torch
-
-    return resolve_path(path).absolute()
-
-
-def _models_from(source: Path, config: Config, stages: Sequence[Stage]) -> Models:
-    if not source.is_dir():
-        raise InputError(f"run.from={source}: there is no such folder")
+def _models_from(
+    source: Path, config: Config, stages: Sequence[Stage], again: Collection[str], fetch: bool
+) -> Models:
     names = [stage.name for stage in stages]
-    is_stage = source.name in names and (source / RECORD).is_file()
-    if is_stage or any((source / name / RECORD).is_file() for name in names):
+    with readable(f"run.from={source}"):
+        if not source.is_dir():
+            raise InputError(f"run.from={source}: there is no such folder")
+        is_stage = source.name in names and (source / RECORD).is_file()
+        is_run = any((source / name / RECORD).is_file() for name in names)
+        is_model = (source / "config.json").is_file()
+    if is_stage or is_run:
         models = Models(Path(), stages)
         run, until = (source.parent, source.name) if is_stage else (source, None)
-        models.add_run(run, until)
-        models.dense = _dense_folder(config.model.teacher or _dense_of(models, run))
+        models.add_run(run, until, again)
+        models.dense = _dense_folder(config.model.teacher or _dense_of(models, run), fetch)
         return models
-    if not (source / "config.json").is_file():
+    if not is_model:
         raise InputError(
             f"run.from={source}: neither a run (no finished stage in it), nor a stage, nor a model "
             "folder (no config.json)"
@@ -134,27 +151,28 @@ def _models_from(source: Path, config: Config, stages: Sequence[Stage]) -> Model
     made = {"prune": {method: source}}
     if "num_recovery_tokens" in provenance and "distill" not in config.stages:
         made = {"distill": {"recovered": source}}
-    return Models(_dense_folder(dense), stages, made, method)
+    return Models(_dense_folder(dense, fetch), stages, made, method)
 
 
-def _dense_folder(path: str) -> Path:
+def _dense_folder(text: str, fetch: bool) -> Path:
     """The dense model's folder.
 
     Raises:
         InputError: it is gone.
     """
-    folder = _folder_of(path)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"model.teacher: the dense model {folder} is not there (any more); say where it is "
-            "with model.teacher=FOLDER"
-        )
-    return folder
+    folder = model_folder("model.teacher", text, fetch)
+    with readable(f"model.teacher: the dense model {folder}"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(
+        f"model.teacher: the dense model {folder} is not there (any more); say where it is "
+        "with model.teacher=FOLDER"
+    )
 
 
 def _dense_of(models: Models, run: Path) -> str:
     for folder in reversed(models.all_sparse().values()):
         sparsity = read_sparsity(folder)
-        if sparsity is not None:
+        if sparsity is not None and "dense_path" in sparsity["provenance"]:
             return str(sparsity["provenance"]["dense_path"])
     raise InputError(f"run.from={run}: has no pruned model; run its prune stage first")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.runs.folder import write_json
+from jobs.runs.folder import read_json, write_json
 
 
 class RedoJournal:
@@ -19,9 +19,14 @@ class RedoJournal:
         self._path = run_dir / ".redo.json"
         self._command = command
         self.done: list[str] = []
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            before = json.loads(self._path.read_text(encoding="utf-8"))
-            self.done = before["done"] if before["command"] == command else []
+        with contextlib.suppress(FileNotFoundError):
+            before = read_json(self._path, "remove it, and stages are made again that were")
+            self.done = before.get("done", []) if before.get("command") == command else []
+
+    def left(self, redo: Sequence[str], stages: Sequence[str]) -> set[str]:
+        """Stages of a command with this run.redo that are yet to be made again."""
+        asked = stages if "all" in redo else redo
+        return set(asked) - set(self.done)
 
     def add(self, stage: str) -> None:
         """Note that a stage has been made again."""

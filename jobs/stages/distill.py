@@ -55,9 +55,16 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
 
 def check(config: Config, models: Models) -> None:
-    """Require that the teacher's samples, where they are used, fit this run."""
-    from jobs.training.inputs import check_cache  # costs torch
+    """Require a family that can be trained, and that stored rows and samples fit this run.
 
+    Raises:
+        InputError: they do not.
+    """
+    from jobs.training.inputs import check_cache, checked_store  # both cost torch
+    from jobs.workers.checks import check_recovery
+
+    check_recovery(models.dense)
+    checked_store(config, models.dense)
     check_cache(config, models.dense)
 
 

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from cluster.machine import require_machine
+from cluster.spec import ClusterSpec
 from conf.schema import Config
 from jobs.corpus.tokens import check_tokens
+from jobs.runs.hub import has_weights
 from jobs.runs.models import Models
 from sparsify.calibration.layers import prunable_linears
+from sparsify.errors import InputError
+from sparsify.formats.sparse_folder import model_name
 from sparsify.models.blocks import stored_of
+from sparsify.models.lm_head import find_head
 from sparsify.models.load import (
+    build_model,
     check_checkpoint,
     check_sequence_length,
     check_vocabulary,
@@ -24,12 +30,22 @@ from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.coverage import coverage
 
 
-def check_inputs(config: Config, models: Models) -> list[str]:
+def check_cluster(spec: ClusterSpec) -> None:
+    """Require the machines that can be counted from here.
+
+    Raises:
+        ClusterError: see `cluster.machine.require_machine`.
+    """
+    require_machine(spec, torch.cuda.device_count())
+
+
+def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str]:
     """Require whole checkpoints, room for the rows, and a tokenizer that fits the text.
 
     Args:
         config: of the run.
         models: what it starts from.
+        fetch: whether the weights of models of the Hub have been downloaded.
 
     Returns:
         What of the models is left out or is not as they say, in one line each.
@@ -38,19 +54,35 @@ def check_inputs(config: Config, models: Models) -> list[str]:
         InputError: something the user can put right.
     """
     data, dense = config.data, models.dense
-    for folder in (dense, *models.made.get("prune", {}).values()):
+    sparse = models.all_sparse().values()
+    present = [folder for folder in (dense, *sparse) if fetch or has_weights(folder)]
+    for folder in present:
         check_checkpoint(folder)
     tokenizer, remark = read_tokenizer(dense)
-    model = _shapes_of(dense)
+    model = shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
+    for folder in sparse:
+        _check_same_words(folder, shapes_of(folder), dense, model)
     num_rows = model.get_input_embeddings().weight.shape[0]
     said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
     left = coverage(model, config.prune.skip).remark() if "prune" in config.stages else None
     remarks = {dense: said + [text for text in (remark, left) if text is not None]}
-    for folder in (dense, *models.made.get("prune", {}).values()):
+    for folder in present:
         remarks.setdefault(folder, []).extend(stored_of(folder, config.model.dtype).remarks())
-    return [f"model {folder.name}: {text}" for folder, texts in remarks.items() for text in texts]
+    return [
+        f"model {model_name(folder)}: {text}" for folder, texts in remarks.items() for text in texts
+    ]
+
+
+def _check_same_words(folder: Path, model: Any, dense: Path, dense_model: Any) -> None:
+    """Require that two models predict the same tokens: scores and recovery compare them."""
+    widths = [one.config.get_text_config().vocab_size for one in (model, dense_model)]
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"model folder {folder}: has a vocabulary of {widths[0]} tokens and the dense model "
+            f"{dense} {widths[1]}; say which model it was pruned from with model.teacher=FOLDER"
+        )
 
 
 def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:
@@ -60,12 +92,24 @@ def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:
         InputError: a layer's inputs are no multiple of the group's length.
     """
     parsed = Pattern.parse(pattern)
-    for _, name, module in prunable_linears(_shapes_of(dense), skip):
+    for _, name, module in prunable_linears(shapes_of(dense), skip):
         check_divides(name, module.in_features, parsed)
 
 
-def _shapes_of(folder: Path) -> Any:
-    """A model without its weights."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+def check_recovery(dense: Path) -> None:
+    """Require a family that recovery can train, as far as shapes tell.
+
+    Raises:
+        InputError: no base model before the head, or no linear head.
+    """
+    find_head(shapes_of(dense))
+
+
+def shapes_of(folder: Path) -> Any:
+    """A transformers model without its weights.
+
+    Raises:
+        InputError: see `sparsify.models.load.build_model`.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return build_model(folder)

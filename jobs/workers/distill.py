@@ -35,6 +35,7 @@ from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsi
 from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_tokenizer
+from sparsify.models.save import save_model
 
 _STORE, _HELDOUT = "rows", "heldout"
 
@@ -75,8 +76,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     if payload.get("heldout") is not None:
         with disk_errors(folder):
             warnings = write_heldout(config, tokenizer, payload["heldout"])
-        for warning in warnings:
-            context.warn(warning)
+        for text in warnings:
+            context.warn(text)
     if (folder / MANIFEST).is_file():
         return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
@@ -183,8 +184,8 @@ def _write(
         "num_recovery_tokens": num_tokens,
     }
     with disk_errors(folder):
-        recovery.engine.module.model.save_pretrained(folder, state_dict=state)
-        load_tokenizer(payload["student"]).save_pretrained(folder)
+        tokenizer = load_tokenizer(payload["student"])
+        save_model(recovery.engine.module.model, tokenizer, folder, state)
         save_masks(folder / MASKS, recovery.masks)
         carry_rotation(payload["student"], folder)
         write_sparsity(folder, recovery.masks, pattern, before.get("method", "given"), provenance)

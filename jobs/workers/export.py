@@ -13,10 +13,18 @@ from cluster.runtime.worker import WorkerContext
 from jobs.runs.folder import disk_errors
 from sparsify.formats.basis import carry_rotation
 from sparsify.formats.packed_folder import load_any, save_packed_folder
-from sparsify.formats.sparse_folder import MASKS, PACKED, described, read_sparsity, write_sparsity
+from sparsify.formats.sparse_folder import (
+    MASKS,
+    PACKED,
+    described,
+    model_name,
+    read_sparsity,
+    write_sparsity,
+)
 from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import load_pair, save_model
+from sparsify.models.load import load_pair
+from sparsify.models.save import save_model
 
 
 def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +52,7 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
             write_sparsity(folder / integers, masks, str(pattern), method, provenance)
         for kind in bits:
             card = model_card(
-                kind, bits[kind], payload["dense"].name, payload["results"], str(pattern),
+                kind, bits[kind], model_name(payload["dense"]), payload["results"], str(pattern),
                 provenance, described(read_sparsity(folder / kind) or {}),
             )  # fmt: skip
             (folder / kind / "README.md").write_text(card, encoding="utf-8")
@@ -69,7 +77,7 @@ def _stored_dtype(folder: Path) -> str:
 def _public(provenance: dict[str, Any], dense: Path) -> dict[str, Any]:
     """Provenance without paths of this machine: the dense model goes by name and hash."""
     kept = {key: value for key, value in provenance.items() if key != "dense_path"}
-    return {"dense_model": dense.name, **kept}
+    return {"dense_model": model_name(dense), **kept}
 
 
 def model_card(

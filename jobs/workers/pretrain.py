@@ -22,7 +22,7 @@ from sparsify.data.rows import token_rows
 from sparsify.data.split import shuffled
 from sparsify.errors import InputError
 from sparsify.evaluation.perplexity import evaluate_rows
-from sparsify.models.load import save_model
+from sparsify.models.save import save_model
 from sparsify.training.pretrain import pretrain
 
 _END = "<|endoftext|>"

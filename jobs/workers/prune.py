@@ -41,8 +41,8 @@ from sparsify.models.load import (
     load_model,
     load_tokenizer,
     read_config,
-    save_model,
 )
+from sparsify.models.save import save_model
 from sparsify.models.stored import check_stored
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
@@ -200,7 +200,12 @@ class Pruning:
             model = load_model(dense, self._config.model.dtype, context.device)
             result = prune_model(model, *args, memory=memory, **common)
             if context.rank == 0:
-                save_model(model, None, folder)
+                if not save_model(model, None, folder):
+                    context.warn(
+                        "prune: tensors are written under the names of transformers' modules, not "
+                        "those of the family's checkpoints, in which pruned layers have others; "
+                        "transformers loads them, other engines may not"
+                    )
                 save_masks(folder / "masks-00001.safetensors", result.keep_masks)
             return result
         memory = replace(memory, activations=self._placement(method))

@@ -28,7 +28,8 @@ from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.formats.sparse_folder import ROTATION
 from sparsify.masks.storage import MaskFile
-from sparsify.models.load import load_model, save_model, weight_files
+from sparsify.models.load import load_model, weight_files
+from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.budget import allocate
 from sparsify.rotation.rotate import rotate_model
@@ -167,7 +168,8 @@ def _rotate(
     few = rows[:: max(1, len(rows) // wanted)]
     report = rotate_model(
         model, few, steps=steps, seed=config.run.seed, batch_size=config.prune.batch_size,
-        pattern=Pattern.parse(config.prune.pattern), use_value_rotation=bool(sites.values),
+        pattern=Pattern.parse(config.prune.pattern), skip=config.prune.skip,
+        use_value_rotation=bool(sites.values),
         on_step=lambda done, total, loss: say(done, total, f"steps, rotation {loss:.4f}"),
         comm=comm,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.teach import TeachJobConfig
 from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors
+from jobs.runs.hub import model_folder
 from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.order import key_of
 from sparsify.data.rows import TokenRows
@@ -45,7 +46,6 @@ from sparsify.models.load import (
     load_pair,
     load_tokenizer,
     read_config,
-    resolve_path,
 )
 
 STATE = ".teach"
@@ -85,7 +85,7 @@ def write_cache(config: TeachJobConfig, out: Path, map_shards: MapShards, displa
             cache of something else.
     """
     store = _open_store(config)
-    model = resolve_path(config.model.path).absolute()
+    model = model_folder("model.path", config.model.path)
     num_words = _check_model(model, store)
     facts = _facts(config, store, model_fingerprint(model), num_words)
     display.say(_size(store, facts))

@@ -31,6 +31,7 @@ from jobs.corpus.sources import (
 )
 from jobs.corpus.survey import Survey, source_fingerprint, survey_source
 from jobs.runs.display import Display
+from jobs.runs.hub import model_folder
 from jobs.workers.shards import MapShards, ShardFolder, fill_folder, write_record
 from sparsify.data.rows import tokenizer_digest
 from sparsify.data.split import MIN_DOCUMENTS, split_document
@@ -38,7 +39,7 @@ from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 from sparsify.files import written_whole
-from sparsify.models.load import load_tokenizer, resolve_path
+from sparsify.models.load import load_tokenizer
 
 STATE = ".tokenize"
 
@@ -108,7 +109,7 @@ def write_store(
         InputError: a source or the tokenizer cannot be read, or the folder holds, whole or
             half-way, a store of something else.
     """
-    model = resolve_path(config.model.path).absolute()
+    model = model_folder("model.path", config.model.path, fetch=False)
     tokenizer = load_tokenizer(model)
     data = with_absolute_paths(config.data)
     sources = [

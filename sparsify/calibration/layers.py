@@ -97,3 +97,9 @@ def prunable_linears(
     if not found:
         raise InputError("prune.skip: every linear layer is skipped, so nothing is left to prune")
     return found
+
+
+def skipped_linears(model: nn.Module, skip: Sequence[str]) -> set[str]:
+    """Full names of the linears in the decoder blocks that `prunable_linears` leaves out."""
+    every = {name for _, name, _ in prunable_linears(model)}
+    return every - {name for _, name, _ in prunable_linears(model, skip)}

@@ -33,16 +33,32 @@ _TEMPLATES = "additional_chat_templates"
 _READ_NAMES = ("vocab.txt", "merges.txt", "dict.txt")
 
 
+def hub_reference(folder: Path) -> str | None:
+    """ORGANISATION/NAME@COMMIT of a folder in the cache of the Hugging Face Hub, by its path."""
+    parts = folder.parts[-3:]
+    if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return None
+    return f"{'/'.join(parts[0].split('--')[1:])}@{parts[2]}"
+
+
+def model_name(folder: Path) -> str:
+    """What a person calls the model of a folder."""
+    return hub_reference(folder) or folder.name
+
+
 def model_fingerprint(folder: Path) -> str:
     """SHA-256 over the files of a model folder that it, its tokenizer, or what is made of it is
     read from: weights wherever the index has them, configurations, vocabularies, templates, masks
     and rotations.
 
     A file that only describes (README, licence), weights that are never read (pickle) and hidden
-    folders do not count.
+    folders do not count. In the Hub's cache the commit counts, whatever else of the model has been
+    downloaded there.
 
     Cost: reads all of it.
     """
+    if reference := hub_reference(folder):
+        return hashlib.sha256(reference.encode()).hexdigest()
     names = {path.name for path in folder.iterdir() if _is_read(path)} | {MASKS, ROTATION}
     names |= {f"{_TEMPLATES}/{path.name}" for path in folder.glob(f"{_TEMPLATES}/*.jinja")}
     for index in folder.glob("*.safetensors.index.json"):
@@ -70,12 +86,17 @@ def read_sparsity(folder: Path) -> dict[str, Any] | None:
     path = folder / SPARSITY
     if not path.is_file():
         return None
+    fix = "restore it or prune the model again"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise InputError(
-            f"{path}: not JSON ({error}); restore it or prune the model again"
-        ) from None
+        raise InputError(f"{path}: not JSON ({error}); {fix}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a {type(value).__name__} and no object; {fix}")
+    for key, kind in (("pattern", str), ("provenance", dict)):
+        if not isinstance(value.get(key), kind):
+            raise InputError(f"{path}: says no {key}; {fix}")
+    return value
 
 
 def write_sparsity(

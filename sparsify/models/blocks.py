@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.models.load import (
     DTYPES,
+    build_model,
     check_checkpoint,
     check_finite,
-    read_config,
     resolve_path,
     weight_files,
 )
@@ -259,9 +258,7 @@ def _parameters_of(module: nn.Module | None) -> list[nn.Parameter]:
 def _empty_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The model of config.json with real buffers and parameters that have only a shape."""
     with _parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            read_config(folder), dtype=DTYPES[dtype], trust_remote_code=False
-        )
+        model = build_model(folder, dtype)
     return model.requires_grad_(False)
 
 

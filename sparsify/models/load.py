@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
+from sparsify.files import readable
 from sparsify.models.stored import follow_weights, not_finite, num_not_finite
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
 
@@ -42,7 +43,7 @@ DTYPES = {
 
 _WEIGHTS = "model.safetensors"
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -85,16 +86,16 @@ def check_checkpoint(path: str | Path) -> None:
     Cost: reads config.json, the index and the header of every shard.
     """
     folder = resolve_path(path)
-    if not folder.is_dir():
-        found = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        raise InputError(
-            f"model folder {path}: {found}; give a folder with config.json and safetensors "
-            "(a model of the Hugging Face Hub is downloaded first: hf download NAME --local-dir "
-            "FOLDER)"
-        )
-    read_config(folder)
-    for shard in weight_files(folder):
-        _check_shard(shard)
+    with readable(f"model folder {path}"):
+        if not folder.is_dir():
+            found = "is a file, not a folder" if folder.exists() else "there is no such folder"
+            raise InputError(
+                f"model folder {path}: {found}; give a folder with config.json and safetensors, or "
+                "a model of the Hugging Face Hub as ORGANISATION/NAME"
+            )
+        read_config(folder)
+        for shard in weight_files(folder):
+            _check_shard(shard)
 
 
 def _read_json(path: Path) -> Any:
@@ -147,11 +148,34 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
+    """The model that a folder's config.json describes, without reading weights: as transformers
+    starts it, or where the caller says so (`torch.device("meta")`) shapes alone.
+
+    Raises:
+        InputError: see `read_config`; or transformers cannot build such a model here (an unknown
+            activation or rope type, attention of a package that is not installed).
+    """
+    config = read_config(folder)
+    kind = {} if dtype is None else {"dtype": DTYPES[dtype]}
+    try:
+        with quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, **kind
+            )
+    except Exception as error:  # whatever the family's own code raises
+        raise InputError(
+            f"{folder / 'config.json'}: no model can be built of it ({type(error).__name__}: "
+            f"{first_line(error)}); correct the field, or install what it asks for"
+        ) from None
+    return model
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model; InputError if there are none or one is lost."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
-    index = folder / _INDEX
+    index = folder / INDEX
     if not index.exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
         if pickles:
@@ -159,7 +183,7 @@ def weight_files(folder: Path) -> list[Path]:
                 f"model folder {folder}: weights only as pickle ({pickles[0]}), which can run "
                 "code when read and is refused; convert the model to safetensors"
             )
-        raise InputError(f"model folder {folder}: no weights; expected {_WEIGHTS} or {_INDEX}")
+        raise InputError(f"model folder {folder}: no weights; expected {_WEIGHTS} or {INDEX}")
     raw = _read_json(index)
     shards = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -215,7 +239,7 @@ def load_model(
     folder = resolve_path(path)
     check_checkpoint(folder)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True,
@@ -227,9 +251,12 @@ def load_model(
         RuntimeError,
         KeyError,
         TypeError,
+        ImportError,
         SafetensorError,
     ) as error:
-        raise InputError(f"model folder {folder}: cannot be loaded: {first_line(error)}") from None
+        raise InputError(
+            f"model folder {folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from None
     model, info = loaded  # a pair, because of output_loading_info
     _check_loading_info(folder, info)
     follow_weights(model)
@@ -282,9 +309,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def read_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, str | None]:
     """`load_tokenizer`, and what is to be said of it (`models.tokenizer.by_own_rules`)."""
     folder = resolve_path(path)
-    if not folder.is_dir():
-        raise InputError(f"model folder {path}: there is no such folder")
-    if not any(next(folder.glob(name), None) for name in _TOKENIZER_FILES):
+    with readable(f"model folder {path}"):
+        if not folder.is_dir():
+            raise InputError(f"model folder {path}: there is no such folder")
+        has_files = any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
+    if not has_files:
         raise InputError(
             f"model folder {folder}: no tokenizer; copy tokenizer.json and tokenizer_config.json "
             "of the model into it"
@@ -346,26 +375,8 @@ def check_sequence_length(config: PretrainedConfig, sequence_length: int) -> Non
         )
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: str | Path,
-) -> None:
-    """Write a model folder: safetensors, config.json and the tokenizer.
-
-    The same weights give the same bytes. The folder may exist; files of the same names in it are
-    replaced.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _quiet_transformers():
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no loading report: what matters in the report is raised instead."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -9,13 +9,14 @@ and columns of a weight, H key-value heads, Q query heads of one of them, K widt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.calibration.layers import skipped_linears
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CalibrationError, InputError
@@ -52,6 +53,7 @@ def rotate_model(
     seed: int,
     batch_size: int,
     pattern: Pattern,
+    skip: Sequence[str] = (),
     use_value_rotation: bool = True,
     on_step: Callable[[int, int, float], None] | None = None,
     comm: Comm | None = None,
@@ -74,6 +76,8 @@ def rotate_model(
         seed: of the small random matrix that moves the start off the identity.
         batch_size: rows per forward.
         pattern: what the model will be pruned to.
+        skip: layers that will not be pruned, as in `prunable_linears`: turned with the others, and
+            of no account in what is minimised.
         use_value_rotation: False: R1 alone.
         on_step: called as on_step(steps done, steps, what is minimised, mean over rows).
         comm: the processes that take part, each with the whole model and all rows; None: this one
@@ -110,7 +114,8 @@ def rotate_model(
             f"rotation: {type(model).__name__} has no v_proj and o_proj to rotate values in; use "
             "use_value_rotation=False"
         )
-    for readers in (*(site.readers for site in sites.norms[:-1]), sites.writers):
+    pruned = sites.without(skipped_linears(model, skip))
+    for readers in (*(site.readers for site in pruned.norms[:-1]), pruned.writers):
         for name, linear in readers.items():
             check_divides(name, linear.in_features, pattern)
     check = rows[:1]
@@ -131,7 +136,7 @@ def rotate_model(
         moments = residual_moments(model, sites, rows, batch_size, comm)
         noise = torch.Generator().manual_seed(seed) if steps else None
         start = partial(
-            RotationSearch, sites, moments, pattern, use_values=use_value_rotation, noise=noise,
+            RotationSearch, pruned, moments, pattern, use_values=use_value_rotation, noise=noise,
             comm=comm,
         )  # fmt: skip
         search = comm.run_together(start)

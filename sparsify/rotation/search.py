@@ -165,7 +165,8 @@ def _units(
     for site, moment_DD in zip(sites.norms, moments.norms, strict=False):
         readers = [(linear, value_of.get(id(linear))) for linear in site.readers.values()]
         num_rows = sum(linear.out_features for linear, _ in readers)
-        units.append((Readers(readers, moment_DD), num_rows))
+        if readers:
+            units.append((Readers(readers, moment_DD), num_rows))
     for name, linear in sites.writers.items():
         place = output_of.get(id(linear))
         blocks = None if place is None else moments.values[id(linear)]

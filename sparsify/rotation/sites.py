@@ -7,7 +7,8 @@ one of them, K width of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ class RotationSites:
     writers: dict[str, nn.Linear]
     """linears whose output is added to the stream"""
     values: list[ValueSite] = field(default_factory=list)
+
+    def without(self, names: Collection[str]) -> RotationSites:
+        """The same but for these linears, which are turned with the others and not looked at."""
+        norms = [
+            replace(site, readers={n: x for n, x in site.readers.items() if n not in names})
+            for site in self.norms
+        ]
+        writers = {name: x for name, x in self.writers.items() if name not in names}
+        return replace(self, norms=norms, writers=writers)
 
 
 def find_rotation_sites(model: nn.Module) -> RotationSites:

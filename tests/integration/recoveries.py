@@ -72,8 +72,9 @@ def make_base(folder: Path, dense: Path) -> None:
     from sparsify.data.rows import TokenRows
     from sparsify.data.store_write import write_rows
     from sparsify.masks.storage import save_masks
-    from sparsify.models.load import load_pair, save_model
+    from sparsify.models.load import load_pair
     from sparsify.models.masked import infer_masks
+    from sparsify.models.save import save_model
     from sparsify.pattern import Pattern
 
     (folder / "teacher").symlink_to(dense)

@@ -21,7 +21,8 @@ CASES = [
 @pytest.fixture(scope="module")
 def sparse_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with magnitude masks beside it; its weights are still dense."""
-    from sparsify.models.load import load_pair, save_model
+    from sparsify.models.load import load_pair
+    from sparsify.models.save import save_model
 
     folder = tmp_path_factory.mktemp("sparse")
     model, tokenizer = load_pair(tiny_model_dir)

@@ -18,7 +18,8 @@ from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, SingularHessianError
 from sparsify.methods import PruneParams, get_method
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
+from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import PruneResult, prune_checkpoint, prune_model
 from tests.conftest import count_violations

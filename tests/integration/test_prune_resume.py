@@ -20,7 +20,8 @@ from sparsify.errors import InputError
 from sparsify.masks.storage import MaskFile, load_masks, merge_masks
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
+from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from tests.integration.recoveries import warm_context

@@ -93,8 +93,9 @@ def make_models(base: Path, folder: Path, is_rotated: bool) -> Path:
     A rotated student is in another basis than its teacher, as method=twofour leaves one.
     """
     from sparsify.masks.storage import save_masks
-    from sparsify.models.load import load_pair, save_model
+    from sparsify.models.load import load_pair
     from sparsify.models.masked import infer_masks
+    from sparsify.models.save import save_model
     from sparsify.pattern import Pattern
     from sparsify.rotation.basis import Rotation, fold_rotation
 

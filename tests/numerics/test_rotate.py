@@ -19,7 +19,8 @@ from sparsify.comm import assign_by_size
 from sparsify.data.rows import TokenRows
 from sparsify.distillation.loss import square_head
 from sparsify.errors import CalibrationError, InputError
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
+from sparsify.models.save import save_model
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation
@@ -32,15 +33,17 @@ FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"]
 WIDTH = 32
 
 
-def tiny(family: str = "Llama", tied: bool = True, seed: int = 0) -> nn.Module:
+def tiny(
+    family: str = "Llama", tied: bool = True, seed: int = 0, intermediate_size: int = 48
+) -> nn.Module:
     config = getattr(transformers, f"{family}Config")(
         vocab_size=64, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=tied,
     )  # fmt: skip
     for field, value in {
-        "intermediate_size": 48, "ffn_dim": 48, "num_key_value_heads": 2, "head_dim": 8,
-        "word_embed_proj_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 8,
+        "intermediate_size": intermediate_size, "ffn_dim": 48, "num_key_value_heads": 2,
+        "head_dim": 8, "word_embed_proj_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 8,
     }.items():  # fmt: skip
         if hasattr(config, field):
             setattr(config, field, value)
@@ -329,6 +332,30 @@ class TestRefusals:
             rotate_model(
                 tiny(), packed_rows(), steps=1, seed=0, batch_size=4, pattern=Pattern.parse("2:5")
             )
+
+    def test_columns_of_a_skipped_layer_need_not_divide(self) -> None:
+        model = with_exact_norms(tiny(intermediate_size=46), 0)
+        options = {"steps": 2, "seed": 0, "batch_size": 4, "pattern": TWO_FOUR}
+        with pytest.raises(InputError, match=r"down_proj: 46 input columns .* groups of 4"):
+            rotate_model(model, packed_rows(), **options)
+        report = rotate_model(model, packed_rows(), **options, skip=["*.down_proj"])
+        assert report.max_logit_difference < 1e-10
+
+
+def test_skipped_layers_do_not_move_the_search() -> None:
+    """The last one feeds no other layer of the blocks: its weights can show in the search alone."""
+
+    def rotation_of(factor: float, skip: list[str]) -> Tensor:
+        model = with_exact_norms(tiny(), 0)
+        model.model.layers[-1].mlp.down_proj.weight.data *= torch.linspace(1, factor, 48).double()
+        report = rotate_model(
+            model, packed_rows(), steps=3, seed=0, batch_size=4, pattern=TWO_FOUR, skip=skip
+        )
+        return report.rotation.residual_DD
+
+    skip = ["*.1.mlp.down_proj"]
+    assert not torch.equal(rotation_of(1, []), rotation_of(9, []))
+    assert torch.equal(rotation_of(1, skip), rotation_of(9, skip))
 
 
 def test_sites_of_llama() -> None:

@@ -32,7 +32,8 @@ from sparsify.calibration.layers import InputOrder
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.methods import PruneParams, get_method
-from sparsify.models.load import load_pair, save_model
+from sparsify.models.load import load_pair
+from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_checkpoint, prune_model
 

@@ -9,8 +9,10 @@ import pytest
 
 from jobs.runs import artifact as _artifact
 from jobs.runs import folder
+from jobs.runs.redo import RedoJournal
 from sparsify.errors import InputError, TwofourError
 from sparsify.formats import sparse_folder
+from tests.conftest import message
 
 IDENTITY = {"config": {"prune": {"damping": 0.01}}, "inputs": {"model": "a"}}
 
@@ -70,11 +72,60 @@ def test_a_damaged_stage_is_refused(tmp_path: Path, damage: str) -> None:
         find(tmp_path, IDENTITY)
 
 
-def test_a_truncated_record_is_refused(tmp_path: Path) -> None:
-    record = make(tmp_path).folder / "record.json"
-    record.write_bytes(record.read_bytes()[:20])
-    with pytest.raises(InputError, match="not a stage record"):
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (b'{"schema": 1, "iden', "not JSON"), (b"", "not JSON"), (b"\xff\xfe", "not JSON"),
+        (b"[1]", "a list and no object"), (b'{"schema": 1}', "'identity' is missing"),
+        (b"{}", "schema None"),
+        (b'{"schema": 1, "identity": {}, "outputs": [], "metrics": {}}', "'outputs' is no such"),
+        (
+            b'{"schema": 1, "identity": {}, "outputs": {"a": 1}, "metrics": {}, "duration_s": 1}',
+            "nothing is said of 'a'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_not_whole_is_one_line_with_the_way_out(
+    tmp_path: Path, record: bytes, reason: str
+) -> None:
+    path = make(tmp_path).folder / "record.json"
+    path.write_bytes(record)
+    for read in (lambda: find(tmp_path, IDENTITY), lambda: _artifact.read_whole(path.parent)):
+        with pytest.raises(InputError) as error:
+            read()
+        assert str(path) in message(error)
+        assert reason in message(error)
+        assert "run.redo=[prune]" in message(error)
+    again = make(tmp_path, redo=True)
+    assert find(tmp_path, IDENTITY).record == again.record
+
+
+def test_a_stage_without_its_record_is_offered_for_redo(tmp_path: Path) -> None:
+    (make(tmp_path).folder / "record.json").unlink()
+    with pytest.raises(InputError, match=r"no record\.json.*run\.redo=\[prune\]"):
         find(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"identity"'])
+def test_checkpoints_of_which_nothing_is_known_are_kept(tmp_path: Path, content: bytes) -> None:
+    writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command")
+    (writer.scratch / "step-1").write_text("state", encoding="utf-8")
+    (tmp_path / ".prune.partial" / "begun.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"begun\.json: damaged.*run\.redo=\[prune\]"):
+        _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command")
+    redo = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", redo=True)
+    assert not (redo.scratch / "step-1").exists()
+
+
+def test_a_journal_of_redos_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    journal = RedoJournal(tmp_path, "command")
+    assert journal.left(["all"], ["prune", "distill"]) == {"prune", "distill"}
+    journal.add("prune")
+    assert RedoJournal(tmp_path, "command").left(["prune", "distill"], []) == {"distill"}
+    assert RedoJournal(tmp_path, "another").left(["prune"], []) == {"prune"}
+    (tmp_path / ".redo.json").write_text("[")
+    with pytest.raises(InputError, match=r"\.redo\.json: damaged.*remove it"):
+        RedoJournal(tmp_path, "command")
 
 
 def test_a_redone_stage_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:

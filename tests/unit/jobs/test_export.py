@@ -13,8 +13,9 @@ from jobs.workers.export import export_on_worker, model_card
 from sparsify.formats.packed_folder import save_packed_folder
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import load_pair, save_model
+from sparsify.models.load import load_pair
 from sparsify.models.masked import apply_masks_, infer_masks
+from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conf.options.model import ModelConfig
 from conf.options.prune import PruneConfig
 from conf.options.run import STAGES, RunConfig
 from conf.schema import Config
@@ -25,10 +26,14 @@ from tests.conftest import message
 METHODS = ["magnitude", "twofour"]
 
 
+def record(**metrics: Any) -> dict[str, Any]:
+    return {"schema": 1, "identity": {}, "outputs": {}, "metrics": metrics, "duration_s": 1.0}
+
+
 def finish(run: Path, stage: str, dense: Path, **metrics: Any) -> None:
     """A finished stage's record, and what its model folder says of the dense model."""
     (run / stage).mkdir(parents=True)
-    (run / stage / RECORD).write_text(json.dumps({"metrics": metrics}))
+    (run / stage / RECORD).write_text(json.dumps(record(**metrics)))
     made = next(one for one in PIPELINE if one.name == stage).makes
     for folder in () if made is None else made(metrics).values():
         (run / stage / folder).mkdir()
@@ -88,13 +93,42 @@ def test_a_stage_that_is_new_needs_nothing_but_itself(run: Path) -> None:
     tune = Stage("tune", "", nothing, nothing, makes=lambda _: {"tuned": "model"})
     models = replace(of(run, "quantize"), stages=[*PIPELINE[:2], tune, *PIPELINE[2:]])
     (run / "tune").mkdir()
-    (run / "tune" / RECORD).write_text(json.dumps({"metrics": {}}))
+    (run / "tune" / RECORD).write_text(json.dumps(record()))
     models.forget_descendants("tune")
     models.add("tune", run / "tune")
     assert models.sparse("distill") == run / "prune/twofour"
     assert models.latest("quantize") == ("tuned", run / "tune/model")
     assert list(models.all_sparse()) == [*METHODS, "recovered", "tuned"]
     assert "quantize" not in models.made
+
+
+def test_a_damaged_stage_is_offered_for_redo_and_not_looked_at_then(
+    run: Path, tiny_model_dir: Path
+) -> None:
+    """Of the run itself, whose folder the command continues."""
+    path = run / "prune" / RECORD
+    told = json.loads(path.read_text())
+    lost = {**told, "outputs": {"twofour/model.safetensors": {"bytes": 9, "sha256": ""}}}
+    config = Config(model=ModelConfig(path=str(tiny_model_dir)))
+    for content in (json.dumps(lost), path.read_text()[:30], "{}"):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"add run\.redo=\[prune\]") as error:
+            find_models(config, run, PIPELINE)
+        assert str(run / "prune") in message(error)
+        with pytest.raises(InputError, match=r"add run\.redo=\[prune\]"):
+            of(run, "quantize")
+        models = find_models(config, run, PIPELINE, again={"prune"})
+        assert "prune" not in models.made
+        assert models.sparse("quantize") == run / "distill/model"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"pattern": "2:4"}', '{"pattern": 1}'])
+def test_what_describes_a_sparse_model_and_is_damaged_is_one_line(run: Path, content: str) -> None:
+    (run / "distill/model/sparsity.json").write_text(content)
+    for source in (run, run / "distill"):
+        with pytest.raises(InputError) as error:
+            of(source, "quantize")
+        assert "sparsity.json" in message(error)
 
 
 def test_without_a_sparse_model_the_message_says_what_to_do(tiny_model_dir: Path) -> None:

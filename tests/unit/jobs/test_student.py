@@ -17,8 +17,9 @@ from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import load_model, load_pair, save_model
+from sparsify.models.load import load_model, load_pair
 from sparsify.models.masked import apply_masks_, infer_masks, num_alive
+from sparsify.models.save import save_model
 from sparsify.models.structure import find_blocks
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation

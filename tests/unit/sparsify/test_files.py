@@ -40,7 +40,11 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(ValueError("  one\ntwo"), "one"), (KeyError(), "KeyError"), (OSError("\n\nx"), "x")],
+    [
+        (ValueError("  one\n\ttwo"), "one two"),
+        (KeyError(), "KeyError"),
+        (OSError("\n\nx"), "x"),
+    ],
 )
-def test_first_line_of_an_error(error: Exception, line: str) -> None:
+def test_an_error_on_one_line(error: Exception, line: str) -> None:
     assert first_line(error) == line

@@ -14,13 +14,14 @@ from transformers import BertConfig, LlamaConfig, T5Config
 
 from sparsify.errors import InputError
 from sparsify.models.load import (
+    build_model,
     check_checkpoint,
     check_sequence_length,
     load_model,
     load_pair,
     load_tokenizer,
-    save_model,
 )
+from sparsify.models.save import save_model
 from tests.conftest import message
 
 WEIGHTS = "model.safetensors"
@@ -190,7 +191,7 @@ def empty_index(folder):
 @pytest.mark.parametrize(
     ("break_it", "parts"),
     [
-        (drop_folder, ["no such folder", "hf download"]),
+        (drop_folder, ["no such folder", "ORGANISATION/NAME"]),
         (folder_is_file, ["is a file, not a folder"]),
         (drop_config, ["config.json is missing"]),
         (corrupt_config, ["config.json", "not valid JSON"]),
@@ -350,3 +351,55 @@ def test_tied_embeddings_round_trip(tmp_path):
     save_model(LlamaForCausalLM(config), None, tmp_path / "tied")
     model = load_model(tmp_path / "tied")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"max_position_embeddings": "256"}, "expected int"),
+        ({"rms_norm_eps": "1e-6"}, "expected float"),
+        ({"hidden_size": 66}, "multiple"),
+    ],
+)
+def test_a_field_of_the_config_that_is_wrong_is_named_with_the_reason(folder, change, reason):
+    edit_config(folder, **change)
+    with pytest.raises(InputError) as error:
+        check_checkpoint(folder)
+    assert reason in message(error)
+    assert next(iter(change)) in message(error) or reason == "multiple"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "foo"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+    ],
+)
+def test_a_config_that_no_model_can_be_built_of_is_one_line(folder, change, reason):
+    edit_config(folder, **change)
+    for build in (build_model, load_model):
+        with pytest.raises(InputError) as error:
+            build(folder)
+        assert reason in message(error)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_the_file_system_refuses_is_one_line(tmp_path, name):
+    for read in (check_checkpoint, load_tokenizer, load_model):
+        with pytest.raises(InputError) as error:
+            read(tmp_path / name)
+        assert message(error).startswith("model folder ")
+
+
+def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
+    """Root may read everything, so the refusal is the file system's answer made by hand."""
+
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for read in (check_checkpoint, load_tokenizer):
+        with pytest.raises(InputError, match="Permission denied"):
+            read(tmp_path)

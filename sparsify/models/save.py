@@ -1,0 +1,71 @@
+"""Model folders in the Hugging Face layout, written so that every pruned layer is found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from sparsify.models.load import INDEX, quiet_transformers, weight_files
+from sparsify.models.structure import find_blocks, linears_of
+from sparsify.tensors import tensor_names
+
+if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before there is a model
+    from transformers import PreTrainedModel
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> bool:
+    """Write a model folder: safetensors, config.json and the tokenizer.
+
+    The same weights give the same bytes. The folder may exist; files of the same names in it are
+    replaced.
+
+    Tensors get the names that the family's checkpoints have. transformers gives some families'
+    linear layers other names than their modules (Gemma 3 with its vision part); whoever looks for
+    a pruned layer would not find it: such a model is written under the names of its modules, which
+    transformers loads too.
+
+    Args:
+        model: what to write.
+        tokenizer: written beside it; None for none.
+        folder: where to.
+        state_dict: its tensors, where they are not in the model itself.
+
+    Returns:
+        Whether the tensors have the names of the family's checkpoints.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
+        if _has_names_of(model, folder):
+            return True
+        for path in weight_files(folder):
+            path.unlink()
+        (folder / INDEX).unlink(missing_ok=True)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        return False
+
+
+def _has_names_of(model: torch.nn.Module, folder: Path) -> bool:
+    """Whether every linear layer of the decoder blocks is in the files under its own name."""
+    list_name, blocks = find_blocks(model)
+    wanted = {
+        f"{list_name}.{index}.{name}.weight"
+        for index, block in enumerate(blocks)
+        for name in linears_of(block)
+    }
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            wanted -= set(tensor_names(file))
+    return not wanted
