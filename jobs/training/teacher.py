@@ -22,6 +22,7 @@ from sparsify.evaluation.divergence import forward_kl
 from sparsify.models.blocks import Blocks
 from sparsify.models.float8 import to_float8_
 from sparsify.models.lm_head import LanguageHead
+from sparsify.models.structure import base_of
 from sparsify.models.training import compile_layers
 from sparsify.rotation.basis import Rotation, fold_rotation
 
@@ -128,7 +129,7 @@ def _shard_rest(teacher: Any, source: Blocks, mesh: DeviceMesh) -> None:
     Embedding, last norm and head stay whole on every worker: the loss multiplies with the head
     itself.
     """
-    base: nn.Module = teacher.base_model
+    base = base_of(teacher)
     inside = {id(p) for block in source.blocks for p in block.parameters()}
     whole = {p for p in base.parameters() if id(p) not in inside}
     fully_shard(base, mesh=mesh, ignored_params=whole)

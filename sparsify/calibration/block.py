@@ -20,7 +20,7 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockCalls, BlockInputs, run_block
-from sparsify.models.isolation import require_isolation
+from sparsify.models.isolation import require_causal, require_isolation
 from sparsify.models.structure import linears_of
 from sparsify.models.watch import shared_input_groups
 
@@ -134,16 +134,19 @@ class BlockReader:
         return find_groups(block, one, names)
 
     def _learn(self, block: nn.Module) -> None:
-        """See how blocks are called, and that they keep documents apart."""
+        """See how blocks are called, that they look back alone, and keep documents apart."""
         self.calls.learn(block, self._rows[:1])
         self._is_known = True
+        model = self._source.model
+        name = type(model).__name__
+        vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+
+        def run(rows: TokenRows) -> Tensor:
+            return run_block(block, self.calls.first(rows))
+
+        require_causal(run, vocabulary, name)
         if self._rows.is_joined:
-            model = self._source.model
-            require_isolation(
-                lambda rows: run_block(block, self.calls.first(rows)),
-                model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
-                type(model).__name__,
-            )
+            require_isolation(run, vocabulary, name)
 
     def pass_dense(
         self, loaded: LoadedBlock, model: str, with_outputs: bool,

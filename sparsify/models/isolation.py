@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of one row apart.
+"""Whether a model sees only what it may: no later token, and no other document of a row.
 
 transformers builds a mask of one causal block per document from `position_ids` that start again at
 0, for models that hand these ids to its mask code. Some do not (OPT, Bloom, MPT), and a recurrent
@@ -18,6 +18,8 @@ from sparsify.errors import InputError
 from sparsify.models.calls import evaluating, logits_of
 
 _LENGTH = 8
+
+_FROM = 5  # the first token that is another one where later tokens must not be seen
 
 _STARTS = (5, 3)  # where the second document of each of the two rows begins
 
@@ -87,4 +89,34 @@ def require_isolation(run: Callable[[TokenRows], Tensor], vocabulary: int, name:
         raise InputError(
             f"{name}: documents joined into one row see each other in this model, whatever its "
             "position_ids say; set data.isolate_documents=false to allow it"
+        )
+
+
+@torch.no_grad()
+def require_causal(run: Callable[[TokenRows], Tensor], vocabulary: int, name: str) -> None:
+    """Require that no token changes what comes out for the tokens before it.
+
+    transformers offers a causal head for some models that attend to both sides (BERT-Generation as
+    an encoder, CPM-Ant before its prefix ends), and no field of the configuration says it for all.
+    What may change is rounding, as in `require_isolation`.
+
+    Args:
+        run: makes tensors (N, T, ...) of rows, without dropout.
+        vocabulary: number of tokens; ids are drawn from them.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: earlier tokens see later ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(vocabulary, (1, _LENGTH), generator=generator)
+    changed_NT = ids_NT.clone()
+    changed_NT[:, _FROM:] = (ids_NT[:, _FROM:] + vocabulary // 2) % vocabulary
+    first, second = (run(TokenRows.whole(ids)) for ids in (ids_NT, changed_NT))
+    change = first.double() - second.double()
+    before, after = (part.norm().item() for part in (change[:, :_FROM], change[:, _FROM:]))
+    if before > math.sqrt(torch.finfo(first.dtype).eps) * after:
+        raise InputError(
+            f"{name}: tokens see the tokens after them in this model, so it predicts none; use a "
+            "causal language model"
         )

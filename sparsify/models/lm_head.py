@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import InputError
 from sparsify.models.calls import evaluating
+from sparsify.models.structure import base_of
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ def find_head(model: Any) -> LanguageHead:
             f"{name}: its head is {type(linear).__name__}, expected nn.Linear; recovery needs a "
             "causal language model with a linear head"
         )
-    if model.base_model is model:
+    base = base_of(model)
+    if base is model:
         raise InputError(
             f"{name}: it has no base model that ends before the head; recovery needs a causal "
             "language model of transformers such as LlamaForCausalLM"
         )
-    return LanguageHead(model.base_model, linear, _transform_of(model.config.get_text_config()))
+    return LanguageHead(base, linear, _transform_of(model.config.get_text_config()))
 
 
 def _transform_of(config: Any) -> HeadTransform:
@@ -100,7 +102,9 @@ def _transform_of(config: Any) -> HeadTransform:
         value = getattr(config, name, None)
         scale *= value if isinstance(value, int | float) else 1.0
     divisor = getattr(config, "logits_scaling", None)  # Granite
-    soft_cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    # Gemma 2 and later; RecurrentGemma; xLSTM
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    soft_cap = next((cap for name in names if (cap := getattr(config, name, None))), None)
     return HeadTransform(scale / (divisor or 1.0), soft_cap)
 
 

@@ -22,7 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
@@ -138,9 +141,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path}: not a usable configuration: {first_line(error)}") from None
-    # Encoders such as BERT are in the mapping too, but attend to both sides unless told otherwise.
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
-    if not causal:
+    if not _is_decoder_only(config):
         raise InputError(
             f"{path}: model_type {model_type!r} is no causal language model; use a decoder-only "
             "text model"
@@ -169,6 +170,19 @@ def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
             f"{first_line(error)}); correct the field, or install what it asks for"
         ) from None
     return model
+
+
+def _is_decoder_only(config: PretrainedConfig) -> bool:
+    """Whether transformers has a causal language model without an encoder for this.
+
+    `is_decoder` says something of families that are encoders too, such as BERT, whose causal head
+    attends to both sides unless it is true. Families that are decoders alone have it false without
+    meaning it (GPT-NeoX), or not at all. A first block that sees later tokens all the same is found
+    out by `isolation.require_causal`.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        return False
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", True)
 
 
 def weight_files(folder: Path) -> list[Path]:

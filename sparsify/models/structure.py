@@ -1,4 +1,4 @@
-"""Mixtures of experts: which of a model's experts pruning cannot reach.
+"""What a decoder is made of: its blocks, their layers, and what pruning cannot reach in them.
 
 transformers holds the experts of many families as one parameter of three dimensions (experts,
 rows, columns) instead of a list of nn.Linear. Such weights see their tokens through a router inside
@@ -6,6 +6,8 @@ one fused operation, so that no layer input can be watched: they stay dense.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -62,11 +64,28 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if best is None or len(module) > len(best[1]):
             best = (name, module)
     if best is None:
+        kinds = {type(module).__name__ for module in model.modules()}
+        why = (
+            "its layers are transformers' Conv1D, whose weights are stored transposed"
+            if "Conv1D" in kinds
+            else "no list of equal blocks with nn.Linear layers was found"
+        )
         raise InputError(
-            f"{type(model).__name__}: no list of equal blocks with nn.Linear layers was found; "
-            "only models built as a list of decoder blocks of nn.Linear layers can be pruned"
+            f"{type(model).__name__}: {why}; only models built as a list of equal decoder blocks "
+            "of nn.Linear layers can be pruned"
         )
     return best
+
+
+def base_of(model: Any) -> nn.Module:
+    """The part of a causal language model that ends before its head; the model if it has none.
+
+    That is transformers' `base_model`, but for families that keep their only inner model under
+    another name than they say (Llama 4).
+    """
+    base: nn.Module = model.base_model
+    inner = [part for part in model.children() if hasattr(part, "base_model_prefix")]
+    return inner[0] if base is model and len(inner) == 1 else base
 
 
 def _is_block_list(modules: nn.ModuleList) -> bool:

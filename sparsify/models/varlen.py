@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.calls import evaluating, logits_of
-from sparsify.models.structure import find_blocks
+from sparsify.models.structure import base_of, find_blocks
 
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
@@ -262,7 +262,7 @@ def use_varlen(model: Any) -> None:
     Its `position_ids` decide; without them every row is one document. It takes no mask, no cache.
     """
     model.config.get_text_config()._attn_implementation = VARLEN
-    model.base_model.register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
+    base_of(model).register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
 
 
 def _hand_over_documents(
@@ -377,7 +377,7 @@ def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_C
         calls.append(_Call(*sizes, kwargs.get("scaling"), kwargs.get("sliding_window")))
         return varlen_attention(module, query, key, value, *args, **kwargs)
 
-    handle = model.base_model.register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
+    handle = base_of(model).register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
     ALL_ATTENTION_FUNCTIONS[_RECORDED] = recording
     config._attn_implementation = _RECORDED
     try:

@@ -1,0 +1,51 @@
+"""The table of families: what it says of one that is done, and of those that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import bench
+from jobs.benchmarks import families
+from jobs.benchmarks.sides.family import STAGES
+from sparsify.errors import InputError
+
+
+def test_families_are_taken_through_every_stage(tmp_path: Path) -> None:
+    page, record = tmp_path / "f.md", tmp_path / "f.json"
+    words = ["families", "--families", "gpt_neox", "mixtral", "gpt2", "modernbert-decoder"]
+    words += ["--output", str(page), "--record", str(record), "--workdir", str(tmp_path / "w")]
+    assert bench.main(words) == 0
+    assert not [path for path in (tmp_path / "w").iterdir() if path.is_dir()], "models are removed"
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps({**found, "command": ""})
+    neox, mixtral, gpt2, bert = found["figures"].values()
+    assert families.is_done(neox) and families.is_done(mixtral)
+    for row in (neox, mixtral):
+        assert all(row[stage]["num_violations"] == 0 for stage in STAGES)
+        assert row["quantize"]["difference"] == row["export"]["difference"] == 0.0
+        first, *_, last = row["recover"]["losses"]
+        assert last < first
+    # Embedding, head and norms of a GPT-NeoX are dense, and the experts of a Mixtral.
+    assert 0 < mixtral["prune"]["zero_share"] < neox["prune"]["zero_share"] < 0.5
+    assert neox["other_names"] == ["embed_out.weight"]
+    assert set(mixtral["dense"]) == {
+        "mlp.gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+    }  # fmt: skip
+    assert "Conv1D" in gpt2["prune"]["refused"] and "recover" not in gpt2
+    # Without a recovery, what was pruned is quantised and exported.
+    assert "logits are not" in bert["recover"]["refused"]
+    assert bert["quantize"]["num_violations"] == bert["export"]["num_violations"] == 0
+    text = page.read_text(encoding="utf-8")
+    assert "4 families of transformers, of which 2 pass every stage" in text
+    assert "| gpt2 | refused | – | – | – |" in text
+    assert text == families.markdown(found["figures"], found["command"])
+    assert [target["is_met"] for target in found["targets"]] == [False, True]
+
+
+def test_a_family_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    options = bench.parser().parse_args(["families", "--families", "llama", "lama"])
+    with pytest.raises(InputError, match="--families lama: use some of afmoe"):
+        families.run(options)
