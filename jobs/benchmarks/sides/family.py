@@ -33,8 +33,9 @@ from sparsify.models.blocks import reason_to_hold_whole
 from sparsify.models.calls import logits_of
 from sparsify.models.isolation import check_isolation
 from sparsify.models.lm_head import check_head
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
 from sparsify.models.masked import apply_masks_, mask_gradients
+from sparsify.models.save import save_model
 from sparsify.models.structure import find_blocks
 from sparsify.models.training import prepare_student
 from sparsify.params import LossWeights, QuantParams

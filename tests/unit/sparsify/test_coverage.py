@@ -17,8 +17,9 @@ from transformers import (
 from sparsify.formats.packed_folder import save_packed_folder
 from sparsify.formats.sparse_folder import described, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, check_packed
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
 from sparsify.models.masked import apply_masks_, infer_masks
+from sparsify.models.save import save_model
 from sparsify.models.structure import fused_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.coverage import coverage

@@ -15,8 +15,9 @@ from sparsify.errors import InputError
 from sparsify.formats.packed_folder import load_any, save_packed_folder
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models.blocks import BlocksOnDisk, ShardWriter, reason_to_hold_whole, stored_of
-from sparsify.models.load import load_model, save_model
+from sparsify.models.load import load_model
 from sparsify.models.masked import apply_masks_
+from sparsify.models.save import save_model
 from sparsify.models.stored import check_stored, num_not_finite
 from sparsify.pattern import Pattern
 
