@@ -75,8 +75,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     if payload.get("heldout") is not None:
         with disk_errors(folder):
             warnings = write_heldout(config, tokenizer, payload["heldout"])
-        for warning in warnings:
-            context.warn(warning)
+        for line in warnings:
+            context.warn(line)
     if (folder / MANIFEST).is_file():
         return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
