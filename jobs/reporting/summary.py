@@ -148,6 +148,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
                 "perplexity": figures["perplexity"],
                 "kl": figures["kl"],
                 "top1_agreement": figures["top1_agreement"],
+                "num_tokens": figures.get("num_tokens"),
                 "log_gap_recovered": gap,
                 **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
                 "violations": gate["num_violations"] if gate else None,

@@ -76,8 +76,8 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
     if payload.get("heldout") is not None:
         with disk_errors(folder):
             warnings = write_heldout(config, tokenizer, payload["heldout"])
-        for text in warnings:
-            context.warn(text)
+        for line in warnings:
+            context.warn(line)
     if (folder / MANIFEST).is_file():
         return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from conf.options.data import DataConfig
 from conf.options.pretrain import PretrainConfig
 from jobs.corpus.builtin import HELD_OUT_SHARE, PACKAGES, package_documents, stdlib_documents
+from jobs.corpus.documents import Documents
 from jobs.corpus.rows import load_rows
-from jobs.corpus.sources import open_source
+from jobs.corpus.sources import open_source, source_documents
 from jobs.runs.artifact import versions
 from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors
@@ -48,6 +49,10 @@ def make_model(config: PretrainConfig) -> Path:
     started_s = time.monotonic()
     with Display() as display:
         display.start_stage("pretrain")
+        if config.data != "code":
+            found = source_documents(config.data, None, DataConfig())
+            for line in found.remarks.lines() if isinstance(found, Documents) else []:
+                display.say(f"warning: data={config.data}: {line}")
         vocabulary_texts, texts, heldout = _read_documents(config)
         tokenizer = _train_tokenizer(vocabulary_texts, config)
         texts = [texts[index] for index in shuffled(len(texts), config.seed)]

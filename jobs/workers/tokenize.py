@@ -116,9 +116,9 @@ def write_store(
         _open_source(data, *source, config.tokenize.shard_bytes)
         for source in training_sources(data)
     ]
-    for source in sources:
-        for line in source.survey.remarks:
-            display.on_event({"kind": "warning", "text": f"{source.name}: {line}"})
+    warnings = [f"{s.label}: {line}" for s in sources for line in s.survey.remarks]
+    for text in warnings:
+        display.on_event({"kind": "warning", "text": text})
     settings = _settings(config, sources, tokenizer)
     folder = ShardFolder("tokenize", out, out / STATE, "store", settings, Shard, _contents)
     names = [[shard_name(i, j) for j in range(len(s.shards))] for i, s in enumerate(sources)]
@@ -142,7 +142,7 @@ def write_store(
             _store_source(source, [shards[name] for name in row], display)
             for source, row in zip(sources, names, strict=True)
         ]
-        write_manifest(out, tokenizer, config.data.sequence_length, made, settings)
+        write_manifest(out, tokenizer, config.data.sequence_length, made, settings, warnings)
 
     folder.complete([name for row in names for name in row], make, finish, display)
     _show(out, display)

@@ -91,14 +91,23 @@ def id_type(vocab_size: int) -> str:
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a path is meant as a store: a folder with its manifest, or with shards of one."""
+    """Whether a path is meant as a store: a folder with its manifest, or with shards of one.
+
+    Raises:
+        InputError: there is no permission to look.
+    """
     folder = Path(path)
-    if not folder.is_dir():
-        return False
-    if next(folder.glob(f"{SHARD_PREFIX}*.safetensors"), None) is not None:
-        return True
-    manifest = folder / MANIFEST
-    return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+    try:
+        if not folder.is_dir():
+            return False
+        if next(folder.glob(f"{SHARD_PREFIX}*.safetensors"), None) is not None:
+            return True
+        manifest = folder / MANIFEST
+        return manifest.is_file() and FORMAT.encode() in manifest.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be read ({error}); check the name and the permissions"
+        ) from None
 
 
 class TokenStore(ShardFolder[Shard]):

@@ -107,6 +107,7 @@ def write_manifest(
     sequence_length: int,
     sources: Sequence[StoreSource],
     settings: Mapping[str, Any],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Make a folder of shards a store.
 
@@ -116,6 +117,7 @@ def write_manifest(
         sequence_length: tokens of a row.
         sources: with their shards, in the order in which rows are numbered.
         settings: plain values that say how it was made; part of the digest, so no paths.
+        warnings: what of the sources is left out or replaced, likewise.
 
     Raises:
         InputError: a source has no rows.
@@ -141,4 +143,6 @@ def write_manifest(
         ],
         "settings": dict(settings),
     }
+    if warnings:  # a store of whole text keeps the digest that it had before there were any
+        manifest["warnings"] = list(warnings)
     shards.write_manifest(folder, manifest)

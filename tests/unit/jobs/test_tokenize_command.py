@@ -319,3 +319,20 @@ def test_rows_in_training_order_come_from_both_sources(job, tmp_path) -> None:
     rows: TokenRows = store.rows(order.batch(0, 40))
     assert rows.ids_NT.shape == (40, LENGTH)
     assert torch.bincount(order.places(range(1000)).source_N).tolist() == [750, 250]
+
+
+def test_rows_without_text_are_said_and_noted(job, stories, tmp_path) -> None:
+    whole = replace(job, data=replace(job.data, mix=[], calibration=str(stories)))
+    write(whole, tmp_path / "whole")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": null}\n' + stories.read_text())
+    told = write(
+        replace(whole, data=replace(whole.data, calibration=str(bad))), tmp_path / "left out"
+    )
+    line = "bad.jsonl: rows without text (null or empty), passed over: 1 (bad.jsonl, line 1)"
+    assert line in told
+    manifests = [TokenStore.read_manifest(tmp_path / name) for name in ("whole", "left out")]
+    assert "warnings" not in manifests[0]
+    assert manifests[1]["warnings"] == [line]
+    prints = [manifest["sources"][0]["fingerprint"] for manifest in manifests]
+    assert prints[0] == prints[1], "the same text"
