@@ -39,7 +39,7 @@ from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 from sparsify.files import written_whole
-from sparsify.models.load import load_tokenizer, resolve_path
+from sparsify.models.load import load_tokenizer, read_tokenizer, resolve_path
 
 STATE = ".tokenize"
 
@@ -110,7 +110,9 @@ def write_store(
             half-way, a store of something else.
     """
     model = resolve_path(config.model.path).absolute()
-    tokenizer = load_tokenizer(model)
+    tokenizer, remark = read_tokenizer(model)
+    if remark is not None:
+        display.on_event({"kind": "warning", "text": f"model {model.name}: {remark}"})
     data = with_absolute_paths(config.data)
     sources = [
         _open_source(data, *source, config.tokenize.shard_bytes)
