@@ -68,6 +68,14 @@ class Pattern:
             return num_columns // self.m * self.n
         return math.floor((1 - self.sparsity) * num_columns + 0.5)
 
+    def most_kept(self, num_rows: int, num_columns: int) -> int:
+        """Weights that may survive in a layer: those of all its rows, or the layer's own share
+        where that rounds to more."""
+        by_rows = num_rows * self.num_kept(num_columns)
+        return (
+            by_rows if self.is_structured else max(by_rows, self.num_kept(num_rows * num_columns))
+        )
+
 
 def check_divides(name: str, in_features: int, pattern: Pattern) -> None:
     """Refuse a layer whose rows cannot be cut into whole groups.

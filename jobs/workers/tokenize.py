@@ -39,7 +39,8 @@ from sparsify.data.store import Shard, StoreSource, TokenStore, is_store
 from sparsify.data.store_write import shard_name, write_manifest, write_shard
 from sparsify.errors import InputError
 from sparsify.files import written_whole
-from sparsify.models.load import load_tokenizer
+from sparsify.formats.sparse_folder import model_name
+from sparsify.models.load import load_tokenizer, read_tokenizer
 
 STATE = ".tokenize"
 
@@ -110,7 +111,9 @@ def write_store(
             half-way, a store of something else.
     """
     model = model_folder("model.path", config.model.path, fetch=False)
-    tokenizer = load_tokenizer(model)
+    tokenizer, remark = read_tokenizer(model)
+    if remark is not None:
+        display.on_event({"kind": "warning", "text": f"model {model_name(model)}: {remark}"})
     data = with_absolute_paths(config.data)
     sources = [
         _open_source(data, *source, config.tokenize.shard_bytes)

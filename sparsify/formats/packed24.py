@@ -13,7 +13,9 @@ One safetensors file; equal models give equal bytes. Its metadata has the single
 A layer `L` (the state dict's `L.weight`) becomes the following tensors, where K is the number of
 weights that survive in a row; every other tensor is stored as it is, under its own name.
 
-    L.weight.values   (O, K) in the layer's dtype: surviving weights from left to right
+    L.weight.values   (O, K) in the layer's dtype: surviving weights from left to right; where rows
+                      of an unstructured pattern keep unlike numbers, K is the most ("num_kept" of
+                      the layer says it), and shorter rows end in zeros
     L.weight.codes    instead of values: their codes, each as code + 2^(bits-1) in `bits` bits
     L.weight.scales   with codes: float16 (O, ceil(I / group_size)); weight = code * scale
     L.weight.indices  n:m: each survivor's column within its group of m, in ceil(log2 m) bits
@@ -32,7 +34,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,10 @@ from torch import Tensor
 
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.masks.bits import num_bytes, pack_bits, unpack_bits
+from sparsify.masks.select import find_violation
 from sparsify.pattern import Pattern, check_divides
 from sparsify.quantization.codes import Quantized, dequantize
-from sparsify.tensors import tensor_names
+from sparsify.tensors import tensor_names, tied_names, without_aliases
 
 FORMAT = "twofour-packed"
 
@@ -64,11 +67,24 @@ class _LayerSpec:
     dtype: str
     bits: int | None = None
     group_size: int | None = None
+    num_kept: int | None = None
+    """the most survivors of a row, where rows keep unlike numbers"""
+
+    def entry(self) -> dict[str, Any]:
+        """For the header."""
+        entry = asdict(self)
+        if self.num_kept is None:
+            del entry["num_kept"]
+        return entry
+
+    def most_kept(self, pattern: Pattern) -> int:
+        """Survivors of the fullest row."""
+        return pattern.num_kept(self.shape[1]) if self.num_kept is None else self.num_kept
 
     def layout(self, pattern: Pattern) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
         """Dtype and shape of every tensor the layer is stored as, by the last part of its name."""
         num_rows, num_columns = self.shape
-        num_kept = pattern.num_kept(num_columns)
+        num_kept = self.most_kept(pattern)
         stored: dict[str, tuple[torch.dtype, tuple[int, int]]] = {}
         if self.bits is None or self.group_size is None:
             stored["values"] = (_DTYPES[self.dtype], (num_rows, num_kept))
@@ -94,7 +110,7 @@ def pack_model(
     Args:
         state_dict: of the pruned (and quantised) model.
         keep_masks: layer name -> bool (O, I), True = survives; exactly the pattern's count in
-            every group (n:m) or row (unstructured).
+            every group (n:m), or its share of the layer (unstructured).
         pattern: of all masks.
         quantized: layer name -> codes and scales; layers that are missing are stored as values.
 
@@ -114,7 +130,7 @@ def pack_model(
             lacking = "mask" if name not in keep_masks else "weight"
             raise InputError(f"pack: layer {name} has no {lacking}; the parts are of unlike runs")
     layers: dict[str, _LayerSpec] = {}
-    tensors, aliases = _without_aliases(state_dict, {f"{name}.weight" for name in keep_masks})
+    tensors, aliases = without_aliases(state_dict, {f"{name}.weight" for name in keep_masks})
     for name, keep_mask in keep_masks.items():
         weight_OI = state_dict[f"{name}.weight"].detach().cpu()
         spec, stored = _pack_layer(name, weight_OI, keep_mask.cpu(), pattern, quantized.get(name))
@@ -126,7 +142,7 @@ def pack_model(
     header: dict[str, Any] = {
         "version": VERSION,
         "pattern": str(pattern),
-        "layers": {name: asdict(layers[name]) for name in sorted(layers)},
+        "layers": {name: layers[name].entry() for name in sorted(layers)},
         "aliases": aliases,
     }
     header["sha256"] = _digest(header, tensors)
@@ -198,7 +214,7 @@ def packed_num_bytes(
     weights = {f"{name}.weight" for name in layer_names}
     if missing := sorted(weights - set(state_dict)):
         raise InputError(f"pack: {missing[0]} is not a tensor of the model")
-    aliases = _aliases(state_dict, weights)
+    aliases = tied_names(state_dict, weights)
     total = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in state_dict.items()
@@ -230,7 +246,12 @@ def _pack_layer(
     num_kept = pattern.num_kept(num_columns)
     width, quota = (pattern.m, pattern.n) if pattern.is_structured else (num_columns, num_kept)
     counts_OG = keep_OI.reshape(num_rows, num_columns // width, width).sum(-1)
-    if bool((counts_OG != quota).any()):
+    is_even = not bool((counts_OG != quota).any())
+    fits = not pattern.is_structured and find_violation(keep_OI, pattern) is None
+    if not is_even and fits:
+        num_kept = int(counts_OG.max())
+        spec = replace(spec, num_kept=num_kept)
+    elif not is_even:
         row, group = (counts_OG != quota).nonzero()[0].tolist()
         raise InputError(
             f"{name}: the mask keeps {int(counts_OG[row, group])} of the {width} weights from row "
@@ -242,8 +263,9 @@ def _pack_layer(
             f"{name}: the pruned weight at row {row}, column {column} is not 0; apply the masks"
         )
     stored = {}
+    is_filled_OK = torch.arange(num_kept) < keep_OI.sum(1, keepdim=True)
     if quantized is None:
-        stored["values"] = weight_OI[keep_OI].reshape(num_rows, num_kept)
+        stored["values"] = _in_rows(weight_OI[keep_OI], is_filled_OK)
     else:
         codes_OI, scales_OG = quantized.codes_OI.cpu(), quantized.scales_OG.cpu()
         meant_OI = dequantize(codes_OI, scales_OG, quantized.group_size, weight_OI.dtype)
@@ -252,7 +274,7 @@ def _pack_layer(
                 f"{name}: the weight is not what its codes and scales stand for; it was changed "
                 "after quantisation, quantise it again"
             )
-        kept_OK = codes_OI[keep_OI].reshape(num_rows, num_kept)
+        kept_OK = _in_rows(codes_OI[keep_OI], is_filled_OK)
         stored["codes"] = pack_bits(kept_OK.short() + 2 ** (quantized.bits - 1), quantized.bits)
         stored["scales"] = scales_OG.contiguous()
     if pattern.is_structured:
@@ -262,6 +284,13 @@ def _pack_layer(
     else:
         stored["bitmask"] = pack_bits(keep_OI, 1)
     return spec, stored
+
+
+def _in_rows(kept: Tensor, is_filled_OK: Tensor) -> Tensor:
+    """Survivors, row by row, from the left of each row on; zeros after the last."""
+    rows_OK = kept.new_zeros(is_filled_OK.shape)
+    rows_OK[is_filled_OK] = kept
+    return rows_OK
 
 
 def _spec_of(
@@ -276,33 +305,6 @@ def _spec_of(
     num_rows, num_columns = weight.shape
     check_divides(name, num_columns, pattern)
     return _LayerSpec((num_rows, num_columns), dtype, bits, group_size)
-
-
-def _without_aliases(
-    state_dict: Mapping[str, Tensor], packed: Collection[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to be stored as they are, each once, and name -> name for the tied rest."""
-    aliases = _aliases(state_dict, packed)
-    dense: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if name not in packed and name not in aliases:
-            dense[name] = tensor.detach().cpu().contiguous()
-            if dense[name].untyped_storage().nbytes() != dense[name].nbytes:
-                dense[name] = dense[name].clone()  # safetensors refuses views of shared memory
-    return dense, aliases
-
-
-def _aliases(state_dict: Mapping[str, Tensor], packed: Collection[str]) -> dict[str, str]:
-    """name -> earlier name of the very same memory, among the tensors that are not packed."""
-    first: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name, tensor in state_dict.items():
-        if name in packed or tensor.is_meta or tensor.numel() == 0:
-            continue
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if first.setdefault(key, name) != name:
-            aliases[name] = first[key]
-    return aliases
 
 
 def _read_header(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def _unpack_layer(
     name: str, spec: _LayerSpec, stored: dict[str, Tensor], pattern: Pattern
 ) -> Tensor:
     num_columns = spec.shape[1]
-    num_kept = pattern.num_kept(num_columns)
+    num_kept = spec.most_kept(pattern)
     keep_OI = torch.zeros(spec.shape, dtype=torch.bool)
     if pattern.is_structured:
         indices_OK = unpack_bits(stored["indices"], _index_bits(pattern), num_kept)
@@ -355,15 +357,17 @@ def _unpack_layer(
         keep_OI.scatter_(1, indices_OK.long() + starts_K, True)
     else:
         keep_OI = unpack_bits(stored["bitmask"], 1, num_columns).bool()
-    if bool((keep_OI.sum(1) != num_kept).any()):
+    counts_O1 = keep_OI.sum(1, keepdim=True)
+    if bool((counts_O1 > num_kept).any() or (spec.num_kept is None and counts_O1.min() < num_kept)):
         raise ValueError(f"{name}.weight: positions of survivors are repeated or missing")
+    is_filled_OK = torch.arange(num_kept) < counts_O1
     if spec.bits is None or spec.group_size is None:
         weight_OI = torch.zeros(spec.shape, dtype=_DTYPES[spec.dtype])
-        weight_OI[keep_OI] = stored["values"].flatten()
+        weight_OI[keep_OI] = stored["values"][is_filled_OK]
         return weight_OI
     kept_OK = unpack_bits(stored["codes"], spec.bits, num_kept).short() - 2 ** (spec.bits - 1)
     codes_OI = torch.zeros(spec.shape, dtype=torch.int8)
-    codes_OI[keep_OI] = kept_OK.to(torch.int8).flatten()
+    codes_OI[keep_OI] = kept_OK.to(torch.int8)[is_filled_OK]
     return dequantize(codes_OI, stored["scales"], spec.group_size, _DTYPES[spec.dtype])
 
 

@@ -64,11 +64,15 @@ def keep_top(scores_OI: Tensor, num_kept: int) -> Tensor:
 def find_violation(weight_OI: Tensor, pattern: Pattern) -> tuple[int, int] | None:
     """(row, first column) of the first group, in reading order, with too many nonzeros, or None.
 
-    NaN counts as nonzero. For unstructured the group is the whole row, so the column is 0.
+    NaN counts as nonzero. An unstructured pattern is the share of a layer: its rows may share the
+    nonzeros unevenly, as those of other programs do. Where the layer has too many, the group is
+    the first row that has, and the column is 0.
     """
     num_rows, num_columns = weight_OI.shape
     if pattern.is_structured:
         check_divides("weight", num_columns, pattern)
+    elif int(weight_OI.count_nonzero()) <= pattern.most_kept(num_rows, num_columns):
+        return None
     width = pattern.m or num_columns
     grouped = (weight_OI != 0).reshape(num_rows, num_columns // width, width)
     places = (grouped.sum(-1) > pattern.num_kept(width)).nonzero()

@@ -146,6 +146,11 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{path}: model_type {model_type!r} is no causal language model; use a decoder-only "
             "text model"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{path}: model_type {model_type!r} is an encoder and a decoder; use a decoder-only "
+            "text model"
+        )
     return config
 
 

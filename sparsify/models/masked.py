@@ -26,9 +26,10 @@ def infer_masks(
 ) -> BitMasks:
     """The masks of a model that was pruned elsewhere, from the zeros in its block linears.
 
-    Every non-zero weight is kept. Where a group (or row) has more zeros than the pattern asks
-    for, the surplus zeros are kept too, lowest column first, so that every mask has exactly the
-    pattern's count and a weight that is zero by chance can still train.
+    Every non-zero weight is kept. Where a group has more zeros than the pattern asks for, the
+    surplus zeros are kept too, lowest column first, so that every mask has exactly the pattern's
+    count and a weight that is zero by chance can still train. Unstructured zeros are taken as
+    they are: they may be unevenly spread over rows, and more than were asked for.
 
     Args:
         model: a model whose blocks `sparsify.models.structure.find_blocks` finds.
@@ -62,12 +63,14 @@ def infer_block_masks(
         violation = None if may_be_dense else find_violation(weight, pattern)
         if violation is not None:
             row, column = violation
+            share = 1 - int(weight.count_nonzero()) / weight.numel()
             raise InputError(
-                f"{name}: not pruned to {pattern} (row {row}, from column {column}: too many "
-                "non-zero weights); prune the model first, skip this layer, or let masks move from "
-                "dense weights (distill.moving_share)"
+                f"{name}: not pruned to {pattern} ({share:.2%} of it are zeros; row {row}, from "
+                f"column {column}: too many non-zero weights); prune the model first, skip this "
+                "layer, or let masks move from dense weights (distill.moving_share)"
             )
-        masks[name] = keep_mask_from_scores(weight.abs(), pattern)
+        as_they_are = not pattern.is_structured and not may_be_dense
+        masks[name] = weight != 0 if as_they_are else keep_mask_from_scores(weight.abs(), pattern)
     return masks
 
 

@@ -47,23 +47,30 @@ def _is_flat_expert(name: str, module: nn.Module, parameter: nn.Parameter) -> bo
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The model's decoder blocks and the dotted name of their list.
 
-    They are the longest list of modules of one class that contain nn.Linear; lists inside such a
-    list (experts, for example) do not count, and the first of equally long lists wins.
+    They are the list of modules that contain nn.Linear, in the text decoder where the model says
+    which of its parts that is. Lists inside such a list (experts, adapters) do not count. Of
+    several, it is the one as long as the configuration's num_hidden_layers; the longest, and the
+    first of equally long ones, in a module without a configuration.
 
     Raises:
-        InputError: the model has no such list.
+        InputError: the model has no such list, or several of which none is the one; or its modules
+            are of several classes. Names them.
     """
-    best: tuple[str, nn.ModuleList] | None = None
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not _is_block_list(module):
-            continue
-        if any(name.startswith(f"{outer}.") for outer in inside):
-            continue
-        inside.append(name)
-        if best is None or len(module) > len(best[1]):
-            best = (name, module)
-    if best is None:
+    name = type(model).__name__
+    lists = _block_lists(model)
+    config = getattr(model, "config", None)
+    if len(lists) > 1 and config is not None:
+        wanted = getattr(config.get_text_config(), "num_hidden_layers", None)
+        found = {key: blocks for key, blocks in lists.items() if len(blocks) == wanted}
+        if len(found) != 1:
+            said = ", ".join(f"{key} ({len(blocks)})" for key, blocks in lists.items())
+            raise InputError(
+                f"{name}: it has several lists of modules with nn.Linear layers, {said}, and which "
+                f"are its {wanted or ''} decoder blocks is not known; only models built as one "
+                "list of decoder blocks can be pruned"
+            )
+        lists = found
+    if not lists:
         kinds = {type(module).__name__ for module in model.modules()}
         why = (
             "its layers are transformers' Conv1D, whose weights are stored transposed"
@@ -71,10 +78,22 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             else "no list of equal blocks with nn.Linear layers was found"
         )
         raise InputError(
-            f"{type(model).__name__}: {why}; only models built as a list of equal decoder blocks "
-            "of nn.Linear layers can be pruned"
+            f"{name}: {why}; only models built as a list of decoder blocks of nn.Linear layers can "
+            "be pruned"
         )
-    return best
+    best = max(lists, key=lambda key: len(lists[key]))
+    classes = sorted({type(module).__name__ for module in lists[best]})
+    if len(classes) > 1:
+        raise InputError(
+            f"{name}: its blocks {best} are of {len(classes)} classes ({', '.join(classes)}); only "
+            "models whose decoder blocks are of one class can be pruned"
+        )
+    if not all(linears_of(module) for module in lists[best]):
+        raise InputError(
+            f"{name}: not all of its blocks {best} have nn.Linear layers; only models whose "
+            "decoder blocks all have can be pruned"
+        )
+    return best, lists[best]
 
 
 def base_of(model: Any) -> nn.Module:
@@ -88,9 +107,18 @@ def base_of(model: Any) -> nn.Module:
     return inner[0] if base is model and len(inner) == 1 else base
 
 
-def _is_block_list(modules: nn.ModuleList) -> bool:
-    classes = {type(module) for module in modules}
-    return len(classes) == 1 and all(linears_of(module) for module in modules)
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name -> list of modules of which one has nn.Linear, none inside another; those of the text
+    decoder where it has one."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not is_inside and any(map(linears_of, module)):
+            found[name] = module
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    part = model if get_decoder is None else get_decoder()
+    inside = {id(module) for module in part.modules()} if isinstance(part, nn.Module) else set()
+    return {key: blocks for key, blocks in found.items() if id(blocks) in inside} or found
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:

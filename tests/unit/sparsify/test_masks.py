@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsify.errors import InputError
+from sparsify.formats.verify import check_weight
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.masks.storage import load_masks, mask_digest, mask_from_bits, mask_to_bits, save_masks
 from sparsify.models.masked import (
@@ -267,3 +268,26 @@ def test_a_pruned_weight_that_moved_is_counted():
     row, column = (int(i) for i in (~masks[NAME]).nonzero()[-1])
     model[0].weight.data[row, column] = 1e-30
     assert num_alive(model, masks) == 1
+
+
+def half_of_each_layer_(model) -> None:
+    """Zeros as SparseGPT's own code leaves them without a pattern: the rows have unlike numbers."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                threshold = weight.abs().flatten().kthvalue(weight.numel() // 2).values
+                weight[weight.abs() <= threshold] = 0
+
+
+def test_unstructured_zeros_are_taken_as_they_are(tiny_model):
+    half_of_each_layer_(tiny_model)
+    for text in ("unstructured:0.5", "unstructured:0.3"):
+        masks = infer_masks(tiny_model, Pattern.parse(text))
+        assert len(masks) == 14
+        for name, mask in masks.items():
+            weight = tiny_model.get_submodule(name).weight
+            assert torch.equal(mask, weight != 0)
+            assert mask.sum(1).unique().numel() > 1
+            check_weight(name, weight, mask, Pattern.parse(text))
+    with pytest.raises(InputError, match=r"q_proj: not pruned to .*:0\.6 \(50\.00% of it"):
+        infer_masks(tiny_model, Pattern.parse("unstructured:0.6"))

@@ -280,3 +280,30 @@ def test_parts_of_unlike_runs_are_refused():
         packed_num_bytes(state, ["x"], pattern)
     with pytest.raises(InputError, match="float64 cannot be packed"):
         pack_model({"a.up.weight": state["a.up.weight"].double()}, {"a.up": masks["a.up"]}, pattern)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_rows_may_keep_unlike_numbers_where_no_pattern_orders_them(tmp_path, bits):
+    """Half of a layer, as other programs prune: 0 to 48 of a row's 48 weights."""
+    torch.manual_seed(0)
+    pattern, weight = Pattern.parse("unstructured:0.5"), torch.randn(6, 48)
+    keep = torch.zeros(6, 48, dtype=torch.bool)
+    for row, count in enumerate((0, 48, 20, 28, 24, 24)):
+        keep[row, torch.randperm(48)[:count]] = True
+    weight = weight.masked_fill(~keep, 0)
+    quantized = {}
+    if bits is not None:
+        params = QuantParams("rtn", bits=bits, group_size=16)
+        quantized["x"] = quantize_weight(weight, keep, None, params, "x")
+        weight = quantized["x"].weight_OI
+    save_packed(tmp_path / "packed", {"x.weight": weight}, {"x": keep}, pattern, quantized)
+    assert same_bits(load_packed(tmp_path / "packed")["x.weight"], weight)
+    with pytest.raises(InputError, match=r"keeps 0 of the 48 .* but unstructured:0\.6 keeps 19"):
+        pack_model({"x.weight": weight}, {"x": keep}, Pattern.parse("unstructured:0.6"), quantized)
+
+
+def test_a_layer_of_nothing_but_zeros_is_packed(tmp_path):
+    weight = torch.zeros(3, 8)
+    pattern = Pattern.parse("unstructured:0.5")
+    save_packed(tmp_path / "packed", {"x.weight": weight}, {"x": weight != 0}, pattern)
+    assert same_bits(load_packed(tmp_path / "packed")["x.weight"], weight)

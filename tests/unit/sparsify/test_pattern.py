@@ -136,3 +136,15 @@ def test_violations_are_found_where_they_are(text: str) -> None:
 
 def test_fewer_nonzeros_than_allowed_are_no_violation() -> None:
     assert count_violations(torch.zeros(3, 8), TWO_FOUR) == 0
+
+
+def test_rows_of_an_unstructured_layer_may_share_its_nonzeros_unevenly() -> None:
+    half = Pattern.parse("unstructured:0.5")
+    weight = torch.zeros(4, 8)
+    weight[0], weight[1] = 1.0, 1.0
+    assert find_violation(weight, half) is None
+    weight[3, 5] = 1.0
+    assert find_violation(weight, half) == (0, 0)
+    # Where a share of a row rounds down, that of the layer counts.
+    assert Pattern.parse("unstructured:0.9").most_kept(4, 4) == 2
+    assert half.most_kept(4, 5) == 4 * 3 and TWO_FOUR.most_kept(4, 8) == 16

@@ -330,3 +330,61 @@ def test_unusable_rows_are_refused(rows: torch.Tensor, message: str) -> None:
             BlocksInMemory(tiny("Llama")), TokenRows(rows, rows), lambda _: None,
             comm=Comm.single(), memory=Memory(2), needs=SolverNeeds(),
         )  # fmt: skip
+
+
+def of_layers(num_hidden_layers: int | None = None, **lists: list[nn.Module]) -> nn.Module:
+    """A module with these lists, and the configuration of a model of so many layers."""
+    model = nn.Module()
+    for name, modules in lists.items():
+        setattr(model, name, nn.ModuleList(modules))
+    if num_hidden_layers is not None:
+        text = SimpleNamespace(num_hidden_layers=num_hidden_layers)
+        model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
+    return model
+
+
+def linears(number: int) -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(4, 4)) for _ in range(number)]
+
+
+class Adapted(nn.Module):
+    """A block with a list of its own that is longer than the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(linears(9))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            of_layers(3, layers=[*linears(2), Adapted()]),
+            r"its blocks layers are of 2 classes \(Adapted, Sequential\)",
+        ),
+        (
+            of_layers(6, encoder=linears(4), decoder=linears(4)),
+            r"several lists .*, encoder \(4\), decoder \(4\), and which are its 6 decoder blocks",
+        ),
+        (
+            of_layers(4, attentions=linears(4), ffns=linears(4)),
+            r"several lists .*, attentions \(4\), ffns \(4\), and which are its 4 decoder blocks",
+        ),
+        (
+            of_layers(2, layers=[nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.ReLU())]),
+            "not all of its blocks layers have nn.Linear layers",
+        ),
+    ],
+)
+def test_what_is_no_list_of_decoder_blocks_is_refused(model: nn.Module, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        find_blocks(model)
+
+
+def test_a_deeper_vision_part_is_not_taken_for_the_decoder() -> None:
+    assert find_blocks(of_layers(2, vision=linears(5), text=linears(2)))[0] == "text"
+    # Where the model says which of its parts decodes, its list it is, whatever its length.
+    model = of_layers(7, vision=linears(7))
+    model.decoder = of_layers(layers=linears(3))
+    model.get_decoder = lambda: model.decoder  # type: ignore[assignment]
+    assert find_blocks(model)[0] == "decoder.layers"
