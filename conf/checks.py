@@ -39,13 +39,15 @@ def half_needs_gpu(dtype: str, cluster: ClusterSpec) -> None:
 
 
 def one_step(field: str, num_tokens: int, batch_size: int, sequence_length: int) -> None:
-    """Require tokens for one optimizer step at least."""
+    """Require tokens for one optimizer step at least; `field` names the option of tokens."""
+    group = field.removesuffix("num_tokens")
+    batch, rows = f"{group}batch_size", f"{'data.' if group else ''}sequence_length"
     needed = batch_size * sequence_length
     if num_tokens < needed:
         raise InputError(
-            f"{field}={num_tokens}: less than one step of {needed} tokens "
-            f"(batch_size {batch_size} x sequence_length {sequence_length}); "
-            f"use at least {needed}, or a smaller batch_size"
+            f"{field}={num_tokens} with {batch}={batch_size} and {rows}={sequence_length}: less "
+            f"than one step of {needed} tokens; use at least {needed}, a smaller {batch}, "
+            f"or a smaller {rows}"
         )
 
 
@@ -53,6 +55,6 @@ def one_row(field: str, num_tokens: int, sequence_length: int) -> None:
     """Require tokens for one row at least."""
     if num_tokens < sequence_length:
         raise InputError(
-            f"{field}={num_tokens}: less than one row of data.sequence_length={sequence_length} "
-            f"tokens; use at least {sequence_length}"
+            f"{field}={num_tokens} with data.sequence_length={sequence_length}: less than one row; "
+            f"use at least {sequence_length}, or a smaller data.sequence_length"
         )

@@ -51,8 +51,8 @@ def block_fits_pattern(block_size: int, pattern: str) -> None:
     m = int(pattern.split(":")[1])
     if block_size % m:
         raise InputError(
-            f"prune.block_size={block_size}: must be a multiple of {m}, the group length of "
-            f"prune.pattern={pattern}; use {nearest_multiples(block_size, m)}"
+            f"prune.pattern={pattern} with prune.block_size={block_size}: a block must hold whole "
+            f"groups of {m}; use prune.block_size={nearest_multiples(block_size, m)}"
         )
 
 
