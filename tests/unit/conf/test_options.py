@@ -301,6 +301,7 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: PruneConfig(baselines=["wanda", "wanda"]), ["twice", "[wanda]"]),
         (lambda: PruneConfig(pattern="2-4"), ["prune.pattern=2-4", "N:M", "unstructured:0.5"]),
         (lambda: PruneConfig(pattern="4:4"), ["prune.pattern=4:4", "1 <= N < M"]),
+        (lambda: PruneConfig(pattern="2:512"), ["prune.pattern=2:512", "at most 256"]),
         (lambda: PruneConfig(pattern="0:4"), ["prune.pattern=0:4", "1 <= N < M"]),
         (lambda: PruneConfig(pattern="2:4 "), ["prune.pattern=2:4 ", "not a pattern"]),
         (lambda: PruneConfig(pattern="unstructured:1"), ["between 0 and 1"]),
