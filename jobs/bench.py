@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benchmarks.support.record import build_record, default_name, render, write_record
+from jobs.cli.streams import take_any_text
 from sparsify.errors import InputError, TwofourError
 
 _COMMAND = "python -m jobs.bench"
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark; the exit code."""
+    take_any_text()
     words = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(words)
     options.command = f"{_COMMAND} {shlex.join(words)}"

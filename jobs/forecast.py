@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.options.distill import DistillConfig
+from jobs.cli.streams import take_any_text
+from jobs.runs.artifact import RECORD, read_record
+from jobs.runs.folder import read_json
 from jobs.runs.tracking import METRICS_FILE
 from jobs.training.schedule import num_final_steps, planned_rates
 from sparsify.errors import InputError
@@ -45,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Print one forecast; the exit code."""
+    take_any_text()
     options = parser().parse_args(argv)
     try:
         if options.share is not None and not 0 < options.share <= 1:
@@ -86,11 +90,19 @@ def rates_of(settings: dict[str, Any]) -> list[float]:
 
 def _settings(run_dir: Path) -> dict[str, Any]:
     """The config in a recovery's identity: of the one in progress, or else of the finished one."""
-    for path in (run_dir / ".distill.partial" / "begun.json", run_dir / "distill" / "record.json"):
-        if path.is_file():
-            identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
-            return dict(identity["config"])
-    raise InputError(f"{run_dir}: no recovery in this folder; give the folder of a run (run.dir=)")
+    begun = run_dir / ".distill.partial" / "begun.json"
+    if begun.is_file():
+        found = read_json(begun, "run the recovery again with run.redo=[distill]")
+    elif (run_dir / "distill" / RECORD).is_file():
+        found = read_record(run_dir / "distill")
+    else:
+        raise InputError(
+            f"{run_dir}: no recovery in this folder; give the folder of a run (run.dir=)"
+        )
+    try:
+        return dict(found["identity"]["config"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{run_dir}: its recovery does not say what it was made from") from None
 
 
 def _points(run_dir: Path, metric: str) -> dict[int, float]:
@@ -99,9 +111,9 @@ def _points(run_dir: Path, metric: str) -> dict[int, float]:
     A resumed run repeats the steps since its checkpoint: what the log had of them before does not
     count. A step without a finite value has no point.
     """
-    record = run_dir / "distill" / "record.json"
-    if record.is_file() and not (run_dir / ".distill.partial").exists():
-        steps = json.loads(record.read_text(encoding="utf-8"))["metrics"]["steps"]
+    folder = run_dir / "distill"
+    if (folder / RECORD).is_file() and not (run_dir / ".distill.partial").exists():
+        steps = read_record(folder)["metrics"].get("steps", [])
         lines = [{"step": s["step"], metric: s.get(metric)} for s in steps]
     else:
         lines = _logged(run_dir / METRICS_FILE, metric)
@@ -117,7 +129,10 @@ def _logged(path: Path, metric: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if f'"distill/{metric}"' in line and line.endswith("\n"):  # else it is being written
-            values = json.loads(line)
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}: a damaged line ({error}): {line[:60]!r}") from None
             # A step that was there before: the run went back to a checkpoint, or started again.
             while lines and lines[-1]["step"] >= values["step"]:
                 lines.pop()

@@ -15,7 +15,7 @@ from sparsify.errors import InputError
 
 _FORMS = "write N:M such as 2:4, or unstructured:S with 0 < S < 1 such as unstructured:0.5"
 
-_MAX_GROUP = 256
+MAX_GROUP = 256
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Pattern:
             )
         if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
             n, m = int(match[1]), int(match[2])
-            if not 1 <= n < m <= _MAX_GROUP:
-                raise InputError(f"pattern {text!r}: N:M needs 1 <= N < M <= {_MAX_GROUP}")
+            if not 1 <= n < m <= MAX_GROUP:
+                raise InputError(f"pattern {text!r}: N:M needs 1 <= N < M <= {MAX_GROUP}")
             return cls(n, m, 1 - n / m)
         if match := re.fullmatch(r"unstructured:(\d*\.?\d+(?:[eE]-?\d+)?)", text.strip()):
             sparsity = float(match[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 # Before any Hugging Face package is imported: a test that reaches for the network must fail.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +28,12 @@ def equal(first: TokenRows, second: TokenRows) -> bool:
     return torch.equal(first.ids_NT, second.ids_NT) and torch.equal(
         first.positions_NT, second.positions_NT
     )
+
+
+def stage_record(**facts: Any) -> str:
+    """The record of a finished stage, as JSON; `facts` replace what it says."""
+    empty = {"schema": 1, "identity": {}, "outputs": {}, "metrics": {}, "duration_s": 1.0}
+    return json.dumps({**empty, **facts})
 
 
 def message(error: pytest.ExceptionInfo) -> str:

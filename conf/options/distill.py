@@ -14,10 +14,10 @@ def batch_fits_workers(distill: DistillConfig, num_workers: int) -> None:
     unit = distill.micro_batch_size * num_workers
     if distill.batch_size % unit:
         raise InputError(
-            f"distill.batch_size={distill.batch_size}: must be a multiple of {unit} = "
-            f"distill.micro_batch_size={distill.micro_batch_size} x cluster.num_workers="
-            f"{num_workers}; use {nearest_multiples(distill.batch_size, unit)}, "
-            "or a smaller distill.micro_batch_size"
+            f"distill.batch_size={distill.batch_size} with distill.micro_batch_size="
+            f"{distill.micro_batch_size} and cluster.num_workers={num_workers}: must be a multiple "
+            f"of {unit} = micro_batch_size x num_workers; use distill.batch_size="
+            f"{nearest_multiples(distill.batch_size, unit)}, or a smaller distill.micro_batch_size"
         )
 
 
@@ -168,8 +168,8 @@ class DistillConfig:
         weights = ("kl_weight", "reverse_kl_weight", "ce_weight", "square_head_weight")
         if not any(getattr(self, name) for name in weights):
             raise InputError(
-                "distill: every loss weight is 0, so nothing is learned; set at least one of "
-                + ", ".join(f"distill.{name}" for name in weights)
+                " and ".join(f"distill.{name}=0" for name in weights)
+                + ": every loss weight is 0, so nothing is learned; set at least one of them"
             )
         cache_fits(self, self.losses())
         if self.precision == "bf16" and self.zero_stage == 0:

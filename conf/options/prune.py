@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from conf.checks import METHODS, nearest_multiples
 from sparsify.errors import InputError
 from sparsify.params import PruneParams, option
+from sparsify.pattern import MAX_GROUP
 
 
 def budget_syntax(field: str, text: str | None) -> None:
@@ -28,7 +29,7 @@ def budget_syntax(field: str, text: str | None) -> None:
 
 
 def pattern_syntax(field: str, text: str) -> None:
-    """Require N:M with 1 <= N < M, or unstructured:S with 0 < S < 1."""
+    """Require N:M with 1 <= N < M of at most MAX_GROUP, or unstructured:S with 0 < S < 1."""
     form = "use N:M such as 2:4, 4:8 or 1:2, or unstructured:0.5 (share of zeros)"
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         n, m = int(match[1]), int(match[2])
@@ -36,6 +37,8 @@ def pattern_syntax(field: str, text: str) -> None:
             raise InputError(
                 f"{field}={text}: N:M keeps N of every M weights, so 1 <= N < M; {form}"
             )
+        if m > MAX_GROUP:
+            raise InputError(f"{field}={text}: M must be at most {MAX_GROUP}; {form}")
         return
     if match := re.fullmatch(r"unstructured:(\d*\.?\d+)", text):
         if not 0 < float(match[1]) < 1:
@@ -51,8 +54,8 @@ def block_fits_pattern(block_size: int, pattern: str) -> None:
     m = int(pattern.split(":")[1])
     if block_size % m:
         raise InputError(
-            f"prune.block_size={block_size}: must be a multiple of {m}, the group length of "
-            f"prune.pattern={pattern}; use {nearest_multiples(block_size, m)}"
+            f"prune.pattern={pattern} with prune.block_size={block_size}: a block must hold whole "
+            f"groups of {m}; use prune.block_size={nearest_multiples(block_size, m)}"
         )
 
 

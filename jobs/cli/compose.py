@@ -37,6 +37,8 @@ from jobs.cli.options import (
     CONF_DIR,
     Option,
     command_options,
+    expand_homes,
+    home_expanded,
     known_option,
     known_preset,
     one_line,
@@ -277,40 +279,10 @@ def _typed(command: Command, composed: DictConfig) -> Any:
         known_option(command, str(key), str(plain[key]))
     # Presets set groups that the command may not have.
     plain = {key: value for key, value in plain.items() if key in used}
-    _expand_homes(command, plain)
+    expand_homes(command, plain)
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(command.config), _field_names(plain))
     )
-
-
-def _expand_homes(command: Command, plain: dict[str, Any]) -> None:
-    """Put the home folder for ~ into paths: shells do not, behind an equals sign.
-
-    Raises:
-        InputError: ~NAME of no user.
-    """
-    for option in command_options(command).values():
-        *groups, leaf = option.key.split(".")
-        node = plain
-        for group in groups:
-            node = node[group]
-        if option.is_path and str(node[leaf]).startswith("~"):
-            node[leaf] = home_expanded(option.key, node[leaf])
-
-
-def home_expanded(key: str, path: str) -> str:
-    """A path with the home folder in place of ~ or ~USER.
-
-    Raises:
-        InputError: there is no such user.
-    """
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise InputError(
-            f"{key}={path}: {path.partition('/')[0]} is no user's home folder; write ./{path} for "
-            "a folder of that name"
-        )
-    return found
 
 
 def _field_names(node: Any) -> Any:

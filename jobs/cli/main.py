@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jobs.cli import help as _help
 from jobs.cli.command import Command
 from jobs.cli.options import one_line
+from jobs.cli.streams import take_any_text
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
 FLAGS = ("--help", "-h", "--version", "--print-config", "--dry-run")
@@ -45,6 +46,7 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
             or 130 (interrupted).
             Mistakes are one line on stderr; set TWOFOUR_DEBUG=1 to see where they were raised.
     """
+    take_any_text()
     try:
         _run(command, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

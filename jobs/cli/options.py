@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -161,6 +162,36 @@ def _level(key: str, options: dict[str, Option]) -> str:
         return f"options of {parts[0]}: {', '.join(inside)}"
     tops = dict.fromkeys(k.split(".")[0] + (".*" if "." in k else "") for k in options)
     return f"there are: {', '.join(tops)}"
+
+
+def expand_homes(command: Command, plain: dict[str, Any]) -> None:
+    """Put the home folder for ~ into paths: shells do not, behind an equals sign.
+
+    Raises:
+        InputError: ~NAME of no user.
+    """
+    for option in command_options(command).values():
+        *groups, leaf = option.key.split(".")
+        node = plain
+        for group in groups:
+            node = node[group]
+        if option.is_path and str(node[leaf]).startswith("~"):
+            node[leaf] = home_expanded(option.key, node[leaf])
+
+
+def home_expanded(key: str, path: str) -> str:
+    """A path with the home folder in place of ~ or ~USER.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise InputError(
+            f"{key}={path}: {path.partition('/')[0]} is no user's home folder; write ./{path} for "
+            "a folder of that name"
+        )
+    return found
 
 
 def written(value: Any) -> str:

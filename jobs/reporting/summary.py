@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from conf.options.run import STAGES
-from jobs.runs.artifact import RECORD, versions
+from jobs.runs.artifact import RECORD, read_record, versions
 from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
 from sparsify.formats.sparse_folder import model_name, read_sparsity
@@ -34,7 +33,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
     for stage in STAGES:
         path = run_dir / stage / RECORD
         if path.is_file() and stage != "report":
-            records[stage] = json.loads(path.read_text(encoding="utf-8"))
+            records[stage] = read_record(path.parent)
     for stage in ("distill", "quantize"):
         if stage not in context.models.made:
             records.pop(stage, None)  # made from an earlier pruning than the one there is now
@@ -202,9 +201,11 @@ def show(summary: dict[str, Any]) -> None:
     # rich and the tables made of it: a run that fails early does without them
     from rich.console import Console
 
-    from jobs.reporting.tables import pruning_table, results_table, stages_table
+    from jobs.reporting.tables import NARROWEST, pruning_table, results_table, stages_table
 
     console = Console()
+    # Below the width that they are made for, lines that the terminal wraps say more than cut ones.
+    console.width = max(console.width, NARROWEST)
     if summary["results"]:
         console.print(results_table(summary, console.width))
     if summary["layers"]:

@@ -24,6 +24,9 @@ _RESULT_COLUMNS = (
     ("Packed\nsize", "packed_bytes", units.size),
 )
 
+NARROWEST = 60
+"""columns of a terminal that every table has room in"""
+
 _LEFT_OUT = ("kl", "disk_bytes")  # where there is no room for them beside a model's name
 
 
@@ -31,7 +34,7 @@ def _table(*headings: str) -> Table:
     """A table whose first column gives way, and whose numbers are never cut or wrapped."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     first, *numbers = headings
-    table.add_column(Text(first), overflow="fold", vertical="bottom")
+    table.add_column(Text(first), overflow="fold", min_width=8, vertical="bottom")
     for heading in numbers:
         table.add_column(Text(heading), justify="right", no_wrap=True, vertical="bottom")
     return table

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import huggingface_hub  # 3 ms: it loads its parts when they are asked for
+
 from conf.options.model import HUB_NAME
 from sparsify.errors import InputError, first_line
 from sparsify.files import readable
@@ -53,14 +55,16 @@ def model_folder(option: str, text: str, fetch: bool = True) -> Path:
 
 
 def _from_hub(option: str, text: str, fetch: bool) -> Path:
-    from huggingface_hub import snapshot_download  # 0.3 s, which only models of the Hub cost
-
     name, _, revision = text.partition("@")
     with _refusals(option, text):
-        found = snapshot_download(name, revision=revision or None, allow_patterns=_DESCRIBING)
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=_DESCRIBING
+        )
         folder = Path(found)
         if fetch:
-            snapshot_download(name, revision=folder.name, allow_patterns=_weights(folder))
+            huggingface_hub.snapshot_download(
+                name, revision=folder.name, allow_patterns=_weights(folder)
+            )
     return folder
 
 
@@ -79,11 +83,9 @@ def bytes_to_download(option: str, folder: Path) -> int:
     reference = hub_reference(folder)
     if reference is None or has_weights(folder):
         return 0
-    from huggingface_hub import snapshot_download  # 0.3 s, which only models of the Hub cost
-
     name, _, commit = reference.partition("@")
     with _refusals(option, reference):
-        files = snapshot_download(
+        files = huggingface_hub.snapshot_download(
             name, revision=commit, allow_patterns=_weights(folder), dry_run=True
         )
     return sum(file.file_size or 0 for file in files if file.will_download)
@@ -100,7 +102,7 @@ def _weights(folder: Path) -> list[str]:
 @contextmanager
 def _refusals(option: str, text: str) -> Iterator[None]:
     """What the Hub or its client says, as one line."""
-    from huggingface_hub import constants, errors  # as above
+    from huggingface_hub import constants, errors  # 0.3 s, which only models of the Hub cost
 
     where, name = f"{option}={text}", text.partition("@")[0]
     try:

@@ -28,7 +28,8 @@ def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> Executor:
         return PlainCluster(spec, on_event)
     from cluster.runtime.backend import RayCluster  # costs Ray
 
-    return RayCluster(spec, name, _ROOT, on_event)
+    # Ray Train fails on other signs where the locale is not UTF-8; the name is only shown.
+    return RayCluster(spec, name.encode("ascii", "replace").decode(), _ROOT, on_event)
 
 
 class Clusters:

@@ -7,7 +7,6 @@ scratch folder, where all workers read it and a run that resumes finds it again.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.schema import Config
+from jobs.runs.folder import read_json
 from sparsify.calibration.fisher import fisher_token_weights
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
@@ -40,6 +40,8 @@ NUM_HELD_ROWS = 32
 """calibration rows that no weight is fitted to, to measure a layer's damage on"""
 
 _ROTATION_FACTS = "rotation.json"
+
+_START_OVER = "add run.redo=[prune] to start the stage over"
 
 # Share of SparseGPT's excess log-perplexity that is left after 20, 30 and 40 steps, mean of two or
 # three seeds: embedded 0.39, 0.37, 0.35; stories260k 0.48, 0.46, 0.47; books 0.48, 0.46, 0.45.
@@ -84,7 +86,10 @@ def once(path: Path, comm: Comm, make: Callable[[], None], *, is_shared: bool = 
             comm.run_together(lambda: make() if comm.rank == 0 else None)
         seconds = time.perf_counter() - started_s
         comm.run_together(lambda: write_json(marker, seconds) if comm.rank == 0 else None)
-    return float(json.loads(marker.read_text(encoding="utf-8")))
+    try:
+        return float(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{marker}: damaged, no number; {_START_OVER}") from None
 
 
 def fisher_weights(
@@ -136,7 +141,7 @@ def rotated_model(
         folder, comm, lambda: _rotate(dense, rows, config, folder, comm, device, say),
         is_shared=True,
     )  # fmt: skip
-    facts = json.loads((folder / _ROTATION_FACTS).read_text(encoding="utf-8"))
+    facts = read_json(folder / _ROTATION_FACTS, _START_OVER)
     facts["seconds"] = seconds
     return (None if "refused" in facts else folder), facts
 
@@ -230,7 +235,7 @@ def dense_layers(
         write_json(path, asdict(found))
 
     seconds = once(path, comm, make)
-    return {**json.loads(path.read_text(encoding="utf-8")), "seconds": seconds}
+    return {**read_json(path, _START_OVER), "seconds": seconds}
 
 
 class _Weights(Mapping[str, Tensor]):

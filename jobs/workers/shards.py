@@ -8,7 +8,6 @@ goes when the manifest is written.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from cluster.spec import ClusterSpec
 from jobs.runs.artifact import differences
 from jobs.runs.display import Display
-from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock, write_json
+from jobs.runs.folder import disk_errors, prepare_run_dir, read_json, run_lock, write_json
 from jobs.runs.session import cluster_errors, new_cluster
 from sparsify.data.shards import MANIFEST, is_whole
 from sparsify.data.store import Shard
@@ -151,4 +150,4 @@ def write_record(state: Path, facts: Shard | SampleShard) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path, f"remove {path.parent.parent} to start over")

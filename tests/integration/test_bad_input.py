@@ -114,6 +114,21 @@ def test_a_run_folder_that_is_a_file(run_job, small, tmp_path: Path) -> None:
     expect(run_job("prune", *small, f"run.dir={path}/below"), 2, "cannot be written")
 
 
+def test_a_damaged_stage_of_ones_own_run_is_redone(prune, tmp_path: Path) -> None:
+    """In a folder of a name that not every part of Ray takes."""
+    folder = tmp_path / "ein Läufer"
+    words = ["stages=[prune]", "prune.baselines=[]", "prune.method=wanda", f"run.dir={folder}/"]
+    assert prune(*words).returncode == 0
+    shard = min((folder / "prune" / "wanda").glob("model-*.safetensors"))
+    os.truncate(shard, 100)
+    for again in (words, [*words, "--dry-run"]):
+        expect(prune(*again), 2, str(shard), "add run.redo=[prune]")
+    assert prune(*words, "run.redo=[prune]").returncode == 0
+    record = folder / "prune" / "record.json"
+    os.truncate(record, 100)
+    expect(prune(*words), 2, str(record), "not JSON", "add run.redo=[prune]")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_keeps_what_was_finished(run_job, small, tmp_path: Path) -> None:
     disk = tmp_path / "disk"

@@ -39,6 +39,7 @@ from sparsify.models.load import embedded_path
 from sparsify.pruning.progress import PHASES, LayerReport
 from sparsify.quantization.quantize import QuantLayerReport
 from sparsify.training.forecast import Forecast
+from tests.conftest import stage_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -462,8 +463,8 @@ def test_table_of_summary_keys_is_what_the_builder_writes(
 ) -> None:
     for stage, metrics in stage_metrics().items():
         (tmp_path / stage).mkdir()
-        record = {"metrics": {**metrics, "warnings": ["one"]}, "duration_s": 1.0}
-        (tmp_path / stage / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        record = stage_record(metrics={**metrics, "warnings": ["one"]})
+        (tmp_path / stage / RECORD).write_text(record, encoding="utf-8")
     nothing: Any = None
     one = tiny_model_dir
     made = {"prune": {"wanda": one}, "distill": {"recovered": one}, "quantize": {"packed": one}}

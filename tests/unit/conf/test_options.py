@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
@@ -20,6 +20,7 @@ from conf.options.teach import TeachConfig, TeachJobConfig
 from conf.options.tokenize import TokenizeConfig, TokenizeJobConfig
 from conf.options.tracker import TrackerConfig
 from conf.schema import (
+    ALIASES,
     Config,
     DistillConfig,
     EvaluateConfig,
@@ -301,12 +302,13 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: PruneConfig(baselines=["wanda", "wanda"]), ["twice", "[wanda]"]),
         (lambda: PruneConfig(pattern="2-4"), ["prune.pattern=2-4", "N:M", "unstructured:0.5"]),
         (lambda: PruneConfig(pattern="4:4"), ["prune.pattern=4:4", "1 <= N < M"]),
+        (lambda: PruneConfig(pattern="2:512"), ["prune.pattern=2:512", "at most 256"]),
         (lambda: PruneConfig(pattern="0:4"), ["prune.pattern=0:4", "1 <= N < M"]),
         (lambda: PruneConfig(pattern="2:4 "), ["prune.pattern=2:4 ", "not a pattern"]),
         (lambda: PruneConfig(pattern="unstructured:1"), ["between 0 and 1"]),
         (lambda: PruneConfig(pattern="unstructured:nan"), ["not a pattern"]),
         (lambda: PruneConfig(block_size=130), ["prune.block_size=130", "4", "128 or 132"]),
-        (lambda: PruneConfig(block_size=2), ["prune.block_size=2", "use 4"]),
+        (lambda: PruneConfig(block_size=2), ["prune.block_size=2", "use prune.block_size=4"]),
         (lambda: PruneConfig(num_samples=0), ["prune.num_samples=0", "at least 1"]),
         (lambda: PruneConfig(batch_size=-1), ["prune.batch_size=-1", "at least 1"]),
         (lambda: PruneConfig(damping=0), ["prune.damping=0", "more than 0"]),
@@ -350,11 +352,11 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: DistillConfig(checkpoint_every_steps=0), ["distill.checkpoint_every_steps=0"]),
         (
             lambda: Config(distill=DistillConfig(batch_size=20)),
-            ["distill.batch_size=20", "multiple of 16", "use 16 or 32", "cluster.num_workers=2"],
+            ["distill.batch_size=20", "multiple of 16", "=16 or 32", "cluster.num_workers=2"],
         ),
         (
             lambda: Config(distill=DistillConfig(batch_size=8)),
-            ["distill.batch_size=8", "use 16,", "smaller distill.micro_batch_size"],
+            ["distill.batch_size=8", "=16,", "smaller distill.micro_batch_size"],
         ),
         (
             lambda: Config(distill=DistillConfig(num_tokens=4095)),
@@ -373,7 +375,11 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: EvaluateConfig(batch_size=0), ["evaluate.batch_size=0"]),
         (
             lambda: Config(evaluate=EvaluateConfig(num_tokens=255)),
-            ["evaluate.num_tokens=255", "data.sequence_length=256", "at least 256"],
+            [
+                "evaluate.num_tokens=255",
+                "data.sequence_length=256",
+                "at least 256",
+            ],
         ),
         (lambda: QuantizeConfig(method="awq"), ["quantize.method=awq", "gptq, rtn"]),
         (lambda: QuantizeConfig(bits=3), ["quantize.bits=3", "4, 8"]),
@@ -488,3 +494,48 @@ def test_default_run_dir(stages: list[str], path: str, from_: str | None, expect
 def test_to_dict_uses_the_names_people_write() -> None:
     run = to_dict(Config(run=RunConfig(from_="x")))["run"]
     assert run == {"dir": None, "from": "x", "seed": 0, "redo": []}
+
+
+ABSURD: dict[str, list[Any]] = {
+    "int": [-1, 0, 7, 10**6, 10**12],
+    "float": [-1.0, 0.0, 1e9, math.nan, math.inf],
+    "str": ["", " ", "x y", "2:5"],
+    "list[str]": [["zzz"], ["a", "a"]],
+}
+
+
+@pytest.mark.parametrize("stages", [list(STAGES), ["distill"]])
+def test_a_wrong_value_is_answered_with_its_own_name(stages: list[str]) -> None:
+    """Also where it is a rule of several options that it breaks."""
+    base = to_dict(Config()) | {"stages": stages}
+    base["run"]["from"] = "runs/earlier"
+    num_refused = 0
+    for key, option in job_options("prune").items():
+        for value in ABSURD.get(option.type_name, []):
+            plain = json.loads(json.dumps(base))
+            *groups, leaf = key.split(".")
+            node = plain
+            for group in groups:
+                node = node[group]
+            node[leaf] = value
+            said = refusal(plain)
+            assert said is None or key in said.partition(": ")[0], said
+            num_refused += said is not None
+    assert num_refused > 150
+
+
+def refusal(plain: dict[str, Any]) -> str | None:
+    try:
+        made_of(Config, plain)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def made_of(kind: type, plain: dict[str, Any]) -> Any:
+    """A dataclass of nested plain values under the names that people write."""
+    hints = get_type_hints(kind)
+    values = {ALIASES.get(name, name): value for name, value in plain.items()}
+    return kind(
+        **{n: made_of(hints[n], v) if is_dataclass(hints[n]) else v for n, v in values.items()}
+    )

@@ -182,10 +182,29 @@ def test_strange_words_never_show_a_traceback(run: Any, pipeline: Any, word: str
 
 
 @pytest.mark.parametrize(
+    ("job", "word", "found"),
+    [
+        ("prune", "model.path=~/m", "/h/m"), ("prune", "run.dir=~", "/h"),
+        ("prune", "run.from=~/r/", "/h/r/"),
+        ("prune", "model.path=./~/m", "./~/m"), ("tokenize", "tokenize.out=~/t", "/h/t"),
+    ],
+)  # fmt: skip
+def test_a_path_may_begin_with_the_home_folder(
+    job: str, word: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    key = word.partition("=")[0]
+    group, leaf = key.split(".")
+    assert to_dict(load_config(job, [word]))[group][leaf] == found
+    with pytest.raises(InputError, match=rf"{key}=~nobody-here/x: ~nobody-here is no user's home"):
+        load_config(job, [f"{key}=~nobody-here/x"])
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "runs/a b (2)/c", "007", "1e3", "true", "2024-01-01", "a=b", "a,b", "[x]", "{x}", "<|e|>",
-        'say "hi"', "it's", "C:\\dir\\", 'tail\\"', "~/x", "#1", "50%", "überall", "a\\\\b", "off",
+        'say "hi"', "it's", "C:\\dir\\", 'tail\\"', "a~/x", "#1", "50%", "überall", "a\\\\b", "off",
     ],
 )  # fmt: skip
 def test_text_is_kept_as_typed(text: str) -> None:

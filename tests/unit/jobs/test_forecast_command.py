@@ -13,6 +13,7 @@ from conf.options.distill import DistillConfig
 from jobs.forecast import forecast_run, main, rates_of
 from jobs.training.schedule import planned_rates
 from sparsify.training.schedule import learning_rate
+from tests.conftest import stage_record
 
 NUM_STEPS = 120
 
@@ -42,9 +43,9 @@ def in_progress(run_dir: Path, num_done: int) -> None:
 
 def finished(run_dir: Path) -> None:
     steps = [{"step": step, "kl": curve(step), "ce": 0.0} for step in range(1, NUM_STEPS + 1)]
-    record = {"identity": {"config": settings()}, "metrics": {"steps": steps}}
+    record = stage_record(identity={"config": settings()}, metrics={"steps": steps})
     (run_dir / "distill").mkdir(parents=True)
-    (run_dir / "distill" / "record.json").write_text(json.dumps(record))
+    (run_dir / "distill" / "record.json").write_text(record)
 
 
 def test_rates_of_are_those_of_the_training() -> None:
@@ -91,3 +92,8 @@ def test_wrong_folder_metric_and_share(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err
+    record = tmp_path / "run" / "distill" / "record.json"
+    for content in (record.read_text()[:40], "{}", stage_record(identity={"config": 1})):
+        record.write_text(content)
+        assert main([str(tmp_path / "run")]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -21,19 +21,15 @@ from jobs.runs.artifact import RECORD
 from jobs.runs.models import Models, find_models
 from jobs.runs.stage import Stage
 from sparsify.errors import InputError
-from tests.conftest import message
+from tests.conftest import message, stage_record
 
 METHODS = ["magnitude", "twofour"]
-
-
-def record(**metrics: Any) -> dict[str, Any]:
-    return {"schema": 1, "identity": {}, "outputs": {}, "metrics": metrics, "duration_s": 1.0}
 
 
 def finish(run: Path, stage: str, dense: Path, **metrics: Any) -> None:
     """A finished stage's record, and what its model folder says of the dense model."""
     (run / stage).mkdir(parents=True)
-    (run / stage / RECORD).write_text(json.dumps(record(**metrics)))
+    (run / stage / RECORD).write_text(stage_record(metrics=metrics))
     made = next(one for one in PIPELINE if one.name == stage).makes
     for folder in () if made is None else made(metrics).values():
         (run / stage / folder).mkdir()
@@ -93,7 +89,7 @@ def test_a_stage_that_is_new_needs_nothing_but_itself(run: Path) -> None:
     tune = Stage("tune", "", nothing, nothing, makes=lambda _: {"tuned": "model"})
     models = replace(of(run, "quantize"), stages=[*PIPELINE[:2], tune, *PIPELINE[2:]])
     (run / "tune").mkdir()
-    (run / "tune" / RECORD).write_text(json.dumps(record()))
+    (run / "tune" / RECORD).write_text(stage_record())
     models.forget_descendants("tune")
     models.add("tune", run / "tune")
     assert models.sparse("distill") == run / "prune/twofour"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import RECORD
 from jobs.runs.context import StageContext
 from jobs.runs.models import Models
+from tests.conftest import stage_record
 
 LAYER = {
     "method": "wanda", "name": "model.layers.0.up", "block": 0, "shape": [8, 4], "num_tokens": 64,
@@ -29,8 +29,9 @@ NEW = {
 def summary_of(run_dir: Path, prune: dict[str, Any]) -> dict[str, Any]:
     model = run_dir / "model"  # no files: a model's size is not what is tested here
     (run_dir / "prune").mkdir()
-    record = {"metrics": {"pattern": "2:4", "method": "wanda", **prune}, "duration_s": 3.0}
-    (run_dir / "prune" / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    metrics = {"pattern": "2:4", "method": "wanda", **prune}
+    record = stage_record(metrics=metrics, duration_s=3.0)
+    (run_dir / "prune" / RECORD).write_text(record, encoding="utf-8")
     nothing: Any = None
     models = Models(model, PIPELINE, {"prune": {"wanda": model}}, "wanda")
     context = StageContext(
