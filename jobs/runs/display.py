@@ -50,6 +50,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._stage = ""
+        self._reached = ""
         self._started_s = 0.0
         self._first: tuple[float, float] | None = None
         self._logged_s = 0.0
@@ -72,6 +73,7 @@ class Display:
     def start_stage(self, name: str) -> None:
         """A stage begins; its total is not known yet."""
         self._stage = name
+        self._reached = ""
         self._started_s = self._logged_s = time.monotonic()
         self._first = None
         if self._is_live:
@@ -91,6 +93,10 @@ class Display:
         else:
             self.say(f"{name}: {text}")
 
+    def reached(self, stage: str) -> str:
+        """How far a stage is, as its last progress said: ` at 3/16 blocks`, or nothing."""
+        return self._reached if stage == self._stage else ""
+
     def on_event(self, event: dict[str, Any]) -> None:
         """Take an event of the board: progress, information or a warning."""
         if event["kind"] == "info":
@@ -99,6 +105,7 @@ class Display:
             self.say(f"warning: {event['text']}")
         elif event["kind"] == "progress":
             done, total, text = event["done"], event["total"], event.get("text", "")
+            self._reached = f" at {done:g}/{total:g} {text}".rstrip()
             if self._is_live and self._stage in self._tasks:
                 task = self._tasks[self._stage]
                 self._progress.update(task, completed=done, total=total, text=text)
