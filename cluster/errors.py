@@ -5,6 +5,10 @@ class ClusterError(Exception):
     """The machines cannot be had as asked; the message says what is missing and what to do."""
 
 
+class ClusterLostError(Exception):
+    """The cluster itself has died under a run; the message says what of it and what to do."""
+
+
 class WorkFailedError(Exception):
     """Work on a worker ended with an exception.
 

@@ -1,9 +1,12 @@
-"""Requests to save or to stop, from signals, switch files and a time limit, as seen by a loop.
+"""What signals mean to a command, and requests to save or to stop as a loop on a worker sees them.
+
+Every command is run within `handling_signals`: SIGINT and SIGTERM end it by an `Interrupted` on the
+main thread, at once, since what is finished is on disk already (of pruning, each block), and a
+second one ends the process. While the recovery trains, `SignalRelay` has SIGTERM save first.
 
 Signals cannot be handled where the training runs. Ray Train runs the training function on a thread
 of the worker, and Python handles signals on a process's main thread only, where Ray has a handler
-of its own that ends the worker. What does work: the driver's main thread, where Ray waits in a way
-that lets handlers run (install them after `ray.init`, which sets one for SIGTERM). So the driver
+of its own that ends the worker. So the driver, whose main thread only waits (`cluster.runtime`),
 turns a signal into a file in the run's folder, and the loop on rank 0 looks for the file. The same
 files are the switches of a user: `touch RUN/save`, `touch RUN/stop`.
 
@@ -20,12 +23,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 SAVE, STOP = "save", "stop"
 
@@ -45,12 +50,146 @@ class Request:
     reason: str = ""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the command, which says so in one line: this error's text.
+
+    Attributes:
+        exit_code: 130 after SIGINT, else 75: the same command continues.
+        done: what was finished and where the same command continues; "" where nobody knows.
+    """
+
+    def __init__(self, received: signal.Signals, done: str = "") -> None:
+        super().__init__(received.name)
+        self.received = received
+        self.done = done
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process."""
+        return 128 + self.received if self.received == signal.SIGINT else os.EX_TEMPFAIL
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        done = self.done or "run the same command again to continue from what is finished"
+        return f"interrupted ({self.received.name}); {done}"
+
+
+class _Process:
+    """What there is once in a process: its handlers, and what they have been asked for."""
+
+    handlers: ClassVar[dict[signal.Signals, Callable[[int, FrameType | None], None]]] = {}
+    asked: signal.Signals | None = None
+    """a stop that was asked for and is to come between two stages"""
+    ending: Interrupted | None = None
+    """what ends the command; raised, but a library may have swallowed it"""
+    is_abandoned = False
+
+
+_Before = dict[signal.Signals, tuple[Any, Any]]
+"""signal -> the handler that there was, and ours that there was, None for somebody else's"""
+
+
+def _install(handlers: dict[signal.Signals, Any]) -> _Before:
+    """Make these the handlers; those that were there. What is ignored stays so (nohup, `&`)."""
+    before = {}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            ours = _Process.handlers.get(number)
+            before[number] = signal.signal(number, handler), ours
+            _Process.handlers[number] = handler
+    return before
+
+
+def _put_back(before: _Before) -> None:
+    for number, (handler, ours) in before.items():
+        signal.signal(number, handler)
+        _Process.handlers.pop(number)
+        if ours is not None:
+            _Process.handlers[number] = ours
+
+
+def check_signals() -> None:
+    """Now and then while the main thread waits: see to it that signals are heard.
+
+    Ray, as it starts, puts a handler of C++ in the place of ours, which aborts: ours are set again.
+    An extension module, while it is imported, swallows what a handler raises: it is raised again.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _Process.handlers.items():
+            signal.signal(number, handler)
+        if _Process.ending is not None:
+            raise _Process.ending
+
+
+@contextlib.contextmanager
+def handling_signals(say: Callable[[str], None]) -> Iterator[None]:
+    """Around a command, on the main thread: SIGINT and SIGTERM raise `Interrupted`, once.
+
+    The second one ends the process with the same exit code. SIGUSR1 asks for a checkpoint, which
+    only a recovery makes on request: elsewhere it is answered with a line, and work goes on.
+
+    Args:
+        say: called with one line of text, for the terminal.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        interrupted = Interrupted(signal.Signals(number))
+        if _Process.ending is not None:
+            os._exit(interrupted.exit_code)
+        _Process.ending = interrupted
+        raise interrupted
+
+    def save(number: int, frame: FrameType | None) -> None:
+        say("SIGUSR1: only a recovery has a checkpoint to make; what is finished is on disk")
+
+    _Process.ending = _Process.asked = None
+    before = _install({signal.SIGINT: end, signal.SIGTERM: end, signal.SIGUSR1: save})
+    try:
+        yield
+    finally:
+        _put_back(before)
+        _Process.ending = None
+
+
+@contextlib.contextmanager
+def telling(done: Callable[[], str]) -> Iterator[None]:
+    """Around work: have an `Interrupted` that ends it say what is done and how it continues."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        interrupted.done = interrupted.done or done()
+        raise
+
+
+def end_if_asked() -> None:
+    """Between two stages: raise `Interrupted` if a stop was asked for too late for a stage."""
+    check_signals()
+    if _Process.asked is not None:
+        raise Interrupted(_Process.asked)
+
+
+def abandon() -> None:
+    """Have `end_process` wait for nothing: threads of this process may hang for ever."""
+    _Process.is_abandoned = True
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process as `sys.exit` does, or at once where a Ray had to be abandoned."""
+    if _Process.is_abandoned:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 class SignalRelay:
-    """Turns signals to the driver into switch files; a context manager around a stage.
+    """Turns signals to the driver into switch files; a context manager around the training.
 
     SIGUSR1 asks for a checkpoint, SIGTERM for a checkpoint and the end. A second SIGTERM is handed
-    to the handler that was there before, which ends the process. Switches left by an earlier run
-    are removed at the start, and the handlers put back at the end.
+    to the handler that was there before, which ends the command. Switches left by an earlier run
+    are removed at the start, and the handlers put back at the end. A stop that came after the last
+    step is answered by `end_if_asked`, when the stage is done.
 
     Args:
         folder: of the run, seen by the workers too.
@@ -63,27 +202,28 @@ class SignalRelay:
     def __init__(self, folder: Path, on_signal: Callable[[str], None] | None = None) -> None:
         self._folder = folder
         self._on_signal = on_signal
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: _Before = {}
 
     def __enter__(self) -> SignalRelay:
         """Remove old switches, install the handlers."""
         for switch in (SAVE, STOP):
             (self._folder / switch).unlink(missing_ok=True)
-        for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+        self._before = _install(dict.fromkeys(_SIGNALS, self._handle))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Put back the handlers that were there."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _put_back(self._before)
+        if kind is None and (self._folder / STOP).exists():
+            (self._folder / STOP).unlink()
+            _Process.asked = signal.SIGTERM
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         switch = _SIGNALS[received]
         path = self._folder / switch
         if switch == STOP and path.exists():
-            signal.signal(number, self._before[received])
+            signal.signal(number, self._before[received][0])
             os.kill(os.getpid(), number)
             return
         # Renamed into place, so that the loop never reads half a reason.

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.machine import require_answer
+from cluster.preempt import end_if_asked, telling
 from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
@@ -103,6 +104,7 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.warnings,
             texts=texts,
         )
+        stack.enter_context(telling(lambda: _so_far(context, asked)))
         for stage in asked:
             artifact = _run_stage(stage, context, journal)
             was_redone = stage.name in journal.done
@@ -112,6 +114,7 @@ def run_pipeline(config: Config, job: str) -> Path:
                 models.forget_descendants(stage.name)
             models.add(stage.name, artifact.folder)
             tracker.log({f"{stage.name}/duration_s": artifact.record["duration_s"]})
+            end_if_asked()
         journal.close()
     show(write_summary(run_dir, context))
     return run_dir
@@ -146,6 +149,16 @@ def checked_models(
         if stage.name in config.stages and stage.check is not None:
             stage.check(config, models)
     return models, remarks
+
+
+def _so_far(context: StageContext, asked: list[Stage]) -> str:
+    """For a run that a signal ends: what is finished, and where the same command continues."""
+    finished = ", ".join(context.statuses) or "no stage"
+    left = [stage for stage in asked if stage.name not in context.statuses]
+    if not left:
+        return f"finished: {finished}; run the same command again for the summary"
+    where = f"in {left[0].name}{context.display.reached(left[0].name)}; finished: {finished}"
+    return f"{where}; run the same command again: {left[0].name} {left[0].resumes}"
 
 
 def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Artifact:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import ClusterError, WorkFailedError
+from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
+from cluster.preempt import abandon, check_signals
 from cluster.runtime.board import Board, BoardLine, OnEvent, Watch
+from cluster.runtime.processes import LocalRay
+from cluster.runtime.restarts import Restarts
+from cluster.runtime.start import check_address, check_this_machine, start_ray
 from cluster.runtime.worker import Work, WorkerContext, guarded, is_peer_loss
 from cluster.spec import ClusterSpec
 
-
-class Restarts:
-    """Decides after each loss of a worker whether the group is started again.
-
-    That is done `most` times, counted from the start again whenever the work has got further than
-    at any loss before. An exception of the work itself is no loss: it would come again.
-
-    Args:
-        most: restarts without progress, at least 0.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._num_without_progress = 0
-        self._furthest = -1
-
-    def after_loss(self, step: int | None) -> tuple[bool, str]:
-        """Whether to start again, and why or why not; `step`: the last one done, None before it."""
-        at = "before the first step" if step is None else f"at step {step}"
-        reached = -1 if step is None else step
-        if reached > self._furthest:
-            self._furthest, self._num_without_progress = reached, 0
-        self._num_without_progress += 1
-        if self._num_without_progress > self._most:
-            since = "the start" if self._furthest < 0 else f"step {self._furthest}"
-            return False, (
-                f"{self._num_without_progress} failures without progress since {since}, "
-                f"{self._most} retries are allowed; not retried"
-            )
-        left = self._most - self._num_without_progress
-        return True, f"worker lost {at}; retried, {left} more without progress"
-
-
-_ENVIRONMENT = {
-    # Workers do the run's work: at Ray's own niceness of 15 any other process starves them.
-    "RAY_worker_niceness": "0",
-    # Usage reports would go to the network.
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # The dashboard's Train page.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    # A worker that was given no GPU sees none, so that no library picks one by itself.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    # glibc would keep freed activations between those that wait in pruning: twice the memory.
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
-}
+_LOOK_EVERY_S = 0.1
 
 
 def _train_loop(loop_config: dict[str, Any]) -> None:
@@ -101,51 +61,84 @@ class RayCluster:
         self._root = root
         self._on_event = on_event
         self._board: Any = None
+        self._thread = ThreadPoolExecutor(1, "ray")
+        self._local: LocalRay | None = None
+        self._session: Path | None = None
         self._num_works = 0  # pieces of work that the board was cleared for
 
     def __enter__(self) -> RayCluster:
         """Start Ray, or join the one in RAY_ADDRESS, and wait for what the spec needs."""
-        for key, value in _ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
         address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {
-            "namespace": f"twofour-{os.getpid()}",
-            "log_to_driver": False,
-            "logging_level": "ERROR",
-            "configure_logging": True,
-            "job_config": ray.job_config.JobConfig(metadata={"job_name": self.run_name}),
-        }
         if address:
-            excludes = [
-                "/.git",
-                "/.venv",
-                "/runs",
-                "/tests",
-                "/docs",
-                "/.mypy_cache",
-                "/.ruff_cache",
-            ]
-            options["runtime_env"] = {"working_dir": str(self._root), "excludes": excludes}
-            options["address"] = address
+            check_address(address)
         else:
-            self._check_this_machine()
-            cores = os.cpu_count() or 1
-            needed = math.ceil(self.spec.num_workers * self.spec.cpus_per_worker)
-            options["address"] = "local"
-            options["num_cpus"] = max(cores, needed)
-            # Ray Train watches its controller through the dashboard's state API, so the
-            # dashboard process runs in any case; the option only decides what we advertise.
-            options["include_dashboard"] = True
-            options["dashboard_host"] = "127.0.0.1"
-            os.environ["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(self._root), os.environ.get("PYTHONPATH")])
-            )
+            check_this_machine(self.spec)
+            self._local = LocalRay()
+            if cleared := self._local.begin():
+                self._on_event({"kind": "info", "name": "ray", "text": cleared})
         try:
-            info: Any = ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = f"at RAY_ADDRESS={address}" if address else "on this machine"
-            first = (str(error) or repr(error)).strip().splitlines()[0]
-            raise ClusterError(f"Ray cannot be reached or started {where}: {first}") from None
+            self._call(self._start, address)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Stop the Ray this run started, or leave the one it joined.
+
+        After a signal, or when Ray itself has died, its threads in this process may wait for ever,
+        and to shut it down beside them could crash: then its processes are killed and the threads
+        are left to the end of this process.
+        """
+        is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        is_lost = False
+        if self._local is not None:
+            is_lost = self._local.check() is not None
+            self._local.is_ending()
+        try:
+            if is_interrupted or is_lost:
+                abandon()
+            else:
+                self._call(ray.shutdown)
+        except KeyboardInterrupt:
+            abandon()
+            raise
+        finally:
+            self._thread.shutdown(wait=False)
+            if self._local is not None:  # the logs stay when an error names them
+                self._local.end(keep_folder=kind is not None and not is_interrupted)
+                self._local = None
+
+    def _call(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call it on the thread that speaks with Ray, and return what it returns.
+
+        Ray waits in C++, at times without hearing signals; this thread waits where it can. It is
+        one thread for all calls, because Ray's processes end with the thread that started them.
+
+        Raises:
+            ClusterLostError: the Ray of this machine has died.
+        """
+        future = self._thread.submit(call, *args)
+        while not wait([future], timeout=_LOOK_EVERY_S).done:
+            check_signals()
+            if self._local is not None and self._local.lost is not None:
+                self._raise_lost()
+        check_signals()
+        if future.exception() is not None and self._local is not None and self._local.check():
+            self._raise_lost()  # the reason of whatever else went wrong
+        return future.result()
+
+    def _raise_lost(self) -> None:
+        assert self._local is not None
+        raise ClusterLostError(
+            f"{self._local.check()}, as happens when memory runs out; see {self.log_folder}; "
+            "run the same command again to continue"
+        )
+
+    def _start(self, address: str | None) -> None:
+        """On Ray's thread: start or join it."""
+        info = start_ray(self.spec, self.run_name, self._root, address)
+        self._session = Path(info.address_info["session_dir"])
         url = info.address_info.get("webui_url")
         self.dashboard_url = f"http://{url}" if url and self.spec.dashboard else None
         board: Any = Board
@@ -154,24 +147,6 @@ class RayCluster:
             name=f"progress of {self.run_name}", scheduling_strategy=here
         ).remote()
         self._wait_for_resources()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop the Ray this run started, or leave the one it joined."""
-        ray.shutdown()
-
-    def _check_this_machine(self) -> None:
-        """A local Ray has this machine's GPUs and no more: say so before anything starts."""
-        if self.spec.num_nodes > 1:
-            raise ClusterError(
-                f"cluster {self.spec.name} needs {self._needs()}, and RAY_ADDRESS is not set: "
-                f"{self.spec.description}; start Ray on the machines and set RAY_ADDRESS, or "
-                "leave out +cluster to run on this machine"
-            )
-
-    def _needs(self) -> str:
-        per_node = "GPUs" if self.spec.uses_gpu else "CPU workers"
-        return f"{self.spec.num_workers} {per_node} on {self.spec.num_nodes} node(s)"
 
     def _wait_for_resources(self) -> None:
         spec = self.spec
@@ -187,7 +162,6 @@ class RayCluster:
             if time.monotonic() >= deadline_s:
                 there = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
                 needs = ", ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
-                ray.shutdown()
                 raise ClusterError(
                     f"cluster {spec.name} needs {needs}, Ray has {there} ({spec.description}); "
                     "set RAY_ADDRESS to a larger Ray, or choose another +cluster="
@@ -214,7 +188,11 @@ class RayCluster:
 
         Raises:
             WorkFailedError: the work raised, or workers kept dying.
+            ClusterLostError: the Ray of this machine has died.
         """
+        return self._call(self._run_workers, name, work, payload, storage)
+
+    def _run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         spec, restarts = self.spec, Restarts(self.spec.max_failures)
         attempt = 0
         while True:
@@ -272,7 +250,12 @@ class RayCluster:
 
         Raises:
             WorkFailedError: a task raised, or its worker kept dying.
+            ClusterLostError: the Ray of this machine has died.
         """
+        found: list[Any] = self._call(self._run_tasks, name, work, payloads, what)
+        return found
+
+    def _run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
         board, _ = self._cleared_board()
         # A GPU's memory is free again only when the process that used it has ended.
         remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
@@ -356,7 +339,7 @@ class RayCluster:
     @property
     def log_folder(self) -> str:
         """Where Ray keeps the logs of this session's processes."""
-        return str(Path(ray.get_runtime_context().get_temp_dir()) / "session_latest" / "logs")
+        return "Ray's logs" if self._session is None else str(self._session / "logs")
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Runs a command as its words tell, and says how it went in one line and an exit code.
 
-Exit codes: 0 done, 1 could not be finished, 2 the user's to fix, 75 stopped with a checkpoint when
-asked to (the same command resumes), 130 interrupted.
+Exit codes: 0 done, 1 could not be finished, 2 the user's to fix, 75 stopped when asked to (SIGTERM,
+a switch, a time limit) and 130 interrupted (SIGINT): after these two the same command resumes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
+from cluster.preempt import Interrupted, end_process, handling_signals
 from jobs.cli import help as _help
 from jobs.cli.command import Command
 from jobs.cli.options import one_line
@@ -47,22 +48,25 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
             Mistakes are one line on stderr; set TWOFOUR_DEBUG=1 to see where they were raised.
     """
     take_any_text()
-    try:
-        _run(command, sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except InputError as error:
-        _fail(one_line(error), 2)
-    except StoppedEarlyError as error:
-        _fail(one_line(error), os.EX_TEMPFAIL)
-    except TwofourError as error:
-        _fail(one_line(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to resume from what is finished", 130)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:  # a bug of ours: say so and show where
-        _fail(f"unexpected {type(error).__name__}: {one_line(error)}", 1, with_traceback=True)
+    with handling_signals(_say):
+        try:
+            _run(command, sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+        except InputError as error:
+            _fail(one_line(error), 2)
+        except StoppedEarlyError as error:
+            _fail(one_line(error), os.EX_TEMPFAIL)
+        except TwofourError as error:
+            _fail(one_line(error), 1)
+        except Interrupted as interrupted:
+            _fail(one_line(interrupted), interrupted.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command again to resume from what is finished", 130)
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except Exception as error:  # a bug of ours: say so and show where
+            _fail(f"unexpected {type(error).__name__}: {one_line(error)}", 1, with_traceback=True)
     sys.exit(0)
 
 
@@ -123,4 +127,9 @@ def _fail(message: str, code: int, with_traceback: bool = False) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     if with_traceback or os.environ.get("TWOFOUR_DEBUG") == "1":
         traceback.print_exc()
-    sys.exit(code)
+    end_process(code)
+
+
+def _say(text: str) -> None:
+    """Say a line while a signal is handled, where a stream may be in the middle of another."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"  {text}\n".encode())

@@ -79,6 +79,7 @@ class Display:
         self._tasks: dict[str, TaskID] = {}
         self._stage = ""
         self._estimate = Estimate()
+        self._reached = ""
         self._logged_s = 0.0
 
     def __enter__(self) -> Display:
@@ -101,6 +102,7 @@ class Display:
         self._stage = name
         self._logged_s = time.monotonic()
         self._estimate = Estimate()
+        self._reached = ""
         if self._is_live:
             self._tasks[name] = self._progress.add_task(name, total=None, text="starting workers")
         else:
@@ -118,6 +120,10 @@ class Display:
         else:
             self.say(f"{name}: {text}")
 
+    def reached(self, stage: str) -> str:
+        """How far a stage is, as its last progress said: ` at 3/16 blocks`, or nothing."""
+        return self._reached if stage == self._stage else ""
+
     def on_event(self, event: dict[str, Any]) -> None:
         """Take an event of the board: progress, information or a warning."""
         if event["kind"] == "info":
@@ -126,6 +132,7 @@ class Display:
             self.say(f"warning: {event['text']}")
         elif event["kind"] == "progress":
             done, total, text = event["done"], event["total"], event.get("text", "")
+            self._reached = f" at {done:g}/{total:g} {text}".rstrip()
             if self._is_live and self._stage in self._tasks:
                 task = self._tasks[self._stage]
                 self._progress.update(task, completed=done, total=total, text=text)

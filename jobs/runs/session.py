@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ClusterError, WorkFailedError
+from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
 from cluster.executor import Executor
 from cluster.plain import PlainCluster
 from cluster.spec import ClusterSpec
@@ -78,6 +78,8 @@ def cluster_errors() -> Iterator[None]:
         yield
     except ClusterError as error:
         raise InputError(str(error)) from None
+    except ClusterLostError as error:
+        raise TwofourError(str(error)) from None
     except WorkFailedError as error:
         kind = getattr(errors, error.kind, None)
         if isinstance(kind, type) and issubclass(kind, TwofourError):

@@ -36,6 +36,8 @@ class Stage:
     makes: Callable[[dict[str, Any]], dict[str, str]] | None = None
     """of its metrics: name -> folder in its own of every model for later stages, which build on the
     last of them"""
+    resumes: str = "starts over"
+    """what it does when the same command comes again after it was interrupted"""
     is_end: bool = False
     """what it makes is to be served, and no later stage builds on it"""
     may_extend: bool = False

@@ -40,7 +40,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
     student, teacher = context.models.sparse("distill"), context.models.dense
     payload = worker.make_payload(context.worker_config, student, teacher, writer, context.run_dir)
-    cluster = context.cluster  # started before the relay: ray.init takes SIGTERM for itself
+    cluster = context.cluster
     if not worker.has_rows(payload):
         cluster.run_tasks("distill", worker.prepare_rows, [payload], "sources tokenised")
     if (cache := payload["cache"]) is not None:
@@ -70,5 +70,5 @@ def check(config: Config, models: Models) -> None:
 
 STAGE = Stage(
     "distill", "the recovered model", identity, run, check=check,
-    makes=lambda _: {"recovered": "model"},
+    makes=lambda _: {"recovered": "model"}, resumes="continues after its last checkpoint",
 )  # fmt: skip

@@ -64,4 +64,5 @@ def check(config: Config, models: Models) -> None:
 STAGE = Stage(
     "prune", "one-shot pruned models, one per method", identity, run, check=check,
     makes=lambda metrics: {name: name for name in metrics["methods"]},
+    resumes="continues after the last block whose state is on disk",
 )  # fmt: skip

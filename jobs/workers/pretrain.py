@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cluster.preempt import telling
 from conf.options.data import DataConfig
 from conf.options.pretrain import PretrainConfig
 from jobs.corpus.builtin import HELD_OUT_SHARE, PACKAGES, package_documents, stdlib_documents
@@ -47,7 +48,10 @@ def make_model(config: PretrainConfig) -> Path:
         partial.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.num_threads)
     started_s = time.monotonic()
-    with Display() as display:
+    with (
+        telling(lambda: "pretrain keeps no state: the same command starts over"),
+        Display() as display,
+    ):
         display.start_stage("pretrain")
         if config.data != "code":
             found = source_documents(config.data, None, DataConfig())

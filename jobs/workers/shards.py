@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.preempt import telling
 from cluster.spec import ClusterSpec
 from jobs.runs.artifact import differences
 from jobs.runs.display import Display
@@ -61,7 +62,11 @@ def fill_folder(
             with cluster_errors(), cluster:
                 cluster.run_tasks(command, work, payloads, "shards")
 
-        with disk_errors(folder):
+        def so_far() -> str:
+            reached = display.reached(command)
+            return f"in {command}{reached}; run the same command again: files that are whole stay"
+
+        with disk_errors(folder), telling(so_far):
             display.start_stage(command)
             write(folder, map_shards, display)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from ray.train import WorkerGroupError
 
-from cluster.errors import WorkFailedError
+from cluster.errors import ClusterLostError, WorkFailedError
 from cluster.runtime import backend as ray_backend
 from cluster.runtime.board import Board
 from cluster.spec import ClusterSpec
@@ -92,6 +93,27 @@ def test_an_error_of_the_work_is_final(started: Any) -> None:
     failure = {"kind": "NonFiniteError", "message": "step 3 is bad", "traceback": ""}
     with pytest.raises(WorkFailedError, match="step 3 is bad"):
         started([1, failure, None])
+
+
+def test_a_ray_that_has_died_is_the_reason_of_whatever_went_wrong(
+    tmp_path: Path,
+) -> None:
+    stop = threading.Event()
+    cluster = ray_backend.RayCluster(ClusterSpec(), "run", tmp_path, lambda _: None)
+    lost = "Ray's raylet (process 7) on this machine has died"
+    cluster._local = SimpleNamespace(lost=None, check=lambda: lost)
+
+    def fail() -> None:
+        raise RuntimeError("Ray Train failed: the actor died")
+
+    def hang() -> None:
+        cluster._local.lost = lost
+        stop.wait()
+
+    for what in (fail, hang):
+        with pytest.raises(ClusterLostError, match=r"raylet \(process 7\).*same command again"):
+            cluster._call(what)
+    stop.set()
 
 
 def test_the_loss_of_a_peer_is_no_error_of_the_work(started: Any) -> None:

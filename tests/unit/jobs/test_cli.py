@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.preempt import Interrupted
 from conf.options.pretrain import PretrainConfig
 from conf.schema import Config, to_dict
 from jobs.cli.command import find_command
@@ -354,7 +356,12 @@ def test_failed_run_of_a_sweep_hides_no_other(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(StoppedEarlyError("a checkpoint is kept"), 75), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [
+        (StoppedEarlyError("a checkpoint is kept"), 75),
+        (KeyboardInterrupt(), 130),
+        (Interrupted(signal.SIGTERM), 75),
+    ],
 )
 def test_sweep_that_is_asked_to_stop_stops(
     run: Any, pipeline: Any, away: Path, error: BaseException, code: int
@@ -491,6 +498,8 @@ def test_run_prints_the_run_folder_last(run: Any, pipeline: Any) -> None:
         (InputError("model.path=x: no such folder"), 2, "error: model.path=x: no such folder\n"),
         (NonFiniteError("layer a:\n  NaN"), 1, "error: layer a: NaN\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; run the same command again"),
+        (Interrupted(signal.SIGINT), 130, "error: interrupted (SIGINT); run the same command"),
+        (Interrupted(signal.SIGTERM, "in prune"), 75, "error: interrupted (SIGTERM); in prune\n"),
     ],
 )
 def test_failure_is_one_line(

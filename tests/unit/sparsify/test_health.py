@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.runtime.backend import Restarts
+from cluster.runtime.restarts import Restarts
 from sparsify.costs.young import checkpoint_interval_steps
 from sparsify.errors import InputError
 from sparsify.training.health import SpikeGuard, SpikePolicy, checksum

@@ -1,0 +1,53 @@
+"""What a run that a signal ends says: how far it was, and where the same command continues."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs.pipeline import PIPELINE, _so_far
+from jobs.runs.display import Display
+
+ASKED = [stage for stage in PIPELINE if stage.name in ("prune", "distill", "evaluate")]
+
+
+def so_far(done: list[str], *events: dict[str, Any], stage: str = "prune") -> str:
+    display = Display()
+    display.start_stage(stage)
+    for event in events:
+        display.on_event(event)
+    context: Any = SimpleNamespace(statuses=dict.fromkeys(done, "ran"), display=display)
+    return _so_far(context, ASKED)
+
+
+def progress(done: int, text: str) -> dict[str, Any]:
+    return {"kind": "progress", "name": "prune", "done": done, "total": 16, "text": text}
+
+
+def test_it_says_how_far_the_stage_is_and_what_is_finished() -> None:
+    assert so_far([], progress(3, "blocks"), progress(4, "blocks")) == (
+        "in prune at 4/16 blocks; finished: no stage; run the same command again: "
+        "prune continues after the last block whose state is on disk"
+    )
+    assert so_far(["prune"], progress(2, "steps"), stage="distill") == (
+        "in distill at 2/16 steps; finished: prune; run the same command again: "
+        "distill continues after its last checkpoint"
+    )
+
+
+def test_between_stages_progress_of_the_last_one_says_nothing() -> None:
+    assert so_far(["prune", "distill"], progress(16, "steps"), stage="distill") == (
+        "in evaluate; finished: prune, distill; run the same command again: evaluate starts over"
+    )
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_every_stage_says_how_it_resumes(stage: Any) -> None:
+    assert stage.resumes.split()[0] in ("continues", "starts")
+
+
+def test_after_the_last_stage_the_summary_is_left() -> None:
+    done = [stage.name for stage in ASKED]
+    assert so_far(done, stage="evaluate").endswith("run the same command again for the summary")
