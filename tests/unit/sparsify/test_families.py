@@ -14,7 +14,6 @@ from jobs.benchmarks.support.families import (
     FAMILIES,
     SKIP,
     family_config,
-    in_two_documents,
     random_family,
 )
 from sparsify.calibration.hidden_states import Memory
@@ -31,7 +30,7 @@ from sparsify.models.load import read_config
 from sparsify.models.structure import base_of, find_blocks
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
-from tests.families import token_rows
+from tests.families import in_two_documents, token_rows
 
 PATTERN = Pattern.parse("2:4")
 BOTH_SIDES = "tokens see the tokens after them"
