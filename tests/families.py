@@ -1,4 +1,7 @@
-"""Tiny random models of several families, and rows for them."""
+"""Tiny random models of nine families whose layers are known by heart, and rows for them.
+
+All families, made small in the same way, are in `jobs.benchmarks.support.families`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from jobs.benchmarks.support.families import in_two_documents as in_two_documents
 from sparsify.data.rows import TokenRows
 from sparsify.methods import PruneParams
 
@@ -65,11 +69,3 @@ def tiny(family: str, num_layers: int = 3, seed: int = 0) -> nn.Module:
 def token_rows(num_rows: int, num_tokens: int = 16, seed: int = 1) -> TokenRows:
     generator = torch.Generator().manual_seed(seed)
     return TokenRows.whole(torch.randint(3, 64, (num_rows, num_tokens), generator=generator))
-
-
-def in_two_documents(rows: TokenRows) -> TokenRows:
-    """The same rows, each cut into two documents at another place."""
-    positions = rows.positions_NT.clone()
-    for row in range(len(rows)):
-        positions[row, row + 2 :] -= row + 2
-    return TokenRows(rows.ids_NT, positions)

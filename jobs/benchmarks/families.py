@@ -34,11 +34,12 @@ _NOTES = (
     "recover: the KL to the dense model before the first of four steps, and before the last",
     "quantize: INT4, packed, unpacked: the largest difference of a logit to the model that was "
     "packed; export: the same of the folder that transformers loads, and of the packed one",
-    "after each of the four, every group in the files was checked: no pruned weight is alive",
+    "after each of the four, every group in the files was checked: 0 pruned weights are alive",
     "documents apart: whether documents joined into one row do not see each other; no: "
     "data.isolate_documents=false is needed",
     "block by block: whether one block is in memory at a time while pruning, which resumes at its "
     "block after a kill; no: the files name or hold tensors otherwise than transformers does",
+    "names kept: whether the exported tensors have the names that the checkpoint's have",
     "stays dense: matrices inside the decoder blocks that are not pruned, with their share of all "
     "weights; embeddings, head and what else is outside the blocks is dense in every family",
 )
@@ -116,8 +117,11 @@ def tables_of(figures: dict[str, dict[str, Any]]) -> list[Table]:
         cells = [_cell(found, stage) for stage in STAGES]
         apart = "no" if found["isolates"] else "yes"
         whole = "no" if found["held_whole"].get("why", True) else "yes"
-        rows.append((name, *cells, apart, whole, _dense(found)))
-    headings = ("family", *STAGES, "documents apart", "block by block", "stays dense")
+        kept = {True: "yes", False: "no", None: "–"}[found.get("export", {}).get("has_same_names")]
+        rows.append((name, *cells, apart, whole, kept, _dense(found)))
+    headings = (
+        "family", *STAGES, "documents apart", "block by block", "names kept", "stays dense",
+    )  # fmt: skip
     reasons = []
     for name, found in figures.items():
         for stage in STAGES:

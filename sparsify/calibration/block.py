@@ -134,9 +134,7 @@ class BlockReader:
         return find_groups(block, one, names)
 
     def _learn(self, block: nn.Module) -> None:
-        """See how blocks are called, that they look back alone, and keep documents apart."""
-        self.calls.learn(block, self._rows[:1])
-        self._is_known = True
+        """See that blocks look back alone, keep documents apart, and how they are called."""
         model = self._source.model
         name = type(model).__name__
         vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -147,6 +145,8 @@ class BlockReader:
         require_causal(run, vocabulary, name)
         if self._rows.is_joined:
             require_isolation(run, vocabulary, name)
+        self.calls.learn(block, self._rows[:1])
+        self._is_known = True
 
     def pass_dense(
         self, loaded: LoadedBlock, model: str, with_outputs: bool,

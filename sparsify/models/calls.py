@@ -96,7 +96,7 @@ class BlockCalls:
             InputError: the forward never reaches the first block, or calls it without hidden
                 states.
         """
-        return self._run(0, rows)
+        return self._run(0, rows)[0]
 
     def call(self, index: int, rows: TokenRows, hidden_BTD: Tensor) -> BlockInputs:
         """The call of block `index` for a batch whose hidden states there are `hidden_BTD`.
@@ -105,22 +105,37 @@ class BlockCalls:
             InputError: a block is not called exactly once, in order, on the output of the one
                 before; then blocks cannot be pruned one after another.
         """
-        found = self._run(index, rows)
+        found = self._run(index, rows)[0]
         return BlockInputs(hidden_BTD, found.args, found.kwargs)
 
     def learn(self, block: nn.Module, rows: TokenRows) -> None:
-        """See on a few rows what a block returns (a tensor, or a tuple that begins with one)."""
+        """See on a few rows what a block returns (a tensor, or a tuple that begins with one).
+
+        Raises:
+            InputError: the forward calls a block again after the last one, or passes over one.
+        """
         call = self.first(rows)
         output = block(call.hidden_BTD, *call.args, **call.kwargs)
         self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         self._is_known = True
+        head: Any = self._model.get_output_embeddings()  # type: ignore[operator]
+        # Its weights may not be there, and its logits would take memory.
+        stop = None if head is None else head.register_forward_pre_hook(_stop_forward)
+        try:
+            self._run(len(self._blocks), rows)
+        finally:
+            if stop is not None:
+                stop.remove()
 
-    def _run(self, index: int, rows: TokenRows) -> BlockInputs:
-        """One forward that ends at block `index`, the blocks before it answering at once."""
+    def _run(self, index: int, rows: TokenRows) -> list[BlockInputs]:
+        """One forward that ends at block `index`, the blocks before it answering at once: its call.
+
+        With the number of blocks as `index` it comes to its end, and there is none.
+        """
         with self._lock:
             return self._run_alone(index, rows)
 
-    def _run_alone(self, index: int, rows: TokenRows) -> BlockInputs:
+    def _run_alone(self, index: int, rows: TokenRows) -> list[BlockInputs]:
         name, caller = type(self._model).__name__, threading.get_ident()
         expected: list[Tensor] = []
         found: list[BlockInputs] = []
@@ -155,14 +170,21 @@ class BlockCalls:
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
             run_model(self._model, rows.to(device))
         except StopForward:
-            return found[0]
+            pass
         finally:
             for block in self._blocks:
                 block.__dict__.pop("forward", None)
-        raise InputError(
-            f"{name}: its forward called only {len(expected)} of {index + 1} blocks; models that "
-            "skip blocks cannot be pruned block by block"
-        )
+        num_wanted = min(index + 1, len(self._blocks))
+        if len(expected) + len(found) < num_wanted:
+            raise InputError(
+                f"{name}: its forward called only {len(expected)} of {num_wanted} blocks; models "
+                "that skip blocks cannot be pruned block by block"
+            )
+        return found
+
+
+def _stop_forward(*_: Any) -> None:
+    raise StopForward
 
 
 def run_model(model: nn.Module, rows: TokenRows, **more: Any) -> Any:

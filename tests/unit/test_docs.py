@@ -20,7 +20,7 @@ import yaml
 from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast
-from jobs.benchmarks import quality, recovery
+from jobs.benchmarks import families, quality, recovery
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
 from jobs.cli.main import FLAGS, split_words
@@ -377,6 +377,11 @@ def test_tables_of_quality_are_the_records() -> None:
         now = {RENAMED.get(method, method): row for method, row in found.items()}
         table = markdown_table(quality.table_of(model, now))
         assert table.strip() in page("docs/benchmarks/quality.md").text
+
+
+def test_page_of_families_is_the_records() -> None:
+    found = record("2026-11-29-bench-families-cpu.json")
+    assert page("docs/families.md").text == families.markdown(found["figures"], found["command"])
 
 
 @pytest.mark.parametrize("place", ["tables", "dense-weights", "twofour"])

@@ -80,8 +80,8 @@ def examine(model_type: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
         tokenizer: saved beside them; the model gets its vocabulary.
 
     Returns:
-        Facts of the model, and a dict for each of `STAGES`: its figures, {"refused": one line} for
-        an error meant for a person, {"failed": one line} for any other.
+        Facts of the model, and a dict for each of `STAGES` that was come to: its figures,
+        {"refused": one line} for an error meant for a person, {"failed": one line} for any other.
     """
     dense = random_family(model_type, vocab_size=len(tokenizer))
     dense.save_pretrained(folder / "dense")  # under the names that the family's checkpoints have
@@ -90,7 +90,7 @@ def examine(model_type: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     found: dict[str, Any] = {
         "class": type(dense).__name__,
         "num_weights": sum(weight.numel() for weight in dense.parameters()),
-        "other_names": _other_names(dense, folder / "dense"),
+        "num_other_names": len(_stored_names(folder / "dense") - dense.state_dict().keys()),
     }
     found["isolates"] = _attempt(partial(_isolate, dense))
     if not found["isolates"]:
@@ -102,6 +102,8 @@ def examine(model_type: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     }  # fmt: skip
     for stage in STAGES:
         found[stage] = _attempt(partial(stages[stage], family))
+        for how in found[stage].keys() & {"refused", "failed"}:
+            found[stage][how] = found[stage][how].replace(f"{folder}/", "")
         if stage == "prune" and "zero_share" not in found[stage]:
             break  # nothing to go on with
     layers = found["prune"].pop("layers", None)
@@ -126,13 +128,13 @@ def _isolate(model: Any) -> dict[str, Any]:
     return {}
 
 
-def _other_names(model: Any, folder: Path) -> list[str]:
-    """Names of tensors in the files that no tensor of the model has."""
-    names = set()
+def _stored_names(folder: Path) -> set[str]:
+    """Names of all tensors in a model folder's files."""
+    names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names.update(tensor_names(file))
-    return sorted(names - model.state_dict().keys())
+    return names
 
 
 def _prune(family: _Family) -> dict[str, Any]:
@@ -216,6 +218,7 @@ def _export(family: _Family) -> dict[str, Any]:
     unpacked = load_any(family.folder / "sparse-packed", "float32", "cpu")
     return {
         **gate,
+        "has_same_names": _stored_names(out) == _stored_names(family.folder / "dense"),
         "difference": max(_difference(model, other.eval()) for other in (reloaded, unpacked)),
     }
 

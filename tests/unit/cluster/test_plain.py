@@ -69,11 +69,12 @@ def fail_on_last(context: Any, payload: int) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_works_own_error_comes_back_and_nobody_waits(num_workers: int, tmp_path: Path) -> None:
+    before = psutil.Process().children()
     with cluster(num_workers) as plain, pytest.raises(WorkFailedError, match="no layer") as caught:
         plain.run_workers("fail", fail_on_last, num_workers - 1, tmp_path)
     assert caught.value.kind == "KeyError"
     assert "fail_on_last" in caught.value.traceback
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def die(context: Any, payload: int) -> None:
@@ -83,9 +84,10 @@ def die(context: Any, payload: int) -> None:
 
 
 def test_a_lost_worker_ends_the_others(tmp_path: Path) -> None:
+    before = psutil.Process().children()
     with cluster(2) as plain, pytest.raises(WorkFailedError, match=r"exit code -9.*same command"):
         plain.run_workers("die", die, 1, tmp_path)
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_more_than_one_machine_is_refused() -> None:

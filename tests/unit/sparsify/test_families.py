@@ -14,7 +14,6 @@ from jobs.benchmarks.support.families import (
     FAMILIES,
     SKIP,
     family_config,
-    in_two_documents,
     random_family,
 )
 from sparsify.calibration.hidden_states import Memory
@@ -31,14 +30,14 @@ from sparsify.models.load import read_config
 from sparsify.models.structure import base_of, find_blocks
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
-from tests.families import token_rows
+from tests.families import in_two_documents, token_rows
 
 PATTERN = Pattern.parse("2:4")
 BOTH_SIDES = "tokens see the tokens after them"
 REFUSED = {
     "bert-generation": BOTH_SIDES, "cpmant": BOTH_SIDES, "xlm": BOTH_SIDES,
     "gpt2": "Conv1D, whose weights are stored transposed", "openai-gpt": "Conv1D",
-    "jamba": "no list of equal blocks", "olmo_hybrid": "no list of equal blocks",
+    "jamba": "equal blocks|of 2 classes", "olmo_hybrid": "equal blocks|of 2 classes",
 }  # fmt: skip
 NO_HEAD = {
     "bert": "its logits are not what its head", "modernbert-decoder": "its logits are not what",
@@ -82,6 +81,16 @@ def test_blocks_are_found_and_called_and_all_of_their_layers_pruned(family: str)
             assert masks[layer].float().mean() == 0.5
         else:
             assert torch.equal(weight, dense.get_parameter(name)), f"{name} is not to be pruned"
+
+
+def test_blocks_that_are_gone_through_again_are_refused() -> None:
+    """HRM runs its two stacks in turns, so that one pass over a stack is not what it computes."""
+    model = random_family("hrm_text")
+    blocks = model.get_submodule("model.L_module.layers")
+    with torch.no_grad(), pytest.raises(InputError, match=r"block 0 is not called once"):
+        BlockCalls(model, blocks).learn(blocks[0], token_rows(1))
+    for module in model.modules():
+        assert "forward" not in vars(module) and not module._forward_pre_hooks
 
 
 @pytest.mark.parametrize("family", REFUSED)
