@@ -67,8 +67,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these four cost torch or rich
-    from jobs.corpus.survey import Texts
+    from jobs.corpus.sources import with_absolute_paths  # these three cost torch or rich
     from jobs.runs.display import Display
     from jobs.workers.text_checks import check_texts
 
@@ -83,8 +82,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         again = journal.left(config.run.redo, config.stages)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
         models, remarks = checked_models(config, run_dir, again)
-        texts = Texts(config.data)
-        check_texts(config, models, texts, display.say)
+        texts = check_texts(config, models, display.say)
         tracker = open_tracker(
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written under another name, flushed to the disk, then renamed.
+
+And the folder of a model by what a user calls it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
+
+EMBEDDED = "embedded"
+
+
+def embedded_path() -> Path:
+    """Folder of the small model that every installation carries (`model.path=embedded`).
+
+    Raises:
+        InputError: the installation has no such folder.
+    """
+    folder = Path(__file__).resolve().parent / EMBEDDED
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"model.path=embedded: {folder} holds no model; reinstall, or make it with "
+            "'python -m jobs.pretrain'"
+        )
+    return folder
+
+
+def resolve_path(path: str | Path) -> Path:
+    """`path` as a folder, with the word "embedded" standing for `embedded_path()`."""
+    return embedded_path() if str(path) == EMBEDDED else Path(path)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from jobs.benchmarks.support.commands import markdown_table, percent
 from jobs.benchmarks.support.families import FAMILIES, SKIP
 from jobs.benchmarks.support.record import Outcome, Table, Target
 from sparsify.errors import InputError
-from sparsify.models.load import embedded_path, load_tokenizer
+from sparsify.files import embedded_path
+from sparsify.models.load import load_tokenizer
 
 SUMMARY = "model families, small and at random: pruned, recovered, quantised, exported, reloaded"
 

@@ -34,7 +34,8 @@ from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, nu
 from jobs.corpus.rows import load_rows
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError, TwofourError
-from sparsify.models.load import load_tokenizer, resolve_path
+from sparsify.files import resolve_path
+from sparsify.models.load import load_tokenizer
 
 SUMMARY = "pruning compared with llm-compressor: time, memory, layer errors"
 

@@ -95,7 +95,7 @@ def _flag_lines() -> list[str]:
         "FLAGS",
         "  -h, --help [WORD]  this text, or only the options with WORD in their names",
         "  --print-config     print the resolved config as YAML and stop",
-        "  --dry-run          check options, model and text, print what would be done, stop",
+        "  --dry-run          check options, model and text, say what would be done",
         "  --version          print versions and stop",
         "  -m, --multirun     every combination of values such as run.seed=0,1 in turn,",
         "                     each in its own folder; the same command again resumes",

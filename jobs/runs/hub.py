@@ -17,7 +17,7 @@ import huggingface_hub  # 3 ms: it loads its parts when they are asked for
 
 from conf.options.model import HUB_NAME
 from sparsify.errors import InputError, first_line
-from sparsify.files import readable
+from sparsify.files import readable, resolve_path
 from sparsify.formats.sparse_folder import hub_reference
 
 _INDEX = "model.safetensors.index.json"
@@ -43,8 +43,6 @@ def model_folder(option: str, text: str, fetch: bool = True) -> Path:
         InputError: the Hub does not have it, does not give it, or cannot be reached. A folder may
             turn out to be missing, or no model: see `sparsify.models.load.check_checkpoint`.
     """
-    from sparsify.models.load import resolve_path  # costs torch
-
     with readable(f"{option}={text}"):
         folder = resolve_path(text).absolute()
         if folder.exists():

@@ -19,18 +19,21 @@ from sparsify.errors import InputError
 from sparsify.models.load import load_tokenizer
 
 
-def check_texts(config: Config, models: Models, texts: Texts, say: Callable[[str], None]) -> None:
+def check_texts(config: Config, models: Models, say: Callable[[str], None]) -> Texts:
     """Look at every document that the stages may read, and make the rows that each needs at least.
 
     Args:
         config: of the run.
         models: whose dense one has the tokenizer.
-        texts: looks at the sources; stages ask it again.
         say: told what of the text is left out or replaced.
+
+    Returns:
+        What was found in the sources, for the stages to ask again.
 
     Raises:
         InputError: a source or a document that cannot be read, or too little text for a stage.
     """
+    texts = Texts(config.data)
     wanted = _wanted_rows(config)
     said: set[str] = set()
     for which in wanted:
@@ -40,7 +43,7 @@ def check_texts(config: Config, models: Models, texts: Texts, say: Callable[[str
         for line in lines:
             say(f"warning: {line}")
     if not wanted:
-        return
+        return texts
     tokenizer = load_tokenizer(models.dense)
     for which, num_rows in wanted.items():
         if num_rows:
@@ -48,6 +51,7 @@ def check_texts(config: Config, models: Models, texts: Texts, say: Callable[[str
     if "distill" in config.stages and config.distill.heldout_every_steps is not None:
         for data in domains(config.data).values():
             _check_rows(replace(config, data=data), "heldout", tokenizer, 1)
+    return texts
 
 
 def _wanted_rows(config: Config) -> dict[Which, int]:

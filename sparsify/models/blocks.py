@@ -20,13 +20,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.files import write_json
+from sparsify.files import resolve_path, write_json
 from sparsify.models.load import (
     DTYPES,
     build_model,
     check_checkpoint,
     check_finite,
-    resolve_path,
     weight_files,
 )
 from sparsify.models.stored import Stored, check_stored, stored_tensors

@@ -29,14 +29,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
-from sparsify.files import readable
+from sparsify.files import readable, resolve_path
 from sparsify.models.stored import follow_weights, not_finite, num_not_finite
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
 
-EMBEDDED = "embedded"
 
 DTYPES = {
     "float32": torch.float32,
@@ -56,26 +55,6 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 _LFS_START = b"version https://git-lfs"
-
-
-def embedded_path() -> Path:
-    """Folder of the small model that every installation carries (`model.path=embedded`).
-
-    Raises:
-        InputError: the installation has no such folder.
-    """
-    folder = Path(__file__).resolve().parent.parent / EMBEDDED
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"model.path=embedded: {folder} holds no model; reinstall, or make it with "
-            "'python -m jobs.pretrain'"
-        )
-    return folder
-
-
-def resolve_path(path: str | Path) -> Path:
-    """`path` as a folder, with the word "embedded" standing for `embedded_path()`."""
-    return embedded_path() if str(path) == EMBEDDED else Path(path)
 
 
 def check_checkpoint(path: str | Path) -> None:

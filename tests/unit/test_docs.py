@@ -33,9 +33,9 @@ from jobs.runs.context import StageContext
 from jobs.runs.models import Models
 from jobs.runs.tracking import METRICS_FILE
 from jobs.training.ledger import WORDS, goodput
+from sparsify.files import embedded_path
 from sparsify.formats.sparse_folder import MASKS, PACKED, SPARSITY
 from sparsify.methods import available_methods
-from sparsify.models.load import embedded_path
 from sparsify.pruning.progress import PHASES, LayerReport
 from sparsify.quantization.quantize import QuantLayerReport
 from sparsify.training.forecast import Forecast

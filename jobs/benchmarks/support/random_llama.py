@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.models.load import embedded_path
+from sparsify.files import embedded_path
 
 _SCALE = 0.02
 

@@ -151,7 +151,11 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         # rules, from the schema and from the cluster
         ("prune", ["prune.pattern=4:2"], ["prune.pattern=4:2", "1 <= N < M"]),
         ("prune", ["cluster.num_workers=0"], ["cluster.num_workers=0: must be at least 1"]),
-        ("prune", ["cluster.num_workers=3"], ["distill.batch_size=16", "use 24"]),
+        (
+            "prune",
+            ["cluster.num_workers=3"],
+            ["distill.batch_size=16", "use distill.batch_size=24"],
+        ),
         ("prune", ["stages=[]"], ["nothing to do"]),
         ("prune", ["stages=[evaluate]"], ["run.from: is required"]),
         ("distill", [], ["run.from: is required", "run.from=runs/"]),
