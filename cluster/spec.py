@@ -29,6 +29,9 @@ class ClusterSpec:
     """seconds to wait for the cluster's resources before stopping with what is missing"""
     dashboard: bool = True
     """start the Ray dashboard on a local Ray (127.0.0.1 only)"""
+    card: str | None = None
+    """GPU by its name in `jobs.plan`, such as h100: a run that it has no room for is refused before
+    it starts; null = nobody looks"""
 
     def __post_init__(self) -> None:
         for field, low in (

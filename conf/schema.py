@@ -19,6 +19,7 @@ from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
 from conf.options.model import ModelConfig
+from conf.options.plan import PlanConfig
 from conf.options.prune import PruneConfig
 from conf.options.quantize import QuantizeConfig
 from conf.options.run import STAGES, RunConfig
@@ -102,6 +103,13 @@ class Config:
         if {"evaluate", "quantize"}.intersection(self.stages):
             rules.one_row("evaluate.num_tokens", self.evaluate.num_tokens,
                           self.data.sequence_length)  # fmt: skip
+
+
+@dataclass
+class PlanJobConfig(Config):
+    """Say what a run takes, before it starts (job plan)."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def written_name(field_name: str) -> str:

@@ -55,10 +55,13 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
 
 def check(config: Config, models: Models) -> None:
-    """Require that the teacher's samples, where they are used, fit this run."""
-    from jobs.training.inputs import check_cache  # costs torch
+    """Require that the teacher's samples, where they are used, fit this run, and that it fits the
+    cluster's cards."""
+    from jobs.planning.preflight import check_recovery  # these cost torch
+    from jobs.training.inputs import check_cache
 
     check_cache(config, models.dense)
+    check_recovery(config, models.dense)
 
 
 STAGE = Stage(

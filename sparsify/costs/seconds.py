@@ -33,6 +33,9 @@ _MASK_BYTES = 17.0  # for each pruned weight's gradient and micro-batch
 _ZERO_PASSES = 9.0  # over the weights' bytes: copies, division, flattening of gradients
 _ADAM_BYTES = 36.0  # for each weight: master, moments and gradient read, three of them written
 
+_ENERGY_PRODUCTS = 2.25  # of O I^2: what a layer loses, and what it had, each 9/16 of a product
+_CHOICE_PASSES = 200.0  # over a layer: choosing its mask, and its largest weights for the report
+
 _LAUNCH_S = 5e-6
 _GPTQ_LAUNCHES = 150.0  # for each column: the elimination and up to eight sweeps
 
@@ -220,11 +223,12 @@ def pruning_seconds(
         solve += outputs * inputs**2 / setup.world_size
     method = _solve_operations(setup, params)
     elements = shape.linear_parameters / setup.world_size
+    slowly = method[0] + _ENERGY_PRODUCTS
     found = {
         "forward": one_pass * _num_passes(setup),
         "statistics": blocks * (grams + cross) / rates.products if setup.needs_hessian else 0.0,
         "factor": blocks * factor / slow if setup.needs_factor else 0.0,
-        "solve": blocks * method[0] * solve / slow + 4.0 * method[1] * elements / rates.bandwidth,
+        "solve": blocks * slowly * solve / slow + 4.0 * method[1] * elements / rates.bandwidth,
         "write": setup.element_bytes * shape.num_parameters * 2 / rates.disk,
     }
     if setup.rotation_steps:
@@ -250,14 +254,14 @@ def _solve_operations(setup: Pruning, params: tuple[int, int]) -> tuple[float, f
     """Operations for each O I^2 of a layer, and passes over its O I weights."""
     admm, refit = params
     if setup.method in ("magnitude", "wanda"):
-        return 0.0, 20.0
+        return 0.0, _CHOICE_PASSES
     if setup.method == "twofour":
-        return 2.0 * (2 * admm + refit + 8), 30.0 * (2 * admm + refit)
+        return 2.0 * (2 * admm + refit + 8), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
     if setup.method == "admm":
-        return 2.0 * (2 * admm + refit + 5), 30.0 * (2 * admm + refit)
+        return 2.0 * (2 * admm + refit + 5), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
     if setup.method == "sparsegpt_refit":
-        return 1.0 + 2.0 * (refit + 5), 60.0 + 30.0 * refit
-    return 1.0 + (2.0 if setup.needs_teacher else 0.0), 60.0
+        return 1.0 + 2.0 * (refit + 5), _CHOICE_PASSES + 60.0 + 30.0 * refit
+    return 1.0 + (2.0 if setup.needs_teacher else 0.0), _CHOICE_PASSES + 60.0
 
 
 def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates) -> float:
