@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from conf.options.plan import SHOWS
 from conf.schema import Config, PlanJobConfig
@@ -21,18 +20,9 @@ from sparsify.files import write_json, written_whole
 
 def run(config: PlanJobConfig) -> str:
     """The plan as text; also written where plan.out names a folder."""
-    from jobs.planning import budget, run, simulation  # these cost torch
-    from jobs.reporting import plan as text
+    from jobs.reporting import plan as text  # costs torch
 
-    if config.plan.show == "budget":
-        found: dict[str, Any] = budget.make_budget(config)
-        lines = text.budget_lines(found)
-    elif config.plan.show == "simulate":
-        found = simulation.simulate_sizes(config)
-        lines = text.simulation_lines(found)
-    else:
-        found = run.make_plan(config, _config_of)
-        lines = text.plan_lines(found)
+    found, lines = text.shown(config, _config_of)
     if config.plan.out is not None:
         folder = Path(config.plan.out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -167,6 +167,8 @@ def _step(
         "num_steps": max(1, config.distill.num_tokens // tokens),
         "tokens_per_s_per_gpu": tokens / step_s / setup.world_size,
         "sent_bytes": sent, "sent_rate": sent / step_s,
+        "network_rate": sent / step_s / setup.gpus_per_node
+        if setup.world_size > setup.gpus_per_node else 0.0,
         "checkpoint_bytes": state, "stall_s": stall_s, "mtbf_hours": config.distill.mtbf_hours,
         "checkpoint_every_steps": every, "checkpoint_every_s": every * step_s,
     }  # fmt: skip

@@ -8,6 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from conf.schema import PlanJobConfig
+from jobs.planning.budget import make_budget
+from jobs.planning.calibration import Load
+from jobs.planning.run import make_plan
+from jobs.planning.simulation import simulate_sizes
 from jobs.reporting import svg, units
 
 _COMPONENTS = (
@@ -16,6 +21,26 @@ _COMPONENTS = (
 )  # fmt: skip
 
 _DEVICES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "rtx5090")
+
+
+def shown(config: PlanJobConfig, load: Load) -> tuple[dict[str, Any], list[str]]:
+    """What was asked for, as plain values and as lines of text.
+
+    Args:
+        config: of the run that is planned.
+        load: see `planning.calibration.read_calibration`.
+
+    Raises:
+        InputError: see `make_plan`, `make_budget` and `simulate_sizes`.
+    """
+    if config.plan.show == "budget":
+        found = make_budget(config)
+        return found, budget_lines(found)
+    if config.plan.show == "simulate":
+        found = simulate_sizes(config)
+        return found, simulation_lines(found)
+    found = make_plan(config, load)
+    return found, plan_lines(found)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -116,7 +141,9 @@ def _recovery_lines(found: dict[str, Any]) -> list[str]:
             if seconds >= 0.005 * step["step_s"]
         ),
         f"network: {_gb(step['sent_bytes'])} GB a worker and step, "
-        f"{step['sent_rate'] / 1e9:.2f} GB/s",
+        f"{step['sent_rate'] / 1e9:.2f} GB/s over links"
+        + (f", {step['network_rate'] / 1e9:.2f} GB/s a worker between machines"
+           if step["network_rate"] else ""),
         f"checkpoint: {_gb(step['checkpoint_bytes'])} GB, stalls {step['stall_s']:.1f} s; by Young "
         f"every {step['checkpoint_every_steps']:,} steps "
         f"({units.duration(step['checkpoint_every_s'])}) for a failure in "

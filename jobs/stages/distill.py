@@ -57,11 +57,10 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 def check(config: Config, models: Models) -> None:
     """Require that the teacher's samples, where they are used, fit this run, and that it fits the
     cluster's cards."""
-    from jobs.planning.preflight import check_recovery  # these cost torch
-    from jobs.training.inputs import check_cache
+    from jobs.workers import checks  # costs torch
 
-    check_cache(config, models.dense)
-    check_recovery(config, models.dense)
+    checks.check_cache(config, models.dense)
+    checks.check_recovery(config, models.dense)
 
 
 STAGE = Stage(

@@ -57,11 +57,10 @@ def check(config: Config, models: Models) -> None:
         InputError: a layer's inputs are no multiple of the group's length; or the cluster's cards
             have no room.
     """
-    from jobs.planning.preflight import check_pruning  # these cost torch
-    from jobs.workers.checks import check_pattern
+    from jobs.workers import checks  # costs torch
 
-    check_pattern(models.dense, config.prune.pattern, config.prune.skip)
-    check_pruning(config, models.dense)
+    checks.check_pattern(models.dense, config.prune.pattern, config.prune.skip)
+    checks.check_pruning(config, models.dense)
 
 
 STAGE = Stage(

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conf.options.data import DataConfig
 from jobs.corpus.sources import source_fingerprint
+from jobs.planning.preflight import check_pruning, check_recovery
 from jobs.runs.models import Models
+from jobs.training.inputs import check_cache
 from sparsify.calibration.layers import prunable_linears
 from sparsify.models.load import (
     check_checkpoint,
@@ -20,6 +22,8 @@ from sparsify.models.load import (
     load_tokenizer,
 )
 from sparsify.pattern import Pattern, check_divides
+
+__all__ = ["check_cache", "check_inputs", "check_pattern", "check_pruning", "check_recovery"]
 
 
 def check_inputs(data: DataConfig, models: Models) -> None:

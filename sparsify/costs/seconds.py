@@ -36,6 +36,8 @@ _ADAM_BYTES = 36.0  # for each weight: master, moments and gradient read, three 
 _ENERGY_PRODUCTS = 2.25  # of O I^2: what a layer loses, and what it had, each 9/16 of a product
 _CHOICE_PASSES = 200.0  # over a layer: choosing its mask, and its largest weights for the report
 
+_HIDDEN = 0.7  # of the arithmetic, behind which links may work: not all of it is there at once
+
 _LAUNCH_S = 5e-6
 _GPTQ_LAUNCHES = 150.0  # for each column: the elimination and up to eight sweeps
 
@@ -180,12 +182,13 @@ def _exchange(
     student: ModelShape, teacher: ModelShape | None, setup: Training, rates: Rates, compute: float
 ) -> float:
     """Seconds of a step in which a worker waits for its links."""
-    nodes = setup.world_size / max(1, setup.gpus_per_node)
-    rate = rates.link if nodes <= 1 else min(rates.link, rates.network)
+    local = max(1, setup.gpus_per_node)
+    # Rings pass through a machine's workers one after another and leave it over all adapters.
+    rate = rates.link if setup.world_size <= local else min(rates.link, local * rates.network)
     seconds = traffic(student, teacher, setup) / rate
     if not rates.overlaps:
         return seconds
-    hidden = compute * setup.num_micro_batches
+    hidden = _HIDDEN * compute * setup.num_micro_batches
     last = min(seconds, setup.element_bytes * 200e6 / rate)
     return max(seconds - hidden, last)
 
