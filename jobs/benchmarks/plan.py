@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
+from conf.schema import Config
 from jobs.benchmarks.data import write_random_store
 from jobs.benchmarks.sides.planned import Folders, distill_config, work
 from jobs.benchmarks.support.arguments import add_option, settings_of
@@ -28,6 +29,7 @@ from sparsify.costs.layout import Pruning
 from sparsify.costs.memory import pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, step_seconds, total
 from sparsify.errors import InputError
+from sparsify.files import write_json
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.methods import get_method
 from sparsify.pattern import Pattern
@@ -57,14 +59,14 @@ def _pruning(sizes: dict[str, Any], workers: int, method: str) -> dict[str, Any]
 RUNS: tuple[dict[str, Any], ...] = (
     _recovery(_SMALL, 2, zero_stage=1),
     _recovery(_WIDE, 2, zero_stage=3, micro_batch_size=1),
-    _pruning({**_SMALL, "layers": 4}, 2, "sparsegpt"),
     _recovery(_SMALL, 1, zero_stage=0),
+    _pruning({**_SMALL, "layers": 4}, 2, "sparsegpt"),
     _recovery(_SMALL, 2, zero_stage=2),
     _pruning(_WIDE, 1, "twofour"),
     _recovery(_WIDE, 1, zero_stage=0, micro_batch_size=4),
-    _pruning({**_SMALL, "layers": 4}, 1, "sparsegpt"),
-    _recovery(_SMALL, 2, zero_stage=3),
     _pruning(_WIDE, 2, "wanda"),
+    _recovery(_SMALL, 2, zero_stage=3),
+    _pruning({**_SMALL, "layers": 4}, 1, "sparsegpt"),
     _recovery(_SMALL, 2, zero_stage=3, teacher_placement="sharded"),
     _recovery(_SMALL, 1, zero_stage=2, micro_batch_size=4, recompute_share=1.0),
     _recovery({**_SMALL, "shape": "bench-512", "layers": 4}, 1, zero_stage=2, precision="bf16"),
@@ -87,6 +89,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
     text = f"measure the first so many of {len(RUNS)} runs; 0: published ones alone"
     add_option(parser, "--runs", len(RUNS), text)
+    resume = "take over runs that an interrupted benchmark in the same --workdir has measured"
+    parser.add_argument("--resume", action="store_true", help=resume)
 
 
 def run(options: Namespace) -> Outcome:
@@ -98,12 +102,13 @@ def run(options: Namespace) -> Outcome:
     if not 0 <= options.runs <= len(RUNS):
         raise InputError(f"--runs {options.runs}: there are {len(RUNS)}")
     folder = options.workdir / "plan"
+    seen = _Measured(folder / "measured.json", options.resume)
     found = []
     with _small_allocations():
         for number, one in enumerate(RUNS[: options.runs]):
             print(f"{number + 1} of {options.runs}: {label(one)}", flush=True)
-            found.append(_measure(one, folder))
-            print(f"  {json.dumps(found[-1])}", flush=True)
+            figures = seen.get(one) or seen.keep(one, _measure(one, folder))
+            found.append(compare(one, figures, _prepare(one, folder, folder / "run").dense))
     with_factors(found)
     return summarise(found, settings_of(options, "runs"))
 
@@ -136,8 +141,28 @@ def label(one: dict[str, Any]) -> str:
     return f"distill ZeRO-{settings['zero_stage']}, {size}, {', '.join(more)}"
 
 
-def _measure(one: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Measured and planned memory and time of a run; the largest of its workers'."""
+class _Measured:
+    """Figures of the runs that are done, in a file, so that an interruption loses one run alone."""
+
+    def __init__(self, path: Path, is_resumed: bool) -> None:
+        self._path = path
+        self._figures: dict[str, Any] = {}
+        if is_resumed and path.is_file():
+            self._figures = json.loads(path.read_text(encoding="utf-8"))
+
+    def get(self, one: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Of a run's workers; None if it is to be measured."""
+        return self._figures.get(json.dumps(one, sort_keys=True))
+
+    def keep(self, one: dict[str, Any], figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Note what was measured."""
+        self._figures[json.dumps(one, sort_keys=True)] = figures
+        write_json(self._path, self._figures)
+        return figures
+
+
+def _measure(one: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What each worker of a run measured."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -148,7 +173,12 @@ def _measure(one: dict[str, Any], folder: Path) -> dict[str, Any]:
         for rank in range(one["workers"])
     ]
     shutil.rmtree(out)
-    memory, seconds, parts = planned(one, folders.dense)
+    return seen
+
+
+def compare(one: dict[str, Any], seen: list[dict[str, Any]], dense: Path) -> dict[str, Any]:
+    """Measured and planned memory and time of a run; the largest of its workers'."""
+    memory, seconds, parts = planned(one, dense)
     if one["kind"] == "prune":
         measured_bytes = max(figures["peak_bytes"] for figures in seen)
         measured_s = max(figures["cpu_s"] for figures in seen)
@@ -200,7 +230,7 @@ def planned(one: dict[str, Any], folder: Path) -> tuple[float, float, dict[str, 
         4 if one["dtype"] == "float32" else 2, uses_gpu=False,
     )  # fmt: skip
     use = pruning_memory(shape, layout)
-    rates = machine_of(distill_config({**one, "steps": 1, "distill": {}}), 1.0).rates(4)
+    rates = machine_of(Config(), 1.0).rates(layout.element_bytes)
     return use.total, total(pruning_seconds(shape, layout, rates)), use.parts
 
 

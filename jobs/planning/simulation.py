@@ -15,7 +15,11 @@ from sparsify.costs.simulate import Job, best_interval, quantile, simulate
 from sparsify.costs.young import checkpoint_interval_steps
 from sparsify.errors import InputError
 
-_FACTORS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0)  # of Young's interval
+_FACTORS = (0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83)  # of Young's interval
+
+# The best interval depends on failures alone, of which a run may see none: it is looked for on
+# longer runs that see this many.
+_FAILURES, _SEEDS = 10, range(2)
 
 _DAY_S = 86_400.0
 
@@ -78,11 +82,11 @@ def job_of(config: PlanJobConfig, recovery: Recovery, step_s: float, gpus: int) 
     per_day = settings.preemptions_per_day
     # A hundred machines become slow slow_per_day times a day.
     slow = settings.slow_per_day * (gpus / recovery.setup.gpus_per_node) / 100
-    stops_s = 1 / (1 / mtbf_s + per_day / _DAY_S)
     return Job(
         num_steps=steps,
         step_s=step_s,
-        interval_steps=checkpoint_interval_steps(max(stall_s, 0.01), step_s, stops_s),
+        # Preemptions are announced and saved before: failures alone lose work.
+        interval_steps=checkpoint_interval_steps(max(stall_s, 0.01), step_s, mtbf_s),
         stall_s=stall_s,
         mtbf_s=mtbf_s,
         restart_s=settings.restart_s,
@@ -100,8 +104,8 @@ def _size(config: PlanJobConfig, recovery: Recovery, step_s: float, gpus: int) -
     runs = [simulate(job, seed) for seed in range(count)]
     finish = [run.finish_s for run in runs]
     candidates = sorted({max(1, round(f * job.interval_steps)) for f in _FACTORS})
-    candidates = [c for c in candidates if c <= job.num_steps] or [job.num_steps]
-    best, _ = best_interval(job, candidates, range(min(count, 40)))
+    longer = replace(job, num_steps=math.ceil(_FAILURES * job.mtbf_s / step_s))
+    best, _ = best_interval(longer, candidates, _SEEDS)
     mean = sum(finish) / count
     return {
         "gpus": gpus, "rows": math.ceil(config.distill.batch_size / gpus) * gpus,

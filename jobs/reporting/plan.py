@@ -267,14 +267,15 @@ def simulation_lines(found: dict[str, Any]) -> list[str]:
         f"{found['runs']} runs on paper for each size",
         *([found["note"]] if found["note"] else []),
         *aligned(rows),
-        "save every: by Young's formula; best: least mean finish of seven intervals around it",
+        "save every: by Young's formula for failures alone; best: the least time of seven "
+        "intervals around it, on runs long enough to fail ten times",
         *(f"left out {words}" for words in found["left_out"]),
     ]
 
 
 _STYLE = Markup(
     "text{font:12px sans-serif;fill:#333}.end{text-anchor:end}.middle{text-anchor:middle}"
-    ".grid{stroke:#ddd}.line{fill:none;stroke:#1769aa;stroke-width:2;"
+    ".plot{overflow:visible}.grid{stroke:#ddd}.line{fill:none;stroke:#1769aa;stroke-width:2;"
     "vector-effect:non-scaling-stroke}.band{fill:#1769aa;opacity:.2}"
 )
 
