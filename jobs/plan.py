@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from conf.options.plan import SHOWS
@@ -36,12 +38,21 @@ def run(config: PlanJobConfig) -> str:
 
 
 def _config_of(command: str) -> Config:
-    """The config of a run by the command line in its record."""
-    from jobs.cli.compose import load_config  # costs half a second that a plan alone does without
+    """The config of a run by the command line in its record.
 
+    In a process of its own: Hydra composes one command in a process, and that is this one.
+    """
     words = shlex.split(command)
     job = words[words.index("-m") + 1].removeprefix("jobs.")
-    config: Config = load_config(job, split_words(words[words.index("-m") + 2 :])[0])
+    asked = split_words(words[words.index("-m") + 2 :])[0]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_composed, job, asked).result()
+
+
+def _composed(job: str, words: list[str]) -> Config:
+    from jobs.cli.compose import load_config  # imports Hydra
+
+    config: Config = load_config(job, words)
     return config
 
 

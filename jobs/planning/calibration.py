@@ -106,7 +106,7 @@ def _recovery(metrics: dict[str, Any], config: Config) -> float:
 
 def _pruning(metrics: dict[str, Any], config: Config) -> float:
     machine, (shape, _) = machine_of(config, 1.0), shape_of(config.model.path)
-    setup = pruning_of(config, machine, metrics["method"])
+    setup = pruning_of(config, machine, metrics["method"], shape)
     params = (config.prune.admm_iterations, config.prune.refit_iterations)
     planned = pruning_seconds(shape, setup, machine.rates(setup.element_bytes), params)
     return float(metrics["seconds"][metrics["method"]] / total(planned))

@@ -9,6 +9,7 @@ from conf.schema import Config
 from sparsify.costs.cards import Card, find_card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.seconds import Rates, rates_of
+from sparsify.costs.shapes import ModelShape
 from sparsify.errors import InputError
 from sparsify.methods import get_method
 
@@ -20,6 +21,10 @@ _CPU = Rates(
 )
 
 _CPU_MEMORY = 64e9
+
+_LARGEST_ROTATED = (
+    32e9  # bytes of a model that is rotated without being asked: prune.rotation_steps
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,13 @@ def training_of(config: Config, machine: Machine) -> Training:
     )
 
 
-def pruning_of(config: Config, machine: Machine, method: str) -> Pruning:
+def pruning_of(config: Config, machine: Machine, method: str, shape: ModelShape) -> Pruning:
     """How one method's walk is laid out; hidden states wait on the device where it is asked for."""
     settings, found = config.prune, get_method(method)
+    width = _BYTES[config.model.dtype]
     rotates = method == settings.method == "twofour" and settings.existing == "ignore"
-    steps = settings.rotation_steps
+    rotates = rotates and width * shape.num_parameters <= _LARGEST_ROTATED
+    steps = settings.rotation_steps if method == settings.method else 0
     return Pruning(
         method=method,
         order=found.order if settings.order == "auto" else settings.order,
@@ -100,7 +107,7 @@ def pruning_of(config: Config, machine: Machine, method: str) -> Pruning:
         sequence_length=config.data.sequence_length,
         batch_size=settings.batch_size,
         world_size=machine.num_workers,
-        element_bytes=_BYTES[config.model.dtype],
+        element_bytes=width,
         rotation_steps=(30 if rotates else 0) if steps is None else steps,
         on_device=settings.activations in ("auto", "device"),
         uses_gpu=machine.card is not None,

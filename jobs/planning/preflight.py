@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,14 @@ def check_recovery(config: Config, dense: Path) -> None:
     Raises:
         InputError: it does not; says what is missing, and the overrides that make it fit.
     """
-    if config.cluster.card is None:
+    shape = _countable("distill", config, dense)
+    if shape is None:
         return
-    machine, (shape, _) = machine_of(config, _SHARE), shape_of(str(dense))
+    machine = machine_of(config, _SHARE)
     setup = training_of(config, machine)
+    if setup.element_bytes not in shape.kept:
+        _say("distill", f"{shape.name}: what its layers keep cannot be counted without weights")
+        return
     recovery = Recovery(
         shape, None if config.distill.teacher_cache else shape, setup, machine,
         machine.rates(setup.element_bytes),
@@ -49,9 +54,10 @@ def check_pruning(config: Config, dense: Path) -> None:
     Raises:
         InputError: it does not; says what is missing, and the overrides that make it fit.
     """
-    if config.cluster.card is None:
+    shape = _countable("prune", config, dense)
+    if shape is None:
         return
-    machine, (shape, _) = machine_of(config, _SHARE), shape_of(str(dense))
+    machine = machine_of(config, _SHARE)
     for method in methods_of(config):
         memory = _pruning(config, machine, shape, method)
         if memory.total <= machine.memory_bytes:
@@ -63,8 +69,23 @@ def check_pruning(config: Config, dense: Path) -> None:
         raise InputError(f"prune: method {method}: {_too_much(memory, machine)}; {way_out}")
 
 
+def _countable(stage: str, config: Config, dense: Path) -> ModelShape | None:
+    """The sizes of the model; None where nobody looks, or, which is said, they cannot be known."""
+    if config.cluster.card is None:
+        return None
+    try:
+        return shape_of(str(dense))[0]
+    except InputError as error:
+        _say(stage, str(error))
+        return None
+
+
+def _say(stage: str, why: str) -> None:
+    print(f"warning: {stage}: nobody looks whether it fits the cards: {why}", file=sys.stderr)
+
+
 def _pruning(config: Config, machine: Machine, shape: ModelShape, method: str) -> MemoryUse:
-    setup = pruning_of(config, machine, method)
+    setup = pruning_of(config, machine, method, shape)
     if config.prune.activations == "auto":
         setup = replace(setup, on_device=False)
     return pruning_memory(shape, setup)
@@ -74,7 +95,7 @@ def _smaller(
     config: Config, machine: Machine, shape: ModelShape, method: str
 ) -> tuple[list[str], float]:
     """Overrides that make a pruning fit, and what it then takes; none if nothing does."""
-    setup = pruning_of(config, machine, method)
+    setup = pruning_of(config, machine, method, shape)
     words = [] if config.prune.activations in ("auto", "disk") else ["prune.activations=host"]
     setup = replace(setup, on_device=False)
     rows = setup.batch_size

@@ -26,7 +26,7 @@ from sparsify.costs.deploy import (
     kv_cache_bytes,
     serving_bytes,
 )
-from sparsify.costs.memory import MemoryUse, pruning_memory
+from sparsify.costs.memory import MemoryUse, pruning_memory, whole_memory
 from sparsify.costs.seconds import (
     forward_seconds,
     pruning_seconds,
@@ -75,6 +75,7 @@ def make_plan(config: PlanJobConfig, load: Load) -> dict[str, Any]:
         plan["pruning"] = _pruning(config, machine, shape)
     if "distill" in config.stages:
         plan["recovery"] = _recovery(config, machine, shape, calibration)
+    plan["whole"] = _whole(config, machine, shape)
     plan["time"] = _time(config, machine, shape, calibration, plan)
     plan["disk"] = _disk(config, shape)
     plan["serving"] = _serving(config, shape)
@@ -98,12 +99,27 @@ def _use(memory: MemoryUse, machine: Machine) -> dict[str, Any]:
 def _pruning(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> dict[str, Any]:
     found = {}
     for method in methods_of(config):
-        setup = pruning_of(config, machine, method)
+        setup = pruning_of(config, machine, method, shape)
         memory = pruning_memory(shape, setup)
         place = "device"
         if memory.total > machine.memory_bytes and config.prune.activations == "auto":
             place, memory = "host", pruning_memory(shape, replace(setup, on_device=False))
         found[method] = {**_use(memory, machine), "activations": place}
+    return found
+
+
+def _whole(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> dict[str, Any]:
+    """Memory of the stages that load whole models in every worker."""
+    width, length = 4 if config.model.dtype == "float32" else 2, config.data.sequence_length
+    found = {}
+    if "evaluate" in config.stages:
+        memory = whole_memory(shape, 2, width, config.evaluate.batch_size * length)
+        found["evaluate"] = _use(memory, machine)
+    if "quantize" in config.stages:
+        memory = whole_memory(shape, 1, width, config.quantize.batch_size * length)
+        states = 2.0 * width * config.quantize.num_samples * length * shape.hidden_size
+        parts = {**memory.parts, "logits": 0.0, "waiting activations": states / machine.num_workers}
+        found["quantize"] = _use(MemoryUse(parts, memory.moment), machine)
     return found
 
 
@@ -187,7 +203,7 @@ def _time(
         seconds["prune"] = calibration.factor("prune") * sum(
             total(pruning_seconds(
                 shape,
-                replace(pruning_of(config, machine, method),
+                replace(pruning_of(config, machine, method, shape),
                         on_device=plan["pruning"][method]["activations"] == "device"),
                 rates, params,
             ))
@@ -204,7 +220,7 @@ def _time(
         tokens = config.evaluate.num_tokens / workers
         seconds["evaluate"] = forwards * forward_seconds(shape, tokens, length, rates)
     if "quantize" in config.stages:
-        setup = replace(pruning_of(config, machine, "sparsegpt"),
+        setup = replace(pruning_of(config, machine, "sparsegpt", shape),
                         num_samples=config.quantize.num_samples)  # fmt: skip
         seconds["quantize"] = total(quantizing_seconds(shape, setup, rates))
     if "export" in config.stages:

@@ -74,6 +74,9 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines += ["", *_pruning_lines(plan["pruning"])]
     if "recovery" in plan:
         lines += ["", *_recovery_lines(plan["recovery"])]
+    for stage, use in plan["whole"].items():
+        fits = "" if use["fits"] else ": does NOT fit"
+        lines.append(f"{stage}: {_gb(use['bytes'])} GB a worker, models whole{fits}")
     lines += ["", *_time_lines(plan["time"])]
     lines += ["", "disk, GB in the run's folder"]
     lines += aligned([(name, _gb(size)) for name, size in plan["disk"].items()])

@@ -208,9 +208,33 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
         "forward of a batch": 4.0 * batch * shape.widest * width,
         "solver": 4.0 * _SOLVER_COPIES.get(setup.method, 5) * largest,
     }
+    moment = "a block's last group"
+    turned = {
+        "whole model, rotated": float(width * shape.num_parameters), "solver": 12.0 * largest,
+    }  # fmt: skip
+    if setup.rotation_steps and sum(turned.values()) > sum(parts.values()):
+        parts, moment = turned, "the search for rotations"
     if setup.uses_gpu:
         parts["runtime"] = _RUNTIME_GPU + _FRAGMENTS_GPU * sum(parts.values())
-    return MemoryUse(parts, "a block's last group", 0.0 if setup.on_device else states)
+    return MemoryUse(parts, moment, 0.0 if setup.on_device else states)
+
+
+def whole_memory(shape: ModelShape, num_models: int, width: int, tokens: int) -> MemoryUse:
+    """What scoring or quantising holds: whole models, and one forward with all its logits.
+
+    Args:
+        shape: of the models.
+        num_models: 2 where a model is compared with the dense one.
+        width: bytes of a weight.
+        tokens: of a forward.
+    """
+    parts = {
+        "whole models": float(num_models * width * shape.num_parameters),
+        "forward of a batch": 4.0 * tokens * shape.widest * width,
+        "logits": 4.0 * num_models * tokens * shape.vocab_size,
+        "runtime": _RUNTIME_GPU,
+    }
+    return MemoryUse(parts, "a batch's logits")
 
 
 _SOLVER_COPIES = {"magnitude": 2, "wanda": 3, "sparsegpt": 5, "twofour": 10, "admm": 9}

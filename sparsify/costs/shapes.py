@@ -93,6 +93,7 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
             model: Any = AutoModelForCausalLM.from_config(config)
         except ValueError as error:
             raise InputError(f"config.json: {str(error).splitlines()[0]}") from None
+    flops = count_flops(model)  # refuses what is no plain attention
     text = config.get_text_config()
     _, blocks = find_blocks(model)
     linears = linears_of(blocks[0])
@@ -100,7 +101,6 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    flops = count_flops(model)
     groups, kept = _trace(model, blocks)
     return ModelShape(
         name=type(model).__name__,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import jobs.stages
 from conf.schema import Config, PlanJobConfig
 from jobs import plan as command
 from jobs.cli.compose import load_config
@@ -22,6 +23,7 @@ from jobs.planning.preflight import check_pruning, check_recovery
 from jobs.planning.run import make_plan, recovery_of
 from jobs.planning.simulation import simulate_sizes
 from jobs.reporting import plan as text
+from jobs.runs.models import Models
 from sparsify.costs.scaling import LAWS, cheapest_small_model
 from sparsify.errors import InputError
 
@@ -96,6 +98,27 @@ def test_nobody_looks_where_no_card_is_named() -> None:
     check_pruning(config, Path("nowhere"))
     with pytest.raises(InputError, match=r"cluster.card: is not known"):
         make_plan(config, unused)
+
+
+@pytest.mark.parametrize("stage", ["prune", "distill"])
+def test_the_stage_itself_refuses(stage: str, tmp_path: Path) -> None:
+    facts = json.loads(Path("sparsify/costs/published/llama-2-70b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    config = plan_config(f"model.path={tmp_path}", "cluster.card=rtx4090", "prune.batch_size=64")
+    check = jobs.stages.stage(stage).check
+    assert check is not None
+    with pytest.raises(InputError, match=rf"^{stage}: .*GeForce RTX 4090 24 GB has 24.1 to give"):
+        check(config, Models(tmp_path, ()))
+
+
+def test_what_cannot_be_counted_is_said_and_not_refused(capsys: Any, tmp_path: Path) -> None:
+    facts = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    check_recovery(plan_config(), tmp_path)
+    check_pruning(plan_config(), tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all("nobody looks whether it fits the cards" in line for line in said)
 
 
 def test_a_card_or_model_that_is_not_known_is_one_line() -> None:
