@@ -31,6 +31,9 @@ class ClusterSpec:
     """what runs the workers: ray, or plain: processes of this machine without Ray, for debugging"""
     dashboard: bool = True
     """start the Ray dashboard on a local Ray (127.0.0.1 only)"""
+    card: str | None = None
+    """GPU by its name in `jobs.plan`, such as h100: a run that it has no room for is refused before
+    it starts; null = nobody looks"""
 
     def __post_init__(self) -> None:
         for field, low in (

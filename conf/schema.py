@@ -20,6 +20,7 @@ from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
 from conf.options.model import HUB_NAME, ModelConfig
+from conf.options.plan import PlanConfig
 from conf.options.prune import PruneConfig
 from conf.options.quantize import QuantizeConfig
 from conf.options.run import STAGES, RunConfig
@@ -103,6 +104,13 @@ class Config:
                            Given.of("distill.batch_size", self.distill), length)  # fmt: skip
         if {"evaluate", "quantize"}.intersection(self.stages):
             rules.one_row(Given.of("evaluate.num_tokens", self.evaluate), length)
+
+
+@dataclass
+class PlanJobConfig(Config):
+    """Say what a run takes, before it starts (job plan)."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def written_name(field_name: str) -> str:

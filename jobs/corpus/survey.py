@@ -81,7 +81,7 @@ class Texts:
 
     def _survey(self, name: str, held_out: bool | None) -> Survey:
         key = name, held_out if name in SPLIT_BY_NAME else None
-        state = _state(name)
+        state = source_state(name)
         if key not in self._found or self._found[key][0] != state:
             self._found[key] = state, survey_source(self._config, name, held_out)
         return self._found[key][1]
@@ -92,8 +92,12 @@ def source_fingerprint(config: DataConfig, which: Which) -> str:
     return Texts(config).fingerprint(which)
 
 
-def _state(name: str) -> Any:
-    """Sizes and times of a source's files: what tells that they have been written to."""
+def source_state(name: str) -> Any:
+    """Sizes and times of a source's files: what tells that they have been written to.
+
+    Raises:
+        InputError: there are none.
+    """
     name = full_name(name, BUILT_IN)
     if name in BUILT_IN or name.startswith(HUB) or is_dataset(name):
         return None

@@ -41,7 +41,7 @@ def check_tokens(
 
     Cost: reads a few documents of each source; all of them where there are such tokens.
     """
-    sources = _sources(data, with_training)
+    sources = read_as_text(data, with_training)
     if type(tokenizer) is not PreTrainedTokenizerFast and (folder / "tokenizer.json").is_file():
         own = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         special = set(tokenizer.get_added_vocab())  # families differ in what is around these
@@ -74,7 +74,7 @@ def check_tokens(
     ]
 
 
-def _sources(data: DataConfig, with_training: bool) -> list[tuple[str, bool | None]]:
+def read_as_text(data: DataConfig, with_training: bool) -> list[tuple[str, bool | None]]:
     """(name, held_out) for `open_source` of everything that is read as text."""
     found = [source_of(data, "heldout")]
     if uses_mix(data, "calibration"):

@@ -55,17 +55,15 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
 
 def check(config: Config, models: Models) -> None:
-    """Require a family that can be trained, and that stored rows and samples fit this run.
+    """Require a family that can be trained, stored rows and samples that fit this run, and cards
+    that have room for it.
 
     Raises:
-        InputError: they do not.
+        InputError: one of them is not so.
     """
-    from jobs.training.inputs import check_cache, checked_store  # both cost torch
-    from jobs.workers.checks import check_recovery
+    from jobs.workers.checks import check_distill  # costs torch
 
-    check_recovery(models.dense)
-    checked_store(config, models.dense)
-    check_cache(config, models.dense)
+    check_distill(config, models.dense)
 
 
 STAGE = Stage(

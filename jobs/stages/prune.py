@@ -51,14 +51,15 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
 
 def check(config: Config, models: Models) -> None:
-    """Require that every layer to prune has whole groups of the pattern.
+    """Require that every layer to prune has whole groups of the pattern, and room for the work.
 
     Raises:
-        InputError: a layer's inputs are no multiple of the group's length.
+        InputError: a layer's inputs are no multiple of the group's length; or the cluster's cards
+            have no room.
     """
-    from jobs.workers.checks import check_pattern  # costs torch
+    from jobs.workers.checks import check_prune  # costs torch
 
-    check_pattern(models.dense, config.prune.pattern, config.prune.skip)
+    check_prune(config, models.dense)
 
 
 STAGE = Stage(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ import torch
 from cluster.machine import require_machine
 from cluster.spec import ClusterSpec
 from conf.schema import Config
-from jobs.corpus.tokens import check_tokens
+from jobs.corpus.survey import source_state
+from jobs.corpus.tokens import check_tokens, read_as_text
+from jobs.planning import preflight
 from jobs.runs.hub import has_weights
 from jobs.runs.models import Models
+from jobs.training.inputs import check_cache, checked_store
 from sparsify.calibration.layers import prunable_linears
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import model_name
@@ -65,6 +67,8 @@ def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str
     for folder in sparse:
         _check_same_words(folder, shapes_of(folder), dense, model)
     num_rows = model.get_input_embeddings().weight.shape[0]
+    for name, _ in read_as_text(data, "distill" in config.stages):
+        source_state(name)
     said = check_tokens(data, "distill" in config.stages, tokenizer, dense, num_rows)
     left = coverage(model, config.prune.skip).remark() if "prune" in config.stages else None
     remarks = {dense: said + [text for text in (remark, left) if text is not None]}
@@ -85,24 +89,30 @@ def _check_same_words(folder: Path, model: Any, dense: Path, dense_model: Any) -
         )
 
 
-def check_pattern(dense: Path, pattern: str, skip: Sequence[str]) -> None:
-    """Require that every layer to prune has whole groups of the pattern.
+def check_prune(config: Config, dense: Path) -> None:
+    """Require that every layer to prune has whole groups of the pattern, and cards with room.
 
     Raises:
-        InputError: a layer's inputs are no multiple of the group's length.
+        InputError: a layer's inputs are no multiple of the group's length; or see
+            `preflight.check_pruning`.
     """
-    parsed = Pattern.parse(pattern)
-    for _, name, module in prunable_linears(shapes_of(dense), skip):
+    parsed = Pattern.parse(config.prune.pattern)
+    for _, name, module in prunable_linears(shapes_of(dense), config.prune.skip):
         check_divides(name, module.in_features, parsed)
+    preflight.check_pruning(config, dense)
 
 
-def check_recovery(dense: Path) -> None:
-    """Require a family that recovery can train, as far as shapes tell.
+def check_distill(config: Config, dense: Path) -> None:
+    """Require a family that recovery can train, inputs that fit this run, and cards with room.
 
     Raises:
-        InputError: no base model before the head, or no linear head.
+        InputError: no base model before the head, or no linear head; stored rows or samples of
+            something else; or see `preflight.check_recovery`.
     """
     find_head(shapes_of(dense))
+    checked_store(config, dense)
+    check_cache(config, dense)
+    preflight.check_recovery(config, dense)
 
 
 def shapes_of(folder: Path) -> Any:

@@ -1,1 +1,1 @@
-"""What computing costs: operations, bytes, seconds, and how often to save."""
+"""What computing costs: operations, memory, seconds, sizes served, and a run on paper."""

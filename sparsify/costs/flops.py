@@ -57,7 +57,7 @@ class ModelFlops:
     windows: tuple[int | None, ...]
     """attention window of every layer in tokens; None: the whole document"""
 
-    def forward(self, lengths: Iterable[int], with_head: bool = True) -> float:
+    def forward(self, lengths: Iterable[float], with_head: bool = True) -> float:
         """FLOPs of one forward over documents of these lengths.
 
         A weight costs 2 per token. A pair of a token and one before it costs 2 per head and
@@ -80,7 +80,7 @@ class ModelFlops:
         return 2 * weights * sum(documents) + 4 * self.attention_width * pairs
 
 
-def _num_pairs(length: int, window: int | None) -> float:
+def _num_pairs(length: float, window: int | None) -> float:
     if window is None or length <= window:
         return length**2 / 2
     return window * length - window**2 / 2

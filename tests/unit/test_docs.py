@@ -19,7 +19,7 @@ import yaml
 
 from conf.options.run import STAGES
 from conf.schema import Config
-from jobs import bench, forecast
+from jobs import bench, forecast, plan
 from jobs.benchmarks import families, quality, recovery
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
@@ -82,8 +82,8 @@ def page(path: str) -> Page:
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = [page(path) for path in ("README.md", "CONTRIBUTING.md", *DOCS)]
 RUN_FOLDER = page("docs/run-folder.md").text
-GROUPS = [*(field.name for field in fields(Config)), "tokenize", "teach"]
-OPTIONS = {**job_options("prune"), **job_options("tokenize"), **job_options("teach")}
+GROUPS = [*(field.name for field in fields(Config)), "tokenize", "teach", "plan"]
+OPTIONS = {k: o for job in ("plan", "tokenize", "teach") for k, o in job_options(job).items()}
 
 
 def by_page(find: Any) -> list[Any]:
@@ -131,7 +131,7 @@ def test_command_names_a_job_and_its_words_parse(where: Page, command: str) -> N
     assert package == "jobs"
     assert job in JOBS
     assert (ROOT / "jobs" / f"{job}.py").is_file()
-    words, flags, hydra_flags = split_words(words)
+    words, flags, hydra_flags = split_words(plan.words_of(words) if job == "plan" else words)
     assert set(flags) <= set(FLAGS)
     if "--help" in flags:  # its words say which options to show
         words = [word for word in words if "=" in word]

@@ -38,12 +38,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
         "num_key_value_heads": 4, "num_hidden_layers": 22,
     },
+    "bench-512": {
+        "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "num_hidden_layers": 8,
+    },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_hidden_layers": 2,
     },
 }  # fmt: skip
-"""Shapes by name: the two public Llama 3.1 models, and three for benchmarks on a CPU."""
+"""Shapes by name: the two public Llama 3.1 models, and four for benchmarks on a CPU."""
 
 
 def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: int) -> LlamaConfig:

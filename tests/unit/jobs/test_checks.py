@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import Llama4TextConfig
+import torch
 
 from cluster.errors import ClusterError
 from cluster.machine import require_answer, require_machine
 from cluster.spec import ClusterSpec
+from conf.schema import Config
 from jobs.cli.compose import load_config
 from jobs.pipeline import describe_plan
-from jobs.workers.checks import check_recovery
+from jobs.workers import checks
 from sparsify.errors import InputError
 from tests.conftest import message, stage_record
 
@@ -79,14 +80,14 @@ def test_a_damaged_stage_is_named_unless_it_is_to_be_made_again(
     assert any(line.startswith("  prune     to run") for line in plan("run.redo=[prune]"))
 
 
-def test_a_family_that_recovery_cannot_train_is_refused_by_its_shapes(tmp_path: Path) -> None:
-    Llama4TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(InputError, match="no base model that ends before the head"):
-        check_recovery(tmp_path)
+def test_a_family_that_recovery_cannot_train_is_refused_by_its_shapes(
+    tiny_model_dir: Path, monkeypatch
+) -> None:
+    model = checks.shapes_of(tiny_model_dir)
+    model.set_output_embeddings(torch.nn.Identity())
+    monkeypatch.setattr(checks, "shapes_of", lambda _: model)
+    with pytest.raises(InputError, match="its head is Identity, expected nn.Linear"):
+        checks.check_distill(Config(), tiny_model_dir)
 
 
 def test_another_vocabulary_than_the_dense_model_s(

@@ -20,6 +20,7 @@ import yaml
 from cluster.preempt import Interrupted
 from conf.options.pretrain import PretrainConfig
 from conf.schema import Config, to_dict
+from jobs import plan
 from jobs.cli.command import find_command
 from jobs.cli.compose import load_config
 from jobs.cli.main import main
@@ -75,11 +76,11 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     ("job", "argv", "parts"),
     [
         # clusters
-        ("prune", ["cluster=h100x8"], ["+cluster=h100x8", "h100x32, h100x8, local"]),
+        ("prune", ["cluster=h100x8"], ["+cluster=h100x8", "h100x32, h100x8, h200x8, local"]),
         ("prune", ["+cluster=h100x88"], ["+cluster=h100x88", "did you mean h100x8?", "local"]),
         ("prune", ["+cluster=[local,h100x8]"], ["no such cluster", "local"]),
         ("prune", ["+cluster="], ["value is missing"]),
-        ("prune", ["+cluster"], ["+cluster=NAME", "h100x32, h100x8, local"]),
+        ("prune", ["+cluster"], ["+cluster=NAME", "h100x32, h100x8, h200x8, local"]),
         ("prune", ["+cluster.num_workers=4"], ["write cluster.num_workers=4"]),
         ("prune", ["model=lama-3.2-1b"], ["no such model", "did you mean llama-3.2-1b?"]),
         ("prune", ["recipe=fast"], ["no such recipe", "quick"]),
@@ -635,8 +636,9 @@ def test_every_example_of_a_command_is_accepted(run: Any, pipeline: Any, away: P
         assert command.examples
         for example in command.examples:
             argv = shlex.split(example)
-            if job in ("pretrain", "tokenize", "teach"):  # they do not go through the pipeline
-                load_config(job, [word for word in argv if word != "--dry-run"])
+            if job in ("pretrain", "tokenize", "teach", "plan"):  # not through the pipeline
+                words = plan.words_of(argv) if job == "plan" else argv
+                load_config(job, [word for word in words if word != "--dry-run"])
             else:
                 assert run(job, *argv).code == 0, example
 

@@ -1,0 +1,294 @@
+"""What was planned beside what was measured: memory and time of recoveries and prunings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
+
+from conf.schema import Config
+from jobs.benchmarks.data import write_random_store
+from jobs.benchmarks.sides.planned import Folders, distill_config, work
+from jobs.benchmarks.support.arguments import add_option, settings_of
+from jobs.benchmarks.support.published import NOT_PLANNED, compared
+from jobs.benchmarks.support.random_llama import llama_config, write_checkpoint
+from jobs.benchmarks.support.record import Outcome, Table, Target
+from jobs.planning.layouts import machine_of, training_of
+from jobs.planning.models import shape_of
+from sparsify.costs.layout import Pruning
+from sparsify.costs.memory import pruning_memory, training_memory
+from sparsify.costs.seconds import pruning_seconds, step_seconds, total
+from sparsify.errors import InputError
+from sparsify.files import write_json
+from sparsify.masks.select import keep_mask_from_scores
+from sparsify.methods import get_method
+from sparsify.pattern import Pattern
+
+SUMMARY = "planned memory and time beside those of runs made here and of published ones"
+
+EXAMPLES = ("plan --save", "plan --runs 3")
+
+_STEPS = 3  # of a recovery; the first warms up
+
+_TARGET, _TARGET_PUBLISHED = 0.15, 0.25
+
+_SMALL = {"shape": "bench-1k", "layers": 2, "vocabulary": 4096, "sequence_length": 256}
+_WIDE = {"shape": "bench-512", "layers": 4, "vocabulary": 16384, "sequence_length": 512}
+
+
+def _recovery(sizes: dict[str, Any], workers: int, **distill: Any) -> dict[str, Any]:
+    return {"kind": "distill", **sizes, "workers": workers, "batch_size": 4, "steps": _STEPS,
+            "distill": {"micro_batch_size": 2, **distill}}  # fmt: skip
+
+
+def _pruning(sizes: dict[str, Any], workers: int, method: str) -> dict[str, Any]:
+    return {"kind": "prune", **sizes, "workers": workers, "method": method, "samples": 16,
+            "batch_size": 4, "dtype": "float32"}  # fmt: skip
+
+
+RUNS: tuple[dict[str, Any], ...] = (
+    _recovery(_SMALL, 2, zero_stage=1),
+    _recovery(_WIDE, 2, zero_stage=3, micro_batch_size=1),
+    _recovery(_SMALL, 1, zero_stage=0),
+    _pruning({**_SMALL, "layers": 4}, 2, "sparsegpt"),
+    _recovery(_SMALL, 2, zero_stage=2),
+    _pruning(_WIDE, 1, "twofour"),
+    _recovery(_WIDE, 1, zero_stage=0, micro_batch_size=4),
+    _pruning(_WIDE, 2, "wanda"),
+    _recovery(_SMALL, 2, zero_stage=3),
+    _pruning({**_SMALL, "layers": 4}, 1, "sparsegpt"),
+    _recovery(_SMALL, 2, zero_stage=3, teacher_placement="sharded"),
+    _recovery(_SMALL, 1, zero_stage=2, micro_batch_size=4, recompute_share=1.0),
+    _recovery({**_SMALL, "shape": "bench-512", "layers": 4}, 1, zero_stage=2, precision="bf16"),
+)
+"""what is measured, in this order"""
+
+_NOTES = (
+    "memory: most that a worker's process held during a step or a pruning, beyond what it held "
+    "before a model was loaded (imports, Ray's and DeepSpeed's own)",
+    "time: seconds of CPU of one worker with one thread, the fastest of the steps after the first; "
+    "other programs on the machine lengthen them less than they do seconds by the clock",
+    "planned: the times as planned, times what all other runs of the kind took over theirs",
+    "the counts of what DeepSpeed holds were checked on recoveries of bench-1k x 2 while they were "
+    "written; those of bench-512 were only compared",
+    "published: other software on other machines, see the sources in the record",
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the command."""
+    text = f"measure the first so many of {len(RUNS)} runs; 0: published ones alone"
+    add_option(parser, "--runs", len(RUNS), text)
+    resume = "take over runs that an interrupted benchmark in the same --workdir has measured"
+    parser.add_argument("--resume", action="store_true", help=resume)
+
+
+def run(options: Namespace) -> Outcome:
+    """Measure the runs, one after another, and compare.
+
+    Raises:
+        InputError: a number of runs that there is not.
+    """
+    if not 0 <= options.runs <= len(RUNS):
+        raise InputError(f"--runs {options.runs}: there are {len(RUNS)}")
+    folder = options.workdir / "plan"
+    seen = _Measured(folder / "measured.json", options.resume)
+    found = []
+    with _small_allocations():
+        for number, one in enumerate(RUNS[: options.runs]):
+            print(f"{number + 1} of {options.runs}: {label(one)}", flush=True)
+            figures = seen.get(one) or seen.keep(one, _measure(one, folder))
+            found.append(compare(one, figures, _prepare(one, folder, folder / "run").dense))
+    with_factors(found)
+    return summarise(found, settings_of(options, "runs"))
+
+
+@contextmanager
+def _small_allocations() -> Iterator[None]:
+    """Have glibc give back what is freed, so that memory held is memory used."""
+    names = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def label(one: dict[str, Any]) -> str:
+    """A run in a few words."""
+    size = f"{one['shape']} x {one['layers']}, {one['workers']} worker{'s' * (one['workers'] > 1)}"
+    if one["kind"] == "prune":
+        return f"prune {one['method']}, {size}"
+    settings = one["distill"]
+    more = [f"micro batch {settings['micro_batch_size']}"]
+    more += ["bf16"] if settings.get("precision") == "bf16" else []
+    more += ["all recomputed"] if settings.get("recompute_share") else []
+    more += ["teacher split"] if settings.get("teacher_placement") else []
+    return f"distill ZeRO-{settings['zero_stage']}, {size}, {', '.join(more)}"
+
+
+class _Measured:
+    """Figures of the runs that are done, in a file, so that an interruption loses one run alone."""
+
+    def __init__(self, path: Path, is_resumed: bool) -> None:
+        self._path = path
+        self._figures: dict[str, Any] = {}
+        if is_resumed and path.is_file():
+            self._figures = json.loads(path.read_text(encoding="utf-8"))
+
+    def get(self, one: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """Of a run's workers; None if it is to be measured."""
+        return self._figures.get(json.dumps(one, sort_keys=True))
+
+    def keep(self, one: dict[str, Any], figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Note what was measured."""
+        self._figures[json.dumps(one, sort_keys=True)] = figures
+        write_json(self._path, self._figures)
+        return figures
+
+
+def _measure(one: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """What each worker of a run measured."""
+    out = folder / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    folders = _prepare(one, folder, out)
+    spawn(work, (one, folders), nprocs=one["workers"])
+    seen = [
+        json.loads((out / f"figures-{rank}.json").read_text(encoding="utf-8"))
+        for rank in range(one["workers"])
+    ]
+    shutil.rmtree(out)
+    return seen
+
+
+def compare(one: dict[str, Any], seen: list[dict[str, Any]], dense: Path) -> dict[str, Any]:
+    """Measured and planned memory and time of a run; the largest of its workers'."""
+    memory, seconds, parts = planned(one, dense)
+    if one["kind"] == "prune":
+        measured_bytes = max(figures["peak_bytes"] for figures in seen)
+        measured_s = max(figures["cpu_s"] for figures in seen)
+    else:
+        measured_bytes = max(max(figures["step_peak_bytes"]) for figures in seen)
+        measured_s = max(min(figures["step_cpu_s"][1:]) for figures in seen)
+    return {
+        "label": label(one), "kind": one["kind"], "run": one, "measured_bytes": measured_bytes,
+        "planned_bytes": memory, "measured_s": measured_s, "base_s": seconds, "parts": parts,
+        "workers": seen,
+    }  # fmt: skip
+
+
+def _prepare(one: dict[str, Any], folder: Path, out: Path) -> Folders:
+    """The model, its pruned self, and rows; made once for all runs of a size."""
+    name = f"{one['shape']}-{one['layers']}-{one['vocabulary']}"
+    length = one["sequence_length"]
+    dense, student, rows = (folder / f"{name}{end}" for end in ("", "-2-4", f"-rows-{length}"))
+    if not dense.is_dir():
+        config = llama_config(one["shape"], one["layers"], 1024, one["vocabulary"])
+        write_checkpoint(dense, config, 0, torch.float32)
+    if not student.is_dir():
+        shutil.copytree(dense, student)
+        for path in student.glob("*.safetensors"):
+            tensors = load_file(path)
+            for key, weight in tensors.items():
+                if ".layers." in key and weight.ndim == 2:
+                    weight *= keep_mask_from_scores(weight.abs(), Pattern.parse("2:4"))
+            save_file(tensors, path, metadata={"format": "pt"})
+    if not rows.is_dir():
+        write_random_store(rows, 1e-9 * 3 * 256 * length, length, one["vocabulary"], 0)
+    return Folders(dense, student, rows, out)
+
+
+def planned(one: dict[str, Any], folder: Path) -> tuple[float, float, dict[str, float]]:
+    """Bytes, seconds before any correction, and the bytes by component."""
+    shape, _ = shape_of(str(folder))
+    if one["kind"] == "distill":
+        config = distill_config(one)
+        machine = machine_of(config, 1.0)
+        setup = training_of(config, machine)
+        use = training_memory(shape, shape, setup)
+        rates = machine.rates(setup.element_bytes)
+        return use.total, total(step_seconds(shape, shape, setup, rates)), use.parts
+    known = get_method(one["method"])
+    layout = Pruning(
+        one["method"], known.order, known.needs_hessian, known.needs_factor, known.needs_teacher,
+        one["samples"], one["sequence_length"], one["batch_size"], one["workers"],
+        4 if one["dtype"] == "float32" else 2, uses_gpu=False,
+    )  # fmt: skip
+    use = pruning_memory(shape, layout)
+    rates = machine_of(Config(), 1.0).rates(layout.element_bytes)
+    return use.total, total(pruning_seconds(shape, layout, rates)), use.parts
+
+
+def with_factors(found: list[dict[str, Any]]) -> None:
+    """Correct each time by what the other runs of its kind took: none is its own judge."""
+    for one in found:
+        others = [
+            other["measured_s"] / other["base_s"]
+            for other in found
+            if other is not one and other["kind"] == one["kind"]
+        ]
+        factor = math.exp(sum(map(math.log, others)) / len(others)) if others else 1.0
+        one["planned_s"] = factor * one["base_s"]
+
+
+def summarise(found: list[dict[str, Any]], settings: dict[str, Any]) -> Outcome:
+    """The two tables, and the promises they are held to."""
+    published = list(compared())
+    figures: dict[str, Any] = {
+        "runs": found,
+        "published": [{**vars(one), "ratio": one.ratio} for one in published],
+        "not_planned": [list(one) for one in NOT_PLANNED],
+    }
+    targets = []
+    for name, key in (("memory", "bytes"), ("time", "s")):
+        errors = [abs(r[f"planned_{key}"] / r[f"measured_{key}"] - 1) for r in found]
+        for one, error in zip(found, errors, strict=True):
+            what = f"{name}: {one['label']}"
+            targets.append(Target.at_most(what, _TARGET, error))
+    for entry in published:
+        what = f"published: {entry.what}"
+        targets.append(Target.at_most(what, _TARGET_PUBLISHED, abs(entry.ratio - 1)))
+    tables = [*table_of_runs(found), table_of_published(figures["published"])]
+    return Outcome("cpu", 1, settings, figures, tables, targets, list(_NOTES))
+
+
+def table_of_runs(found: list[dict[str, Any]]) -> list[Table]:
+    """Memory and time of every run; no table where none was measured."""
+    rows = [
+        (
+            one["label"], f"{one['measured_bytes'] / 1e6:,.0f} MB",
+            f"{one['planned_bytes'] / 1e6:,.0f} MB",
+            f"{one['planned_bytes'] / one['measured_bytes']:.2f}", f"{one['measured_s']:.2f} s",
+            f"{one['planned_s']:.2f} s", f"{one['planned_s'] / one['measured_s']:.2f}",
+        )
+        for one in found
+    ]  # fmt: skip
+    headings = ("run", "memory", "planned", "ratio", "CPU time", "planned", "ratio")
+    return [Table(headings, rows)] if rows else []
+
+
+def table_of_published(found: list[dict[str, Any]]) -> Table:
+    """Published figures beside what is planned for them."""
+    rows = [
+        (
+            one["what"], f"{one['published']:,.6g} {one['unit']}", f"{one['planned']:,.4g}",
+            f"{one['ratio']:.2f}",
+        )
+        for one in found
+    ]  # fmt: skip
+    return Table(("published", "figure", "planned", "ratio"), rows)

@@ -1,0 +1,287 @@
+"""Seconds of a recovery's step and of a pruning, from operations, bytes and what crosses links.
+
+Each part of the work takes its operations over the rate at which products run, or its bytes over
+the rate at which memory is read (the roofline, Williams et al. 2009, doi 10.1145/1498765.1498785).
+The parts are added up: kernels run one after another. What crosses links hides behind the
+arithmetic but for its last piece. Rates are shares of a card's data sheet that such work is known
+to reach (`rates_of`); what a machine really reaches comes from runs there (`Rates.scaled`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sparsify.costs.cards import Card
+from sparsify.costs.layout import Pruning, Training
+from sparsify.costs.shapes import ModelShape, num_blocks_recomputed
+
+_PRODUCTS = {"A100": 0.75, "L40S": 0.70, "4090": 0.80, "5090": 0.80}
+_PRODUCTS_ELSE = 0.627  # Hopper: 620 of 989.4 TFLOP/s over the products of a training step
+
+_ATTENTION = {"A100": 0.60, "L40S": 0.45, "4090": 0.45, "5090": 0.45}
+_ATTENTION_ELSE = 0.33  # Hopper, FlashAttention 2: 350 forward, 290 backward of 989.4
+
+_BANDWIDTH, _LINK, _NETWORK = 0.78, 0.75, 0.75
+
+# Passes over memory, in bytes per byte or element that they are about; counted in this project's
+# kernels for a compiled Llama of 8B parameters.
+_PER_KEPT_COMPILED = 5.3  # student forward and backward and teacher forward, of what is kept
+_PER_KEPT_EAGER = 7.0
+_HEAD_PASSES = 28  # over a chunk of logits of both models, float32
+_MASK_BYTES = 17.0  # for each pruned weight's gradient and micro-batch
+_ZERO_PASSES = 9.0  # over the weights' bytes: copies, division, flattening of gradients
+_ADAM_BYTES = 36.0  # for each weight: master, moments and gradient read, three of them written
+
+_ENERGY_PRODUCTS = 2.25  # of O I^2: what a layer loses, and what it had, each 9/16 of a product
+_CHOICE_PASSES = 200.0  # over a layer: choosing its mask, and its largest weights for the report
+
+_HIDDEN = 0.7  # of the arithmetic, behind which links may work: not all of it is there at once
+
+_LAUNCH_S = 5e-6
+_GPTQ_LAUNCHES = 150.0  # for each column: the elimination and up to eight sweeps
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a worker reaches."""
+
+    products: float
+    """operations/s of matrix products in the type of the weights"""
+    attention: float
+    """operations/s inside attention"""
+    bandwidth: float
+    """bytes/s of elementwise work"""
+    link: float
+    """bytes/s to workers of the same machine"""
+    network: float
+    """bytes/s to workers of other machines"""
+    float32: float = 0.0
+    """operations/s of products in float32; 0: as `products`"""
+    launch_s: float = 0.0
+    """seconds of starting one kernel"""
+    overlaps: bool = True
+    """whether links work while the arithmetic does"""
+    disk: float = 2e9
+    """bytes/s of the run's disk"""
+
+    def scaled(self, factor: float) -> Rates:
+        """The rates of a machine that takes `factor` times as long."""
+        return replace(
+            self, products=self.products / factor, attention=self.attention / factor,
+            bandwidth=self.bandwidth / factor, float32=self.float32 / factor,
+            launch_s=self.launch_s * factor,
+        )  # fmt: skip
+
+
+def rates_of(card: Card, element_bytes: int) -> Rates:
+    """What work of this kind is known to reach on a card.
+
+    Args:
+        card: the GPU.
+        element_bytes: of a weight: 2 for bf16, 4 for fp32 (no tensor cores).
+    """
+    family = card.words[0]
+    peak = card.flops["bf16"] if element_bytes == 2 else card.flops["fp32"]
+    share = _PRODUCTS.get(family, _PRODUCTS_ELSE) if element_bytes == 2 else 0.75
+    return Rates(
+        products=peak * share,
+        attention=peak * (_ATTENTION.get(family, _ATTENTION_ELSE) if element_bytes == 2 else 0.5),
+        bandwidth=card.bandwidth * _BANDWIDTH,
+        link=card.link * _LINK,
+        network=card.network * _NETWORK,
+        float32=card.flops["fp32"] * 0.75,
+        launch_s=_LAUNCH_S,
+    )
+
+
+def step_seconds(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: Training,
+    rates: Rates,
+    document_tokens: float | None = None,
+) -> dict[str, float]:
+    """Seconds of one optimizer step of a recovery, by part.
+
+    Args:
+        student: the model that is trained.
+        teacher: the dense model; None for a plain training or a cache.
+        setup: how they are laid out.
+        rates: of a worker.
+        document_tokens: mean length of the documents in a row; None: a row is one document.
+
+    Returns:
+        Part -> seconds; the sum is the step. "exchange" is what does not hide.
+    """
+    tokens, width = setup.tokens, setup.element_bytes
+    length = min(document_tokens or setup.sequence_length, setup.sequence_length)
+    again = num_blocks_recomputed(student.num_blocks, setup.recompute_share) / student.num_blocks
+    linear, inside = _operations(student, tokens, length)
+    taught, taught_inside = (0.0, 0.0) if teacher is None else _operations(teacher, tokens, length)
+    heads = 3 * student.flops.num_head_weights
+    if teacher is not None and setup.uses_kl:
+        heads += teacher.flops.num_head_weights
+    attention = (1 + again + 2.5) * inside + taught_inside
+    kept = student.kept[width] * tokens * (1 + again / 2)
+    passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
+    weights = width * student.num_parameters
+    own = student.num_parameters / (setup.world_size if setup.zero_stage else 1)
+    micro = {
+        "products": ((3 + again) * linear + taught) / rates.products,
+        "attention": attention / rates.attention,
+        "elementwise": passes * kept / rates.bandwidth,
+        "head": 2.0 * heads * tokens / rates.products
+        + 4.0 * _HEAD_PASSES * tokens * student.vocab_size / rates.bandwidth
+        * (1 if teacher else 0.5),
+        "gradient masks": _MASK_BYTES * student.linear_parameters / 2 * width / 2 / rates.bandwidth,
+        "engine": _ZERO_PASSES * weights / rates.bandwidth,
+    }  # fmt: skip
+    if teacher is None:
+        micro["gradient masks"] = 0.0
+    compute = sum(micro.values())
+    found = {name: setup.num_micro_batches * seconds for name, seconds in micro.items()}
+    found["update"] = _ADAM_BYTES * own / rates.bandwidth
+    found["exchange"] = _exchange(student, teacher, setup, rates, compute)
+    return found
+
+
+def _operations(shape: ModelShape, tokens: float, length: float) -> tuple[float, float]:
+    """Operations of one forward of the blocks: with weights, and inside attention."""
+    linear = 2.0 * shape.flops.num_block_weights * tokens
+    return linear, shape.flops.forward([length], False) * tokens / length - linear
+
+
+def traffic(student: ModelShape, teacher: ModelShape | None, setup: Training) -> float:
+    """Bytes that every worker sends in one step, over rings.
+
+    A reduction of n bytes over w workers sends 2 n (w - 1) / w, a gathering or a scattering half of
+    that (Rajbhandari et al. 2020, section 7).
+    """
+    world, width = setup.world_size, setup.element_bytes
+    if world == 1:
+        return 0.0
+    whole = width * student.num_parameters * (world - 1) / world
+    micro = setup.num_micro_batches
+    if setup.zero_stage == 0:
+        total = 2 * whole
+    elif setup.zero_stage == 1:
+        total = 3 * whole  # summed once, the new weights gathered
+    elif setup.zero_stage == 2:
+        total = 2 * whole * micro + whole
+    else:
+        total = 3 * whole * micro
+    if teacher is not None and setup.teacher_placement != "replicated":
+        parts = setup.gpus_per_node if setup.teacher_placement == "node" else world
+        shared = (setup.teacher_bytes or width) * teacher.blocks_parameters
+        total += micro * shared * (parts - 1) / parts
+    return total
+
+
+def _exchange(
+    student: ModelShape, teacher: ModelShape | None, setup: Training, rates: Rates, compute: float
+) -> float:
+    """Seconds of a step in which a worker waits for its links."""
+    local = max(1, setup.gpus_per_node)
+    # Rings pass through a machine's workers one after another and leave it over all adapters.
+    rate = rates.link if setup.world_size <= local else min(rates.link, local * rates.network)
+    seconds = traffic(student, teacher, setup) / rate
+    if not rates.overlaps:
+        return seconds
+    hidden = _HIDDEN * compute * setup.num_micro_batches
+    last = min(seconds, setup.element_bytes * 200e6 / rate)
+    return max(seconds - hidden, last)
+
+
+def pruning_seconds(
+    shape: ModelShape, setup: Pruning, rates: Rates, params: tuple[int, int] = (10, 10)
+) -> dict[str, float]:
+    """Seconds of one method's walk over the blocks, by part.
+
+    Args:
+        shape: of the dense model.
+        setup: how the pruning is laid out.
+        rates: of a worker.
+        params: admm_iterations and refit_iterations.
+
+    Returns:
+        Part -> seconds: forward (the rows through the blocks), statistics (sums of products of
+        inputs), factor (Cholesky and its inverse, 2/3 I^3 multiplications), solve, write, rotate.
+    """
+    tokens, blocks = setup.tokens, shape.num_blocks
+    length = setup.sequence_length
+    one_pass = shape.flops.forward([length], False) * tokens / length / rates.products
+    one_pass += (
+        2.0 * (shape.kept[setup.element_bytes] if shape.kept else 0) * tokens / (rates.bandwidth)
+    )
+    slow = rates.float32 or rates.products
+    grams = solve = factor = cross = 0.0
+    for group in shape.groups:
+        inputs = group[0][1]
+        outputs = sum(rows for rows, _ in group)
+        grams += tokens * inputs**2
+        if setup.needs_teacher:
+            cross += 2.0 * tokens * inputs * min(outputs, inputs)
+        factor += 4.0 / 3.0 * inputs**3
+        solve += outputs * inputs**2 / setup.world_size
+    method = _solve_operations(setup, params)
+    elements = shape.linear_parameters / setup.world_size
+    slowly = method[0] + _ENERGY_PRODUCTS
+    found = {
+        "forward": one_pass * _num_passes(setup),
+        "statistics": blocks * (grams + cross) / rates.products if setup.needs_hessian else 0.0,
+        "factor": blocks * factor / slow if setup.needs_factor else 0.0,
+        "solve": blocks * slowly * solve / slow + 4.0 * method[1] * elements / rates.bandwidth,
+        "write": setup.element_bytes * shape.num_parameters * 2 / rates.disk,
+    }
+    if setup.rotation_steps:
+        # Read, turned, written and read again; one forward of 16 tokens for each feature before.
+        few = 16 * shape.hidden_size / setup.world_size
+        found["rotate"] = one_pass * few / tokens + 4 * found["write"]
+    return found
+
+
+def _num_passes(setup: Pruning) -> float:
+    """Forwards of every row through every block."""
+    if not setup.needs_hessian:
+        return 1.0
+    if setup.order == "dense":
+        return 1.0
+    if setup.order == "block":
+        return 3.0 if setup.needs_teacher else 1.9
+    held = 2.0 if setup.needs_teacher else 1.0
+    return held if setup.on_device else 2.2 * held
+
+
+def _solve_operations(setup: Pruning, params: tuple[int, int]) -> tuple[float, float]:
+    """Operations for each O I^2 of a layer, and passes over its O I weights."""
+    admm, refit = params
+    if setup.method in ("magnitude", "wanda"):
+        return 0.0, _CHOICE_PASSES
+    if setup.method == "twofour":
+        return 2.0 * (2 * admm + refit + 8), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
+    if setup.method == "admm":
+        return 2.0 * (2 * admm + refit + 5), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
+    if setup.method == "sparsegpt_refit":
+        return 1.0 + 2.0 * (refit + 5), _CHOICE_PASSES + 60.0 + 30.0 * refit
+    return 1.0 + (2.0 if setup.needs_teacher else 0.0), _CHOICE_PASSES + 60.0
+
+
+def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates) -> float:
+    """Seconds of scoring: one forward with the head over `tokens` tokens in rows of `length`."""
+    operations = shape.flops.forward([length], True) * tokens / length
+    passes = 4.0 * _HEAD_PASSES / 4 * tokens * shape.vocab_size
+    return operations / rates.products + passes / rates.bandwidth
+
+
+def quantizing_seconds(shape: ModelShape, setup: Pruning, rates: Rates) -> dict[str, float]:
+    """Seconds of GPTQ with zeros kept: one walk, and a launch-bound loop over all columns."""
+    columns = sum(i * len(group) for group in shape.groups for _, i in group[:1])
+    walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
+    walk["solve"] += shape.num_blocks * columns * _GPTQ_LAUNCHES * rates.launch_s
+    return walk
+
+
+def total(parts: dict[str, float] | Sequence[float]) -> float:
+    """Their sum."""
+    return sum(parts.values() if isinstance(parts, dict) else parts)

@@ -1,0 +1,247 @@
+"""What a model weighs and keeps, read from its config alone.
+
+The model is built without weights, on the meta device, and one forward of a few tokens is traced
+there: nothing of it is computed, and everything of it is counted. So every family that transformers
+has is counted by its own code, where a formula would know of Llamas alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_utils import AttentionInterface
+
+from sparsify.costs.flops import ModelFlops, count_flops
+from sparsify.errors import InputError
+from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.watch import watch_inputs
+
+_TOKENS = 64  # traced; what is kept grows in proportion
+
+_COUNTED = "counted"
+
+_COMPILED = 17.0 / 24.9
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a causal language model; numbers of elements unless a unit is named."""
+
+    name: str
+    """class of the model"""
+    num_parameters: int
+    """a weight that is used twice counts once"""
+    num_blocks: int
+    block_parameters: int
+    """of the largest decoder block"""
+    blocks_parameters: int
+    """of all blocks together"""
+    linear_parameters: int
+    """weights of all linear layers of all blocks: what pruning takes"""
+    head_parameters: int
+    """weights of the output layer"""
+    embedding_parameters: int
+    """weights of the input embedding; the same as those of the head where they are tied"""
+    is_tied: bool
+    """whether head and embedding are one weight"""
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    """rows are no longer than this; None: no limit is known"""
+    kv_width: int
+    """elements of one token's keys and values over all layers"""
+    groups: tuple[tuple[tuple[int, int], ...], ...]
+    """of the first block: (O, I) of the linear layers that share an input, in order of execution"""
+    flops: ModelFlops
+    kept: dict[int, float]
+    """bytes of an element of the weights (2 or 4) -> bytes that one token's forward of all blocks
+    keeps for its backward, without compilation; attention keeps q, k, v, its output, and one
+    float32 a head, as flash kernels do. What cannot be traced without values is not in it"""
+    widest: int
+    """features of the widest activation of a block"""
+
+    @property
+    def outside_parameters(self) -> int:
+        """Weights outside the blocks: embedding, head and the last norm."""
+        return self.num_parameters - self.blocks_parameters
+
+
+def read_shape(config: PretrainedConfig) -> ModelShape:
+    """The sizes of the causal language model that a config describes.
+
+    Args:
+        config: of transformers, of any causal language model.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        InputError: no causal language model, no list of decoder blocks, or a kind of layer whose
+            work is not known (`flops.count_flops`).
+
+    Cost: the model's modules without weights, and two forwards of 64 tokens that compute nothing:
+    half a second for 80 blocks.
+    """
+    with torch.device("meta"):
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise InputError(f"config.json: {str(error).splitlines()[0]}") from None
+    flops = count_flops(model)  # refuses what is no plain attention
+    text = config.get_text_config()
+    _, blocks = find_blocks(model)
+    linears = linears_of(blocks[0])
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    groups, kept = _trace(model, blocks)
+    return ModelShape(
+        name=type(model).__name__,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_blocks=len(blocks),
+        block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        blocks_parameters=sum(p.numel() for p in blocks.parameters()),
+        linear_parameters=sum(
+            layer.weight.numel() for block in blocks for layer in linears_of(block).values()
+        ),
+        head_parameters=head.weight.numel(),
+        embedding_parameters=embedding.weight.numel(),
+        is_tied=head.weight is embedding.weight,
+        hidden_size=text.hidden_size,
+        vocab_size=head.weight.shape[0],
+        max_positions=getattr(text, "max_position_embeddings", None),
+        kv_width=2 * len(blocks) * kv_heads * size,
+        groups=tuple(
+            tuple((linears[n].out_features, linears[n].in_features) for n in g) for g in groups
+        ),
+        flops=flops,
+        kept=kept,
+        widest=max(max(layer.weight.shape) for layer in linears.values()),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Attention as flash kernels keep it, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError  # nothing is computed here
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
+) -> tuple[Tensor, None]:
+    output: Tensor = _Attention.apply(query, key, value)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_COUNTED, _attend)
+
+
+def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[list[str]], dict[int, float]]:
+    """The first block's layers by shared input, and what all blocks keep of a token."""
+    linears = linears_of(blocks[0])
+    given = model.config._attn_implementation
+    keys: dict[str, tuple[int, int]] = {}
+    held: list[Tensor] = []
+
+    def note(name: str, value: Tensor) -> None:
+        held.append(value)  # so that no later one gets its identity
+        keys.setdefault(name, (id(value), value._version))
+
+    kept = {}
+    try:
+        model.config._attn_implementation = _COUNTED
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype).train()
+            with watch_inputs(linears, note), _counting(blocks) as storages:
+                ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+                try:
+                    model.base_model(input_ids=ids_BT, use_cache=False)
+                except (NotImplementedError, RuntimeError):
+                    continue  # experts, say, that ask where each token goes
+            own = {p.untyped_storage()._cdata for p in model.parameters()}
+            total = sum(n for place, n in storages.items() if place not in own)
+            kept[dtype.itemsize] = total / _TOKENS
+    finally:
+        model.config._attn_implementation = given
+    found: dict[tuple[int, int], list[str]] = {}
+    for name, key in keys.items():
+        found.setdefault(key, []).append(name)
+    return list(found.values()), kept
+
+
+@contextmanager
+def _counting(blocks: nn.ModuleList) -> Iterator[dict[int, int]]:
+    """Bytes by storage of all that is kept for a backward while one of `blocks` runs."""
+    storages: dict[int, int] = {}
+    held: list[Any] = []
+    is_inside = False
+
+    def pack(value: Tensor) -> Tensor:
+        if is_inside:
+            storage = value.untyped_storage()
+            held.append(storage)
+            storages[storage._cdata] = storage.nbytes()
+        return value
+
+    def enter(*_: Any) -> None:
+        nonlocal is_inside
+        is_inside = True
+
+    def leave(*_: Any) -> None:
+        nonlocal is_inside
+        is_inside = False
+
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            yield storages
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def num_blocks_recomputed(num_blocks: int, share: float) -> int:
+    """Decoder blocks that `distill.recompute_share` has recomputed."""
+    return round(share * num_blocks)
+
+
+def kept_bytes(
+    shape: ModelShape, element_bytes: int, share_recomputed: float, compiled: bool
+) -> tuple[float, float]:
+    """Bytes a token keeps for the backward pass in all blocks, and in one block run again there.
+
+    A recomputed block keeps its input alone, and all of it for as long as its backward pass takes.
+    A compiled block keeps what the min-cut partitioner leaves: `_COMPILED` of the eager bytes in
+    half precision, counted for a Llama block (17.0 of 24.9 values of the hidden width); the same
+    share is taken for float32.
+
+    Raises:
+        InputError: the model's layers could not be traced without values.
+    """
+    if element_bytes not in shape.kept:
+        raise InputError(
+            f"{shape.name}: what its layers keep for the backward pass cannot be counted without "
+            "weights (experts that ask where each token goes?); its training cannot be planned"
+        )
+    share = _COMPILED if compiled else 1.0
+    whole = share * shape.kept[element_bytes] / shape.num_blocks
+    again = num_blocks_recomputed(shape.num_blocks, share_recomputed)
+    inputs = again * shape.hidden_size * element_bytes
+    return (shape.num_blocks - again) * whole + inputs, whole if again else 0.0

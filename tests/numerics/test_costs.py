@@ -1,0 +1,201 @@
+"""What a plan counts, against models that were made, steps that were taken and files on record."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
+
+from sparsify.costs.cards import cards, find_card
+from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
+from sparsify.costs.layout import Pruning, Training
+from sparsify.costs.memory import pruning_memory, training_memory
+from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
+from sparsify.costs.shapes import ModelShape, kept_bytes, read_shape
+from sparsify.errors import InputError
+from sparsify.formats.packed24 import packed_num_bytes
+from sparsify.models.structure import find_blocks, linears_of
+from sparsify.pattern import Pattern
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+    num_hidden_layers=32, vocab_size=128256, tie_word_embeddings=False,
+)  # fmt: skip
+LLAMA_2_70B = LlamaConfig(
+    hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+    num_hidden_layers=80, vocab_size=32000, tie_word_embeddings=False,
+)  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 320,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelShape:
+    return read_shape(LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL), LlamaConfig(**SMALL, tie_word_embeddings=True),
+        Qwen3Config(**SMALL, head_dim=16), MixtralConfig(**SMALL, num_local_experts=4),
+    ],
+)  # fmt: skip
+def test_counts_are_those_of_the_model_itself(config: Any) -> None:
+    shape = read_shape(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    _, blocks = find_blocks(model)
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    assert shape.blocks_parameters == sum(p.numel() for p in blocks.parameters())
+    assert shape.linear_parameters == sum(
+        layer.weight.numel() for block in blocks for layer in linears_of(block).values()
+    )
+    assert shape.is_tied is config.tie_word_embeddings
+    assert shape.outside_parameters + shape.blocks_parameters == shape.num_parameters
+
+
+def test_published_models_have_their_published_sizes(llama: ModelShape) -> None:
+    assert llama.num_parameters == 8_030_261_248
+    assert llama.linear_parameters == 6_979_321_856
+    assert llama.groups == (
+        ((4096, 4096), (1024, 4096), (1024, 4096)), ((4096, 4096),),
+        ((14336, 4096), (14336, 4096)), ((4096, 14336),),
+    )  # fmt: skip
+    large = read_shape(LLAMA_2_70B)
+    assert large.num_parameters == 68_976_648_192
+    assert kv_cache_bytes(large, 4096) == pytest.approx(1.34e9, rel=0.01)
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen3Config(**SMALL, head_dim=16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_a_real_step_keeps(config: Any, dtype: torch.dtype) -> None:
+    model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    held = []
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        held.append(storage)
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        model.model(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+    real = sum(found.values()) / 512
+    # The real step also keeps what comes before and after the blocks: the last norm's input.
+    assert read_shape(config).kept[dtype.itemsize] == pytest.approx(real, rel=0.06)
+
+
+def test_recomputed_blocks_keep_their_inputs(llama: ModelShape) -> None:
+    everything, _ = kept_bytes(llama, 2, 0.0, False)
+    nothing, again = kept_bytes(llama, 2, 1.0, False)
+    assert nothing == 32 * 4096 * 2
+    assert again == pytest.approx(everything / 32)
+    assert everything / 32 / 8192 == pytest.approx(24.9, rel=0.03)  # counted in a real block
+    with pytest.raises(InputError, match="cannot be counted without weights"):
+        kept_bytes(replace(llama, kept={}), 2, 0.0, False)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_are_divided_as_zero_divides_them(llama: ModelShape, stage: int) -> None:
+    setup = Training(world_size=8, gpus_per_node=8, zero_stage=stage, sequence_length=128)
+    parts = training_memory(llama, None, setup).parts
+    count = llama.num_parameters
+    assert parts["masters"] == 4 * count / 8
+    assert parts["moments"] == 8 * count / 8
+    assert parts["student"] == 2 * count / (8 if stage == 3 else 1)
+    assert parts["teacher"] == 0
+    offloaded = training_memory(llama, None, replace(setup, offload_optimizer=True))
+    assert offloaded.parts["masters"] + offloaded.parts["moments"] == 0
+    assert offloaded.host == 12 * count / 8
+
+
+def test_less_is_held_with_more_workers_recomputing_and_splitting(llama: ModelShape) -> None:
+    setup = Training(world_size=8, gpus_per_node=8, sequence_length=2048, micro_batch_size=4)
+    whole = training_memory(llama, llama, setup).total
+    for change in (
+        {"world_size": 32}, {"recompute_share": 0.5}, {"teacher_placement": "node"},
+        {"micro_batch_size": 1}, {"compile": True}, {"zero_stage": 3}, {"teacher_bytes": 1},
+    ):  # fmt: skip
+        changed: Training = replace(setup, **change)  # type: ignore[arg-type]
+        assert training_memory(llama, llama, changed).total < whole, change
+
+
+def test_packed_sizes_are_those_of_the_packed_file() -> None:
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 256})
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    name, blocks = find_blocks(model)
+    layers = [f"{name}.{i}.{n}" for i, block in enumerate(blocks) for n in linears_of(block)]
+    expected = packed_num_bytes(model.state_dict(), layers, Pattern.parse("2:4"))
+    sizes = {(d.format, d.is_packed): d.weight_bytes for d in deployed_sizes(read_shape(config))}
+    assert sizes["bf16", True] == expected
+
+
+def test_sizes_of_the_published_sparse_llama(llama: ModelShape) -> None:
+    sizes = {(d.format, d.is_packed): d.weight_bytes / 1e9 for d in deployed_sizes(llama)}
+    assert sizes["bf16", False] == pytest.approx(16.07, rel=0.002)  # its four files
+    assert sizes["fp8", False] == pytest.approx(9.08, rel=0.005)
+    assert sizes["bf16", True] == pytest.approx(9.95, rel=0.002)
+    assert sizes["int4", True] == pytest.approx(4.83, rel=0.005)  # its W4A16 file
+
+
+def test_llama_2_70b_on_single_cards() -> None:
+    shape = read_shape(LLAMA_2_70B)
+    sizes = {(d.format, d.is_packed): d.weight_bytes for d in deployed_sizes(shape)}
+    assert sizes["int8", False] == pytest.approx(69.0e9, rel=0.01)
+    usable = {name: 0.95 * card.memory_bytes for name, card in cards().items()}
+    assert sizes["int4", False] + 1e9 < usable["a100-40"]
+    assert usable["a100-40"] < sizes["int8", False] + 1e9 < 2 * usable["a100-40"]
+    trained = sum(adapter_memory(shape, AdapterTraining(rank=4)).values())
+    assert trained == pytest.approx(39.56e9, rel=0.05)  # on one A100 of 40 GB
+    assert trained < usable["l40s"]
+
+
+def test_a_step_is_its_operations_on_rates_that_leave_nothing_else(llama: ModelShape) -> None:
+    rates = replace(rates_of(cards()["h100"], 2), bandwidth=1e30, attention=1e12, products=1e12)
+    setup = Training(sequence_length=8192, num_micro_batches=2)
+    seconds = sum(step_seconds(llama, llama, setup, rates).values())
+    forward = llama.flops.forward([8192])
+    linear = 2 * 8192 * (llama.flops.num_block_weights + llama.flops.num_head_weights)
+    # Attention's backward is five products for two of forward, where twice would be four.
+    expected = 2 * (4 * linear + 4.5 * (forward - linear)) / 1e12
+    assert seconds == pytest.approx(expected, rel=1e-9)
+
+
+def test_traffic_is_the_rings(llama: ModelShape) -> None:
+    whole = 2 * llama.num_parameters * 7 / 8
+    setup = Training(world_size=8, gpus_per_node=8, num_micro_batches=4)
+    assert traffic(llama, None, replace(setup, zero_stage=1)) == 3 * whole
+    assert traffic(llama, None, setup) == 9 * whole
+    assert traffic(llama, None, replace(setup, zero_stage=3)) == 12 * whole
+    assert traffic(llama, None, replace(setup, world_size=1)) == 0
+
+
+def test_pruning_is_shared_by_workers(llama: ModelShape) -> None:
+    one, eight = (Pruning(num_samples=512, world_size=count) for count in (1, 8))
+    rates = rates_of(cards()["h100"], 2)
+    times = [pruning_seconds(llama, setup, rates) for setup in (one, eight)]
+    for part in ("forward", "statistics", "solve"):
+        assert times[1][part] == pytest.approx(times[0][part] / 8)
+    assert times[0]["factor"] == times[1]["factor"]
+    assert pruning_memory(llama, eight).total < pruning_memory(llama, one).total
+
+
+def test_cards_say_what_they_are_and_where_that_is_from() -> None:
+    assert set(cards()) == {
+        "a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "rtx5090",
+    }  # fmt: skip
+    for card in cards().values():
+        assert card.source.startswith("https://")
+        assert card.flops["bf16"] > card.flops["fp32"] > 1e12
+        assert 1e11 < card.bandwidth < 1e13
+    with pytest.raises(InputError, match="did you mean h100"):
+        find_card("h10", "cluster.card")

@@ -1,0 +1,241 @@
+"""The command `plan`: what fits, the preflight's word, calibration, budget and simulation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.stages
+from conf.schema import Config, PlanJobConfig
+from jobs import plan as command
+from jobs.cli.compose import load_config
+from jobs.planning.budget import make_budget
+from jobs.planning.calibration import read_calibration
+from jobs.planning.choices import Recovery
+from jobs.planning.layouts import machine_of, training_of
+from jobs.planning.models import shape_of
+from jobs.planning.preflight import check_pruning, check_recovery
+from jobs.planning.run import make_plan, recovery_of
+from jobs.planning.simulation import simulate_sizes
+from jobs.reporting import plan as text
+from jobs.runs.models import Models
+from sparsify.costs.scaling import LAWS, cheapest_small_model
+from sparsify.errors import InputError
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+
+
+def plan_config(*words: str) -> PlanJobConfig:
+    config: PlanJobConfig = load_config("plan", [f"model.path={LLAMA}", "+cluster=h100x8", *words])
+    return config
+
+
+def unused(command: str) -> Config:
+    raise AssertionError(command)
+
+
+def test_the_plan_has_every_part_and_reads_well() -> None:
+    found = make_plan(plan_config("plan.price=2"), unused)
+    json.dumps(found, allow_nan=False)
+    assert set(found["time"]["stages_s"]) == {"prune", "distill", "evaluate", "quantize", "export"}
+    assert found["time"]["money"] == pytest.approx(2 * found["time"]["gpu_hours"])
+    assert found["recovery"]["asked"]["fits"]
+    assert found["recovery"]["by_stage"][3]["parts"]["student"] * 8 == pytest.approx(16.06e9, 0.01)
+    lines = text.plan_lines(found)
+    told = "\n".join(lines)
+    for word in ("masters", "Hessians", "GPU-hours", "by Young", "2:4 packed", "QLoRA", "network"):
+        assert word in told
+    assert max(map(len, lines)) <= 130
+
+
+def test_what_the_choice_says_fits_does() -> None:
+    config = plan_config("data.sequence_length=8192")
+    machine, (shape, _) = machine_of(config, 0.95), shape_of(LLAMA)
+    best = recovery_of(config, machine, shape).cheapest()
+    assert best is not None
+    assert best.memory.total <= machine.memory_bytes
+    again = plan_config("data.sequence_length=8192", *best.overrides())
+    check_recovery(again, Path(LLAMA))
+    chosen = recovery_of(again, machine, shape)
+    assert chosen.choice().memory.total == pytest.approx(best.memory.total)
+    fitting = [choice for choice in chosen.every() if chosen.fits(choice)]
+    assert min(choice.step_s for choice in fitting) >= best.step_s / 1.01
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["data.sequence_length=8192"], "use distill.zero_stage=3 .*distill.micro_batch_size=1"),
+        (["model.path=Llama-2-70B"], "needs .* GB on every GPU"),
+        (["cluster.card=rtx4090", "cluster.num_workers=1", "cluster.num_nodes=1"], "offloading"),
+    ],
+)
+def test_a_run_that_cannot_fit_is_refused_with_the_way_out(words: list[str], reason: str) -> None:
+    config = plan_config(*words)
+    with pytest.raises(InputError, match=reason) as caught:
+        check_recovery(config, Path(config.model.path))
+    assert "\n" not in str(caught.value)
+
+
+def test_pruning_that_cannot_fit_is_refused_with_the_way_out() -> None:
+    fits = plan_config("model.path=Llama-2-70B")
+    check_pruning(fits, Path("Llama-2-70B"))
+    config = plan_config(
+        "model.path=Llama-2-70B", "cluster.card=rtx4090", "prune.batch_size=64",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"use .*prune.batch_size=\d+"):
+        check_pruning(config, Path("Llama-2-70B"))
+
+
+def test_nobody_looks_where_no_card_is_named() -> None:
+    config = plan_config("cluster.card=null", "data.sequence_length=8192")
+    check_recovery(config, Path("nowhere"))
+    check_pruning(config, Path("nowhere"))
+    with pytest.raises(InputError, match=r"cluster.card: is not known"):
+        make_plan(config, unused)
+
+
+@pytest.mark.parametrize("stage", ["prune", "distill"])
+def test_the_stage_itself_refuses(stage: str, tmp_path: Path) -> None:
+    facts = json.loads(Path("sparsify/costs/published/llama-2-70b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    config = plan_config(f"model.path={tmp_path}", "cluster.card=rtx4090", "prune.batch_size=64")
+    check = jobs.stages.stage(stage).check
+    assert check is not None
+    with pytest.raises(InputError, match=rf"^{stage}: .*GeForce RTX 4090 24 GB has 24.1 to give"):
+        check(config, Models(tmp_path, ()))
+
+
+def test_what_cannot_be_counted_is_said_and_not_refused(capsys: Any, tmp_path: Path) -> None:
+    facts = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    check_recovery(plan_config(), tmp_path)
+    check_pruning(plan_config(), tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all("nobody looks whether it fits the cards" in line for line in said)
+
+
+def test_a_card_or_model_that_is_not_known_is_one_line() -> None:
+    with pytest.raises(InputError, match="did you mean h100"):
+        make_plan(plan_config("cluster.card=h101"), unused)
+    with pytest.raises(InputError, match=r"config\.json, which is all that is needed"):
+        make_plan(plan_config("model.path=/nowhere/model"), unused)
+
+
+def test_config_json_alone_is_enough(tmp_path: Path) -> None:
+    facts = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(facts), encoding="utf-8")
+    shape, note = shape_of(str(tmp_path))
+    assert (shape.num_blocks, note) == (2, None)
+
+
+def write_run(folder: Path, words: str, tokens_per_s: float) -> None:
+    stage = folder / "distill"
+    stage.mkdir(parents=True)
+    record = {"command": f"python -m jobs.prune {words}", "metrics": {"tokens_per_s": tokens_per_s}}
+    (stage / "record.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_records_correct_the_times(tmp_path: Path) -> None:
+    config = plan_config()
+    machine, (shape, _) = machine_of(config, 1.0), shape_of(LLAMA)
+    setup = training_of(config, machine)
+    recovery = Recovery(shape, shape, setup, machine, machine.rates(2))
+    planned = 768 * 2048 / recovery.choice().step_s
+    write_run(tmp_path / "a", f"model.path={LLAMA} +cluster=h100x8", planned / 2)
+    write_run(tmp_path / "b", f"model.path={LLAMA} +cluster=h100x8", planned / 0.5)
+
+    def load(line: str) -> Config:
+        return command._config_of(line)
+
+    names = [str(tmp_path / "a"), str(tmp_path / "b")]
+    found = read_calibration(names, machine, load)
+    assert found.ratios["distill"] == pytest.approx([2.0, 0.5])
+    assert found.factor("distill") == pytest.approx(1.0)
+    assert found.factor("prune") == 1.0
+    slow = make_plan(plan_config(f"plan.records=[{names[0]}]"), load)
+    quick = make_plan(plan_config(), load)
+    for plan in (slow, quick):
+        assert plan["recovery"]["step"]["step_s"] > 0
+    ratio = slow["recovery"]["step"]["step_s"] / quick["recovery"]["step"]["step_s"]
+    assert ratio == pytest.approx(2.0)
+    with pytest.raises(InputError, match="no such folder or file"):
+        read_calibration([str(tmp_path / "none")], machine, load)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no finished prune or distill stage"):
+        read_calibration([str(tmp_path / "empty")], machine, load)
+
+
+def test_scaling_laws_have_their_published_optimum() -> None:
+    # Hoffmann et al., table A.3, approach 3: Gopher's budget of 5.76e23 takes 40 B parameters.
+    size, tokens = LAWS[0].optimal(5.76e23)
+    assert size == pytest.approx(40e9, rel=0.25)
+    assert 6 * size * tokens == pytest.approx(5.76e23)
+    for law in LAWS:
+        size, tokens = law.optimal(1e23)
+        best = law.loss(size, tokens)
+        for factor in (0.7, 1.4):
+            assert law.loss(size * factor, tokens / factor) > best
+        assert law.tokens_for(size, best) == pytest.approx(tokens, rel=1e-6)
+
+
+def test_without_serving_the_cheapest_model_is_the_compute_optimal_one() -> None:
+    law = LAWS[1]
+    size, tokens = law.optimal(1e22)
+    found = cheapest_small_model(
+        law, law.loss(size, tokens), 100 * size, lambda work: work, lambda size: 0.0
+    )
+    assert found.num_parameters == pytest.approx(size, rel=0.02)
+    assert found.training == pytest.approx(1e22, rel=1e-3)
+    served = cheapest_small_model(
+        law, law.loss(size, tokens), 100 * size, lambda work: work, lambda size: 1e13 * size
+    )
+    assert served.num_parameters < found.num_parameters  # and trained longer
+    assert served.num_tokens > found.num_tokens
+
+
+def test_budget_compares_at_equal_loss() -> None:
+    found = make_budget(plan_config("plan.served_tokens=1e13"))
+    few = make_budget(plan_config("plan.served_tokens=1e10"))
+    for ways, less in zip(found["ways"], few["ways"], strict=True):
+        assert ways["training_hours"] == less["training_hours"]
+        assert ways["serving_hours"] == pytest.approx(1000 * less["serving_hours"])
+    assert found["small"][0]["parameters"] < few["small"][0]["parameters"]
+    told = "\n".join(text.budget_lines(found))
+    assert "Hoffmann 2022" in told
+    assert "Besiroglu 2024" in told
+    with pytest.raises(InputError, match=r"cluster\.card"):
+        make_budget(load_config("plan", ["model.path=embedded"]))
+
+
+def test_simulation_covers_the_sizes_and_draws(tmp_path: Path) -> None:
+    config = plan_config("plan.num_runs=10", "plan.most_gpus=64", "plan.gpu_mtbf_hours=500")
+    found = simulate_sizes(config)
+    rows = found["rows"]
+    assert [row["gpus"] for row in rows] == [8, 16, 32, 64]
+    for row in rows:
+        assert row["finish_s"]["0.1"] <= row["finish_s"]["0.5"] <= row["finish_s"]["0.9"]
+        assert row["work_s"] <= row["finish_s"]["0.1"]
+        assert 0 < row["goodput"] <= 1
+    assert "goodput" in text.simulation_lines(found)[2]
+    drawing = text.simulation_plot(found)
+    assert drawing.startswith("<svg ")
+    assert drawing.count("polyline") >= 2
+    config = replace(config, plan=replace(config.plan, show="simulate", out=str(tmp_path / "out")))
+    said = command.run(config)
+    assert (tmp_path / "out" / "simulate.svg").read_text(encoding="utf-8") == drawing
+    assert json.loads((tmp_path / "out" / "simulate.json").read_text(encoding="utf-8")) == found
+    assert "written:" in said
+
+
+def test_first_word_names_what_is_shown(capsys: Any) -> None:
+    (line,) = (e for e in command.COMMAND.examples if e.startswith("budget"))
+    assert command.words_of(shlex.split(line))[0] == "plan.show=budget"
+    assert command.words_of(["model.path=x"]) == ["model.path=x"]
