@@ -20,6 +20,7 @@ from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
 from jobs.cli.command import Command
+from jobs.cli.submit import remember_here
 from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
@@ -71,6 +72,7 @@ def run_pipeline(config: Config, job: str) -> Path:
     command = shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(run_dir))
+        remember_here(run_dir, job, command)
         display = stack.enter_context(Display())
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)

@@ -78,15 +78,20 @@ def _run(command: Command, argv: list[str]) -> None:
         print(_help.version())
         return
     # Here, because Hydra costs half a second that help and unknown flags do not need.
+    from jobs.cli import submit
     from jobs.cli.compose import launch, print_config
 
     def act(config: Any) -> None:
+        typed = [word for word in sys.argv[1:] if word not in FLAGS]
         if "--print-config" in flags:
             print_config(config)
         if "--dry-run" in flags:
             print("\n".join(command.plan(config)))
+            if submit.runs_elsewhere(config):
+                print(submit.describe(command, config, typed))
         if not flags:
-            print(command.run(config))
+            elsewhere = submit.runs_elsewhere(config)
+            print(submit.submit(command, config, typed) if elsewhere else command.run(config))
 
     launch(command, words, hydra_flags, act, is_dry=bool(flags))
 
