@@ -59,7 +59,7 @@ class SlurmSpec:
     container: str | None = None
     """image for `apptainer exec --nv`, with this environment in it; see cluster/images"""
     extra: list[str] = dataclasses.field(default_factory=list)
-    """further options of sbatch, such as [--mail-type=END,--reservation=mine]"""
+    """further options of sbatch, such as ["--mail-type=END","--reservation=mine"]"""
 
     def __post_init__(self) -> None:
         for name, pattern, like in (

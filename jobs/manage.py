@@ -15,7 +15,7 @@ from cluster.errors import ClusterError
 from cluster.kinds import get_kind
 from cluster.kinds._base import DONE, STOPPED, Job, Status
 from conf.options.run import STAGES
-from jobs.cli.submit import cluster_mistakes, told
+from jobs.cli.submit import ask, cluster_mistakes, told
 from sparsify.errors import InputError
 
 _EXIT_INPUT = 2
@@ -120,17 +120,10 @@ def _logs(job: Job, options: argparse.Namespace) -> int:
         for line in kind.logs(job):
             print(line)
         return 0
-    status = kind.attach(job, lambda line: print(line, flush=True), _ask)
+    status = kind.attach(job, lambda line: print(line, flush=True), ask)
     if status.is_alive:
         return 0
     return {DONE: 0, STOPPED: os.EX_TEMPFAIL}.get(status.state, status.exit_code or 1)
-
-
-def _ask(question: str) -> bool:
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except (EOFError, KeyboardInterrupt):
-        return False
 
 
 def _cancel(job: Job, options: argparse.Namespace) -> int:

@@ -66,6 +66,8 @@ class Kind(ABC):
     """One way to run a command elsewhere."""
 
     name: str
+    follows = False
+    """whether a command that is submitted shows what its job prints, until that ends"""
 
     @abstractmethod
     def files(self, spec: ClusterSpec, job: Job) -> dict[str, str]:
@@ -153,5 +155,6 @@ def call(words: list[str], doing: str, timeout_s: float = 60.0, stdin: str | Non
         raise ClusterError(f"{doing}: {words[0]} did not answer for {timeout_s:g} s") from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        said = said.replace(f"{words[0]}: ", "").removeprefix("error: ")
         raise ClusterError(f"{doing}: {words[0]}: {said}")
     return done.stdout.strip()

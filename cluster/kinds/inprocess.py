@@ -6,6 +6,7 @@ import contextlib
 import os
 import runpy
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,12 @@ class InProcess(Kind):
             try:
                 os.chdir(job.directory)
                 sys.argv = [job.command[1], *job.command[2:]]
-                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                with (
+                    contextlib.redirect_stdout(log), contextlib.redirect_stderr(log),
+                    warnings.catch_warnings(),
+                ):  # fmt: skip
+                    # The module may be the one that is submitting, and is there already.
+                    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
                     runpy.run_module(job.command[1], run_name="__main__", alter_sys=False)
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -66,9 +66,12 @@ class Slurm(Kind):
                 f"{doing}: cluster.kind=slurm needs sbatch, which is not on PATH; log in to a "
                 "login node of the cluster, or choose another cluster.kind"
             )
+        script = str(job.folder / SCRIPT)
         try:
+            # More nodes, cores or GPUs than there are would wait in the queue for ever.
+            call(["sbatch", "--test-only", script], doing)
             # The environment goes along (PATH, HF_HOME, a tracker's key), never into a file.
-            said = call(["sbatch", "--parsable", "--export=ALL", str(job.folder / SCRIPT)], doing)
+            said = call(["sbatch", "--parsable", "--export=ALL", script], doing)
         except ClusterError as error:
             raise ClusterError(f"{error}{_what_there_is()}") from None
         return said.split(";")[0]
@@ -224,7 +227,7 @@ def _what_there_is() -> str:
         said = call(["sinfo", "--noheader", "--format=%R: %D nodes, %c cores, %G"], "sinfo")
     except ClusterError:
         return ""
-    return f"; this Slurm has {'; '.join(said.splitlines())}"
+    return f"; this Slurm has {'; '.join(said.replace('(null)', 'no GPUs').splitlines())}"
 
 
 KIND = Slurm()

@@ -81,6 +81,8 @@ def _run(command: Command, argv: list[str]) -> None:
     from jobs.cli import submit
     from jobs.cli.compose import launch, print_config
 
+    elsewhere: list[tuple[Any, list[str]]] = []
+
     def act(config: Any) -> None:
         typed = [word for word in sys.argv[1:] if word not in FLAGS]
         if "--print-config" in flags:
@@ -89,11 +91,14 @@ def _run(command: Command, argv: list[str]) -> None:
             print("\n".join(command.plan(config)))
             if submit.runs_elsewhere(config):
                 print(submit.describe(command, config, typed))
-        if not flags:
-            elsewhere = submit.runs_elsewhere(config)
-            print(submit.submit(command, config, typed) if elsewhere else command.run(config))
+        if not flags and submit.runs_elsewhere(config):
+            elsewhere.append((config, typed))
+        elif not flags:
+            print(command.run(config))
 
     launch(command, words, hydra_flags, act, is_dry=bool(flags))
+    for config, typed in elsewhere:  # here, where no Hydra is at work any more
+        print(submit.submit(command, config, typed))
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str], list[str]]:

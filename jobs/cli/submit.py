@@ -16,12 +16,12 @@ import yaml
 from cluster import launch
 from cluster.errors import ClusterError
 from cluster.kinds import get_kind
-from cluster.kinds._base import Job
+from cluster.kinds._base import FAILED, STOPPED, Job
 from cluster.kinds.local import process_id
 from cluster.spec import ClusterSpec
 from conf.schema import default_run_dir, to_dict
 from jobs.cli.command import Command
-from sparsify.errors import InputError
+from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,12 +48,30 @@ def submit(command: Command, config: Any, words: Sequence[str]) -> str:
 
     Raises:
         InputError: it is refused, or its run has a job already.
+        StoppedEarlyError, TwofourError: of a kind that follows its jobs: how this one ended.
     """
     job = _job(command, config, words)
     options = {f"{_OPTIONS}.yaml": _options_file(command, config, job)}
     with cluster_mistakes():
         job = launch.submit(config.cluster, job, options)
-    return told(job)
+        kind = get_kind(job.kind)
+        if not kind.follows:
+            return told(job)
+        print(told(job), flush=True)
+        status = kind.attach(job, lambda line: print(line, flush=True), ask)
+    if status.state == STOPPED:
+        raise StoppedEarlyError(f"job {job.id} has stopped: {status.detail}")
+    if status.state == FAILED:
+        raise TwofourError(f"job {job.id} has failed: {status.detail}")
+    return job.run_dir
+
+
+def ask(question: str) -> bool:
+    """Whether the person at the terminal says yes; nobody there, or Ctrl-C, is no."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        return False
 
 
 def told(job: Job) -> str:
@@ -132,7 +150,9 @@ def _options_file(command: Command, config: Any, job: Job) -> str:
     for name in groups:
         inner = inner[name]
     inner[leaf] = job.run_dir
-    plain = {"defaults": ["options", "_self_"], **_without_interpolations(plain)}
+    # Twice, since what Hydra has composed is read once more, into the dataclasses.
+    plain = _without_interpolations(_without_interpolations(plain))
+    plain = {"defaults": ["options", "_self_"], **plain}
     text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6)
     if "\n" in job.typed or not job.typed.isprintable():
         return text

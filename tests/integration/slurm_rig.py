@@ -1,6 +1,8 @@
 """A real Slurm with two hosts on this machine: two network namespaces on one bridge; needs root.
 
-    python tests/slurm/rig.py [SHARED FOLDER]...   # prints its SLURM_CONF, runs until Ctrl-C
+    python tests/integration/slurm_rig.py [SHARED FOLDER]...
+
+prints its SLURM_CONF and runs until Ctrl-C.
 
 Each host is a set of namespaces of its own (network, processes, name, mounts) in which a slurmd
 runs, so that Ray's processes, /tmp/ray, shared memory and addresses of one are not the other's.
