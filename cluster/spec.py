@@ -18,6 +18,7 @@ KINDS = tuple(
 
 _NAME = re.compile(r"[\w.@/+-]+", re.ASCII)
 _EXPRESSION = re.compile(r"[\w.,&|*()\[\]:@-]+", re.ASCII)
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}", re.ASCII)
 _EXTRA = re.compile(r"--[a-z][a-z-]*(=[^\x00-\x1f\x7f]*)?", re.ASCII)
 
@@ -102,6 +103,42 @@ class SlurmSpec:
             )
 
 
+@dataclass
+class KubeRaySpec:
+    """What to ask of Kubernetes with cluster.kind=kuberay."""
+
+    image: str | None = None
+    """container image with the project in it (cluster/images/Dockerfile); needed"""
+    namespace: str = "default"
+    """namespace of the job"""
+    claim: str | None = None
+    """persistent volume claim with model, text and run.dir, which all pods mount"""
+    mount: str = "/shared"
+    """path at which pods see the claim"""
+    memory: str = "64Gi"
+    """memory of each machine's pod"""
+    secret: str | None = None
+    """Kubernetes secret whose keys become environment variables, such as WANDB_API_KEY"""
+    node_selector: list[str] = dataclasses.field(default_factory=list)
+    """labels that nodes must have, such as ["gpu=h100"]"""
+
+    def __post_init__(self) -> None:
+        for name, pattern, like in (
+            ("image", re.compile(r"[\w.:/@-]+", re.ASCII), "an image such as registry/twofour:1"),
+            ("namespace", _LABEL, "lower-case letters, digits and dashes"),
+            ("claim", _LABEL, "lower-case letters, digits and dashes"),
+            ("mount", re.compile(r"/[\w./-]+", re.ASCII), "an absolute path"),
+            ("memory", re.compile(r"\d+[KMGT]i?", re.ASCII), "a size such as 64Gi"),
+            ("secret", _LABEL, "lower-case letters, digits and dashes"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not pattern.fullmatch(value):
+                raise ValueError(f"cluster.kuberay.{name}={value!r}: must be {like}")
+        for label in self.node_selector:
+            if not re.fullmatch(r"[\w./-]+=[\w.-]*", label, re.ASCII):
+                raise ValueError(f"cluster.kuberay.node_selector: {label!r}: must be key=value")
+
+
 def _seconds(time: str) -> int:
     """A time limit as Slurm reads it."""
     days, dash, rest = time.rpartition("-")
@@ -142,6 +179,7 @@ class ClusterSpec:
     dashboard: bool = True
     """start the Ray dashboard on a local Ray (127.0.0.1 only)"""
     slurm: SlurmSpec = dataclasses.field(default_factory=SlurmSpec)
+    kuberay: KubeRaySpec = dataclasses.field(default_factory=KubeRaySpec)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -7,11 +7,14 @@ The job goes on when the machine that submitted it is closed. What the command r
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +32,11 @@ _STATES = {"PENDING": WAITING, "RUNNING": RUNNING, "STOPPED": STOPPED, "SUCCEEDE
 
 _STOP_WAIT_S = 600
 """what a job has for its checkpoint after it was asked to stop; Ray's own 3 s hold none"""
+
+_AGENT_WAIT_S = 60.0
+
+# Its client says on stderr what it packs and uploads.
+logging.getLogger("ray").setLevel(logging.WARNING)
 
 _Answer = TypeVar("_Answer")
 
@@ -67,10 +75,22 @@ class RayJobs(Kind):
             "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
             "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
         }  # fmt: skip
-        _asked(doing, lambda: client.submit_job(
-            entrypoint=self._entrypoint(job), submission_id=number, metadata={"name": job.name},
+        submit = partial(
+            client.submit_job,
+            entrypoint=self._entrypoint(job),
+            submission_id=number,
+            metadata={"name": job.name},
             runtime_env={"working_dir": str(_staged(job)), "env_vars": environment},
-        ))  # fmt: skip
+        )
+        deadline_s = time.monotonic() + _AGENT_WAIT_S
+        while True:
+            try:
+                _asked(doing, submit)
+                break
+            except ClusterError as error:  # a Ray that has just been started says so
+                if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(2.0)
         return f"{number}@{address}"
 
     def status(self, job: Job) -> Status:
@@ -92,7 +112,7 @@ class RayJobs(Kind):
             yield from _asked(doing, lambda: client.get_job_logs(number)).splitlines()
             return
         loop, rest = asyncio.new_event_loop(), ""
-        parts = client.tail_job_logs(number)
+        parts: Any = client.tail_job_logs(number)  # an asynchronous generator
         try:
             while True:
                 part = _asked(doing, lambda: loop.run_until_complete(anext(parts, None)))

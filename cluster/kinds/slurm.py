@@ -193,6 +193,7 @@ def _values(spec: ClusterSpec, job: Job, workers: int) -> str:
         "bin": bin_folder,
         "modules": slurm.modules,
         "setup": slurm.setup or "",
+        "container": slurm.container or "",
         "inside": inside,
         "interface": slurm.interface or "",
         "nodes": spec.num_nodes,

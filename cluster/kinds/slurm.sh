@@ -118,11 +118,12 @@ free_port() {
 cd "$directory"
 export PYTHONPATH=$root OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TWOFOUR_SUBMITTED=slurm
 if [ -n "$interface" ]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi
-for module in "${modules[@]}"; do module load "$module"; done
-# shellcheck disable=SC1090
-if [ -n "$setup" ]; then
-    set +u # files of others may read what is not set
-    source "$setup"
+# A container gets what they set through the environment of the first role, and has no modules.
+if [ -z "$container" ] || [ -z "${1-}" ]; then
+    set +u # what others wrote may read what is not set
+    for module in "${modules[@]}"; do module load "$module"; done
+    # shellcheck disable=SC1090
+    if [ -n "$setup" ]; then source "$setup"; fi
     set -u
 fi
 if [ -n "$bin" ]; then export PATH=$bin:$PATH; fi
