@@ -64,8 +64,14 @@ def find_job(run_dir: Path) -> Job:
     """
     path = run_dir.absolute() / ".cluster" / RECORD
     try:
+        found = path.parent.lstat()
+        if not _is_own(found) or found.st_mode & 0o022:
+            raise ClusterError(
+                f"{path.parent}: others may have written it, so its record is not followed"
+            )
         known = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**{**known, "command": tuple(known["command"])})
+        job = Job(**{**known, "command": tuple(known["command"])})
+        return dataclasses.replace(job, run_dir=str(run_dir.absolute()))
     except FileNotFoundError:
         raise ClusterError(f"{run_dir}: no command was started for this folder") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -98,7 +104,7 @@ def _not_alive(job: Job) -> None:
     """Require that the run has no job that may still write to it."""
     try:
         before = find_job(Path(job.run_dir))
-    except ClusterError:
+    except ClusterError:  # none, or one that nobody can follow
         return
     status = get_kind(before.kind).status(before)
     if status.is_alive:
@@ -113,12 +119,16 @@ def _private_folder(folder: Path) -> None:
     """Make the folder for its owner alone; what is in it is run, and it may hold a token."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        if not _is_own(folder.lstat()):
             raise ClusterError(f"{folder}: is not a folder of yours; choose another run.dir")
         folder.chmod(0o700)
     except OSError as error:
         raise ClusterError(f"{folder}: cannot be made ({error.strerror})") from None
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Whether it is a folder, and no link, of the user who runs this."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def _write(path: Path, text: str) -> None:

@@ -72,8 +72,9 @@ def run_pipeline(config: Config, job: str) -> Path:
     command = shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(run_dir))
-        remember_here(run_dir, job, command)
         display = stack.enter_context(Display())
+        if unknown := remember_here(run_dir, job, command):
+            display.say(unknown)
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         models = find_models(config, run_dir, PIPELINE)
         check_inputs(config.data, models)

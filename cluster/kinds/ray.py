@@ -36,7 +36,12 @@ _STOP_WAIT_S = 600
 _AGENT_WAIT_S = 60.0
 
 # Its client says on stderr what it packs and uploads.
-logging.getLogger("ray").setLevel(logging.WARNING)
+for _name in (
+    "dashboard.modules.dashboard_sdk",
+    "dashboard.modules.job.sdk",
+    "_private.runtime_env",
+):
+    logging.getLogger(f"ray.{_name}").setLevel(logging.WARNING)
 
 _Answer = TypeVar("_Answer")
 
@@ -101,7 +106,7 @@ class RayJobs(Kind):
         state = _STATES.get(word, FAILED)
         if state == FAILED and code == os.EX_TEMPFAIL:
             state = STOPPED
-        said = " ".join(str(info.message or "").split())[:200]
+        said = " ".join(str(info.message or "").split(", last available logs")[0].split())
         return Status(state, f"{word.lower()}{': ' if said else ''}{said}", code)
 
     def logs(self, job: Job, follow: bool = False) -> Iterator[str]:

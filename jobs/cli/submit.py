@@ -85,8 +85,10 @@ def told(job: Job) -> str:
     ])  # fmt: skip
 
 
-def remember_here(run_dir: Path, job: str, typed: str) -> None:
+def remember_here(run_dir: Path, job: str, typed: str) -> str | None:
     """Record that this process works on a run, unless it is that of a job with its own record.
+
+    Returns None, or why there is no record: a run may be in a folder of somebody else.
 
     Args:
         run_dir: the run's folder.
@@ -94,14 +96,17 @@ def remember_here(run_dir: Path, job: str, typed: str) -> None:
         typed: the command line, for a person.
     """
     if "TWOFOUR_SUBMITTED" in os.environ:
-        return
+        return None
     known = Job(
         kind="local", name=run_dir.name, command=("-m", f"jobs.{job}", *sys.argv[1:]), typed=typed,
         root=str(ROOT), directory=str(Path.cwd()), run_dir=str(run_dir),
         id=process_id(os.getpid(), at_terminal=True),
     )  # fmt: skip
-    with cluster_mistakes():
+    try:
         launch.remember(known)
+    except ClusterError as error:
+        return f"jobs.manage will not know this run: {error}"
+    return None
 
 
 @contextlib.contextmanager

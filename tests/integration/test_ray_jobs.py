@@ -41,7 +41,7 @@ def test_streamed_to_the_end(environment, words: list[str], tmp_path: Path) -> N
     said = finished(start(environment, "jobs.prune", *words, "stages=[prune,export]"))
     assert "submitted: ray job twofour-" in said
     assert "prune: starting" in said
-    assert said.splitlines()[-1] == str(tmp_path / "run")
+    assert str(tmp_path / "run") in said.splitlines()
     assert (tmp_path / "run" / "export" / "record.json").exists()
     status = finished(start(environment, "jobs.manage", "status", str(tmp_path / "run")))
     assert "done (succeeded" in status

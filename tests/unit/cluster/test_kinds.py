@@ -168,9 +168,17 @@ def test_a_folder_of_somebody_else_is_refused(root: Path) -> None:
     assert list((root / "elsewhere").iterdir()) == []
 
 
+def test_a_record_that_others_may_have_written_is_not_followed(root: Path) -> None:
+    job = launch.submit(ClusterSpec(), job_of(root, "local", "0"), {})
+    ended(job)
+    job.folder.chmod(0o777)
+    with pytest.raises(ClusterError, match="others may have written it"):
+        launch.resume(Path(job.run_dir))
+
+
 def test_a_damaged_record_is_one_line(root: Path) -> None:
     job = job_of(root, "local", "0")
-    job.folder.mkdir(parents=True)
+    job.folder.mkdir(parents=True, mode=0o700)
     (job.folder / "job.json").write_text("{")
     with pytest.raises(ClusterError, match=r"job\.json: cannot be read") as error:
         launch.find_job(Path(job.run_dir))
