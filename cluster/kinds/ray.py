@@ -116,20 +116,17 @@ class RayJobs(Kind):
         if not follow:
             yield from _asked(doing, lambda: client.get_job_logs(number)).splitlines()
             return
-        loop, rest = asyncio.new_event_loop(), ""
-        parts: Any = client.tail_job_logs(number)  # an asynchronous generator
-        try:
-            while True:
-                part = _asked(doing, lambda: loop.run_until_complete(anext(parts, None)))
-                if part is None:
-                    break
+        parts, rest = client.tail_job_logs(number), ""
+
+        async def following() -> str | None:
+            return await anext(parts, None)
+
+        with asyncio.Runner() as runner:  # which ends what Ctrl-C interrupts
+            while (part := _asked(doing, lambda: runner.run(following()))) is not None:
                 *lines, rest = (rest + part).split("\n")
                 yield from lines
-            if rest:
-                yield rest
-        finally:
-            loop.run_until_complete(parts.aclose())
-            loop.close()
+        if rest:
+            yield rest
 
     def cancel(self, job: Job, now: bool = False) -> str:
         """SIGTERM to the command; Ray kills it when it has not ended in ten minutes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,8 +60,8 @@ def test_goes_on_without_its_terminal_and_is_cancelled(
         "distill.num_tokens=1024000", "distill.checkpoint_every_steps=100000",
     )  # fmt: skip
     assert process.stdout is not None
-    while "distill: " not in process.stdout.readline() or process.poll() is not None:
-        pass
+    while not re.search(r"distill: \d+/2000 steps", process.stdout.readline()):
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said = finished(process)
     assert "goes on: python -m jobs.manage logs" in said

@@ -74,13 +74,19 @@ class Submitted:
         return re.search(r"JobState=(\S+)", shown)[1]
 
     def wait_for(self, what: str, is_there, seconds: float = 600) -> None:
+        def is_there_or_lost() -> bool:
+            if found := is_there():
+                return bool(found)
+            assert self.state() not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{what}\n{self.log}"
+            return False
+
         try:
-            self.rig.wait_for(what, is_there, seconds)
+            self.rig.wait_for(what, is_there_or_lost, seconds)
         except TimeoutError as error:
             pytest.fail(f"{error}\n{self.log}")
 
     def wait_for_end(self) -> None:
-        self.wait_for("the job's end", lambda: self.state() not in ("PENDING", "RUNNING"))
+        self.wait_for("the job's end", lambda: self.state() not in ("PENDING", "RUNNING"), 900)
         self.wait_for("its processes' end", lambda: self.state() != "COMPLETING", 120)
 
 
@@ -177,7 +183,8 @@ def test_time_limit_and_cancel_save_and_nothing_is_repeated(
     assert f"job {number} goes back into the queue" in run.log
     stopped = [int(step) for step in re.findall(r"stopped after step (\d+) of 1500", run.log)]
     assert "waiting" in run.manage("status")
-    rig.slurm("scontrol", "update", f"JobId={number}", "TimeLimit=30", "StartTime=now")
+    # Instead of two minutes later; at once, its hosts would refuse it as the one that was requeued.
+    rig.slurm("scontrol", "update", f"JobId={number}", "TimeLimit=30", "StartTime=now+15")
 
     run.wait_for("its second start", lambda: f"job {number}, attempt 2" in run.log)
     run.wait_for("a later step", lambda: run.log.split("attempt 2")[1].count("/1500 steps"))
