@@ -119,7 +119,8 @@ class Slurm(Kind):
         if now or self.status(job).state != RUNNING:
             call(["scancel", job.id], doing)
             return f"job {job.id} is cancelled"
-        call(["scancel", "--batch", "--signal=TERM", job.id], doing)
+        # Not TERM, of which Slurm writes into the log that the job is cancelled.
+        call(["scancel", "--batch", "--signal=USR2", job.id], doing)
         return (
             f"job {job.id} was asked to save and stop; `python -m jobs.manage cancel "
             f"{job.run_dir} --now` ends it without"

@@ -9,8 +9,8 @@ ports=$((20000 + 10 * (job % 1000)))
 # Once, on the first node: start the other roles, pass signals on, decide what comes after.
 batch() {
     trap 'rm -f "$folder/token" "$state.stop" "$state.exit"' EXIT
-    trap 'queue_again=yes; touch "$state.stop"' USR1 # --signal: the time limit is near
-    trap 'queue_again=no; touch "$state.stop"' TERM  # jobs.manage cancel
+    trap 'queue_again=${queue_again-yes}; touch "$state.stop"' USR1 # the time limit is near
+    trap 'queue_again=no; touch "$state.stop"' USR2 TERM # jobs.manage cancel; others' scancel
     local address port step code left=60
     address=$(node_address)
     port=$(free_port "$address" $((ports + 0)))

@@ -303,6 +303,6 @@ def test_cancelling_asks_first(tmp_path: Path, fake) -> None:
     calls = fake(scontrol="echo 'JobState=RUNNING ExitCode=0:0'", scancel="")
     kind, job = get_kind("slurm"), job_in(tmp_path / "run", id="7")
     assert "asked to save and stop" in kind.cancel(job)
-    assert calls.read_text().splitlines()[-3:] == ["--batch", "--signal=TERM", "7"]
+    assert calls.read_text().splitlines()[-3:] == ["--batch", "--signal=USR2", "7"]
     assert kind.cancel(job, now=True) == "job 7 is cancelled"
     assert calls.read_text().splitlines()[-1] == "7"
