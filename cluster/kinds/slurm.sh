@@ -9,7 +9,8 @@ ports=$((20000 + 10 * (job % 1000)))
 # Once, on the first node: start the other roles, pass signals on, decide what comes after.
 batch() {
     trap 'rm -f "$folder/token" "$state.stop" "$state.exit"' EXIT
-    trap 'queue_again=${queue_again-yes}; touch "$state.stop"' USR1 # the time limit is near
+    queue_again=undecided
+    trap 'queue_again=${queue_again/undecided/yes}; touch "$state.stop"' USR1 # time limit near
     trap 'queue_again=no; touch "$state.stop"' USR2 TERM # jobs.manage cancel; others' scancel
     local address port step code left=60
     address=$(node_address)
@@ -41,7 +42,7 @@ batch() {
     fi
     # Ended by the signal itself, between two stages for one: what was saved before is there.
     if [ "$code" -gt 128 ] && [ -e "$state.stop" ]; then code=75; fi
-    if [ "$code" = 75 ] && [ "${queue_again:-no}" = yes ]; then
+    if [ "$code" = 75 ] && [ "$queue_again" = yes ]; then
         if [ "$attempt" -lt "$max_requeues" ]; then
             echo "job $job goes back into the queue, to carry on from what is saved"
             rm -f "$folder/token" "$state.stop" "$state.exit"
