@@ -2,7 +2,153 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
+
+KINDS = tuple(
+    sorted(
+        path.stem
+        for path in (Path(__file__).parent / "kinds").glob("*.py")
+        if not path.stem.startswith("_")
+    )
+)
+"""Ways to start work that exist: the modules of `cluster/kinds`, listed without importing."""
+
+_NAME = re.compile(r"[\w.@/+-]+", re.ASCII)
+_EXPRESSION = re.compile(r"[\w.,&|*()\[\]:@-]+", re.ASCII)
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
+_TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}", re.ASCII)
+_EXTRA = re.compile(r"--[a-z][a-z-]*(=[^\x00-\x1f\x7f]*)?", re.ASCII)
+
+
+@dataclass
+class SlurmSpec:
+    """What to ask of Slurm with cluster.kind=slurm; null leaves it to the site's defaults."""
+
+    account: str | None = None
+    """account to charge (sbatch --account)"""
+    partition: str | None = None
+    """partition, or several with commas"""
+    qos: str | None = None
+    """quality of service"""
+    time: str | None = None
+    """time limit as sbatch takes it, such as 24:00:00, 2-12 or 90 (minutes)"""
+    constraint: str | None = None
+    """features that every node must have"""
+    exclude: str | None = None
+    """nodes not to use, such as n[03-05],n9"""
+    gpu_type: str | None = None
+    """name of the GPUs in the site's Slurm, where it has several; their number is the workers'"""
+    memory: str | None = None
+    """memory per node, such as 900G; 0 = all of it"""
+    exclusive: bool = True
+    """have the nodes for this job alone; false hides the job's processes from others of its
+    nodes (and theirs from it) in a process namespace, which the nodes must allow"""
+    max_requeues: int = 20
+    """times the job goes back into the queue by itself, after a time limit, preemption or a lost
+    node, to carry on from what is saved; 0 = never"""
+    signal_lead_s: int = 600
+    """seconds before the time limit at which to save and stop; must hold a step and a save"""
+    interface: str | None = None
+    """network interface of the nodes for Ray and the workers, such as ib0; null = the first one"""
+    modules: list[str] = dataclasses.field(default_factory=list)
+    """modules to load on every node (module load)"""
+    setup: str | None = None
+    """file that every node sources before anything else, after the modules"""
+    container: str | None = None
+    """image for `apptainer exec --nv`, with this environment in it; see cluster/images"""
+    extra: list[str] = dataclasses.field(default_factory=list)
+    """further options of sbatch, such as ["--mail-type=END","--reservation=mine"]"""
+
+    def __post_init__(self) -> None:
+        for name, pattern, like in (
+            ("account", _NAME, "letters, digits and . _ @ / + -"),
+            ("partition", re.compile(r"[\w.,@+-]+", re.ASCII), "names with commas"),
+            ("qos", _NAME, "letters, digits and . _ @ / + -"),
+            ("gpu_type", _NAME, "letters, digits and . _ @ / + -"),
+            ("time", _TIME, "minutes, hours:minutes:seconds or days-hours"),
+            ("constraint", _EXPRESSION, "features with & | , ( ) [ ] *, without spaces"),
+            ("exclude", _EXPRESSION, "nodes such as n[03-05],n9, without spaces"),
+            ("interface", _NAME, "the name of a network interface such as ib0"),
+            ("memory", re.compile(r"\d+[KMGT]?", re.ASCII), "a size such as 900G, or 0"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not pattern.fullmatch(value):
+                raise ValueError(f"cluster.slurm.{name}={value!r}: must be {like}")
+        for name in ("modules", "extra"):
+            for value in getattr(self, name):
+                pattern, like = (
+                    (_NAME, "names of modules such as cuda/12.4") if name == "modules" else
+                    (_EXTRA, "options of sbatch such as --mail-type=END, on one line")
+                )  # fmt: skip
+                if not pattern.fullmatch(value):
+                    raise ValueError(f"cluster.slurm.{name}: {value!r}: must be {like}")
+        for name in ("setup", "container"):
+            value = getattr(self, name)
+            if value is not None and (not value or not value.isprintable()):
+                raise ValueError(f"cluster.slurm.{name}={value!r}: must be a path on one line")
+        if self.max_requeues < 0:
+            raise ValueError(f"cluster.slurm.max_requeues={self.max_requeues}: must be at least 0")
+        if not 1 <= self.signal_lead_s <= 65535:
+            raise ValueError(
+                f"cluster.slurm.signal_lead_s={self.signal_lead_s}: Slurm takes 1 to 65535"
+            )
+        limit_s = _seconds(self.time) if self.time else None
+        if limit_s is not None and limit_s < self.signal_lead_s + 60:
+            raise ValueError(
+                f"cluster.slurm.time={self.time}: leaves less than a minute before the signal "
+                f"that comes cluster.slurm.signal_lead_s={self.signal_lead_s} s earlier"
+            )
+
+
+@dataclass
+class KubeRaySpec:
+    """What to ask of Kubernetes with cluster.kind=kuberay."""
+
+    image: str | None = None
+    """container image with the project in it (cluster/images/Dockerfile); needed"""
+    namespace: str = "default"
+    """namespace of the job"""
+    claim: str | None = None
+    """persistent volume claim with model, text and run.dir, which all pods mount"""
+    mount: str = "/shared"
+    """path at which pods see the claim"""
+    memory: str = "64Gi"
+    """memory of each machine's pod"""
+    secret: str | None = None
+    """Kubernetes secret whose keys become environment variables, such as WANDB_API_KEY"""
+    node_selector: list[str] = dataclasses.field(default_factory=list)
+    """labels that nodes must have, such as ["gpu=h100"]"""
+
+    def __post_init__(self) -> None:
+        for name, pattern, like in (
+            ("image", re.compile(r"[\w.:/@-]+", re.ASCII), "an image such as registry/twofour:1"),
+            ("namespace", _LABEL, "lower-case letters, digits and dashes"),
+            ("claim", _LABEL, "lower-case letters, digits and dashes"),
+            ("mount", re.compile(r"/[\w./-]+", re.ASCII), "an absolute path"),
+            ("memory", re.compile(r"\d+[KMGT]i?", re.ASCII), "a size such as 64Gi"),
+            ("secret", _LABEL, "lower-case letters, digits and dashes"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not pattern.fullmatch(value):
+                raise ValueError(f"cluster.kuberay.{name}={value!r}: must be {like}")
+        for label in self.node_selector:
+            if not re.fullmatch(r"[\w./-]+=[\w.-]*", label, re.ASCII):
+                raise ValueError(f"cluster.kuberay.node_selector: {label!r}: must be key=value")
+
+
+def _seconds(time: str) -> int:
+    """A time limit as Slurm reads it."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return 86400 * int(days) + 3600 * hours + 60 * minutes + seconds
+    if len(parts) < 3:  # minutes, or minutes:seconds
+        return 60 * parts[0] + sum(parts[1:])
+    return 3600 * parts[0] + 60 * parts[1] + parts[2]
 
 
 @dataclass
@@ -13,6 +159,9 @@ class ClusterSpec:
     """name shown in records and tables"""
     description: str = "this machine, no GPU needed"
     """what the preset is for and what it needs; shown when it cannot be had"""
+    kind: str = "local"
+    """how work is started: local (here, by the command itself), or submitted: slurm, ray,
+    kuberay, inprocess (docs/clusters.md)"""
     num_nodes: int = 1
     """machines the run needs"""
     num_workers: int = 2
@@ -34,8 +183,12 @@ class ClusterSpec:
     card: str | None = None
     """GPU by its name in `jobs.plan`, such as h100: a run that it has no room for is refused before
     it starts; null = nobody looks"""
+    slurm: SlurmSpec = dataclasses.field(default_factory=SlurmSpec)
+    kuberay: KubeRaySpec = dataclasses.field(default_factory=KubeRaySpec)
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"cluster.kind={self.kind}: no such kind; use {', '.join(KINDS)}")
         for field, low in (
             ("num_nodes", 1), ("num_workers", 1), ("threads_per_worker", 1), ("max_failures", 0),
             ("cpus_per_worker", 0), ("gpus_per_worker", 0), ("start_timeout_s", 1),
@@ -50,6 +203,20 @@ class ClusterSpec:
                 f"cluster.gpus_per_worker={self.gpus_per_worker}: a worker drives one GPU or none; "
                 "use 0 or 1 and set cluster.num_workers to the number of GPUs"
             )
+
+    @property
+    def workers_per_node(self) -> int:
+        """Workers on each machine where all have as many.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.num_workers % self.num_nodes:
+            raise ValueError(
+                f"cluster.num_workers={self.num_workers}: does not divide into "
+                f"cluster.num_nodes={self.num_nodes} machines; use a multiple of it"
+            )
+        return self.num_workers // self.num_nodes
 
     @property
     def uses_gpu(self) -> bool:

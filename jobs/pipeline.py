@@ -24,6 +24,7 @@ from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
 from jobs.cli.command import Command
+from jobs.cli.submit import remember_here
 from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
@@ -67,8 +68,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         InputError: something the user can put right.
         TwofourError: a stage could not be finished; finished ones are kept.
     """
-    from jobs.corpus.sources import with_absolute_paths  # these three cost torch or rich
-    from jobs.runs.display import Display
+    from jobs.runs.display import Display  # both cost torch or rich
     from jobs.workers.text_checks import check_texts
 
     run_dir = Path(config.run.dir or default_run_dir(config)).absolute()
@@ -77,6 +77,8 @@ def run_pipeline(config: Config, job: str) -> Path:
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(run_dir))
         display = stack.enter_context(Display())
+        if unknown := remember_here(run_dir, job, command):
+            display.say(unknown)
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         journal = RedoJournal(run_dir, command)
         again = journal.left(config.run.redo, config.stages)
@@ -92,7 +94,7 @@ def run_pipeline(config: Config, job: str) -> Path:
             clusters.warn(remark)
         context = StageContext(
             config,
-            replace(config, data=with_absolute_paths(config.data)),
+            replace(config, data=texts.absolute_config()),
             run_dir,
             command,
             models,

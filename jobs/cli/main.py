@@ -84,17 +84,26 @@ def _run(command: Command, argv: list[str]) -> None:
         print(_help.version())
         return
     # Here, because Hydra costs half a second that help and unknown flags do not need.
-    from jobs.cli.compose import launch, print_config
+    from jobs.cli import compose, submit
+
+    elsewhere: list[tuple[Any, list[str]]] = []
 
     def act(config: Any) -> None:
+        typed = [word for word in sys.argv[1:] if word not in FLAGS]
         if "--print-config" in flags:
-            print_config(config)
+            compose.print_config(config)
         if "--dry-run" in flags:
             print("\n".join(command.plan(config)))
-        if not flags:
+            if submit.runs_elsewhere(config):
+                print(submit.describe(command, config, typed))
+        if not flags and submit.runs_elsewhere(config):
+            elsewhere.append((config, typed))
+        elif not flags:
             print(command.run(config))
 
-    launch(command, words, hydra_flags, act, is_dry=bool(flags))
+    compose.launch(command, words, hydra_flags, act, is_dry=bool(flags))
+    for config, typed in elsewhere:  # here, where no Hydra is at work any more
+        print(submit.submit(command, config, typed))
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str], list[str]]:

@@ -154,12 +154,15 @@ def _matches(key: str, known: list[str]) -> str:
 
 def _level(key: str, options: dict[str, Option]) -> str:
     """The names that exist where `key` was looked for."""
-    parts = key.split(".")
-    if key.rpartition(".")[0] in options:
-        return f"{key.rpartition('.')[0]} is a value and has no options of its own"
-    inside = [k.split(".")[1] for k in options if k.startswith(f"{parts[0]}.")]
-    if inside and len(parts) > 1:
-        return f"options of {parts[0]}: {', '.join(inside)}"
+    group = key.rpartition(".")[0]
+    if group in options:
+        return f"{group} is a value and has no options of its own"
+    while group:
+        inside = [k.removeprefix(f"{group}.") for k in options if k.startswith(f"{group}.")]
+        if inside:
+            names = dict.fromkeys(k.split(".")[0] + (".*" if "." in k else "") for k in inside)
+            return f"options of {group}: {', '.join(names)}"
+        group = group.rpartition(".")[0]
     tops = dict.fromkeys(k.split(".")[0] + (".*" if "." in k else "") for k in options)
     return f"there are: {', '.join(tops)}"
 

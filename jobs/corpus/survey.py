@@ -11,7 +11,14 @@ from conf.options.data import DataConfig, parse_mix
 from jobs.corpus.builtin import BUILT_IN, SPLIT_BY_NAME, text_digest
 from jobs.corpus.documents import Documents
 from jobs.corpus.places import HUB, existing_path, full_name, source_files
-from jobs.corpus.sources import Which, rest_of, source_documents, source_of, uses_mix
+from jobs.corpus.sources import (
+    Which,
+    rest_of,
+    source_documents,
+    source_of,
+    uses_mix,
+    with_absolute_paths,
+)
 from jobs.corpus.text_files import is_dataset
 
 
@@ -61,6 +68,10 @@ class Texts:
         if self._config.heldout is None:
             found.append(self.fingerprint("heldout"))
         return _digest_of(part.encode() for part in found)
+
+    def absolute_config(self) -> DataConfig:
+        """The sources by paths that other processes and folders find too."""
+        return with_absolute_paths(self._config)
 
     def remarks(self, which: Which) -> list[str]:
         """What is left out of the sources of this use, a line for each source and kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def ray_address() -> Iterator[str]:
     """Address of a Ray that lives as long as the tests; commands join it by RAY_ADDRESS."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # As where a virtual environment is active: jobs of this Ray are started as `python`.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import ray
 
     options = {"num_cpus": 2, "include_dashboard": True, "log_to_driver": False}

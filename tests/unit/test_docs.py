@@ -19,7 +19,7 @@ import yaml
 
 from conf.options.run import STAGES
 from conf.schema import Config
-from jobs import bench, forecast, plan
+from jobs import bench, forecast, manage, plan
 from jobs.benchmarks import families, quality, recovery
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
@@ -109,7 +109,7 @@ def test_every_command_is_shown() -> None:
         for c in one.commands
         if re.match("python.*jobs.\\w", c)
     }
-    assert shown == {*JOBS, "bench", "forecast"}
+    assert shown == {*JOBS, "bench", "forecast", "manage"}
 
 
 @pytest.mark.parametrize(("where", "command"), commands_of(r"python -m jobs\.bench"))
@@ -122,8 +122,13 @@ def test_forecast_parses(where: Page, command: str) -> None:
     forecast.parser().parse_args(shlex.split(command)[3:])
 
 
+@pytest.mark.parametrize(("where", "command"), commands_of(r"python -m jobs\.manage"))
+def test_manage_parses(where: Page, command: str) -> None:
+    manage.parser().parse_args(shlex.split(command)[3:])
+
+
 @pytest.mark.parametrize(
-    ("where", "command"), commands_of(r"python -m (?!jobs\.(?:bench|forecast)\b|jobs\.<)\S+")
+    ("where", "command"), commands_of(r"python -m (?!jobs\.(?:bench|forecast|manage)\b|jobs\.<)\S+")
 )
 def test_command_names_a_job_and_its_words_parse(where: Page, command: str) -> None:
     module, *words = shlex.split(re.sub(r"\$\(.*\)", "PATH", command))[2:]

@@ -86,7 +86,7 @@ def test_a_family_that_recovery_cannot_train_is_refused_by_its_shapes(
     model = checks.shapes_of(tiny_model_dir)
     model.set_output_embeddings(torch.nn.Identity())
     monkeypatch.setattr(checks, "shapes_of", lambda _: model)
-    with pytest.raises(InputError, match="its head is Identity, expected nn.Linear"):
+    with pytest.raises(InputError, match="its head is Identity"):
         checks.check_distill(Config(), tiny_model_dir)
 
 

@@ -1,0 +1,131 @@
+set -euo pipefail
+
+job=${SLURM_JOB_ID:?is set by Slurm alone: submit this file with sbatch}
+attempt=${SLURM_RESTART_COUNT:-0}
+state=$folder/$job-$attempt        # what the roles below tell each other: .stop, .exit
+scratch=/tmp/twofour-$job-$attempt # of this job on every node: Ray's sockets and logs
+ports=$((20000 + 10 * (job % 1000)))
+
+# Once, on the first node: start the other roles, pass signals on, decide what comes after.
+batch() {
+    trap 'rm -f "$folder/token" "$state.stop" "$state.exit"' EXIT
+    queue_again=undecided
+    trap 'queue_again=${queue_again/undecided/yes}; touch "$state.stop"' USR1 # time limit near
+    trap 'queue_again=no; touch "$state.stop"' USR2 TERM # jobs.manage cancel; others' scancel
+    local address port step code left=60
+    address=$(node_address)
+    port=$(free_port "$address" $((ports + 0)))
+    dashboard=$(free_port 127.0.0.1 $((ports + 1)))
+    export RAY_ADDRESS=$address:$port RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=$start_timeout_s
+    export dashboard
+    # A token of this job alone keeps everybody else's commands out of its Ray.
+    (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$folder/token")
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token
+    echo "job $job, attempt $((attempt + 1)) on $SLURM_JOB_NODELIST: Ray at $RAY_ADDRESS"
+    echo "dashboard: ssh -N -L 8265:localhost:$dashboard $SLURMD_NODENAME, then" \
+        "http://localhost:8265; its token: cat $(printf %q "$folder/token")"
+
+    # This file in the shared folder, since Slurm's copy of it is on the first node alone.
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
+        --kill-on-bad-exit=1 --wait=0 "${inside[@]}" bash "$folder/job.sh" node &
+    step=$!
+    while kill -0 "$step" 2>/dev/null && [ "$left" -gt 0 ]; do
+        sleep 1 & # waited for, so that a signal is heard at once
+        wait $! || true
+        if [ -e "$state.exit" ]; then left=$((left - 1)); fi
+    done
+    code=$(cat "$state.exit" 2>/dev/null || echo 1)
+    if [ ! -e "$state.exit" ]; then
+        tail -n 5 "$folder/$job.ray"*.log || true
+        echo "error: Ray did not start, or was lost with the command;" \
+            "see $folder/$job.ray*.log" >&2
+    fi
+    # Ended by the signal itself, between two stages for one: what was saved before is there.
+    if [ "$code" -gt 128 ] && [ -e "$state.stop" ]; then code=75; fi
+    if [ "$code" = 75 ] && [ "$queue_again" = yes ]; then
+        if [ "$attempt" -lt "$max_requeues" ]; then
+            echo "job $job goes back into the queue, to carry on from what is saved"
+            rm -f "$folder/token" "$state.stop" "$state.exit"
+            scontrol requeue "$job"
+            sleep 120 # Slurm ends this process
+        fi
+        echo "job $job was put into the queue again $attempt times, the most allowed" \
+            "(cluster.slurm.max_requeues); carry on with: python -m jobs.manage resume" >&2
+    fi
+    exit "$code"
+}
+
+# On every node: bring Ray up, run the command on the first, take Ray down.
+node() {
+    local ray
+    if ! mkdir -m 700 "$scratch"; then
+        echo "error: $(hostname): $scratch cannot be made" >&2
+        exit 1
+    fi
+    trap 'rm -rf "$scratch"' EXIT
+    # What Ray says of itself goes into a log of each node, the command's lines into the job's.
+    ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$nodes" --num-cpus "$cpus" \
+        --num-gpus "$gpus" --temp-dir "$scratch" --disable-usage-stats \
+        --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+        --ray-client-server-port "$(free_port 127.0.0.1 $((ports + 2)))" \
+        --dashboard-agent-listen-port "$(free_port 127.0.0.1 $((ports + 3)))" \
+        --min-worker-port 0 --max-worker-port 0 \
+        -- bash "$folder/job.sh" driver >>"$folder/$job.ray$SLURM_NODEID.log" 2>&1 &
+    ray=$!
+    while kill -0 "$ray" 2>/dev/null; do
+        # Other nodes' `ray start --block` would wait on, though the head is gone.
+        if [ -e "$state.exit" ] && [ "$SLURM_NODEID" -gt 0 ]; then pkill -P "$ray" || true; fi
+        sleep 1
+    done
+    wait "$ray" || true # the command's exit code is in .exit; Ray's is that of its shutdown
+}
+
+# On the first node, inside Ray: the command. Signals go to it alone; others would end Ray.
+driver() {
+    local command_id code=0 asked=no
+    "${command[@]}" >>"$folder/$job.log" 2>&1 &
+    command_id=$!
+    while kill -0 "$command_id" 2>/dev/null; do
+        if [ -e "$state.stop" ] && [ "$asked" = no ]; then
+            asked=yes
+            kill -TERM "$command_id"
+        fi
+        sleep 1
+    done
+    wait "$command_id" || code=$?
+    echo "$code" >"$state.exit.new"
+    mv "$state.exit.new" "$state.exit"
+    exit "$code"
+}
+
+# The address of this node that the other nodes reach.
+node_address() {
+    local all
+    if [ -n "$interface" ]; then
+        all=$(ip -o -4 addr show dev "$interface" | awk '{ sub("/.*", "", $4); print $4 }')
+    else
+        all=$(hostname -I)
+    fi
+    echo "${all%%[[:space:]]*}"
+}
+
+# The first port from $2 on, in steps of a job's ten, that nobody listens to at the address $1.
+free_port() {
+    local port=$2
+    while (: <"/dev/tcp/$1/$port") 2>/dev/null; do port=$((port + 10)); done
+    echo "$port"
+}
+
+cd "$directory"
+export PYTHONPATH=$root OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TWOFOUR_SUBMITTED=slurm
+if [ -n "$interface" ]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi
+# A container gets what they set through the environment of the first role, and has no modules.
+if [ -z "$container" ] || [ -z "${1-}" ]; then
+    set +u # what others wrote may read what is not set
+    for module in "${modules[@]}"; do module load "$module"; done
+    # shellcheck disable=SC1090
+    if [ -n "$setup" ]; then source "$setup"; fi
+    set -u
+fi
+if [ -n "$bin" ]; then export PATH=$bin:$PATH; fi
+"${1:-batch}"

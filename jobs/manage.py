@@ -1,0 +1,145 @@
+"""The jobs of runs: `python -m jobs.manage list|status|logs|cancel|resume [RUN]`.
+
+For every kind of cluster (cluster.kind), by what the run's folder says of its job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from cluster import launch
+from cluster.errors import ClusterError
+from cluster.kinds import get_kind
+from cluster.kinds._base import DONE, STOPPED, Job, Status
+from conf.options.run import STAGES
+from jobs.cli.submit import ask, cluster_mistakes, told
+from sparsify.errors import InputError
+
+_EXIT_INPUT = 2
+
+_RUNS = Path("runs")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m jobs.manage",
+        description="What has become of runs that were started or submitted, and what to do next.",
+        epilog="EXAMPLES\n  python -m jobs.manage list\n"
+        "  python -m jobs.manage logs runs/first --follow\n"
+        "  python -m jobs.manage cancel runs/first  (saves first where the stage can)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = top.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="the jobs of all runs in a folder")
+    listing.add_argument("folder", type=Path, nargs="?", default=_RUNS, metavar="FOLDER")
+    for name, text in (
+        ("status", "where the run's job is, and which of its stages are finished"),
+        ("logs", "what it has printed"),
+        ("cancel", "ask it to save and stop"),
+        ("resume", "submit it again as it was; it carries on from what is saved"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument(
+            "run", type=Path, nargs="?", metavar="RUN",
+            help=f"the run's folder (default: the one in {_RUNS} that was started last)",
+        )  # fmt: skip
+        if name == "logs":
+            action.add_argument("--follow", "-f", action="store_true", help="until the job ends")
+        if name == "cancel":
+            action.add_argument("--now", action="store_true", help="end it without saving")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what was asked; the exit code, with logs --follow that of the job."""
+    options = parser().parse_args(argv)
+    try:
+        with cluster_mistakes():
+            if options.action == "list":
+                return _list(options.folder)
+            job = launch.find_job(options.run or _latest())
+            return int(globals()[f"_{options.action}"](job, options))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_INPUT
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _latest() -> Path:
+    jobs = launch.find_jobs(_RUNS)
+    if not jobs:
+        raise InputError(f"{_RUNS}: no run was started in this folder; name one")
+    run_dir = max(jobs, key=lambda job: (job.folder / launch.RECORD).stat().st_mtime).run_dir
+    print(f"{run_dir}:", file=sys.stderr)
+    return Path(run_dir)
+
+
+def _list(folder: Path) -> int:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that holds the runs")
+    jobs = launch.find_jobs(folder)
+    if not jobs:
+        print(f"{folder}: no run was started in this folder")
+        return 0
+    rows = [("RUN", "KIND", "JOB", "STATE", "")]
+    for job in jobs:
+        try:
+            status = get_kind(job.kind).status(job)
+        except ClusterError as error:  # one scheduler that does not answer hides no other's jobs
+            status = Status("unknown", " ".join(str(error).split()))
+        rows.append((os.path.relpath(job.run_dir), job.kind, job.id, status.state, status.detail))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row[:4], widths, strict=True)]
+        print("  ".join([*cells, row[4]]).rstrip())
+    return 0
+
+
+def _status(job: Job, _: argparse.Namespace) -> int:
+    status = get_kind(job.kind).status(job)
+    print(f"{job.kind} job {job.id}: {status.state}{f' ({status.detail})' * bool(status.detail)}")
+    done = [stage for stage in STAGES if (Path(job.run_dir) / stage / "record.json").is_file()]
+    print(f"finished stages: {', '.join(done) or 'none'}")
+    print(f"command: {job.typed}")
+    if status.is_alive:
+        print("\n".join(get_kind(job.kind).hints(job)))
+    elif status.state != DONE:
+        print(f"carry on with: python -m jobs.manage resume {job.run_dir}")
+    return 0
+
+
+def _logs(job: Job, options: argparse.Namespace) -> int:
+    kind = get_kind(job.kind)
+    if not options.follow:
+        for line in kind.logs(job):
+            print(line)
+        return 0
+    status = kind.attach(job, lambda line: print(line, flush=True), ask)
+    if status.is_alive:
+        return 0
+    return {DONE: 0, STOPPED: os.EX_TEMPFAIL}.get(status.state, status.exit_code or 1)
+
+
+def _cancel(job: Job, options: argparse.Namespace) -> int:
+    kind = get_kind(job.kind)
+    status = kind.status(job)
+    if not status.is_alive:
+        print(f"{job.run_dir}: {job.kind} job {job.id} has ended already ({status.detail})")
+        return 0
+    print(kind.cancel(job, options.now))
+    return 0
+
+
+def _resume(job: Job, _: argparse.Namespace) -> int:
+    print(told(launch.resume(Path(job.run_dir))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
