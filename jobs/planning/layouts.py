@@ -15,9 +15,10 @@ from sparsify.methods import get_method
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
-# One thread of a server's CPU, float32; `plan.records` put the machine's own in their place.
+# One thread of a server's CPU, float32, and gloo, whose copies are the workers' own work: of the
+# machine that docs/plan.md was measured on. `plan.records` put another machine's in their place.
 _CPU = Rates(
-    products=75e9, attention=25e9, bandwidth=8e9, link=1e9, network=1e9, overlaps=False, disk=1e9
+    products=92e9, attention=30e9, bandwidth=8e9, link=4e8, network=4e8, overlaps=False, disk=1e9
 )
 
 _CPU_MEMORY = 64e9

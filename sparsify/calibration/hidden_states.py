@@ -113,8 +113,8 @@ class HiddenStateStore:
 
     def drop(self, keep_block: int) -> None:
         """Remove this folder's files of all blocks but `keep_block`; one process calls it."""
-        if self._folder is None:
-            return
+        if self._folder is None or not self._folder.is_dir():
+            return  # nothing was written: a model of one block has no states between blocks
         for folder in self._folder.glob("before-*"):
             if folder != self._block_folder(keep_block):
                 for path in folder.iterdir():

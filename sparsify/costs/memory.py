@@ -195,7 +195,9 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     largest = max(rows * columns for group in shape.groups for rows, columns in group)
     held = 0.0
     if setup.on_device and setup.order == "layer":
-        held = setup.tokens * width * (2 if setup.needs_teacher else 1) * shape.widest + 2 * states
+        # Paused forwards: the widest activation, and the residual streams of both models.
+        streams = 3 if setup.needs_teacher else 1
+        held = setup.tokens * width * (shape.widest + streams * shape.hidden_size)
     # The next block is read into host memory meanwhile, which on a CPU is the same.
     copies = 1 if setup.uses_gpu else 2
     if setup.needs_teacher and not setup.on_device:

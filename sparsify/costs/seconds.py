@@ -135,7 +135,7 @@ def step_seconds(
         + 4.0 * _HEAD_PASSES * tokens * student.vocab_size / rates.bandwidth
         * (1 if teacher else 0.5),
         "gradient masks": _MASK_BYTES * student.linear_parameters / 2 * width / 2 / rates.bandwidth,
-        "engine": _ZERO_PASSES * weights / rates.bandwidth,
+        "engine": (_ZERO_PASSES if setup.zero_stage else 2.0) * weights / rates.bandwidth,
     }  # fmt: skip
     if teacher is None:
         micro["gradient masks"] = 0.0
@@ -206,7 +206,8 @@ def pruning_seconds(
 
     Returns:
         Part -> seconds: forward (the rows through the blocks), statistics (sums of products of
-        inputs), factor (Cholesky and its inverse, 2/3 I^3 multiplications), solve, write, rotate.
+        inputs), factor (Cholesky and its inverse, 2/3 I^3 multiplications), solve, write, exchange,
+        rotate.
     """
     tokens, blocks = setup.tokens, shape.num_blocks
     length = setup.sequence_length
@@ -215,10 +216,11 @@ def pruning_seconds(
         2.0 * (shape.kept[setup.element_bytes] if shape.kept else 0) * tokens / (rates.bandwidth)
     )
     slow = rates.float32 or rates.products
-    grams = solve = factor = cross = 0.0
+    grams = solve = factor = cross = squares = 0.0
     for group in shape.groups:
         inputs = group[0][1]
         outputs = sum(rows for rows, _ in group)
+        squares += inputs**2
         grams += tokens * inputs**2
         if setup.needs_teacher:
             cross += 2.0 * tokens * inputs * min(outputs, inputs)
@@ -234,6 +236,10 @@ def pruning_seconds(
         "solve": blocks * slowly * solve / slow + 4.0 * method[1] * elements / rates.bandwidth,
         "write": setup.element_bytes * shape.num_parameters * 2 / rates.disk,
     }
+    if setup.world_size > 1:  # the sums of all workers, and the rows that others solved
+        sums = 0.0 if not setup.needs_hessian else (4.0 if setup.uses_gpu else 8.0) * squares
+        shared = blocks * sums + setup.element_bytes * shape.linear_parameters
+        found["exchange"] = shared / rates.link
     if setup.rotation_steps:
         # Read, turned, written and read again; one forward of 16 tokens for each feature before.
         few = 16 * shape.hidden_size / setup.world_size
