@@ -96,6 +96,8 @@ class Slurm(Kind):
             detail += f": {fields.get('Reason', 'None')}, starts {fields.get('StartTime')}"
         elif state == RUNNING:
             detail += f" on {fields.get('NodeList')} for {fields.get('RunTime')}"
+        elif code:
+            detail = f"exit code {code}"
         return Status(state, detail, None if state in (WAITING, RUNNING) else code)
 
     @staticmethod

@@ -227,14 +227,15 @@ def test_refused_by_slurm(
 
 def test_slurm_reads_quoted_values_as_they_are(rig: Rig, words: list[str], tmp_path: Path) -> None:
     comment = "a \"b\" 'c' $(touch hit) `touch hit` ; # \\ end"
-    quoted = comment.replace("\\", "\\\\").replace('"', '\\"')
+    quoted = comment.replace('"', '\\"')
     run = Submitted(
         rig, tmp_path / "a 'b' \"c\" $(d)",
         [*words, "cluster.num_nodes=2", "cluster.slurm.time=20",
          f'cluster.slurm.extra=["--comment={quoted}","--hold"]'],
     )  # fmt: skip
     shown = rig.slurm("scontrol", "show", "job", run.record["id"])
-    assert f"Comment={comment}\n" in shown
-    assert f"WorkDir={run.run_dir}/.cluster\n" in shown
+    lines = [line.strip() for line in shown.splitlines()]
+    assert f"Comment={comment}" in lines
+    assert f"WorkDir={run.run_dir}/.cluster" in lines
     assert "is cancelled" in run.manage("cancel")
     assert "stopped" in run.manage("status")
