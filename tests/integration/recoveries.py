@@ -82,7 +82,7 @@ def make_base(folder: Path, dense: Path) -> None:
     masks = infer_masks(model, Pattern.parse("2:4"), may_be_dense=True)
     save_model(model, tokenizer, folder / "student")
     save_masks(folder / "student/sparsity/masks.safetensors", masks)
-    (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')
+    (folder / "student/sparsity.json").write_text('{"pattern": "2:4", "provenance": {}}')
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(len(tokenizer), (80, LENGTH), generator=generator)
     begins = 1 + torch.arange(len(ids))[:, None] % (LENGTH - 1)

@@ -19,7 +19,8 @@ from tests.integration.conftest import REPOSITORY
 def test_asked_to_end_while_pruning_it_says_how_it_goes_on_and_does(
     small: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = [*small, "stages=[prune]", "prune.baselines=[]", f"run.dir={tmp_path / 'run'}"]
+    words = [*small, "cluster.executor=ray", "stages=[prune]", "prune.baselines=[]"]
+    words += [f"run.dir={tmp_path / 'run'}"]
     for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         command = Command("prune", *words, environment=environment, folder=tmp_path)
         wait_until(lambda command=command: "prune: starting" in command.said()[1], command)
@@ -40,7 +41,7 @@ def test_a_raylet_that_dies_ends_the_run_in_one_line_and_leaves_nothing(
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     log = tmp_path / "stderr"
-    words = [*small, "stages=[prune]", f"run.dir={tmp_path / 'run'}"]
+    words = [*small, "cluster.executor=ray", "stages=[prune]", f"run.dir={tmp_path / 'run'}"]
     with log.open("w") as errors:
         command = subprocess.Popen(
             [sys.executable, "-m", "jobs.prune", *words], cwd=REPOSITORY, stderr=errors,

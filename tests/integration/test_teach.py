@@ -111,7 +111,7 @@ def make_models(base: Path, folder: Path, is_rotated: bool) -> Path:
     masks = infer_masks(model, Pattern.parse("2:4"), may_be_dense=True)
     save_model(model, tokenizer, folder / "student")
     save_masks(folder / "student/sparsity/masks.safetensors", masks)
-    (folder / "student/sparsity.json").write_text('{"pattern": "2:4"}')
+    (folder / "student/sparsity.json").write_text('{"pattern": "2:4", "provenance": {}}')
     return folder
 
 
