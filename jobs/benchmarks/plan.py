@@ -292,7 +292,8 @@ def table_of_published(found: list[dict[str, Any]]) -> Table:
     """Published figures beside what is planned for them."""
     rows = [
         (
-            one["what"], f"{one['published']:,.6g} {one['unit']}", f"{one['planned']:,.4g}",
+            one["what"], f"{one['published']:,.6g} {one['unit']}",
+            f"{one['planned']:,.0f}" if one["planned"] >= 1000 else f"{one['planned']:.4g}",
             f"{one['ratio']:.2f}",
         )
         for one in found
