@@ -85,7 +85,8 @@ _NOTES = (
     "other programs on the machine lengthen them less than they do seconds by the clock",
     "planned: the times as planned, times what all other runs of the kind took over theirs",
     "what DeepSpeed holds and what a CPU reaches were looked up in such runs of bench-1k and "
-    "bench-512 while the plan was written; the two runs of bench-2k came after it",
+    "bench-512 while the plan was written; the two runs of bench-2k came after it, "
+    "but for the last block's second pass, which the second of them showed to be planned in vain",
     "published: other software on other machines, see the sources in the record",
 )
 
@@ -291,7 +292,8 @@ def table_of_published(found: list[dict[str, Any]]) -> Table:
     """Published figures beside what is planned for them."""
     rows = [
         (
-            one["what"], f"{one['published']:,.6g} {one['unit']}", f"{one['planned']:,.4g}",
+            one["what"], f"{one['published']:,.6g} {one['unit']}",
+            f"{one['planned']:,.0f}" if one["planned"] >= 1000 else f"{one['planned']:.4g}",
             f"{one['ratio']:.2f}",
         )
         for one in found

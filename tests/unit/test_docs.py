@@ -21,6 +21,7 @@ from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast, manage, plan
 from jobs.benchmarks import families, quality, recovery
+from jobs.benchmarks import plan as planning
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
 from jobs.cli.main import FLAGS, split_words
@@ -41,6 +42,7 @@ from sparsify.quantization.quantize import QuantLayerReport
 from sparsify.training.forecast import Forecast
 from tests.conftest import stage_record
 
+PLAN_RECORD = "2026-11-29-bench-plan-cpu.json"
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 _FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -398,6 +400,16 @@ def test_tables_of_recovery_are_the_records(place: str) -> None:
     assert re.findall(r"(?m)^### (.*)$", part) == list(figures)
     for model, found in figures.items():
         assert markdown_table(recovery.table_of(model, found)).strip() in part
+
+
+def test_tables_of_planning_are_the_records() -> None:
+    text, found = page("docs/plan.md").text, record(PLAN_RECORD)["figures"]
+    for place, table in (
+        ("runs", planning.table_of_runs(found["runs"])[0]),
+        ("published", planning.table_of_published(found["published"])),
+    ):
+        part = text.split(f"<!-- {place}: begin -->")[1].split(f"<!-- {place}: end -->")[0]
+        assert part.strip() == markdown_table(table).strip()
 
 
 # --- summary.json
