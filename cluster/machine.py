@@ -13,7 +13,8 @@ _ANSWER_S = 2.0
 
 
 def require_machine(spec: ClusterSpec, num_gpus: int) -> None:
-    """Refuse a cluster that this machine is not, where no Ray is named that may be it.
+    """Refuse a cluster that this machine is not, where no Ray is named that may be it and no
+    scheduler is asked for the machines.
 
     Args:
         spec: what the run needs.
@@ -22,7 +23,7 @@ def require_machine(spec: ClusterSpec, num_gpus: int) -> None:
     Raises:
         ClusterError: it needs more machines, or more GPUs; says what to do.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if spec.kind != "local" or os.environ.get("RAY_ADDRESS"):
         return
     needed = spec.num_workers if spec.uses_gpu else 0
     if spec.num_nodes > 1 or needed > num_gpus:

@@ -97,6 +97,8 @@ def _run(command: Command, argv: list[str]) -> None:
             if submit.runs_elsewhere(config):
                 print(submit.describe(command, config, typed))
         if not flags and submit.runs_elsewhere(config):
+            if submit.has_files_here(config):
+                command.plan(config)  # what would refuse the job is said now, not after the queue
             elsewhere.append((config, typed))
         elif not flags:
             print(command.run(config))

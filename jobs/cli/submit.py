@@ -34,6 +34,11 @@ def runs_elsewhere(config: Any) -> bool:
     return spec is not None and spec.kind != "local"
 
 
+def has_files_here(config: Any) -> bool:
+    """Whether the job reads its models and texts where this command would: in a shared folder."""
+    return bool(config.cluster.kind == "slurm" and config.cluster.slurm.container is None)
+
+
 def describe(command: Command, config: Any, words: Sequence[str]) -> str:
     """All that would be submitted, as text; touches nothing."""
     job = _job(command, config, words)

@@ -18,7 +18,7 @@ from jobs.cli.compose import load_config
 from jobs.cli.main import main
 from sparsify.errors import InputError
 
-SLURM = ["+cluster=slurm-h100x32", "model.path=/models/8b", "data.train=/data"]
+SLURM = ["+cluster=slurm-h100x32", "data.sequence_length=256"]
 
 
 def run(*argv: str) -> int:
@@ -72,8 +72,17 @@ def test_dry_run_shows_the_script_and_writes_nothing(
     assert run(*SLURM, "cluster.slurm.account=lab", "--dry-run") == 0
     shown = capsys.readouterr().out
     for line in ("#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8", "#SBATCH --account=lab",
-                 f"--- {tmp_path}/runs/8b-2-4-twofour/.cluster/config.yaml"):  # fmt: skip
+                 f"--- {tmp_path}/runs/embedded-2-4-twofour/.cluster/config.yaml"):  # fmt: skip
         assert f"\n{line}\n" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_refuse_the_job_is_said_before_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*SLURM, "model.path=/models/none") == 2
+    assert "/models/none: there is no such folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,7 +93,9 @@ def test_no_scheduler_is_one_line(
     monkeypatch.setenv("PATH", "")
     assert run(*SLURM) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: cannot submit 8b-2-4-twofour: cluster.kind=slurm needs sbatch")
+    assert said.startswith(
+        "error: cannot submit embedded-2-4-twofour: cluster.kind=slurm needs sbatch"
+    )
     assert said.count("\n") == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def test_record_of_an_earlier_version(tmp_path: Path, prune: dict[str, Any]) -> 
 def test_zeros_count_among_all_weights(tmp_path: Path) -> None:
     score = {"perplexity": 2.0, "kl": 0.0, "top1_agreement": 1.0}
     (tmp_path / "evaluate").mkdir()
-    scores = {"metrics": {"results": {"dense": score, "wanda": score}}, "duration_s": 1.0}
-    (tmp_path / "evaluate" / RECORD).write_text(json.dumps(scores), encoding="utf-8")
+    record = stage_record(metrics={"results": {"dense": score, "wanda": score}})
+    (tmp_path / "evaluate" / RECORD).write_text(record, encoding="utf-8")
     gate = {"num_violations": 0, "num_weights": 8, "num_zeros": 4}
     whole = {**gate, "num_model_weights": 80, "num_model_zeros": 6}
     dense, pruned = summary_of(tmp_path, {"gate": {"wanda": whole}})["results"]

@@ -319,7 +319,7 @@ def test_sequence_length_is_held_against_the_positions():
 
 
 def test_embedded_word(monkeypatch, folder, tmp_path):
-    monkeypatch.setattr("sparsify.models.load.__file__", str(tmp_path / "models" / "load.py"))
+    monkeypatch.setattr("sparsify.files.__file__", str(tmp_path / "files.py"))
     with pytest.raises(InputError, match=r"model.path=embedded"):
         load_model("embedded")
     folder.rename(tmp_path / "embedded")
