@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
 from cluster.executor import Executor
 from cluster.plain import PlainCluster
+from cluster.runtime import listen_here_alone
 from cluster.spec import ClusterSpec
 from jobs.runs.tracking import Tracker
 from sparsify import errors
@@ -26,6 +27,7 @@ def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> Executor:
     """What runs this project's work, yet to be entered; see `Executor`."""
     if spec.executor == "plain":
         return PlainCluster(spec, on_event)
+    listen_here_alone()
     from cluster.runtime.backend import RayCluster  # costs Ray
 
     # Ray Train fails on other signs where the locale is not UTF-8; the name is only shown.
