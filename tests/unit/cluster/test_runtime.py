@@ -22,7 +22,8 @@ def test_importing_what_submits_sets_nothing_that_a_job_of_several_machines_inhe
 
 
 def test_only_a_ray_of_this_machine_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(NAME, raising=False)
+    monkeypatch.setenv(NAME, "as it was")  # put back at the end
+    monkeypatch.delenv(NAME)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     runtime.listen_here_alone()
     assert NAME not in os.environ
