@@ -7,9 +7,10 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sparsify import files
 from sparsify.errors import InputError, TwofourError
@@ -106,19 +107,47 @@ def prepare_run_dir(run_dir: Path, option: str = "run.dir") -> None:
         ) from None
 
 
+_ENDING_S = 10.0
+"""for the workers of a killed command to notice and end, before a folder counts as in use"""
+
+_LOOK_EVERY_S = 0.1
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: Path, option: str = "run.dir") -> Iterator[None]:
     """Hold the run's folder for this process; the kernel lets go of it when the process ends."""
     with (run_dir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        left_s = _ENDING_S
+        while not _takes(file):
             file.seek(0)
-            raise InputError(
-                f"{option}={run_dir}: another run (process {file.read().strip() or 'unknown'}) is "
-                f"using it; wait for it, or choose another {option}="
-            ) from None
+            holder = file.read().strip()
+            if left_s <= 0 or not _is_gone(holder):
+                raise InputError(
+                    f"{option}={run_dir}: another run (process {holder or 'unknown'}) is using it; "
+                    f"wait for it, or choose another {option}="
+                )
+            time.sleep(_LOOK_EVERY_S)
+            left_s -= _LOOK_EVERY_S
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _takes(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_gone(holder: str) -> bool:
+    """Whether a process of this machine has ended; its workers, which share its lock, follow."""
+    try:
+        os.kill(int(holder), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, OverflowError, OSError):
+        pass
+    return False

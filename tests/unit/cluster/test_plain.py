@@ -18,6 +18,8 @@ import torch.distributed as dist
 from cluster.errors import ClusterError, WorkFailedError
 from cluster.plain import PlainCluster
 from cluster.spec import ClusterSpec
+from jobs.runs.folder import run_lock
+from sparsify.errors import InputError
 
 Events = list[dict[str, Any]]
 
@@ -120,3 +122,21 @@ def test_workers_do_not_outlive_a_killed_driver() -> None:
     driver.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
+
+
+def test_a_folder_is_free_when_the_workers_of_a_killed_command_have_ended(tmp_path: Path) -> None:
+    """Its lock goes with the last of them: two runs never write into one folder."""
+    code = _DRIVER.replace("with PlainCluster", "import pathlib\nfrom jobs.runs.folder import "
+                           "run_lock\nwith run_lock(pathlib.Path('.')), PlainCluster")  # fmt: skip
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == b"here\n"
+    with pytest.raises(InputError, match="is using it"), run_lock(tmp_path):
+        pass
+    driver.kill()
+    driver.wait()
+    with run_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
