@@ -170,38 +170,38 @@ def test_time_limit_and_cancel_save_and_nothing_is_repeated(
     """A stop by the time limit puts the job back into the queue, one by its user does not."""
     run = Submitted(
         rig, tmp_path / "long",
-        [*words, *TWO_HOSTS, "distill.num_tokens=768000",
+        [*words, *TWO_HOSTS, "distill.num_tokens=1536000",
          "distill.checkpoint_every_steps=100000", "cluster.slurm.signal_lead_s=60"],
     )  # fmt: skip
     number = run.record["id"]
-    run.wait_for("a step", lambda: re.search(r"distill: \d+/1500 steps", run.log))
+    run.wait_for("a step", lambda: re.search(r"distill: \d+/3000 steps", run.log))
     shown = rig.slurm("scontrol", "show", "job", "--oneliner", number)
     minutes, seconds = re.search(r"RunTime=00:(\d\d):(\d\d)", shown).groups()
     limit = int(minutes) + 1 + (int(seconds) > 20)
     rig.slurm("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
     run.wait_for("the queue again", lambda: run.state() == "PENDING", 400)
     assert f"job {number} goes back into the queue" in run.log
-    stopped = [int(step) for step in re.findall(r"stopped after step (\d+) of 1500", run.log)]
+    stopped = [int(step) for step in re.findall(r"stopped after step (\d+) of 3000", run.log)]
     assert "waiting" in run.manage("status")
     # Instead of two minutes later; at once, its hosts would refuse it as the one that was requeued.
     rig.slurm("scontrol", "update", f"JobId={number}", "TimeLimit=30", "StartTime=now+15")
 
     run.wait_for("its second start", lambda: f"job {number}, attempt 2" in run.log)
-    run.wait_for("a later step", lambda: run.log.split("attempt 2")[1].count("/1500 steps"))
+    run.wait_for("a later step", lambda: run.log.split("attempt 2")[1].count("/3000 steps"))
     assert "asked to save and stop" in run.manage("cancel")
     run.wait_for_end()
     assert "stopped" in run.manage("status")
-    stopped = [int(step) for step in re.findall(r"stopped after step (\d+) of 1500", run.log)]
+    stopped = [int(step) for step in re.findall(r"stopped after step (\d+) of 3000", run.log)]
     assert len(stopped) == 2
     assert stopped[0] < stopped[1]
-    assert f"continues after step {stopped[0]} of 1500" in run.log
+    assert f"continues after step {stopped[0]} of 3000" in run.log
 
     assert "submitted: slurm job" in run.manage("resume")
     assert run.record["id"] != number
     run.wait_for_end()
     assert run.state() == "COMPLETED", run.log
-    assert f"continues after step {stopped[1]} of 1500" in run.log
-    assert steps_of(run.run_dir) == list(range(1, 1501))
+    assert f"continues after step {stopped[1]} of 3000" in run.log
+    assert steps_of(run.run_dir) == list(range(1, 3001))
 
 
 @pytest.mark.parametrize(
