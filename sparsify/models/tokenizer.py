@@ -79,8 +79,9 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, tex
 
 
 def beyond_embedding(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> dict[str, int]:
-    """Token -> id of every token that an embedding of `num_rows` rows has no place for."""
-    return {token: i for token, i in tokenizer.get_vocab().items() if i >= num_rows}
+    """Token -> id of every token that an embedding of `num_rows` rows has no place for, by id."""
+    found = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= num_rows)
+    return {token: i for i, token in found}
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
