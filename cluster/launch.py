@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.kinds import get_kind
-from cluster.kinds._base import Job
+from cluster.kinds._base import Array, Job, Kind
 from cluster.spec import ClusterSpec
 
 RECORD = "job.json"
+
+RECORD_PATH = f".cluster/{RECORD}"
+"""of a run's folder"""
 
 
 def rendered(spec: ClusterSpec, job: Job) -> dict[str, str]:
@@ -37,11 +42,69 @@ def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
     """
     kind = get_kind(job.kind)
     written = {**files, **kind.files(spec, job)}
-    _not_alive(job)
+    require_ended(job)
     _private_folder(job.folder)
     for name, text in written.items():
         _write(job.folder / name, text)
     return _start(job)
+
+
+def rendered_sweep(sweep: Job, runs: Sequence[tuple[ClusterSpec, Job]]) -> list[Array]:
+    """The arrays as which the runs of a sweep would be submitted; touches nothing.
+
+    None where the scheduler has no arrays: each run is a job of its own then.
+    """
+    return get_kind(sweep.kind).arrays(sweep, runs)
+
+
+def submit_arrays(sweep: Job, arrays: Sequence[Array], files: dict[str, dict[str, str]]) -> None:
+    """Write the files of a sweep's arrays and hand these to the scheduler.
+
+    Args:
+        sweep: as `rendered_sweep` was told.
+        arrays: of `rendered_sweep`.
+        files: run's folder -> name -> text of files of the caller's.
+
+    Raises:
+        ClusterError: one is refused, or a run has a job already. Arrays before it are submitted.
+    """
+    jobs = [job for array in arrays for job in array.jobs]
+    for job in [sweep, *jobs]:
+        require_ended(job)
+    _private_folder(sweep.folder)
+    (sweep.folder / RECORD).unlink(missing_ok=True)  # of a sweep that ran where it was typed
+    for array in arrays:
+        _write(Path(array.jobs[0].array), array.script)
+        for job in array.jobs:
+            _private_folder(job.folder)
+            _link(job.folder / array.link, Path(job.array))
+            _link(sweep.folder / job.task, job.folder)
+            for name, text in files[job.run_dir].items():
+                _write(job.folder / name, text)
+    for array in arrays:
+        _start_array(get_kind(sweep.kind), array.jobs)
+
+
+def resume_all(jobs: Sequence[Job]) -> list[Job]:
+    """Submit several jobs again, as they were, those of an array as one.
+
+    Raises:
+        ClusterError: one is still there, or is refused; those before it are submitted.
+    """
+    started: list[Job] = []
+    for job in jobs:
+        require_ended(job)
+        _private_folder(job.folder)
+    for (kind, array), group in itertools.groupby(
+        sorted(jobs, key=lambda job: (job.array, int(job.task or 0))),
+        key=lambda job: (job.kind, job.array),
+    ):
+        members = list(group)
+        if array:
+            started += _start_array(get_kind(kind), members)
+        else:
+            started += [_start(job) for job in members]
+    return started
 
 
 def resume(run_dir: Path) -> Job:
@@ -51,7 +114,7 @@ def resume(run_dir: Path) -> Job:
         ClusterError: it has none, it is still there, or it is refused.
     """
     job = find_job(run_dir)
-    _not_alive(job)
+    require_ended(job)
     _private_folder(job.folder)
     return _start(job)
 
@@ -62,7 +125,7 @@ def find_job(run_dir: Path) -> Job:
     Raises:
         ClusterError: nothing was submitted for this run, or its record cannot be read.
     """
-    path = run_dir.absolute() / ".cluster" / RECORD
+    path = run_dir.absolute() / RECORD_PATH
     try:
         found = path.parent.lstat()
         if not _is_own(found) or found.st_mode & 0o022:
@@ -78,9 +141,11 @@ def find_job(run_dir: Path) -> Job:
         raise ClusterError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
 
 
-def find_jobs(folder: Path) -> list[Job]:
-    """The jobs of all runs in a folder, two levels deep, by name."""
-    records = [*folder.glob(f"*/.cluster/{RECORD}"), *folder.glob(f"*/*/.cluster/{RECORD}")]
+def find_jobs(folder: Path, depth: int = 2) -> list[Job]:
+    """The jobs of all runs in a folder, so many levels deep, by name."""
+    records = [
+        path for level in range(1, depth + 1) for path in folder.glob("*/" * level + RECORD_PATH)
+    ]
     return [find_job(path.parents[1]) for path in sorted(records)]
 
 
@@ -100,8 +165,22 @@ def _start(job: Job) -> Job:
     return started
 
 
-def _not_alive(job: Job) -> None:
-    """Require that the run has no job that may still write to it."""
+def _start_array(kind: Kind, jobs: Sequence[Job]) -> list[Job]:
+    started = [
+        dataclasses.replace(job, id=number)
+        for job, number in zip(jobs, kind.submit_array(jobs), strict=True)
+    ]
+    for job in started:
+        remember(job)
+    return started
+
+
+def require_ended(job: Job) -> None:
+    """Require that the run has no job that may still write to it.
+
+    Raises:
+        ClusterError: it has.
+    """
     try:
         before = find_job(Path(job.run_dir))
     except ClusterError:  # none, or one that nobody can follow
@@ -129,6 +208,17 @@ def _private_folder(folder: Path) -> None:
 def _is_own(found: os.stat_result) -> bool:
     """Whether it is a folder, and no link, of the user who runs this."""
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def _link(path: Path, target: Path) -> None:
+    """A link, in the place of an earlier one."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(path)
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be made ({error.strerror})") from None
 
 
 def _write(path: Path, text: str) -> None:

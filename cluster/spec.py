@@ -180,6 +180,9 @@ class ClusterSpec:
     """what runs the workers: ray, or plain: processes of this machine without Ray, for debugging"""
     dashboard: bool = True
     """start the Ray dashboard on a local Ray (127.0.0.1 only)"""
+    sweep_jobs: int | None = None
+    """runs of a sweep (--multirun) at the same time; null = one after another on this machine, as
+    many as find room in Slurm"""
     card: str | None = None
     """GPU by its name in `jobs.plan`, such as h100: a run that it has no room for is refused before
     it starts; null = nobody looks"""
@@ -196,6 +199,8 @@ class ClusterSpec:
             value = getattr(self, field)
             if not value >= low:
                 raise ValueError(f"cluster.{field}={value}: must be at least {low}")
+        if self.sweep_jobs is not None and self.sweep_jobs < 1:
+            raise ValueError(f"cluster.sweep_jobs={self.sweep_jobs}: must be at least 1")
         if self.executor not in ("ray", "plain"):
             raise ValueError(f"cluster.executor={self.executor}: must be ray or plain")
         if self.gpus_per_worker not in (0, 1):

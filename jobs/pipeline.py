@@ -24,7 +24,7 @@ from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
 from jobs.cli.command import Command
-from jobs.cli.submit import remember_here
+from jobs.cli.submit import remembered_here
 from jobs.reporting.summary import show, write_summary
 from jobs.runs.artifact import Artifact, StageWriter, find_finished
 from jobs.runs.context import StageContext
@@ -51,7 +51,14 @@ def command(name: str, summary: str, uses: str, *examples: str) -> Command:
     return Command(
         name, Config, lambda config: run_pipeline(config, name), lambda c: describe_plan(c),
         summary, examples, tuple(uses.split()), needs="run.from=PATH" if uses else "",
+        compare=_compare,
     )  # fmt: skip
+
+
+def _compare(folder: Path) -> None:
+    from jobs.reporting.compared import compare  # costs rich and the drawing of charts
+
+    compare(folder)
 
 
 def run_pipeline(config: Config, job: str) -> Path:
@@ -77,8 +84,7 @@ def run_pipeline(config: Config, job: str) -> Path:
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_lock(run_dir))
         display = stack.enter_context(Display())
-        if unknown := remember_here(run_dir, job, command):
-            display.say(unknown)
+        stack.enter_context(remembered_here(run_dir, job, command, display.say))
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
         journal = RedoJournal(run_dir, command)
         again = journal.left(config.run.redo, config.stages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,27 @@ class Job:
     """absolute path of what the command makes"""
     id: str = ""
     """the scheduler's name for it, '' before it is submitted"""
+    array: str = ""
+    """absolute path of the script that starts it as one of several, '' for a job of its own"""
+    task: str = ""
+    """its number among those of the array"""
 
     @property
     def folder(self) -> Path:
         """What the job itself needs and leaves: script, options, logs; for its owner alone."""
         return Path(self.run_dir) / ".cluster"
+
+
+@dataclass(frozen=True)
+class Array:
+    """Jobs that are handed over as one."""
+
+    script: str
+    """text of the file `array` of its jobs"""
+    link: str
+    """name under which each job has that file in its own folder too"""
+    jobs: tuple[Job, ...]
+    """each with `array` and `task`"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,26 @@ class Kind(ABC):
         Raises:
             ClusterError: it is refused, or there is no such scheduler here.
         """
+
+    def arrays(self, sweep: Job, runs: Sequence[tuple[ClusterSpec, Job]]) -> list[Array]:
+        """The runs of a sweep as arrays, as few as can be; none where the scheduler has no arrays.
+
+        Args:
+            sweep: its name, its folder and what was typed.
+            runs: in the order in which they are to start.
+
+        Raises:
+            ClusterError: they cannot be said to the scheduler.
+        """
+        return []
+
+    def submit_array(self, jobs: Sequence[Job]) -> list[str]:
+        """Hand over jobs of one array, whose files are written; their ids.
+
+        Raises:
+            ClusterError: as `submit`; none of them is there then.
+        """
+        raise ClusterError(f"cluster.kind={self.name} has no arrays")
 
     @abstractmethod
     def status(self, job: Job) -> Status:

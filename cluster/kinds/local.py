@@ -7,6 +7,7 @@ leaves its record. `jobs.manage resume` brings it back through here.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -17,12 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from cluster.kinds._base import DONE, FAILED, RUNNING, STOPPED, Job, Kind, Status
+from cluster.kinds._base import DONE, FAILED, RUNNING, STOPPED, Job, Kind, Status, call
 from cluster.spec import ClusterSpec
 
 LOG, EXIT = "local.log", "local.exit"
 
 _AT_TERMINAL = "terminal"
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 # Leaves its exit code behind, however the command ends.
 _WATCHED = 'code=0; "$@" || code=$?; echo "$code" >"$0.new"; mv "$0.new" "$0"'
@@ -59,15 +62,14 @@ class Local(Kind):
         host, pid, started = job.id.split(":")[:3]
         if host != socket.gethostname():
             raise ClusterError(f"job {job.id}: runs on {host}; ask there")
-        if _started(int(pid)) == started:
-            return Status(RUNNING, f"process {pid}")
-        if _AT_TERMINAL in job.id:
-            return Status(STOPPED, "its process has ended; the terminal it was typed at says how")
+        is_there = _started(int(pid)) == started  # asked first: the code is the last it leaves
         try:
             code = int((job.folder / EXIT).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
+            if is_there:
+                return Status(RUNNING, f"process {pid}")
             return Status(FAILED, "its process was killed")
-        state = {0: DONE, os.EX_TEMPFAIL: STOPPED}.get(code, FAILED)
+        state = {0: DONE, os.EX_TEMPFAIL: STOPPED, _INTERRUPTED: STOPPED}.get(code, FAILED)
         return Status(state, f"exit code {code}", code)
 
     def logs(self, job: Job, follow: bool = False) -> Iterator[str]:
@@ -104,6 +106,27 @@ def process_id(pid: int, at_terminal: bool = False) -> str:
         time.sleep(0.01)
     words = [socket.gethostname(), str(pid), started, *([_AT_TERMINAL] if at_terminal else [])]
     return ":".join(words)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name of this machine's GPUs: those that it names, or all."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name for name in told.split(",") if name]
+    try:
+        said = call(["nvidia-smi", "--list-gpus"], "cannot count the GPUs")
+    except ClusterError:
+        return []
+    return [str(number) for number in range(len(re.findall(r"(?m)^GPU \d+:", said)))]
+
+
+def leave_code(job: Job, code: int | None) -> None:
+    """Keep how a command at a terminal has ended; None: it has not."""
+    path = job.folder / EXIT
+    path.unlink(missing_ok=True)
+    if code is not None:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"{code}\n")
 
 
 def _started(pid: int) -> str:

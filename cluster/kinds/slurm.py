@@ -5,12 +5,13 @@ The script is a header and quoted values, made here, and `slurm.sh`, which is th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cluster.errors import ClusterError
@@ -20,6 +21,7 @@ from cluster.kinds._base import (
     RUNNING,
     STOPPED,
     WAITING,
+    Array,
     Job,
     Kind,
     Status,
@@ -51,30 +53,48 @@ class Slurm(Kind):
 
     def files(self, spec: ClusterSpec, job: Job) -> dict[str, str]:
         """The batch script."""
-        try:
-            workers = spec.workers_per_node
-        except ValueError as error:
-            raise ClusterError(str(error)) from None
-        body = (Path(__file__).parent / "slurm.sh").read_text(encoding="utf-8")
-        return {SCRIPT: _header(spec, job, workers) + _values(spec, job, workers) + "\n" + body}
+        return {SCRIPT: _header(spec, job) + _lines(_values(spec, job)) + _body()}
+
+    def arrays(self, sweep: Job, runs: Sequence[tuple[ClusterSpec, Job]]) -> list[Array]:
+        """One for each set of runs whose scripts differ in nothing but the run's folder."""
+        groups: dict[str, list[int]] = {}
+        for number, (spec, job) in enumerate(runs):
+            same = _header(spec, sweep, "") + _lines(_values(spec, job, sweep), job.run_dir)
+            groups.setdefault(same, []).append(number)
+        found: list[Array] = []
+        for numbers in groups.values():
+            path = sweep.folder / (f"job-{len(found)}.sh" if found else SCRIPT)
+            spec, first = runs[numbers[0]]
+            values = _values(spec, first, sweep)
+            jobs = [
+                dataclasses.replace(runs[number][1], array=str(path), task=str(number))
+                for number in numbers
+            ]
+            script = [
+                _header(spec, sweep, _ranges(numbers)), _elements(jobs),
+                _lines(values, first.run_dir), _body(),
+            ]  # fmt: skip
+            found.append(Array("".join(script), SCRIPT, tuple(jobs)))
+        return found
 
     def submit(self, job: Job) -> str:
         """`sbatch`; the job's number."""
-        doing = f"cannot submit {job.name}"
-        if shutil.which("sbatch") is None:
-            raise ClusterError(
-                f"{doing}: cluster.kind=slurm needs sbatch, which is not on PATH; log in to a "
-                "login node of the cluster, or choose another cluster.kind"
-            )
-        script = str(job.folder / SCRIPT)
+        if job.array:
+            return self.submit_array([job])[0]
+        return _sbatch([str(job.folder / SCRIPT)], f"cannot submit {job.name}")
+
+    def submit_array(self, jobs: Sequence[Job]) -> list[str]:
+        """`sbatch --array`, as many at once as the script says; NUMBER_TASK of each."""
+        path = Path(jobs[0].array)
+        doing = f"cannot submit {len(jobs)} runs of the sweep {path.parents[1]}"
         try:
-            # More nodes, cores or GPUs than there are would wait in the queue for ever.
-            call(["sbatch", "--test-only", script], doing)
-            # The environment goes along (PATH, HF_HOME, a tracker's key), never into a file.
-            said = call(["sbatch", "--parsable", "--export=ALL", script], doing)
-        except ClusterError as error:
-            raise ClusterError(f"{error}{_what_there_is()}") from None
-        return said.split(";")[0]
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ClusterError(f"{doing}: {path}: {error.strerror}") from None
+        limit = re.search(r"(?m)^#SBATCH --array=[\d,-]+(%\d+)$", text)
+        numbers = _ranges([int(job.task) for job in jobs]) + (limit[1] if limit else "")
+        number = _sbatch([f"--array={numbers}", str(path)], doing)
+        return [f"{number}_{job.task}" for job in jobs]
 
     def status(self, job: Job) -> Status:
         """What `scontrol` says."""
@@ -86,7 +106,7 @@ class Slurm(Kind):
                 fields.setdefault(key, value)
         word = fields.get("JobState")
         if word is None:
-            return Status(STOPPED, "Slurm has forgotten the job; its log says how it ended")
+            return _ended(job)
         code = int(fields.get("ExitCode", "0:0").split(":")[0])
         state = _STATES.get(word, FAILED)
         if state == FAILED and code == _STOPPED_CODE:
@@ -130,17 +150,47 @@ class Slurm(Kind):
 
     def hints(self, job: Job) -> list[str]:
         """Commands of Slurm's and ours."""
+        follow = f"follow:    tail -F {shlex.quote(str(job.folder / f'{job.id}.log'))}"
+        if not job.id.isdecimal():  # of an array: its own number is not known before it starts
+            return [follow, "dashboard: once it runs, its log has the line that reaches it"]
         port = 20001 + 10 * (int(job.id) % 1000)
         return [
-            f"follow:    tail -F {shlex.quote(str(job.folder / f'{job.id}.log'))}",
+            follow,
             f"dashboard: ssh -N -L 8265:localhost:{port} $(squeue -h -j {job.id} -o %B), then "
             "http://localhost:8265 (once it runs; the log has the line with its token's file)",
         ]
 
 
-def _header(spec: ClusterSpec, job: Job, workers: int) -> str:
-    """The lines that sbatch reads."""
-    slurm = spec.slurm
+def _sbatch(words: list[str], doing: str) -> str:
+    """Hand a script over; the job's number."""
+    if shutil.which("sbatch") is None:
+        raise ClusterError(
+            f"{doing}: cluster.kind=slurm needs sbatch, which is not on PATH; log in to a "
+            "login node of the cluster, or choose another cluster.kind"
+        )
+    try:
+        # More nodes, cores or GPUs than there are would wait in the queue for ever.
+        call(["sbatch", "--test-only", *words], doing)
+        # The environment goes along (PATH, HF_HOME, a tracker's key), never into a file.
+        said = call(["sbatch", "--parsable", "--export=ALL", *words], doing)
+    except ClusterError as error:
+        raise ClusterError(f"{error}{_what_there_is()}") from None
+    return said.split(";")[0]
+
+
+def _ended(job: Job) -> Status:
+    """Where a job is that Slurm has forgotten, by the exit code that its script has left."""
+    try:
+        code = int((job.folder / f"{job.id}.exit").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Status(STOPPED, "Slurm has forgotten the job; its log says how it ended")
+    state = {0: DONE, _STOPPED_CODE: STOPPED}.get(code, FAILED)
+    return Status(state, f"exit code {code}", code)
+
+
+def _header(spec: ClusterSpec, job: Job, tasks: str | None = None) -> str:
+    """The lines that sbatch reads; with `tasks`, those of an array."""
+    slurm, workers = spec.slurm, _workers(spec)
     folder = str(job.folder)
     if not folder.isprintable() or set(folder) & set("%\\"):
         raise ClusterError(
@@ -148,7 +198,10 @@ def _header(spec: ClusterSpec, job: Job, workers: int) -> str:
             "breaks in it; choose another run.dir"
         )
     gpus = workers * int(spec.gpus_per_worker)
+    limit = f"%{spec.sweep_jobs}" if spec.sweep_jobs is not None else ""
+    output = f"{folder}/%j.log" if tasks is None else f"{folder}/%a/%A_%a.log"
     lines = [
+        ("array", None if tasks is None else tasks + limit),
         ("job-name", re.sub(r"[^\w.+-]", "-", job.name, flags=re.ASCII)),
         ("nodes", spec.num_nodes), ("ntasks-per-node", 1),
         ("cpus-per-task", _cpus(spec, workers)),
@@ -159,7 +212,7 @@ def _header(spec: ClusterSpec, job: Job, workers: int) -> str:
         ("exclusive", "" if slurm.exclusive else None),
         ("signal", f"B:USR1@{slurm.signal_lead_s}"),
         ("requeue" if slurm.max_requeues else "no-requeue", ""),
-        ("open-mode", "append"), ("chdir", folder), ("output", f"{folder}/%j.log"),
+        ("open-mode", "append"), ("chdir", folder), ("output", output),
     ]  # fmt: skip
     shown = [_option(name, str(value)) for name, value in lines if value is not None]
     for text in slurm.extra:
@@ -178,17 +231,21 @@ def _option(name: str, value: str, has_value: bool | None = None) -> str:
     return f"--{name}={value}" if plain else f'--{name}="{escaped}"'
 
 
-def _values(spec: ClusterSpec, job: Job, workers: int) -> str:
-    """The values that `slurm.sh` works with, quoted for bash."""
-    slurm = spec.slurm
+def _values(
+    spec: ClusterSpec, job: Job, sweep: Job | None = None
+) -> dict[str, str | int | list[str]]:
+    """The values that `slurm.sh` works with."""
+    slurm, workers = spec.slurm, _workers(spec)
     python, bin_folder = sys.executable, str(Path(sys.executable).parent)
     inside: list[str] = [] if slurm.exclusive else list(_PRIVATE)
     if slurm.container is not None:
         python, bin_folder = "python3", ""
         binds = dict.fromkeys([job.root, job.directory, job.run_dir])
+        if sweep is not None:
+            binds[sweep.run_dir] = None
         binds_words = [word for path in binds for word in ("--bind", path)]
         inside += ["apptainer", "exec", "--nv", *binds_words, slurm.container]
-    values: dict[str, str | int | list[str]] = {
+    return {
         "root": job.root,
         "directory": job.directory,
         "folder": str(job.folder),
@@ -205,14 +262,53 @@ def _values(spec: ClusterSpec, job: Job, workers: int) -> str:
         "start_timeout_s": math.ceil(spec.start_timeout_s),
         "max_requeues": slurm.max_requeues,
     }
-    lines = [f"{name}={_quoted(value)}" for name, value in values.items()]
-    return "\n".join(lines) + "\n"
 
 
-def _quoted(value: str | int | list[str]) -> str:
-    if isinstance(value, list):
-        return f"({' '.join(shlex.quote(word) for word in value)})"
-    return shlex.quote(str(value))
+def _lines(values: dict[str, str | int | list[str]], run_dir: str = "") -> str:
+    """The values quoted for bash; what names `run_dir` does so by the variable of that name."""
+
+    def quoted(text: str) -> str:
+        parts = text.split(run_dir) if run_dir else [text]
+        return '"$run_dir"'.join(
+            shlex.quote(part) if part or len(parts) == 1 else "" for part in parts
+        )
+
+    lines = [
+        f"{name}=({' '.join(quoted(word) for word in value)})" if isinstance(value, list)
+        else f"{name}={quoted(str(value))}"
+        for name, value in values.items()
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n\n"
+
+
+def _elements(jobs: Sequence[Job]) -> str:
+    """The folders of an array's runs; Slurm starts the script once for each, with its number."""
+    lines = [f"    [{job.task}]={shlex.quote(job.run_dir)}" for job in jobs]
+    number = "${SLURM_ARRAY_TASK_ID:?is set by Slurm alone: submit this file with sbatch}"
+    return "\n".join(["run_dirs=(", *lines, ")", f"run_dir=${{run_dirs[{number}]:?}}", ""])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as Slurm takes them: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _body() -> str:
+    return (Path(__file__).parent / "slurm.sh").read_text(encoding="utf-8")
+
+
+def _workers(spec: ClusterSpec) -> int:
+    """Workers of each node."""
+    try:
+        return spec.workers_per_node
+    except ValueError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _cpus(spec: ClusterSpec, workers: int) -> int:

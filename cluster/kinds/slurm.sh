@@ -1,10 +1,13 @@
 set -euo pipefail
 
-job=${SLURM_JOB_ID:?is set by Slurm alone: submit this file with sbatch}
+number=${SLURM_JOB_ID:?is set by Slurm alone: submit this file with sbatch}
+# One of an array is ARRAY_TASK everywhere: the plain number of its last is that of all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$number}
 attempt=${SLURM_RESTART_COUNT:-0}
 state=$folder/$job-$attempt        # what the roles below tell each other: .stop, .exit
 scratch=/tmp/twofour-$job-$attempt # of this job on every node: Ray's sockets and logs
-ports=$((20000 + 10 * (job % 1000)))
+ports=$((20000 + 10 * (number % 1000)))
 
 # Once, on the first node: start the other roles, pass signals on, decide what comes after.
 batch() {
@@ -52,6 +55,7 @@ batch() {
         echo "job $job was put into the queue again $attempt times, the most allowed" \
             "(cluster.slurm.max_requeues); carry on with: python -m jobs.manage resume" >&2
     fi
+    echo "$code" >"$folder/$job.exit" # Slurm forgets its jobs some minutes after their end
     exit "$code"
 }
 

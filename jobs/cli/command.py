@@ -29,6 +29,8 @@ class Command:
     """groups and single options that it takes; () takes all of `config`"""
     needs: str = ""
     """what every command line must give, for the line of usage"""
+    compare: Callable[[Path], None] | None = None
+    """shows what the runs of a sweep's folder have come to; None: they have nothing to compare"""
     out: str = "run.dir"
     """option that names the folder it writes: every run of a sweep gets one of its own"""
 

@@ -39,10 +39,15 @@ from jobs.cli.options import (
     one_line,
     takes_presets,
 )
+from jobs.cli.sweep import Run, Sweep
 from jobs.cli.words import checked_word
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
 _VERSION_BASE = "1.3"
+
+_HOW = "cluster.sweep_jobs="  # names no run: it decides nothing of one
+
+_OTHERS = ("hydra/launcher=", "hydra/sweeper=")
 
 _LONGEST_NAME = 120  # of the folder of a run in a sweep
 
@@ -66,6 +71,44 @@ def load_config(job: str, words: Sequence[str]) -> Any:
         return _typed(command, compose(name, overrides=checked))
 
 
+def planned(
+    command: Command, words: Sequence[str], flags: Sequence[str], typed: Sequence[str]
+) -> Sweep | None:
+    """Every run of a sweep, composed and checked before the first begins; leaves nothing.
+
+    None for a single run, and with a launcher or sweeper of somebody else, which may not want all
+    runs to be made by this process, or to know them before.
+
+    Args:
+        command, words, flags: as `launch`.
+        typed: all words of the command line that are to be kept.
+
+    Raises:
+        InputError: as `launch`, of any of the runs.
+    """
+    if not _is_sweep(words, flags) or any(word.startswith(_OTHERS) for word in words):
+        return None
+    runs: list[Run] = []
+    folder = Path()
+
+    def keep(config: Any) -> None:
+        nonlocal folder
+        setting = HydraConfig.get()
+        folder = Path(setting.sweep.dir).absolute()
+        runs.append(Run(config, sys.argv[1:], Path(setting.runtime.output_dir).absolute()))
+
+    launch(command, words, flags, keep, is_dry=True, is_plan=True)
+    if not runs:  # completion for a shell
+        return None
+    return Sweep(
+        command, shlex.join(["python", "-m", f"jobs.{command.name}", *typed]), folder, runs
+    )
+
+
+def _is_sweep(words: Sequence[str], flags: Sequence[str]) -> bool:
+    return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in words
+
+
 def _primary(command: Command) -> tuple[str | None, str]:
     """Where a command's config begins: its YAML, or its dataclass alone where it has no presets,
     whose options may have the names of groups."""
@@ -78,6 +121,7 @@ def launch(
     flags: Sequence[str],
     act: Callable[[Any], None],
     is_dry: bool = False,
+    is_plan: bool = False,
 ) -> None:
     """Hydra's program: one run, every run of a sweep, or what its flags ask for instead.
 
@@ -87,6 +131,7 @@ def launch(
         flags: of Hydra, with their values.
         act: called with the checked config of every run.
         is_dry: take away the folders that Hydra makes for a sweep.
+        is_plan: `act` does nothing yet; say nothing but mistakes.
 
     Raises:
         InputError: as `load_config`; or all that failed in a sweep were the user's mistakes.
@@ -98,7 +143,7 @@ def launch(
         if completed(list(words)):
             return
     else:
-        is_sweep = bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in words
+        is_sweep = _is_sweep(words, flags)
         folders = [CONF_DIR, *_user_folders(words, flags)]
         words = [checked_word(command, word, folders, is_sweep) for word in words]
     typed_argv = sys.argv
@@ -115,7 +160,8 @@ def launch(
             OmegaConf.update(composed, command.out, folder)
             own = _as_typed(command, setting.overrides.task)
             sys.argv = [typed_argv[0], *own, f"{command.out}={folder}"]  # for the run's record
-            print(f"--- {shlex.join(sys.argv[1:])}", flush=True)
+            if not is_plan:
+                print(f"--- {shlex.join(sys.argv[1:])}", flush=True)
         try:
             with _mistakes(command.name):
                 config = _typed(command, composed)
@@ -143,10 +189,11 @@ def launch(
         if not failed:
             raise
         kind = InputError if all(isinstance(e, InputError) for e in failed) else TwofourError
-        raise kind(
-            f"{len(failed)} of the sweep's runs failed, see above; the same command reuses what "
-            "the others have made"
-        ) from None
+        after = (
+            "are refused, see above; none was started" if is_plan else
+            "failed, see above; the same command reuses what the others have made"
+        )  # fmt: skip
+        raise kind(f"{len(failed)} of the sweep's runs {after}") from None
     if failed:
         raise failed[0]
 
@@ -231,7 +278,7 @@ def _sweep_folders(command: Command) -> tuple[Callable[..., str], Callable[..., 
     def part(*, _root_: DictConfig) -> str:
         """Named by the run's own words, so that the same command finds it again."""
         words = [str(word).lstrip("+") for word in _root_.hydra.overrides.task]
-        words = [word for word in words if not word.startswith(f"{command.out}=")]
+        words = [word for word in words if not word.startswith((f"{command.out}=", _HOW))]
         name = "_".join(re.sub(r"[^\w.-]+", "-", word).strip("-") for word in words) or "run"
         if len(name) <= _LONGEST_NAME:
             return name

@@ -84,9 +84,12 @@ def _run(command: Command, argv: list[str]) -> None:
         print(_help.version())
         return
     # Here, because Hydra costs half a second that help and unknown flags do not need.
-    from jobs.cli import compose, submit
+    from jobs.cli import compose, submit, sweep
 
     elsewhere: list[tuple[Any, list[str]]] = []
+    kept = [word for word in argv if word not in FLAGS]
+    runs = compose.planned(command, words, hydra_flags, kept)
+    arrays = sweep.arrays_of(runs) if runs is not None else []
 
     def act(config: Any) -> None:
         typed = [word for word in sys.argv[1:] if word not in FLAGS]
@@ -94,7 +97,7 @@ def _run(command: Command, argv: list[str]) -> None:
             compose.print_config(config)
         if "--dry-run" in flags:
             print("\n".join(command.plan(config)))
-            if submit.runs_elsewhere(config):
+            if submit.runs_elsewhere(config) and not arrays:
                 print(submit.describe(command, config, typed))
         if not flags and submit.runs_elsewhere(config):
             if submit.has_files_here(config):
@@ -103,7 +106,15 @@ def _run(command: Command, argv: list[str]) -> None:
         elif not flags:
             print(command.run(config))
 
-    compose.launch(command, words, hydra_flags, act, is_dry=bool(flags))
+    def in_turn() -> None:
+        compose.launch(command, words, hydra_flags, act, is_dry=bool(flags))
+
+    if runs is not None and not flags:
+        sweep.run_sweep(runs, in_turn)
+        return
+    in_turn()
+    if runs is not None and "--dry-run" in flags:
+        print(sweep.describe(runs, arrays), end="")
     for config, typed in elsewhere:  # here, where no Hydra is at work any more
         print(submit.submit(command, config, typed))
 

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from cluster import launch
 from cluster.errors import ClusterError
 from cluster.kinds import get_kind
 from cluster.kinds._base import FAILED, STOPPED, Job
-from cluster.kinds.local import process_id
+from cluster.kinds.local import leave_code, process_id
+from cluster.preempt import Interrupted
 from cluster.spec import ClusterSpec
 from conf.schema import default_run_dir, to_dict
 from jobs.cli.command import Command
@@ -41,10 +42,10 @@ def has_files_here(config: Any) -> bool:
 
 def describe(command: Command, config: Any, words: Sequence[str]) -> str:
     """All that would be submitted, as text; touches nothing."""
-    job = _job(command, config, words)
+    job = job_of(command, config, words)
     with cluster_mistakes():
         files = launch.rendered(config.cluster, job)
-    files = {**files, f"{_OPTIONS}.yaml": _options_file(command, config, job)}
+    files = {**files, **job_files(command, config, job)}
     return "\n".join(f"--- {job.folder / name}\n{text}" for name, text in files.items())
 
 
@@ -55,10 +56,9 @@ def submit(command: Command, config: Any, words: Sequence[str]) -> str:
         InputError: it is refused, or its run has a job already.
         StoppedEarlyError, TwofourError: of a kind that follows its jobs: how this one ended.
     """
-    job = _job(command, config, words)
-    options = {f"{_OPTIONS}.yaml": _options_file(command, config, job)}
+    job = job_of(command, config, words)
     with cluster_mistakes():
-        job = launch.submit(config.cluster, job, options)
+        job = launch.submit(config.cluster, job, job_files(command, config, job))
         kind = get_kind(job.kind)
         if not kind.follows:
             return told(job)
@@ -90,18 +90,22 @@ def told(job: Job) -> str:
     ])  # fmt: skip
 
 
-def remember_here(run_dir: Path, job: str, typed: str) -> str | None:
-    """Record that this process works on a run, unless it is that of a job with its own record.
-
-    Returns None, or why there is no record: a run may be in a folder of somebody else.
+@contextlib.contextmanager
+def remembered_here(
+    run_dir: Path, job: str, typed: str, warn: Callable[[str], None]
+) -> Iterator[None]:
+    """Record that this process works on a run, and how that ends, unless it is that of a job with
+    its own record.
 
     Args:
         run_dir: the run's folder.
         job: name of the command's module below `jobs`.
         typed: the command line, for a person.
+        warn: told why there is no record: a run may be in a folder of somebody else.
     """
     if "TWOFOUR_SUBMITTED" in os.environ:
-        return None
+        yield
+        return
     known = Job(
         kind="local", name=run_dir.name, command=("-m", f"jobs.{job}", *sys.argv[1:]), typed=typed,
         root=str(ROOT), directory=str(Path.cwd()), run_dir=str(run_dir),
@@ -110,8 +114,25 @@ def remember_here(run_dir: Path, job: str, typed: str) -> str | None:
     try:
         launch.remember(known)
     except ClusterError as error:
-        return f"jobs.manage will not know this run: {error}"
-    return None
+        warn(f"jobs.manage will not know this run: {error}")
+        yield
+        return
+    leave_code(known, None)
+    try:
+        yield
+    except BaseException as error:
+        leave_code(known, _exit_code(error))
+        raise
+    leave_code(known, 0)
+
+
+def _exit_code(error: BaseException) -> int:
+    """That of a command that ends with the error; see jobs/cli/main.py."""
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    if isinstance(error, StoppedEarlyError):
+        return os.EX_TEMPFAIL
+    return 130 if isinstance(error, KeyboardInterrupt) else 1 + isinstance(error, InputError)
 
 
 @contextlib.contextmanager
@@ -123,7 +144,8 @@ def cluster_mistakes() -> Iterator[None]:
         raise InputError(" ".join(str(error).split())) from None
 
 
-def _job(command: Command, config: Any, words: Sequence[str]) -> Job:
+def job_of(command: Command, config: Any, words: Sequence[str]) -> Job:
+    """The job of a command with these words, without an id."""
     told_out: Any = config
     for name in command.out.split("."):
         told_out = getattr(told_out, name)
@@ -135,6 +157,11 @@ def _job(command: Command, config: Any, words: Sequence[str]) -> Job:
         command=("-m", f"jobs.{command.name}", f"--config-dir={folder}", "--config-name", _OPTIONS),
         typed=typed, root=str(ROOT), directory=str(Path.cwd()), run_dir=str(run_dir),
     )  # fmt: skip
+
+
+def job_files(command: Command, config: Any, job: Job) -> dict[str, str]:
+    """Name -> text of what the job's command reads: its options."""
+    return {f"{_OPTIONS}.yaml": _options_file(command, config, job)}
 
 
 class _Dumper(yaml.SafeDumper):

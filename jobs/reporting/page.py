@@ -17,11 +17,15 @@ import jinja2
 
 from jobs.reporting import units
 from jobs.reporting.bars import perplexity_chart, size_chart, stage_chart
+from jobs.reporting.comparison import columns_of, counted_states
+from jobs.reporting.comparison import label_of as label_in
+from jobs.reporting.comparison_charts import error_chart, time_chart
+from jobs.reporting.comparison_charts import perplexity_chart as perplexity_chart_of_runs
 from jobs.reporting.curves import curve_note, forecast_panel, recovery_panels
 from jobs.reporting.pruning import pruning_sections
 from jobs.reporting.results import find_result, is_recovered, label_of, times_dense
 from jobs.reporting.svg import pct
-from jobs.reporting.wording import alerts, headline, lead
+from jobs.reporting.wording import Words, alerts, comparison_headline, headline, lead
 from jobs.training.ledger import goodput_rows
 from sparsify.errors import InputError
 
@@ -54,16 +58,11 @@ def render_report(summary: dict[str, Any]) -> str:
     layers = summary.get("layers") or []
     recovery = summary.get("recovery") or {}
     quantization = summary.get("quantization") or {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["pct"] = pct
-    source = resources.files("jobs.reporting").joinpath("page.html.j2").read_text(encoding="utf-8")
     words = headline(summary)
     columns, rows = _results_table(results, str(run.get("pattern") or "pattern"))
-    page = environment.from_string(source).render(
-        title="".join(text for text, _ in words),
-        words=[(text.replace(" %", "\u00a0%"), tone) for text, tone in words],
+    return _rendered(
+        "page.html.j2",
+        words,
         lead=lead(run, results, recovery),
         has_comparison=any(
             row.get(key) is not None for row in results for key in ("kl", "top1_agreement")
@@ -87,6 +86,59 @@ def render_report(summary: dict[str, Any]) -> str:
         versions=sorted((run.get("versions") or {}).items()),
         command=run.get("command"),
         absent=_absent(results, layers, recovery, quantization),
+    )
+
+
+def render_comparison(comparison: dict[str, Any]) -> str:
+    """The whole page for the runs of a sweep; see `comparison.compare_folder`."""
+    runs, best = comparison["runs"], comparison["best"]
+    columns, dense = columns_of(comparison)
+    columns = [("State", [run["state"] for run in runs]), *columns]
+    rows = [
+        (
+            label_in(comparison, run),
+            [cells[at] for _, cells in columns],
+            "main" if run["run"] == best else "broken" if run["state"] == "failed" else "",
+        )
+        for at, run in enumerate(runs)
+    ]
+    facts = [("Folder", comparison["folder"])]
+    if dense is not None:
+        facts.append(("Dense model", f"perplexity {units.perplexity(dense)}"))
+    facts += [(key, value) for key, value in comparison["same"].items()]
+    return _rendered(
+        "comparison.html.j2",
+        comparison_headline(comparison),
+        lead=f"Dense model: perplexity {units.perplexity(dense)}." if dense is not None else "",
+        byline=[comparison["name"], f"{len(runs)} runs", counted_states(comparison)],
+        alerts=[
+            f"{label_in(comparison, run)}: {run['state']}{' – ' * bool(run['detail'])}"
+            f"{run['detail']}"
+            for run in runs
+            if run["state"] != "done"
+        ],
+        perplexities=perplexity_chart_of_runs(comparison),
+        errors=error_chart(comparison),
+        columns=[(name.replace("\n", " "), "") for name, _ in columns],
+        rows=rows,
+        times=time_chart(comparison),
+        facts=facts,
+        command=comparison["command"],
+    )
+
+
+def _rendered(template: str, words: Words, **values: Any) -> str:
+    """A page by its template; `words` are its title and headline."""
+    folder = resources.files("jobs.reporting")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+    )  # fmt: skip
+    environment.filters["pct"] = pct
+    page = environment.get_template(template).render(
+        title="".join(text for text, _ in words),
+        words=[(text.replace(" %", "\u00a0%"), tone) for text, tone in words],
+        **values,
     )
     return _UNWRITABLE.sub("\ufffd", page)
 

@@ -199,15 +199,6 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
 def show(summary: dict[str, Any]) -> None:
     """Print the tables of a run to stdout."""
     # rich and the tables made of it: a run that fails early does without them
-    from rich.console import Console
+    from jobs.reporting.tables import print_tables, summary_tables
 
-    from jobs.reporting.tables import NARROWEST, pruning_table, results_table, stages_table
-
-    console = Console()
-    # Below the width that they are made for, lines that the terminal wraps say more than cut ones.
-    console.width = max(console.width, NARROWEST)
-    if summary["results"]:
-        console.print(results_table(summary, console.width))
-    if summary["layers"]:
-        console.print(pruning_table(summary))
-    console.print(stages_table(summary))
+    print_tables(lambda width: summary_tables(summary, width))

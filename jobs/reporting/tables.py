@@ -6,13 +6,17 @@ Text of the run goes in as `rich.text.Text`, so that square brackets in a name s
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from jobs.reporting import units
+from jobs.reporting.comparison import columns_of
+from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
 from jobs.reporting.results import is_recovered, label_of
 
@@ -28,6 +32,46 @@ NARROWEST = 60
 """columns of a terminal that every table has room in"""
 
 _LEFT_OUT = ("kl", "disk_bytes")  # where there is no room for them beside a model's name
+
+
+def print_tables(make: Callable[[int], list[Table]]) -> None:
+    """Print what `make` gives for the terminal's width in columns."""
+    console = Console()
+    # Below the width that they are made for, lines that the terminal wraps say more than cut ones.
+    console.width = max(console.width, NARROWEST)
+    for table in make(console.width):
+        console.print(table)
+
+
+def summary_tables(summary: dict[str, Any], width: int) -> list[Table]:
+    """The tables of a run."""
+    return [
+        *([results_table(summary, width)] if summary["results"] else []),
+        *([pruning_table(summary)] if summary["layers"] else []),
+        stages_table(summary),
+    ]
+
+
+def runs_table(comparison: dict[str, Any]) -> Table:
+    """One row per run of a sweep: what differs, where it is, what it has measured.
+
+    Args:
+        comparison: of `comparison.compare_folder`.
+    """
+    columns, dense = columns_of(comparison)
+    table = _table("Run", "State", *(name for name, _ in columns))
+    if dense is not None:
+        table.caption = f"dense: perplexity {units.perplexity(dense)}"
+        table.caption_justify = "left"
+    for at, run in enumerate(comparison["runs"]):
+        is_bad = run["state"] in ("failed", "unknown")
+        table.add_row(
+            Text(label_in(comparison, run)),
+            Text(run["state"], style="bold red" if is_bad else ""),
+            *(cells[at] for _, cells in columns),
+            style="bold" if run["run"] == comparison["best"] else "",
+        )
+    return table
 
 
 def _table(*headings: str) -> Table:

@@ -9,6 +9,8 @@ import re
 from typing import Any
 
 from jobs.reporting import units
+from jobs.reporting.comparison import counted_states, final_perplexity
+from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.layers import warnings
 from jobs.reporting.results import (
     find_result,
@@ -44,6 +46,19 @@ def headline(summary: dict[str, Any]) -> Words:
             return [(f"Pruned {num_layers:,} layers{_at_pattern(run)}, nothing measured yet", "")]
         return [(f"{run.get('name') or 'This run'}: nothing measured yet", "")]
     return words + _size_words(results)
+
+
+def comparison_headline(comparison: dict[str, Any]) -> Words:
+    """The best of a sweep's runs, and how good it is; see `comparison.compare_folder`."""
+    runs = comparison["runs"]
+    best = next((run for run in runs if run["run"] == comparison["best"]), None)
+    if best is None:
+        return [(f"{comparison['name']}: {counted_states(comparison)}", "")]
+    words: Words = [(f"Best of {len(runs)}: ", ""), (label_in(comparison, best), "gain")]
+    final = final_perplexity(best)
+    if final is not None:
+        return [*words, (f", perplexity {units.perplexity(final)}", "")]
+    return [*words, (f", median error {units.significant(best['median_error'])}", "")]
 
 
 def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
