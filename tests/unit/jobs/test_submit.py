@@ -99,23 +99,6 @@ def test_no_scheduler_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_every_run_of_a_sweep_is_a_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bin").mkdir()
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text(f"#!/bin/sh\necho $# >>{tmp_path}/calls; wc -l <{tmp_path}/calls\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
-    assert run(*SLURM, "--multirun", "run.seed=0,1", "run.dir=sweep") == 0
-    said = capsys.readouterr().out
-    assert said.count("submitted: slurm job") == 2
-    configs = sorted(tmp_path.glob("sweep/*/.cluster/config.yaml"))
-    assert [f"seed: {seed}\n" in text for seed, text in
-            enumerate(path.read_text() for path in configs)] == [True, True]  # fmt: skip
-
-
 def test_mistakes_are_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,17 +154,21 @@ def test_nothing_to_manage(
 
 def test_a_command_here_leaves_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TWOFOUR_SUBMITTED", raising=False)
-    submit.remember_here(tmp_path, "prune", "python -m jobs.prune")
-    assert json.loads((tmp_path / ".cluster/job.json").read_text())["kind"] == "local"
-    assert manage.main(["status", str(tmp_path)]) == 0
+    said: list[str] = []
+    with submit.remembered_here(tmp_path, "prune", "python -m jobs.prune", said.append):
+        assert json.loads((tmp_path / ".cluster/job.json").read_text())["kind"] == "local"
+        assert manage.main(["status", str(tmp_path)]) == 0
     other = tmp_path / "other"
     other.mkdir()
     (other / ".cluster").symlink_to(tmp_path)
-    assert "jobs.manage will not know" in (submit.remember_here(other, "prune", "typed") or "")
+    with submit.remembered_here(other, "prune", "typed", said.append):
+        assert said[0].startswith("jobs.manage will not know this run")
     (other / ".cluster").unlink()
     monkeypatch.setenv("TWOFOUR_SUBMITTED", "slurm")
-    submit.remember_here(other, "prune", "python -m jobs.prune")
+    with submit.remembered_here(other, "prune", "python -m jobs.prune", said.append):
+        pass
     assert os.listdir(other) == []
+    assert len(said) == 1
 
 
 def test_scheduler_errors_are_the_users() -> None:
