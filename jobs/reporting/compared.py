@@ -21,7 +21,7 @@ def compare(folder: Path) -> None:
         InputError: there is no run in it.
     """
     comparison = compare_folder(folder)
-    print_tables(lambda width: [runs_table(comparison)])
+    print_tables(lambda width: [runs_table(comparison, width)])
     unfinished = [run for run in comparison["runs"] if run["detail"] and run["state"] != "done"]
     for run in unfinished:
         print(f"{run['run']}: {run['state']}: {run['detail']}")

@@ -186,17 +186,18 @@ def best_run(runs: list[Run]) -> Run | None:
     return None
 
 
+def short_keys(comparison: dict[str, Any]) -> dict[str, str]:
+    """Options that differ between runs -> their names without the group, where that is clear."""
+    short = {key: key.rpartition(".")[2] for key in comparison["differs"]}
+    names = list(short.values())
+    return {key: name if names.count(name) == 1 else key for key, name in short.items()}
+
+
 def label_of(comparison: dict[str, Any], run: Run) -> str:
     """What differs about a run: `method=wanda seed=0`; its folder's name where that is unknown."""
-    words = run["words"]
-    if words is None or not comparison["differs"]:
-        return str(run["run"])
-    short = [key.rpartition(".")[2] for key in comparison["differs"]]
-    parts = [
-        f"{name if short.count(name) == 1 else key}={words[key]}"
-        for key, name in zip(comparison["differs"], short, strict=True)
-        if key in words
-    ]
+    words = run["words"] or {}
+    names = short_keys(comparison)
+    parts = [f"{name}={words[key]}" for key, name in names.items() if key in words]
     return " ".join(parts) or str(run["run"])
 
 
@@ -207,10 +208,10 @@ def counted_states(comparison: dict[str, Any]) -> str:
 
 
 def columns_of(
-    comparison: dict[str, Any],
+    comparison: dict[str, Any], is_narrow: bool = False
 ) -> tuple[list[tuple[str, list[str]]], float | None]:
     """(heading, a cell for each run) of what any run has measured, and the dense perplexity where
-    all that know one know the same."""
+    all that know one know the same; with little room, quality and time before the rest."""
     runs = comparison["runs"]
     dense = {run["dense"] for run in runs if run["dense"] is not None}
     bits = {run["quantized_bits"] for run in runs if run["quantized_bits"] is not None}
@@ -226,6 +227,8 @@ def columns_of(
     )
     columns = [(name, [spell(run[key]) for run in runs]) for name, key, spell in headings]
     columns = [column for column in columns if set(column[1]) != {units.MISSING}]
+    if is_narrow and any(final_perplexity(run) is not None for run in runs):
+        columns = [column for column in columns if column[0] not in ("Median\nerror", "Tokens/s")]
     if len(dense) == 1:
         columns = [column for column in columns if column[0] != "Dense"]
     return columns, next(iter(dense)) if len(dense) == 1 else None

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.reporting import units
-from jobs.reporting.comparison import columns_of
+from jobs.reporting.comparison import columns_of, short_keys
 from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
 from jobs.reporting.results import is_recovered, label_of
@@ -30,6 +30,8 @@ _RESULT_COLUMNS = (
 
 NARROWEST = 60
 """columns of a terminal that every table has room in"""
+
+_MOST_KEYS = 3  # options that differ between runs that get a column each
 
 _LEFT_OUT = ("kl", "disk_bytes")  # where there is no room for them beside a model's name
 
@@ -52,21 +54,33 @@ def summary_tables(summary: dict[str, Any], width: int) -> list[Table]:
     ]
 
 
-def runs_table(comparison: dict[str, Any]) -> Table:
+def runs_table(comparison: dict[str, Any], width: int = 80) -> Table:
     """One row per run of a sweep: what differs, where it is, what it has measured.
 
     Args:
         comparison: of `comparison.compare_folder`.
+        width: of the terminal, in columns; below 100 error by layer and speed are left out where
+            there is a perplexity. Both are in compare.json and on the page.
     """
-    columns, dense = columns_of(comparison)
-    table = _table("Run", "State", *(name for name, _ in columns))
+    columns, dense = columns_of(comparison, width < 100)
+    names = short_keys(comparison)
+    if not 1 <= len(names) <= _MOST_KEYS:
+        names = {}
+    table = _table(*(list(names.values()) or ["Run"]), "State", *(name for name, _ in columns))
+    for column in table.columns[: len(names)]:  # words, which may be long
+        column.justify, column.overflow, column.no_wrap = "left", "fold", False
+        column.min_width = 4
     if dense is not None:
         table.caption = f"dense: perplexity {units.perplexity(dense)}"
         table.caption_justify = "left"
     for at, run in enumerate(comparison["runs"]):
+        words = run["words"] or {}
+        what = [str(words.get(key, units.MISSING)) for key in names] if words else []
+        if not what:
+            what = [label_in(comparison, run), *[""] * (len(names) - 1)]
         is_bad = run["state"] in ("failed", "unknown")
         table.add_row(
-            Text(label_in(comparison, run)),
+            *(Text(text) for text in what),
             Text(run["state"], style="bold red" if is_bad else ""),
             *(cells[at] for _, cells in columns),
             style="bold" if run["run"] == comparison["best"] else "",

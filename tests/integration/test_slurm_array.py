@@ -54,9 +54,11 @@ def test_sweep_is_one_array(
     number = ids[0].split("_")[0]
     assert ids == [f"{number}_{task}" for task in range(3)]
     assert done.stdout.count("slurm job") == 3
-    for path in sorted(sweep.rglob("*")):
-        if path.is_file() and ".cluster" in path.parts and not path.is_symlink():
-            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    folders = [sweep / ".cluster", *(run / ".cluster" for run in runs)]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    written = [path for folder in folders for path in folder.glob("*.*") if path.suffix != ".log"]
+    assert len(written) >= 7
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o600}
 
     def log(task: int) -> str:
         found = sorted(runs[task].glob(f".cluster/*_{task}.log"))
