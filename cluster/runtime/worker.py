@@ -5,17 +5,21 @@ Imports no Ray, so that code for workers can name `WorkerContext` and run withou
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback as traceback_module
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from cluster.machine import peak_memory_bytes
 from cluster.spec import ClusterSpec
 
 Work = Callable[["WorkerContext", Any], Any]
 
 POLL_S = 0.25
 """how often progress leaves a worker, and how often the driver looks"""
+
+_MEMORY_EVERY_S = 10.0
 
 _PEER_LOST = ("connection closed", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
 
@@ -55,10 +59,19 @@ class WorkerContext:
         self.device = "cuda" if spec.uses_gpu else "cpu"
         self._line = line
         self._last_post_s = 0.0
+        self._last_memory_s = 0.0
 
     def progress(self, done: float, total: float, text: str = "") -> None:
-        """Say how far this piece of work is; at most a few times a second leave the process."""
+        """Say how far this piece of work is; at most a few times a second leave the process.
+
+        Rank 0 speaks for all; each worker says now and then how much memory it has held.
+        """
         now_s = time.monotonic()
+        if now_s - self._last_memory_s >= _MEMORY_EVERY_S:
+            self._last_memory_s = now_s
+            with contextlib.suppress(OSError):  # read on Linux alone
+                event = {"kind": "memory", "name": self.name, "rank": self.rank}
+                self._line.post({**event, "peak_bytes": peak_memory_bytes()}, f"{self.name} memory")
         if self.rank == 0 and (done >= total or now_s - self._last_post_s >= POLL_S):
             self._last_post_s = now_s
             event = {"kind": "progress", "name": self.name, "done": done, "total": total}
