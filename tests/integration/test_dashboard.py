@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import socket
+import subprocess
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +21,8 @@ from cluster.metrics import RAY_PREFIX
 from tests.integration.browser import Page, browser, why_not
 from tests.integration.commands import Command, wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
+
 RUN = "small llama 2:4"
 """name of the run's folder"""
 
@@ -23,10 +30,12 @@ RUN = "small llama 2:4"
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
     reason = why_not()
+    if reason is None and shutil.which("prometheus") is None:
+        reason = "prometheus is not installed"
     if reason is not None:
         if os.environ.get("TWOFOUR_NEED_BROWSER") == "1":
             pytest.fail(f"the test of the dashboard cannot run: {reason}")
-        pytest.skip(f"no browser: {reason}")
+        pytest.skip(reason)
     with browser() as opened:
         yield opened
 
@@ -49,12 +58,17 @@ def scraped(targets: list[str]) -> dict[str, Series]:
     return {name.removeprefix(f"{RAY_PREFIX}twofour_"): series for name, series in found.items()}
 
 
-def endpoints() -> list[str]:
-    """Where the session's Ray has its metrics, from the file that it writes for Prometheus."""
+def discovery() -> Path:
+    """The file that the session's Ray writes for Prometheus."""
     import ray  # as the fixture that has started it
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
-    return json.loads((folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+    return folder / "prom_metrics_service_discovery.json"
+
+
+def endpoints() -> list[str]:
+    """Where the session's Ray has its metrics."""
+    return list(json.loads(discovery().read_text())[0]["targets"])
 
 
 def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
@@ -66,11 +80,13 @@ def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
         "distill.num_tokens=20480000", "distill.checkpoint_every_steps=100000",
         "distill.heldout_every_steps=5", "distill.heldout_tokens=1024",
     ]  # fmt: skip
+    wait_for_endpoints()
     command = Command("prune", *words, environment=environment, folder=tmp_path)
     try:
         wait_until(lambda: re.search(r"distill: [1-9]\d*/40000 steps", command.said()[0]), command)
         seen = watched(command)
         check_pages(page, command.said()[0])
+        check_panels(command, tmp_path)
     finally:
         cancel = ("cancel", str(tmp_path / RUN))
         done = Command("manage", *cancel, environment=environment, folder=tmp_path).finished(120)
@@ -78,6 +94,18 @@ def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
     assert command.wait(300) == os.EX_TEMPFAIL, command.said()[1]
     check_values(seen, tmp_path / RUN)
     wait_until_gone()
+
+
+def wait_for_endpoints() -> None:
+    """A Ray that has just been started has no metrics yet, and takes no job."""
+    deadline_s = time.monotonic() + 300
+    while True:
+        try:
+            scraped(endpoints())
+            return
+        except OSError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.5)
 
 
 def check_pages(page: Page, said: str) -> None:
@@ -107,6 +135,50 @@ def check_pages(page: Page, said: str) -> None:
     page.wait_for(f"progress of {RUN}")
     page.open(f"{url}/api/train/v2/runs/v1")  # Ray has no page for it
     page.wait_for(f'"name":"{RUN} distill"')
+
+
+def check_panels(command: Command, folder: Path) -> None:
+    """Every panel of the dashboard for Grafana has data in a Prometheus that reads this Ray."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = folder / "prometheus.yml"
+    config.write_text(f"""
+global: {{scrape_interval: 1s}}
+scrape_configs: [{{job_name: ray, file_sd_configs: [{{files: [{discovery()}]}}]}}]
+""")
+    panels = json.loads((ROOT / "cluster" / "grafana" / "twofour.json").read_text())["panels"]
+    asked = {target["expr"] for panel in panels for target in panel["targets"]}
+    without = {expression for expression in asked if "_mfu_ratio" in expression}  # of no CPU
+    assert without
+
+    def found(expression: str) -> bool:
+        query = urllib.parse.urlencode({"query": expression.replace("$run", ".*")})
+        try:
+            with urllib.request.urlopen(f"http://{place}/api/v1/query?{query}", timeout=30) as said:
+                answer = json.load(said)
+        except urllib.error.HTTPError as error:  # no expression of Prometheus's
+            raise AssertionError(f"{expression}: {error.read().decode()}") from None
+        except OSError:  # it is starting
+            return False
+        return bool(answer["data"]["result"])
+
+    process = subprocess.Popen(
+        ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'prometheus'}",
+         f"--web.listen-address={place}", "--log.level=error"]
+    )  # fmt: skip
+    try:
+        left = asked - without
+
+        def all_found() -> bool:
+            left.difference_update([one for one in left if found(one)])
+            return not left
+
+        wait_until(all_found, command)
+        assert not [one for one in without if found(one)]
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def watched(command: Command) -> list[dict[str, Series]]:
