@@ -14,7 +14,8 @@ OnEvent = Callable[[dict[str, Any]], None]
 class Executor(Protocol):
     """Runs work on workers; a context manager, entered by one run."""
 
-    dashboard_url: str | None
+    dashboard: str | None
+    """how a person reaches it"""
 
     def __enter__(self) -> Self: ...
 

@@ -60,7 +60,7 @@ class PlainCluster:
         ClusterError: on entering, if the spec has more than one machine.
     """
 
-    dashboard_url: str | None = None
+    dashboard: str | None = None
 
     def __init__(self, spec: ClusterSpec, on_event: OnEvent) -> None:
         self.spec = spec

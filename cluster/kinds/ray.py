@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import shutil
 import time
@@ -22,6 +23,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.errors import ClusterError
 from cluster.kinds._base import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Kind, Status
+from cluster.machine import way_to
 from cluster.spec import ClusterSpec
 
 PROJECT, SUBMITTED = "project", "submitted"
@@ -73,7 +75,7 @@ class RayJobs(Kind):
                 "another cluster.kind"
             )
         client, doing = _client(address), f"cannot submit {job.name}"
-        number = f"twofour-{uuid.uuid4().hex[:12]}"
+        number = f"twofour-{_plain(job.name)}-{uuid.uuid4().hex[:12]}"
         environment = {
             "PYTHONPATH": ".", "TWOFOUR_SUBMITTED": self.name, "OMP_NUM_THREADS": "1",
             # The command ships the project to its workers itself.
@@ -84,7 +86,7 @@ class RayJobs(Kind):
             client.submit_job,
             entrypoint=self._entrypoint(job),
             submission_id=number,
-            metadata={"name": job.name},
+            metadata={"job_name": job.name},
             runtime_env={"working_dir": str(_staged(job)), "env_vars": environment},
         )
         deadline_s = time.monotonic() + _AGENT_WAIT_S
@@ -142,7 +144,12 @@ class RayJobs(Kind):
     def hints(self, job: Job) -> list[str]:
         """Where it is seen."""
         number, client = _reached(job)
-        return [f"dashboard: {client.get_address()}/#/jobs/{number}"]
+        return [f"dashboard: {way_to(f'{client.get_address()}/#/jobs/{number}')}"]
+
+
+def _plain(name: str) -> str:
+    """A name as it may stand in an address."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:60]
 
 
 def _staged(job: Job) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
@@ -16,8 +17,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
+from cluster.machine import way_to
+from cluster.metrics import Values
 from cluster.preempt import abandon, check_signals
 from cluster.runtime.board import Board, BoardLine, OnEvent, Watch
+from cluster.runtime.export import Export
 from cluster.runtime.processes import LocalRay
 from cluster.runtime.restarts import Restarts
 from cluster.runtime.start import check_address, check_this_machine, start_ray
@@ -57,9 +61,11 @@ class RayCluster:
     def __init__(self, spec: ClusterSpec, run_name: str, root: Path, on_event: OnEvent) -> None:
         self.spec = spec
         self.run_name = run_name
-        self.dashboard_url: str | None = None
+        self.dashboard: str | None = None
         self._root = root
-        self._on_event = on_event
+        self._tell = on_event
+        self._values = Values(run_name)
+        self._export = contextlib.ExitStack()
         self._board: Any = None
         self._thread = ThreadPoolExecutor(1, "ray")
         self._local: LocalRay | None = None
@@ -95,6 +101,7 @@ class RayCluster:
         if self._local is not None:
             is_lost = self._local.check() is not None
             self._local.is_ending()
+        self._export.close()
         try:
             if is_interrupted or is_lost:
                 abandon()
@@ -139,14 +146,17 @@ class RayCluster:
         """On Ray's thread: start or join it."""
         info = start_ray(self.spec, self.run_name, self._root, address)
         self._session = Path(info.address_info["session_dir"])
-        url = info.address_info.get("webui_url")
-        self.dashboard_url = f"http://{url}" if url and self.spec.dashboard else None
+        if (url := info.address_info.get("webui_url")) and self.spec.dashboard:
+            head = info.address_info["gcs_address"].rpartition(":")[0]
+            is_here = head in (info.address_info["node_ip_address"], "127.0.0.1", "localhost")
+            self.dashboard = way_to(f"http://{url}", "" if is_here else head)
         board: Any = Board
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = board.options(
             name=f"progress of {self.run_name}", scheduling_strategy=here
         ).remote()
         self._wait_for_resources()
+        self._export.enter_context(Export(self._values))
 
     def _wait_for_resources(self) -> None:
         spec = self.spec
@@ -229,6 +239,8 @@ class RayCluster:
                 if not isinstance(error, WorkerGroupError):
                     text = f"{name}: Ray Train failed: {_last_line(error)}; see {self.log_folder}"
                     raise WorkFailedError("RayTrainError", text, str(error)) from None
+            finally:
+                self._values.end(name)
             is_retried, reason = restarts.after_loss(watch.furthest)
             if not is_retried:
                 text = f"{lost}; {reason}; see Ray's logs in {self.log_folder}, then run "
@@ -326,6 +338,10 @@ class RayCluster:
         """What the work itself has failed with, as it posted it."""
         found: dict[str, str] | None = ray.get(self._board.failure.remote())
         return found
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        self._values.take(event)
+        self._tell(event)
 
     def _warn(self, name: str, text: str) -> None:
         self._on_event({"kind": "warning", "name": name, "text": text})

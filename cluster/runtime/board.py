@@ -37,6 +37,7 @@ class Board:
         if self._failure is None or (is_peer_loss(self._failure) and not is_peer_loss(failure)):
             self._failure = failure
 
+    @ray.method(enable_task_events=False)  # four a second would bury what the dashboard shows
     def drain(self) -> list[dict[str, Any]]:
         """Events since the last call."""
         events, self._events = self._events, []
@@ -63,9 +64,10 @@ class BoardLine:
         self._board = board
 
     def post(self, event: dict[str, Any], label: str = "", wait: bool = False) -> None:
-        """Send one event, under a name that the dashboard shows; `wait` until it has arrived."""
-        call = self._board.post.options(name=label) if label else self._board.post
-        reference = call.remote(event)
+        """Send one event, under a name if the dashboard is to show it; `wait` for its arrival."""
+        post = self._board.post
+        shown = {"name": label} if label else {"enable_task_events": False}
+        reference = post.options(**shown).remote(event)
         if wait:
             ray.get(reference)
 

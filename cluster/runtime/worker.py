@@ -5,17 +5,21 @@ Imports no Ray, so that code for workers can name `WorkerContext` and run withou
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback as traceback_module
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from cluster.machine import peak_memory_bytes
 from cluster.spec import ClusterSpec
 
 Work = Callable[["WorkerContext", Any], Any]
 
 POLL_S = 0.25
 """how often progress leaves a worker, and how often the driver looks"""
+
+_MEMORY_EVERY_S = 10.0
 
 _PEER_LOST = ("connection closed", "connection reset", "broken pipe", "nccl", "gloo", "timed out")
 
@@ -31,7 +35,7 @@ class Line(Protocol):
     """A worker's line to the driver; `cluster.runtime.board.BoardLine` with Ray."""
 
     def post(self, event: dict[str, Any], label: str = "", wait: bool = False) -> None:
-        """Send one event; `wait` until it has arrived."""
+        """Send one event, shown as `label` where there is a dashboard; `wait` for its arrival."""
 
     def fail(self, kind: str, message: str, traceback: str) -> None:
         """Report a failure; returns when it has arrived."""
@@ -55,20 +59,34 @@ class WorkerContext:
         self.device = "cuda" if spec.uses_gpu else "cpu"
         self._line = line
         self._last_post_s = 0.0
+        self._last_shown: tuple[float, float] | None = None
+        self._last_memory_s = 0.0
 
     def progress(self, done: float, total: float, text: str = "") -> None:
-        """Say how far this piece of work is; at most a few times a second leave the process."""
+        """Say how far this piece of work is; at most a few times a second leave the process.
+
+        Rank 0 speaks for all; each worker says now and then how much memory it has held. The
+        dashboard gets a line for each percent, whatever the number of steps: it shows 10,000.
+        """
         now_s = time.monotonic()
+        if now_s - self._last_memory_s >= _MEMORY_EVERY_S:
+            self._last_memory_s = now_s
+            with contextlib.suppress(OSError):  # read on Linux alone
+                event = {"kind": "memory", "name": self.name, "rank": self.rank}
+                self._line.post({**event, "peak_bytes": peak_memory_bytes()})
         if self.rank == 0 and (done >= total or now_s - self._last_post_s >= POLL_S):
             self._last_post_s = now_s
             event = {"kind": "progress", "name": self.name, "done": done, "total": total}
-            self._line.post({**event, "text": text}, f"{self.name} {done:g}/{total:g}")
+            percent = (total, done // (total / 100) if total else 100.0)
+            is_news, self._last_shown = percent != self._last_shown, percent
+            label = f"{self.name} {done:g}/{total:g}" if is_news else ""
+            self._line.post({**event, "text": text}, label)
 
     def metrics(self, values: dict[str, Any], step: int | None = None) -> None:
         """Send figures to the run's tracker (rank 0 only)."""
         if self.rank == 0:
             event = {"kind": "metrics", "name": self.name, "values": values, "step": step}
-            self._line.post(event, f"{self.name} metrics")
+            self._line.post(event)
 
     def say(self, message: str) -> None:
         """Show a line on the terminal that is no warning (rank 0 only)."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from cluster.machine import peak_memory_bytes
 from jobs.benchmarks.support.arguments import (
     add_calibration,
     add_device,
@@ -30,7 +31,7 @@ from jobs.benchmarks.support.random_llama import (
     random_model,
     random_rows,
 )
-from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes, peak_memory_bytes
+from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
 from jobs.benchmarks.support.stopwatch import phase_seconds
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm

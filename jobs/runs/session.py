@@ -55,9 +55,8 @@ class Clusters:
             cluster = new_cluster(self._spec, self._run_name, self._on_event)
             with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
-            if self._cluster.dashboard_url:
-                url = self._cluster.dashboard_url
-                self._display.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
+            if way := self._cluster.dashboard:
+                self._display.say(f"Ray dashboard: {way} (its token: ray get-auth-token)")
         return self._cluster
 
     def warn(self, text: str) -> None:

@@ -115,7 +115,7 @@ class Pace:
         tokens_per_s = self._step_tokens / max(self._steps_s[-1], 1e-9)
         loss = "not finite" if figures["loss"] is None else f"{figures['loss']:.4f}"
         text = f"steps, loss {loss}, {tokens_per_s:,.0f} tokens/s"
-        speed = {"tokens_per_s": tokens_per_s}
+        speed = {"tokens_per_s": tokens_per_s, "goodput": self._goodput()}
         if flops:
             speed["tflops_per_s"] = flops / self._steps_s[-1] / 1e12
         if flops and self._peak:
@@ -126,6 +126,14 @@ class Pace:
         values = {k: v for k, v in figures.items() if k not in ("step", "row_crc")}
         values = {k: v for k, v in (values | speed).items() if v is not None}
         self._context.metrics({f"distill/{k}": v for k, v in values.items()}, step)
+
+    def _goodput(self) -> float:
+        """Share of the time since the stage first began that went into steps that count.
+
+        Those since a checkpoint are out again once they were lost. The record's goodput, from the
+        ledger, also counts the loop's own moments between two steps.
+        """
+        return self.trained_s / max(time.time() - self.begun_s, self.trained_s, 1e-9)
 
     def forecast(self, curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> None:
         """Every tenth of the run from a third on, tell the tracker where it will end."""

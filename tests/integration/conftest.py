@@ -20,6 +20,7 @@ def ray_address() -> Iterator[str]:
     """Address of a Ray that lives as long as the tests; commands join it by RAY_ADDRESS."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112  10 s otherwise
     # As where a virtual environment is active: jobs of this Ray are started as `python`.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     import ray

@@ -25,7 +25,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # not on first use
 from safetensors.torch import load_file
 
-from jobs.benchmarks.support.record import peak_memory_bytes
+from cluster.machine import peak_memory_bytes
 from jobs.benchmarks.support.stopwatch import phase_seconds
 from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.layers import InputOrder

@@ -7,7 +7,8 @@ from argparse import Namespace
 
 import torch
 
-from jobs.benchmarks.support.record import num_cpus, peak_memory_bytes
+from cluster.machine import peak_memory_bytes
+from jobs.benchmarks.support.record import num_cpus
 from sparsify.errors import InputError
 
 

@@ -162,17 +162,6 @@ def accelerator_name() -> str:
     return torch.cuda.get_device_name(0)
 
 
-def peak_memory_bytes() -> int:
-    """Most memory this process has held since it started (resident set, Linux).
-
-    Not `getrusage`: there a process starts with the peak of the process that started it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line; peak memory is read on Linux only")
-
-
 def gigabytes(num_bytes: float) -> str:
     """Decimal gigabytes, as in the records of other tools: 1 GB is 1e9 bytes."""
     return f"{num_bytes / 1e9:.3f} GB"

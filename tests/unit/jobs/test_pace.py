@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from conf.options.distill import DistillConfig
 from jobs.training.pace import Pace, forecast_of
@@ -41,3 +44,29 @@ def test_a_step_without_a_loss_is_said_and_not_forecast_from(tmp_path: Path) -> 
     assert (
         forecast_of(curve, [1e-3] * 10).as_dict() == forecast_of(curve[1:], [1e-3] * 10).as_dict()
     )
+
+
+def test_goodput_is_the_time_in_steps_that_count_over_all_since_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now_s=5000.0)
+    monkeypatch.setattr(time, "time", lambda: clock.now_s)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now_s - 1000)
+    figures = {"step": 1, "loss": 1.0, "kl": 1.0, "row_crc": 1, "is_skipped": False}
+
+    def told(pace: Pace, number: int, step_s: float) -> float:
+        with pace.step(number):
+            clock.now_s += step_s
+        said.clear()
+        pace.say(number, 9, figures, 0.0)
+        return said[-1][0]["distill/goodput"]
+
+    said: list[Any] = []
+    pace = Pace(worker(0, said), DistillConfig(), tmp_path, 8)
+    clock.now_s += 10  # start-up
+    assert told(pace, 1, 5.0) == pytest.approx(5 / 15)
+    assert told(pace, 2, 15.0) == pytest.approx(20 / 30)
+    clock.now_s += 10  # killed, and a new process; step 2 was not saved
+    pace = Pace(worker(0, said), DistillConfig(), tmp_path, 8)
+    pace.resumed(1, 5.0)
+    assert told(pace, 2, 10.0) == pytest.approx(15 / 50)

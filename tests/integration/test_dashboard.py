@@ -1,0 +1,241 @@
+"""A run as Ray's dashboard and its Prometheus endpoint show it, seen with a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.metrics import RAY_PREFIX
+from tests.integration.browser import Page, browser, why_not
+from tests.integration.commands import Command, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RUN = "small llama 2:4"
+"""name of the run's folder"""
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    reason = why_not()
+    if reason is None and shutil.which("prometheus") is None:
+        reason = "prometheus is not installed"
+    if reason is not None:
+        if os.environ.get("TWOFOUR_NEED_BROWSER") == "1":
+            pytest.fail(f"the test of the dashboard cannot run: {reason}")
+        pytest.skip(reason)
+    with browser() as opened:
+        yield opened
+
+
+Series = dict[tuple[str, ...], float]
+
+
+def scraped(targets: list[str]) -> dict[str, Series]:
+    """What the endpoints say of our metrics: name -> values by their own labels, in their order."""
+    found: dict[str, Series] = {}
+    for target in targets:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        for name, labels, value in re.findall(r"(?m)^(\w*twofour_\w+)\{(.*)\} (\S+)$", text):
+            of = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            assert of["run"] == RUN
+            own = tuple(of[key] for key in ("stage", "unit", "source", "rank") if key in of)
+            assert own not in found.setdefault(name, {}), f"{name}{own} twice"
+            found[name][own] = float(value)
+    return {name.removeprefix(f"{RAY_PREFIX}twofour_"): series for name, series in found.items()}
+
+
+def discovery() -> Path:
+    """The file that the session's Ray writes for Prometheus."""
+    import ray  # as the fixture that has started it
+
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    return folder / "prom_metrics_service_discovery.json"
+
+
+def endpoints() -> list[str]:
+    """Where the session's Ray has its metrics."""
+    return list(json.loads(discovery().read_text())[0]["targets"])
+
+
+def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
+    page: Page, environment: dict[str, str], small: list[str], tmp_path: Path
+) -> None:
+    words = [
+        *small, "cluster.executor=ray", "cluster.kind=ray", f"run.dir={tmp_path / RUN}",
+        "stages=[prune,distill]", "prune.baselines=[]", "prune.rotation_steps=2",
+        "distill.num_tokens=20480000", "distill.checkpoint_every_steps=100000",
+        "distill.heldout_every_steps=5", "distill.heldout_tokens=1024",
+    ]  # fmt: skip
+    wait_for_endpoints()
+    command = Command("prune", *words, environment=environment, folder=tmp_path)
+    try:
+        wait_until(lambda: re.search(r"distill: [1-9]\d*/40000 steps", command.said()[0]), command)
+        seen = watched(command)
+        check_pages(page, command.said()[0])
+        check_panels(command, tmp_path)
+    finally:
+        cancel = ("cancel", str(tmp_path / RUN))
+        done = Command("manage", *cancel, environment=environment, folder=tmp_path).finished(120)
+    assert done.returncode == 0, done.stderr
+    assert command.wait(300) == os.EX_TEMPFAIL, command.said()[1]
+    check_values(seen, tmp_path / RUN)
+    wait_until_gone()
+
+
+def wait_for_endpoints() -> None:
+    """A Ray that has just been started has no metrics yet, and takes no job."""
+    deadline_s = time.monotonic() + 300
+    while True:
+        try:
+            scraped(endpoints())
+            return
+        except OSError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.5)
+
+
+def check_pages(page: Page, said: str) -> None:
+    """The name in the list of jobs, then the job's page: its log, stages, progress and workers."""
+    found = re.search(
+        r"dashboard: (http://127\.0\.0\.1:\d+)/#/jobs/(twofour-small-llama-2-4-\w+)", said
+    )
+    assert found, said
+    url, job = found.groups()
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    page.open(f"{url}/#/jobs")
+    page.wait_for("Authentication Token Required")
+    page.type("input[type=password]", token)
+    page.click("[role=dialog] button", "SUBMIT")
+    page.wait_for(RUN)
+    rows = page.ask("[...document.querySelectorAll('tr')].map(e => e.innerText)")
+    (row,) = (row for row in rows if RUN in row)
+    assert job in row and "RUNNING" in row
+    page.open(f"{url}/#/jobs/{job}")
+    page.wait(r"/distill: \d+\/40000 steps, loss/.test(document.body.innerText)")  # its log
+    page.click("h4", "Task Table")
+    page.type("input[value='10']", "000")  # 10,000 lines, not 10
+    for pattern in (r"\tprune \d+\/\d+\t", r"\tdistill 1\/1\t", r"\tdistill \d+\/40000\t"):
+        page.wait(f"/{pattern}/.test(document.body.innerText)")
+    assert "Board.drain" not in page.text
+    page.open(f"{url}/#/actors")
+    page.wait_for(f"progress of {RUN}")
+    page.open(f"{url}/api/train/v2/runs/v1")  # Ray has no page for it
+    page.wait_for(f'"name":"{RUN} distill"')
+
+
+def check_panels(command: Command, folder: Path) -> None:
+    """Every panel of the dashboard for Grafana has data in a Prometheus that reads this Ray."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    config = folder / "prometheus.yml"
+    config.write_text(f"""
+global: {{scrape_interval: 1s}}
+scrape_configs: [{{job_name: ray, file_sd_configs: [{{files: [{discovery()}]}}]}}]
+""")
+    panels = json.loads((ROOT / "cluster" / "grafana" / "twofour.json").read_text())["panels"]
+    asked = {target["expr"] for panel in panels for target in panel["targets"]}
+    without = {expression for expression in asked if "_mfu_ratio" in expression}  # of no CPU
+    assert without
+
+    def found(expression: str) -> bool:
+        query = urllib.parse.urlencode({"query": expression.replace("$run", ".*")})
+        try:
+            with urllib.request.urlopen(f"http://{place}/api/v1/query?{query}", timeout=30) as said:
+                answer = json.load(said)
+        except urllib.error.HTTPError as error:  # no expression of Prometheus's
+            raise AssertionError(f"{expression}: {error.read().decode()}") from None
+        except OSError:  # it is starting
+            return False
+        return bool(answer["data"]["result"])
+
+    process = subprocess.Popen(
+        ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'prometheus'}",
+         f"--web.listen-address={place}", "--log.level=error"]
+    )  # fmt: skip
+    try:
+        left = asked - without
+
+        def all_found() -> bool:
+            left.difference_update([one for one in left if found(one)])
+            return not left
+
+        wait_until(all_found, command)
+        assert not [one for one in without if found(one)]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def watched(command: Command) -> list[dict[str, Series]]:
+    """What was scraped until four steps were seen."""
+    seen: list[dict[str, Series]] = []
+
+    def look() -> bool:
+        seen.append(scraped(endpoints()))
+        steps = {now["step"][("distill",)] for now in seen if "step" in now}
+        return len(steps) >= 4 and "heldout_perplexity" in seen[-1]
+
+    wait_until(look, command)
+    return seen
+
+
+def check_values(seen: list[dict[str, Series]], run_dir: Path) -> None:
+    """Progress only grows; figures are those of the run's own record at that step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    record = {line["step"]: line for line in lines if "distill/kl" in line}
+    heldout = {line["step"]: line for line in lines if "distill/heldout_ce/heldout" in line}
+    assert record and heldout
+    last: dict[tuple[str, ...], float] = {}
+    num_checked = 0
+    for now in seen:
+        for own, share in now["stage_progress_ratio"].items():
+            assert last.get(own, 0.0) <= share <= 1.0
+            last[own] = share
+            if own[0] == "prune":
+                assert share == 1.0, "stays after the stage has ended"
+        if "kl_nats" not in now:
+            continue
+        at = int(now["step"]["distill",])
+        # Ray may send on what it was told between the step's number and another figure.
+        near = [record[step] for step in (at - 1, at, at + 1) if step in record]
+        for name, key in (
+            ("kl_nats", "kl"), ("loss", "loss"), ("tokens_per_second", "tokens_per_s"),
+            ("goodput_ratio", "goodput"), ("gradient_norm", "grad_norm"),
+        ):  # fmt: skip
+            value = now[name]["distill",]
+            assert any(value == pytest.approx(line[f"distill/{key}"], rel=1e-5) for line in near)
+        num_checked += now["kl_nats"]["distill",] == pytest.approx(
+            record[at]["distill/kl"], rel=1e-5
+        )
+        assert now["tokens_per_second"]["distill",] > 0
+        assert 0 < now["goodput_ratio"]["distill",] < 1
+        assert "mfu_ratio" not in now, "no peak is known of a CPU"
+        assert {own[0] for own in now["worker_peak_memory_bytes"]} <= {"prune", "distill"}
+    assert num_checked >= 3
+    assert set(last) == {
+        ("prune", "steps"), ("prune", "blocks"), ("distill", "sources tokenised"),
+        ("distill", "steps"),
+    }  # fmt: skip
+
+
+def wait_until_gone() -> None:
+    """Nothing of a run stays behind it."""
+    deadline_s = time.monotonic() + 60
+    while scraped(endpoints()):
+        assert time.monotonic() < deadline_s, scraped(endpoints())
+        time.sleep(0.5)
