@@ -18,8 +18,8 @@ class PlanConfig:
     the run on paper with failures. As a first word, budget and simulate stand for this option"""
     out: str | None = None
     """folder for the plan as JSON, and for the simulation's plot; null = none is written"""
-    price: float | None = option(None, low=0)
-    """money for one GPU and hour, in any currency; null = GPU-hours alone"""
+    price: float | None = option(None, above=0)
+    """money for one GPU and hour, in any currency, over 0; null = GPU-hours alone"""
     memory_share: float = option(0.95, above=0, high=1)
     """share of a card's memory that may be taken; over 0, at most 1"""
     records: list[str] = option([])

@@ -1,9 +1,11 @@
 """Which model costs least over its life: trained small, or pruned from a larger one.
 
 The loss of a dense model of N parameters after D tokens is L = E + A / N^alpha + B / D^beta. Two
-fits of that form bracket what is known: Hoffmann et al. 2022 (arXiv 2203.15556, table A.3, approach
-3) and its replication by Besiroglu et al. 2024 (arXiv 2404.10102), which finds the former's
-intervals too narrow. Training takes 6 N D operations and every token that is served 2 N
+fits of that form bracket what is known: approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556) and
+its replication by Besiroglu et al. 2024 (arXiv 2404.10102, table 1), which finds the former's
+intervals too narrow. Of the former the exponents are those of the paper's TeX source, which the
+replication gives beside its own: the printed ones (E 1.69, alpha 0.34, beta 0.28) are rounded, and
+have another optimum than the paper's table A.3, 32 instead of 40 B parameters. Training takes 6 N D operations and every token that is served 2 N
 (Sardana et al. 2023, arXiv 2401.00448, who minimise the sum). Both fits are of models on web text
 with their own tokenizers: differences between models of one kind are what they are good for.
 """
@@ -54,7 +56,7 @@ class ScalingLaw:
 
 
 LAWS = (
-    ScalingLaw("Hoffmann 2022", 1.69, 406.4, 0.34, 410.7, 0.28),
+    ScalingLaw("Hoffmann 2022", 1.6934, 406.4, 0.3392, 410.7, 0.2849),
     ScalingLaw("Besiroglu 2024", 1.8172, 482.01, 0.3478, 2085.43, 0.3658),
 )
 

@@ -125,13 +125,15 @@ def step_seconds(
     attention = (1 + again + 2.5) * inside + taught_inside
     kept = student.kept[width] * tokens * (1 + again / 2)
     passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
+    # Without tensor cores the head's products are of float32 copies.
+    of_head = rates.products if setup.uses_gpu else rates.float32 or rates.products
     weights = width * student.num_parameters
     own = student.num_parameters / (setup.world_size if setup.zero_stage else 1)
     micro = {
         "products": ((3 + again) * linear + taught) / rates.products,
         "attention": attention / rates.attention,
         "elementwise": passes * kept / rates.bandwidth,
-        "head": 2.0 * heads * tokens / rates.products
+        "head": 2.0 * heads * tokens / of_head
         + 4.0 * _HEAD_PASSES * tokens * student.vocab_size / rates.bandwidth
         * (1 if teacher else 0.5),
         "gradient masks": _MASK_BYTES * student.linear_parameters / 2 * width / 2 / rates.bandwidth,

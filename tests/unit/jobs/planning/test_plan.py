@@ -176,7 +176,7 @@ def test_records_correct_the_times(tmp_path: Path) -> None:
 def test_scaling_laws_have_their_published_optimum() -> None:
     # Hoffmann et al., table A.3, approach 3: Gopher's budget of 5.76e23 takes 40 B parameters.
     size, tokens = LAWS[0].optimal(5.76e23)
-    assert size == pytest.approx(40e9, rel=0.25)
+    assert size == pytest.approx(40e9, rel=0.02)  # 32 B with the exponents as printed
     assert 6 * size * tokens == pytest.approx(5.76e23)
     for law in LAWS:
         size, tokens = law.optimal(1e23)
