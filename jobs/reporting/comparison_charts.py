@@ -59,7 +59,7 @@ def error_chart(comparison: dict[str, Any]) -> BarChart | None:
 
 
 def time_chart(comparison: dict[str, Any]) -> BarChart | None:
-    """Each run's time, with its tokens a second in recovery."""
+    """Each run's time; None where fewer than two are known."""
     return _lengths(comparison, "duration_s", units.duration)
 
 
@@ -71,14 +71,11 @@ def _lengths(comparison: dict[str, Any], name: str, spell: Any) -> BarChart | No
     rows = []
     for run in runs:
         label, value = label_of(comparison, run), run[name]
-        length = value / max(known) if units.is_drawable(value) else 0.0
-        rate, note = run["tokens_per_s"], ""
-        if value is None:
-            note = run["state"]
-        elif name == "duration_s" and rate is not None:
-            note = f"{units.count(rate)} tokens/s"
+        note = run["state"] if value is None else ""
         title = f"{run['run']}: {spell(value)}"
         is_best = run["run"] == comparison["best"]
-        spans = [Span("time", 0.0, max(0.0, length))]
+        spans = []
+        if units.is_drawable(value):
+            spans = [Span("time", 0.0, max(0.0, value / max(known)))]
         rows.append(Bar(label, spell(value), note, title, [spans], None, is_best))
     return BarChart(rows)
