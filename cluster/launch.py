@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from cluster.kinds import get_kind
+from cluster.kinds import kind_of
 from cluster.kinds._base import Job
+from cluster.kinds._chain import Chain
 from cluster.spec import ClusterSpec
 
 RECORD = "job.json"
@@ -18,7 +20,7 @@ RECORD = "job.json"
 
 def rendered(spec: ClusterSpec, job: Job) -> dict[str, str]:
     """Name -> text of the files with which the job would be submitted; touches nothing."""
-    return get_kind(job.kind).files(spec, job)
+    return kind_of(job).files(spec, job)
 
 
 def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
@@ -35,7 +37,7 @@ def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
     Raises:
         ClusterError: it is refused, or the run has a job already; nothing is left running.
     """
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     written = {**files, **kind.files(spec, job)}
     _not_alive(job)
     _private_folder(job.folder)
@@ -44,8 +46,12 @@ def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
     return _start(job)
 
 
-def resume(run_dir: Path) -> Job:
-    """Submit a run's job again, as it was.
+def resume(run_dir: Path, is_made: Callable[[str], bool]) -> Job:
+    """Submit a run's job again, as it was; of one in parts those that are left.
+
+    Args:
+        run_dir: the run's folder.
+        is_made: whether the job has finished a stage.
 
     Raises:
         ClusterError: it has none, it is still there, or it is refused.
@@ -53,7 +59,8 @@ def resume(run_dir: Path) -> Job:
     job = find_job(run_dir)
     _not_alive(job)
     _private_folder(job.folder)
-    return _start(job)
+    kind = kind_of(job)
+    return _start(kind.left(job, is_made) if isinstance(kind, Chain) else job)
 
 
 def find_job(run_dir: Path) -> Job:
@@ -70,7 +77,8 @@ def find_job(run_dir: Path) -> Job:
                 f"{path.parent}: others may have written it, so its record is not followed"
             )
         known = json.loads(path.read_text(encoding="utf-8"))
-        job = Job(**{**known, "command": tuple(known["command"])})
+        parts = tuple(tuple(stages) for stages in known.get("parts", ()))
+        job = Job(**{**known, "command": tuple(known["command"]), "parts": parts})
         return dataclasses.replace(job, run_dir=str(run_dir.absolute()))
     except FileNotFoundError:
         raise ClusterError(f"{run_dir}: no command was started for this folder") from None
@@ -95,7 +103,7 @@ def remember(job: Job) -> None:
 
 
 def _start(job: Job) -> Job:
-    started = dataclasses.replace(job, id=get_kind(job.kind).submit(job))
+    started = dataclasses.replace(job, id=kind_of(job).submit(job))
     remember(started)
     return started
 
@@ -106,7 +114,7 @@ def _not_alive(job: Job) -> None:
         before = find_job(Path(job.run_dir))
     except ClusterError:  # none, or one that nobody can follow
         return
-    status = get_kind(before.kind).status(before)
+    status = kind_of(before).status(before)
     if status.is_alive:
         raise ClusterError(
             f"{job.run_dir}: has a job already, {before.kind} {before.id} ({status.state}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster import launch
 from cluster.errors import ClusterError
-from cluster.kinds import get_kind
+from cluster.kinds import kind_of
 from cluster.kinds._base import DONE, STOPPED, Job, Status
 from conf.options.run import STAGES
 from jobs.cli.submit import ask, cluster_mistakes, told
@@ -90,7 +90,7 @@ def _list(folder: Path) -> int:
     rows = [("RUN", "KIND", "JOB", "STATE", "")]
     for job in jobs:
         try:
-            status = get_kind(job.kind).status(job)
+            status = kind_of(job).status(job)
         except ClusterError as error:  # one scheduler that does not answer hides no other's jobs
             status = Status("unknown", " ".join(str(error).split()))
         rows.append((os.path.relpath(job.run_dir), job.kind, job.id, status.state, status.detail))
@@ -102,20 +102,20 @@ def _list(folder: Path) -> int:
 
 
 def _status(job: Job, _: argparse.Namespace) -> int:
-    status = get_kind(job.kind).status(job)
+    status = kind_of(job).status(job)
     print(f"{job.kind} job {job.id}: {status.state}{f' ({status.detail})' * bool(status.detail)}")
     done = [stage for stage in STAGES if (Path(job.run_dir) / stage / "record.json").is_file()]
     print(f"finished stages: {', '.join(done) or 'none'}")
     print(f"command: {job.typed}")
     if status.is_alive:
-        print("\n".join(get_kind(job.kind).hints(job)))
+        print("\n".join(kind_of(job).hints(job)))
     elif status.state != DONE:
         print(f"carry on with: python -m jobs.manage resume {job.run_dir}")
     return 0
 
 
 def _logs(job: Job, options: argparse.Namespace) -> int:
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     if not options.follow:
         for line in kind.logs(job):
             print(line)
@@ -127,7 +127,7 @@ def _logs(job: Job, options: argparse.Namespace) -> int:
 
 
 def _cancel(job: Job, options: argparse.Namespace) -> int:
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     status = kind.status(job)
     if not status.is_alive:
         print(f"{job.run_dir}: {job.kind} job {job.id} has ended already ({status.detail})")
@@ -137,7 +137,13 @@ def _cancel(job: Job, options: argparse.Namespace) -> int:
 
 
 def _resume(job: Job, _: argparse.Namespace) -> int:
-    print(told(launch.resume(Path(job.run_dir))))
+    submitted_s = max((path.stat().st_mtime for path in job.folder.glob("*.yaml")), default=0.0)
+
+    def is_made(stage: str) -> bool:
+        record = Path(job.run_dir) / stage / "record.json"
+        return record.is_file() and record.stat().st_mtime > submitted_s
+
+    print(told(launch.resume(Path(job.run_dir), is_made)))
     return 0
 
 

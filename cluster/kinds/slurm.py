@@ -27,8 +27,6 @@ from cluster.kinds._base import (
 )
 from cluster.spec import ClusterSpec
 
-SCRIPT = "job.sh"
-
 _STATES = {
     "PENDING": WAITING, "CONFIGURING": WAITING, "REQUEUED": WAITING, "SUSPENDED": WAITING,
     "REQUEUE_HOLD": WAITING, "REQUEUE_FED": WAITING, "SPECIAL_EXIT": WAITING,
@@ -48,6 +46,7 @@ class Slurm(Kind):
     """Jobs of Slurm, through its own commands."""
 
     name = "slurm"
+    chains = True
 
     def files(self, spec: ClusterSpec, job: Job) -> dict[str, str]:
         """The batch script."""
@@ -56,7 +55,7 @@ class Slurm(Kind):
         except ValueError as error:
             raise ClusterError(str(error)) from None
         body = (Path(__file__).parent / "slurm.sh").read_text(encoding="utf-8")
-        return {SCRIPT: _header(spec, job, workers) + _values(spec, job, workers) + "\n" + body}
+        return {job.script: _header(spec, job, workers) + _values(spec, job, workers) + "\n" + body}
 
     def submit(self, job: Job) -> str:
         """`sbatch`; the job's number."""
@@ -66,12 +65,15 @@ class Slurm(Kind):
                 f"{doing}: cluster.kind=slurm needs sbatch, which is not on PATH; log in to a "
                 "login node of the cluster, or choose another cluster.kind"
             )
-        script = str(job.folder / SCRIPT)
+        script = str(job.folder / job.script)
+        # A job whose turn can never come ends instead of waiting for ever.
+        words = [f"--dependency=afterok:{job.after}", "--kill-on-invalid-dep=yes"]
+        after = words if job.after else []
         try:
             # More nodes, cores or GPUs than there are would wait in the queue for ever.
             call(["sbatch", "--test-only", script], doing)
             # The environment goes along (PATH, HF_HOME, a tracker's key), never into a file.
-            said = call(["sbatch", "--parsable", "--export=ALL", script], doing)
+            said = call(["sbatch", "--parsable", "--export=ALL", *after, script], doing)
         except ClusterError as error:
             raise ClusterError(f"{error}{_what_there_is()}") from None
         return said.split(";")[0]
@@ -94,6 +96,8 @@ class Slurm(Kind):
         detail = word.lower()
         if state == WAITING:
             detail += f": {fields.get('Reason', 'None')}, starts {fields.get('StartTime')}"
+            if (others := fields.get("Dependency", "(null)")) != "(null)":
+                detail = f"after {others}"
         elif state == RUNNING:
             detail += f" on {fields.get('NodeList')} for {fields.get('RunTime')}"
         elif code:
@@ -152,7 +156,7 @@ def _header(spec: ClusterSpec, job: Job, workers: int) -> str:
         ("job-name", re.sub(r"[^\w.+-]", "-", job.name, flags=re.ASCII)),
         ("nodes", spec.num_nodes), ("ntasks-per-node", 1),
         ("cpus-per-task", _cpus(spec, workers)),
-        ("gpus-per-node", f"{slurm.gpu_type}:{gpus}" if slurm.gpu_type else gpus or None),
+        ("gpus-per-node", f"{slurm.gpu_type}:{gpus}" if slurm.gpu_type and gpus else gpus or None),
         ("mem", slurm.memory),
         ("account", slurm.account), ("partition", slurm.partition), ("qos", slurm.qos),
         ("time", slurm.time), ("constraint", slurm.constraint), ("exclude", slurm.exclude),
@@ -192,6 +196,7 @@ def _values(spec: ClusterSpec, job: Job, workers: int) -> str:
         "root": job.root,
         "directory": job.directory,
         "folder": str(job.folder),
+        "script": job.script,
         "command": [python, *job.command],
         "bin": bin_folder,
         "modules": slurm.modules,
