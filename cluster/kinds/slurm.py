@@ -97,7 +97,7 @@ class Slurm(Kind):
         if state == WAITING:
             detail += f": {fields.get('Reason', 'None')}, starts {fields.get('StartTime')}"
             if (others := fields.get("Dependency", "(null)")) != "(null)":
-                detail = f"after {others}"
+                detail = f"{word.lower()}: waits for {others}"
         elif state == RUNNING:
             detail += f" on {fields.get('NodeList')} for {fields.get('RunTime')}"
         elif code:

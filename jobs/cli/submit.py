@@ -20,7 +20,7 @@ from cluster.kinds._base import FAILED, STOPPED, Job
 from cluster.kinds.local import process_id
 from cluster.spec import ClusterSpec
 from cluster.stages import StagedClusterSpec
-from conf.schema import default_run_dir, to_dict
+from conf.schema import PlanJobConfig, default_run_dir, to_dict
 from jobs.cli.command import Command
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
@@ -32,7 +32,8 @@ _OPTIONS = "config"  # the job's file of options, without .yaml
 def runs_elsewhere(config: Any) -> bool:
     """Whether the config's work is to be submitted instead of done by this process."""
     spec: ClusterSpec | None = getattr(config, "cluster", None)
-    return spec is not None and spec.kind != "local"
+    is_plan = isinstance(config, PlanJobConfig)  # of a run that may be elsewhere, made here
+    return spec is not None and spec.kind != "local" and not is_plan
 
 
 def has_files_here(config: Any) -> bool:
@@ -44,7 +45,7 @@ def describe(command: Command, config: Any, words: Sequence[str]) -> str:
     """All that would be submitted, as text; touches nothing."""
     job = _job(command, config, words)
     with cluster_mistakes():
-        files = launch.rendered(_allocation(config), job)
+        files = launch.rendered(allocation(config), job)
     files = {**files, f"{_OPTIONS}.yaml": _options_file(command, config, job)}
     return "\n".join(f"--- {job.folder / name}\n{text}" for name, text in files.items())
 
@@ -59,7 +60,7 @@ def submit(command: Command, config: Any, words: Sequence[str]) -> str:
     job = _job(command, config, words)
     options = {f"{_OPTIONS}.yaml": _options_file(command, config, job)}
     with cluster_mistakes():
-        job = launch.submit(_allocation(config), job, options)
+        job = launch.submit(allocation(config), job, options)
         kind = kind_of(job)
         if not kind.follows:
             return told(job)
@@ -135,11 +136,11 @@ def _job(command: Command, config: Any, words: Sequence[str]) -> Job:
         kind=config.cluster.kind, name=run_dir.name,
         command=("-m", f"jobs.{command.name}", f"--config-dir={folder}", "--config-name", _OPTIONS),
         typed=typed, root=str(ROOT), directory=str(Path.cwd()), run_dir=str(run_dir),
-        parts=_parts(config),
+        parts=parts_of(config),
     )  # fmt: skip
 
 
-def _parts(config: Any) -> tuple[tuple[str, ...], ...]:
+def parts_of(config: Any) -> tuple[tuple[str, ...], ...]:
     """Stages of each of the jobs that a command becomes; () where it becomes one."""
     spec = config.cluster
     if not isinstance(spec, StagedClusterSpec) or not get_kind(spec.kind).chains:
@@ -153,10 +154,10 @@ def _to_do(config: Any) -> list[str]:
     return stages if config.run.until is None else stages[: stages.index(config.run.until) + 1]
 
 
-def _allocation(config: Any) -> ClusterSpec:
+def allocation(config: Any) -> ClusterSpec:
     """What is asked of a scheduler: enough for the largest stage, or for each part its own."""
     spec: ClusterSpec = config.cluster
-    if not isinstance(spec, StagedClusterSpec) or _parts(config):
+    if not isinstance(spec, StagedClusterSpec) or parts_of(config):
         return spec
     return spec.largest(_to_do(config))
 

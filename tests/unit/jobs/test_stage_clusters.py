@@ -170,7 +170,7 @@ def test_kubernetes_is_asked_for_the_largest_stage() -> None:
         "+cluster=h100x8", "cluster.kind=kuberay", "cluster.kuberay.image=x",
         "cluster.stages.prune.num_nodes=4", "cluster.stages.prune.num_workers=32", *SMALL,
     ])  # fmt: skip
-    spec = submit._allocation(config)
+    spec = submit.allocation(config)
     job = submit._job(find_command("prune"), config, [])
     assert job.parts == ()
     manifest = yaml.safe_load(get_kind("kuberay").files(spec, job)["rayjob.yaml"])
@@ -182,8 +182,8 @@ def test_kubernetes_is_asked_for_the_largest_stage() -> None:
 
 def test_a_job_that_does_a_part_keeps_to_its_own_cluster() -> None:
     config = load_config("prune", [*SLURM, *SMALL, "run.until=distill"])
-    assert submit._parts(config) == ()
-    assert submit._allocation(config).num_nodes == 4
+    assert submit.parts_of(config) == ()
+    assert submit.allocation(config).num_nodes == 4
     assert "stages" in to_dict(config)["cluster"]
     typed = "python -m jobs.prune run.until=prune 'run.dir=a b'"
     assert _whole(typed) == _whole("python -m jobs.prune 'run.dir=a b' run.until=distill")
@@ -221,6 +221,12 @@ def test_one_cluster_at_a_time_and_a_new_one_only_for_other_workers(
             spec = config.of_stage(stage).cluster
             assert clusters.open(spec).spec.num_workers == spec.num_workers
     assert seen == ["+2", "-2", "+1", "-1", "+2", "-2"]
+
+
+def test_a_plan_is_made_here_for_whatever_kind_of_cluster() -> None:
+    config = load_config("plan", ["model.path=x", *SLURM])
+    assert config.cluster.kind == "slurm"
+    assert not submit.runs_elsewhere(config)
 
 
 def test_the_plan_counts_the_workers_of_each_stage() -> None:
