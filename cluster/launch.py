@@ -46,12 +46,12 @@ def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
     return _start(job)
 
 
-def resume(run_dir: Path, is_made: Callable[[str], bool]) -> Job:
+def resume(run_dir: Path, is_made: Callable[[str], bool] = lambda _: False) -> Job:
     """Submit a run's job again, as it was; of one in parts those that are left.
 
     Args:
         run_dir: the run's folder.
-        is_made: whether the job has finished a stage.
+        is_made: whether the job has finished a stage, where its scheduler has forgotten it.
 
     Raises:
         ClusterError: it has none, it is still there, or it is refused.

@@ -247,7 +247,7 @@ def test_submitting(tmp_path: Path, fake) -> None:
     with pytest.raises(ClusterError, match=r"has a job already, slurm 12 \(waiting: pending"):
         launch.submit(SPEC, job_in(run_dir), {})
     with pytest.raises(ClusterError, match="has a job already"):
-        launch.resume(run_dir, lambda _: False)
+        launch.resume(run_dir)
 
 
 def test_no_sbatch(tmp_path: Path, fake) -> None:

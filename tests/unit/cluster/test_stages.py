@@ -163,10 +163,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return made
 
 
-def never(stage: str) -> bool:
-    return False
-
-
 def test_a_chain_is_submitted_part_after_part(tmp_path: Path, slurm: Slurm) -> None:
     run_dir = tmp_path / "run"
     job = launch.submit(SPEC, job_in(run_dir, parts=PARTS), {"config.yaml": "x: 1\n"})
@@ -325,4 +321,4 @@ def test_resume_submits_what_is_left(
 def test_resume_of_a_chain_that_is_there(tmp_path: Path, slurm: Slurm) -> None:
     launch.submit(SPEC, job_in(tmp_path / "run", parts=PARTS), {})
     with pytest.raises(ClusterError, match="has a job already"):
-        launch.resume(tmp_path / "run", never)
+        launch.resume(tmp_path / "run")
