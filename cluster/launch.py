@@ -7,12 +7,14 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.errors import ClusterError
-from cluster.kinds import get_kind
+from cluster.kinds import get_kind, kind_of
 from cluster.kinds._base import Array, Job, Kind
+from cluster.kinds._chain import Chain
 from cluster.spec import ClusterSpec
 
 RECORD = "job.json"
@@ -23,7 +25,7 @@ RECORD_PATH = f".cluster/{RECORD}"
 
 def rendered(spec: ClusterSpec, job: Job) -> dict[str, str]:
     """Name -> text of the files with which the job would be submitted; touches nothing."""
-    return get_kind(job.kind).files(spec, job)
+    return kind_of(job).files(spec, job)
 
 
 def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
@@ -40,7 +42,7 @@ def submit(spec: ClusterSpec, job: Job, files: dict[str, str]) -> Job:
     Raises:
         ClusterError: it is refused, or the run has a job already; nothing is left running.
     """
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     written = {**files, **kind.files(spec, job)}
     require_ended(job)
     _private_folder(job.folder)
@@ -85,8 +87,15 @@ def submit_arrays(sweep: Job, arrays: Sequence[Array], files: dict[str, dict[str
         _start_array(get_kind(sweep.kind), array.jobs)
 
 
-def resume_all(jobs: Sequence[Job]) -> list[Job]:
-    """Submit several jobs again, as they were, those of an array as one.
+def resume_all(
+    jobs: Sequence[Job], is_made: Callable[[Job, str], bool] = lambda *_: False
+) -> list[Job]:
+    """Submit several jobs again, as they were: those of an array as one, of one in parts what is
+    left of it.
+
+    Args:
+        jobs: that have ended.
+        is_made: whether a job has finished a stage, where its scheduler has forgotten it.
 
     Raises:
         ClusterError: one is still there, or is refused; those before it are submitted.
@@ -95,28 +104,28 @@ def resume_all(jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         require_ended(job)
         _private_folder(job.folder)
-    for (kind, array), group in itertools.groupby(
+    for (name, array), group in itertools.groupby(
         sorted(jobs, key=lambda job: (job.array, int(job.task or 0))),
         key=lambda job: (job.kind, job.array),
     ):
         members = list(group)
         if array:
-            started += _start_array(get_kind(kind), members)
-        else:
-            started += [_start(job) for job in members]
+            started += _start_array(get_kind(name), members)
+            continue
+        for job in members:
+            kind = kind_of(job)
+            again = kind.left(job, partial(is_made, job)) if isinstance(kind, Chain) else job
+            started.append(_start(again))
     return started
 
 
-def resume(run_dir: Path) -> Job:
-    """Submit a run's job again, as it was.
+def resume(run_dir: Path, is_made: Callable[[Job, str], bool] = lambda *_: False) -> Job:
+    """Submit a run's job again, as it was; see `resume_all`.
 
     Raises:
         ClusterError: it has none, it is still there, or it is refused.
     """
-    job = find_job(run_dir)
-    require_ended(job)
-    _private_folder(job.folder)
-    return _start(job)
+    return resume_all([find_job(run_dir)], is_made)[0]
 
 
 def find_job(run_dir: Path) -> Job:
@@ -133,7 +142,8 @@ def find_job(run_dir: Path) -> Job:
                 f"{path.parent}: others may have written it, so its record is not followed"
             )
         known = json.loads(path.read_text(encoding="utf-8"))
-        job = Job(**{**known, "command": tuple(known["command"])})
+        parts = tuple(tuple(stages) for stages in known.get("parts", ()))
+        job = Job(**{**known, "command": tuple(known["command"]), "parts": parts})
         return dataclasses.replace(job, run_dir=str(run_dir.absolute()))
     except FileNotFoundError:
         raise ClusterError(f"{run_dir}: no command was started for this folder") from None
@@ -160,7 +170,7 @@ def remember(job: Job) -> None:
 
 
 def _start(job: Job) -> Job:
-    started = dataclasses.replace(job, id=get_kind(job.kind).submit(job))
+    started = dataclasses.replace(job, id=kind_of(job).submit(job))
     remember(started)
     return started
 
@@ -185,7 +195,7 @@ def require_ended(job: Job) -> None:
         before = find_job(Path(job.run_dir))
     except ClusterError:  # none, or one that nobody can follow
         return
-    status = get_kind(before.kind).status(before)
+    status = kind_of(before).status(before)
     if status.is_alive:
         raise ClusterError(
             f"{job.run_dir}: has a job already, {before.kind} {before.id} ({status.state}"

@@ -9,10 +9,11 @@ or torch. Nobody changes a config after it was made: use `dataclasses.replace`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Self
 
-from cluster.spec import ClusterSpec
+from cluster.stages import STAGED, StagedClusterSpec
 from conf import checks as rules
 from conf.checks import Given
 from conf.options.data import DataConfig
@@ -66,6 +67,14 @@ def redo_within_stages(redo: Sequence[str], stages: Sequence[str]) -> None:
             )
 
 
+def until_within_stages(until: str | None, stages: Sequence[str]) -> None:
+    """Require that the stage to stop after is one of this run."""
+    if until is not None and until not in stages:
+        raise InputError(
+            f"run.until={until}: is not a stage of this run; use one of {', '.join(stages)}"
+        )
+
+
 ALIASES = {"from": "from_"}
 """Name as people write it -> dataclass field, where Python reserves the word."""
 
@@ -85,13 +94,16 @@ class Config:
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    cluster: ClusterSpec = field(default_factory=ClusterSpec)
+    cluster: StagedClusterSpec = field(default_factory=StagedClusterSpec)
 
     def __post_init__(self) -> None:
         stages_in_order(self.stages, STAGES)
         starts_from_something(self.stages, self.run.from_)
         redo_within_stages(self.run.redo, self.stages)
-        rules.half_needs_gpu(self.model.dtype, self.cluster)
+        until_within_stages(self.run.until, self.stages)
+        for stage in self.stages:
+            if stage in STAGED:
+                rules.half_needs_gpu(self.model.dtype, self.cluster.of_stage(stage))
         if "prune" in self.stages and self.model.teacher not in (None, self.model.path):
             raise InputError(
                 f"model.teacher={self.model.teacher}: a run that prunes learns from model.path "
@@ -99,11 +111,17 @@ class Config:
             )
         length = Given.of("data.sequence_length", self.data)
         if "distill" in self.stages:
-            batch_fits_workers(self.distill, self.cluster.num_workers)
+            batch_fits_workers(self.distill, self.cluster.of_stage("distill").num_workers)
             rules.one_step(Given.of("distill.num_tokens", self.distill),
                            Given.of("distill.batch_size", self.distill), length)  # fmt: skip
         if {"evaluate", "quantize"}.intersection(self.stages):
             rules.one_row(Given.of("evaluate.num_tokens", self.evaluate), length)
+
+    def of_stage(self, stage: str) -> Self:
+        """The config as one stage sees it, whose cluster is what the stage asks for."""
+        own = copy(self)  # no `replace`: the rules of other stages look at their own clusters
+        own.cluster = self.cluster.of_stage(stage)
+        return own
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster import launch
 from cluster.errors import ClusterError
-from cluster.kinds import get_kind
+from cluster.kinds import kind_of
 from cluster.kinds._base import DONE, RUNNING, STOPPED, Job, Status
 from conf.options.run import STAGES
 from jobs.cli import sweep
@@ -110,7 +110,7 @@ def _show(jobs: Sequence[Job]) -> list[Status]:
     rows, found = [("RUN", "KIND", "JOB", "STATE", "")], []
     for job in jobs:
         try:
-            status = get_kind(job.kind).status(job)
+            status = kind_of(job).status(job)
         except ClusterError as error:  # one scheduler that does not answer hides no other's jobs
             status = Status("unknown", " ".join(str(error).split()))
         found.append(status)
@@ -123,20 +123,20 @@ def _show(jobs: Sequence[Job]) -> list[Status]:
 
 
 def _status(job: Job, _: argparse.Namespace) -> int:
-    status = get_kind(job.kind).status(job)
+    status = kind_of(job).status(job)
     print(f"{job.kind} job {job.id}: {status.state}{f' ({status.detail})' * bool(status.detail)}")
     done = [stage for stage in STAGES if (Path(job.run_dir) / stage / "record.json").is_file()]
     print(f"finished stages: {', '.join(done) or 'none'}")
     print(f"command: {job.typed}")
     if status.is_alive:
-        print("\n".join(get_kind(job.kind).hints(job)))
+        print("\n".join(kind_of(job).hints(job)))
     elif status.state != DONE:
         print(f"carry on with: python -m jobs.manage resume {job.run_dir}")
     return 0
 
 
 def _logs(job: Job, options: argparse.Namespace) -> int:
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     if not options.follow:
         for line in kind.logs(job):
             print(line)
@@ -148,7 +148,7 @@ def _logs(job: Job, options: argparse.Namespace) -> int:
 
 
 def _cancel(job: Job, options: argparse.Namespace) -> int:
-    kind = get_kind(job.kind)
+    kind = kind_of(job)
     status = kind.status(job)
     if not status.is_alive:
         print(f"{job.run_dir}: {job.kind} job {job.id} has ended already ({status.detail})")
@@ -158,8 +158,15 @@ def _cancel(job: Job, options: argparse.Namespace) -> int:
 
 
 def _resume(job: Job, _: argparse.Namespace) -> int:
-    print(told(launch.resume(Path(job.run_dir))))
+    print(told(launch.resume(Path(job.run_dir), _is_made)))
     return 0
+
+
+def _is_made(job: Job, stage: str) -> bool:
+    """Whether the job has finished a stage since it was submitted."""
+    submitted_s = max((path.stat().st_mtime for path in job.folder.glob("*.yaml")), default=0.0)
+    record = Path(job.run_dir) / stage / "record.json"
+    return record.is_file() and record.stat().st_mtime > submitted_s
 
 
 def _own(folder: Path) -> Job | None:
@@ -188,13 +195,13 @@ def _logs_sweep(folder: Path, runs: Sequence[Job], options: argparse.Namespace) 
 
 def _cancel_sweep(folder: Path, runs: Sequence[Job], options: argparse.Namespace) -> int:
     own = _own(folder)
-    if own is not None and get_kind(own.kind).status(own).is_alive:
+    if own is not None and kind_of(own).status(own).is_alive:
         return _cancel(own, options)
-    alive = [(job, status) for job in runs if (status := get_kind(job.kind).status(job)).is_alive]
+    alive = [(job, status) for job in runs if (status := kind_of(job).status(job)).is_alive]
     # Those that wait first: one that ends would make room for the next.
     alive.sort(key=lambda found: found[1].state == RUNNING)
     for job, _status in alive:
-        print(get_kind(job.kind).cancel(job, options.now))
+        print(kind_of(job).cancel(job, options.now))
     if not alive:
         print(f"{folder}: all of its runs have ended already")
     return 0
@@ -205,7 +212,7 @@ def _resume_sweep(folder: Path, runs: Sequence[Job], _: argparse.Namespace) -> i
     if _own(folder) is not None:
         print(told(launch.resume(folder)))
         return 0
-    states = [get_kind(job.kind).status(job) for job in runs]
+    states = [kind_of(job).status(job) for job in runs]
     left = [
         job
         for job, status in zip(runs, states, strict=True)
@@ -214,7 +221,7 @@ def _resume_sweep(folder: Path, runs: Sequence[Job], _: argparse.Namespace) -> i
     if not left:
         print(f"{folder}: all of its runs are done, or still there")
         return 0
-    print(sweep.told(folder, launch.resume_all(left)))
+    print(sweep.told(folder, launch.resume_all(left, _is_made)))
     return 0
 
 

@@ -16,10 +16,12 @@ import shlex
 import sys
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cluster.machine import require_answer
 from cluster.preempt import end_if_asked, telling
+from cluster.spec import ClusterSpec
 from conf.options.run import STAGES
 from conf.schema import Config, default_run_dir, to_dict
 from jobs import stages
@@ -86,7 +88,7 @@ def run_pipeline(config: Config, job: str) -> Path:
         display = stack.enter_context(Display())
         stack.enter_context(remembered_here(run_dir, job, command, display.say))
         display.say(f"run {run_dir}: {' -> '.join(config.stages)} on {config.cluster.name}")
-        journal = RedoJournal(run_dir, command)
+        journal = RedoJournal(run_dir, _whole(command))
         again = journal.left(config.run.redo, config.stages)
         asked = [stage for stage in PIPELINE if stage.name in config.stages]
         models, remarks = checked_models(config, run_dir, again)
@@ -95,7 +97,7 @@ def run_pipeline(config: Config, job: str) -> Path:
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
         stack.callback(tracker.close)
-        clusters = Clusters(config.cluster, run_dir.name, display, tracker, stack)
+        clusters = Clusters(run_dir.name, display, tracker, stack)
         for remark in remarks:  # recorded with the first stage that runs
             clusters.warn(remark)
         context = StageContext(
@@ -106,13 +108,14 @@ def run_pipeline(config: Config, job: str) -> Path:
             models,
             display,
             tracker,
-            clusters.open,
+            partial(clusters.open, config.cluster),
             clusters.warnings,
             texts=texts,
         )
         stack.enter_context(telling(lambda: _so_far(context, asked)))
-        for stage in asked:
-            artifact = _run_stage(stage, context, journal)
+        last = asked[-1].name if config.run.until is None else config.run.until
+        for stage in asked[: [stage.name for stage in asked].index(last) + 1]:
+            artifact = _run_stage(stage, _own_context(stage, context, clusters), journal)
             was_redone = stage.name in journal.done
             is_new = was_redone or not artifact.is_reused
             context.statuses[stage.name] = "ran" if is_new else "reused"
@@ -121,7 +124,8 @@ def run_pipeline(config: Config, job: str) -> Path:
             models.add(stage.name, artifact.folder)
             tracker.log({f"{stage.name}/duration_s": artifact.record["duration_s"]})
             end_if_asked()
-        journal.close()
+        if last == asked[-1].name:
+            journal.close()
     show(write_summary(run_dir, context))
     return run_dir
 
@@ -147,13 +151,16 @@ def checked_models(
     from jobs.workers.checks import check_cluster, check_inputs  # cost torch and transformers
 
     gc.enable()
+    asked = [stage for stage in PIPELINE if stage.name in config.stages]
     with cluster_errors():
-        check_cluster(config.cluster)
+        for stage in asked:
+            if not stage.is_derived:
+                check_cluster(config.cluster.of_stage(stage.name))
     models = find_models(config, run_dir, PIPELINE, again, fetch)
     remarks = check_inputs(config, models, fetch)
-    for stage in PIPELINE:
-        if stage.name in config.stages and stage.check is not None:
-            stage.check(config, models)
+    for stage in asked:
+        if stage.check is not None:
+            stage.check(config.of_stage(stage.name), models)
     return models, remarks
 
 
@@ -165,6 +172,23 @@ def _so_far(context: StageContext, asked: list[Stage]) -> str:
         return f"finished: {finished}; run the same command again for the summary"
     where = f"in {left[0].name}{context.display.reached(left[0].name)}; finished: {finished}"
     return f"{where}; run the same command again: {left[0].name} {left[0].resumes}"
+
+
+def _own_context(stage: Stage, context: StageContext, clusters: Clusters) -> StageContext:
+    """What the stage sees: all that the run's stages share, and the cluster that it asks for."""
+    own = context.config.of_stage(stage.name)
+    return replace(
+        context,
+        config=own,
+        worker_config=context.worker_config.of_stage(stage.name),
+        open_cluster=partial(clusters.open, own.cluster),
+    )
+
+
+def _whole(command: str) -> str:
+    """The command line without the word by which it stops on the way."""
+    words = shlex.split(command)
+    return shlex.join(word for word in words if not word.startswith("run.until="))
 
 
 def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Artifact:
@@ -214,11 +238,10 @@ def describe_plan(config: Config) -> list[str]:
     again = RedoJournal(run_dir, "").left(config.run.redo, config.stages)
     models, remarks = checked_models(config, run_dir, again, fetch=False)
     spec = config.cluster
-    device = "GPU" if spec.uses_gpu else "CPU"
     lines = [
         f"run folder: {run_dir}",
         f"model: {config.run.from_ or config.model.path}",
-        f"cluster: {spec.name}, {spec.num_workers} {device} workers on {spec.num_nodes} node(s)",
+        f"cluster: {spec.name}, {_size(spec)}",
         f"  {spec.description}",
         "stages:",
     ]
@@ -229,5 +252,12 @@ def describe_plan(config: Config) -> list[str]:
         if stage.name in config.stages:
             is_there = stage.name not in again and (run_dir / stage.name).is_dir()
             state = "finished" if is_there else "to run"
-            lines.append(f"  {stage.name:<9} {state:<9} {stage.result}")
+            own = spec.of_stage(stage.name)
+            size = "" if own.has_workers_of(spec) else f" ({_size(own)})"
+            lines.append(f"  {stage.name:<9} {state:<9} {stage.result}{size}")
     return lines
+
+
+def _size(spec: ClusterSpec) -> str:
+    device = "GPU" if spec.uses_gpu else "CPU"
+    return f"{spec.num_workers} {device} workers on {spec.num_nodes} node(s)"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from cluster.kinds._base import Kind
+from cluster.kinds._base import Job, Kind
+from cluster.kinds._chain import Chain
 from cluster.spec import KINDS
 
 
@@ -14,3 +15,9 @@ def get_kind(name: str) -> Kind:
         raise ValueError(f"{name}: no such kind of cluster; there are {', '.join(KINDS)}")
     kind: Kind = importlib.import_module(f"cluster.kinds.{name}").KIND
     return kind
+
+
+def kind_of(job: Job) -> Kind:
+    """What a job's kind can do with it, in one piece or in parts."""
+    kind = get_kind(job.kind)
+    return Chain(kind) if job.parts else kind

@@ -43,6 +43,12 @@ class Job:
     """absolute path of the script that starts it as one of several, '' for a job of its own"""
     task: str = ""
     """its number among those of the array"""
+    script: str = "job.sh"
+    """name of the file that a scheduler of scripts gets"""
+    after: str = ""
+    """id of the job that has to end well before this one starts"""
+    parts: tuple[tuple[str, ...], ...] = ()
+    """stages that each of several jobs does, one after another; () for a single job"""
 
     @property
     def folder(self) -> Path:
@@ -84,6 +90,8 @@ class Kind(ABC):
     name: str
     follows = False
     """whether a command that is submitted shows what its job prints, until that ends"""
+    chains = False
+    """whether a job may wait for another, so that stages can have allocations of their own"""
 
     @abstractmethod
     def files(self, spec: ClusterSpec, job: Job) -> dict[str, str]:

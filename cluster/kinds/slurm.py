@@ -29,8 +29,6 @@ from cluster.kinds._base import (
 )
 from cluster.spec import ClusterSpec
 
-SCRIPT = "job.sh"
-
 _STATES = {
     "PENDING": WAITING, "CONFIGURING": WAITING, "REQUEUED": WAITING, "SUSPENDED": WAITING,
     "REQUEUE_HOLD": WAITING, "REQUEUE_FED": WAITING, "SPECIAL_EXIT": WAITING,
@@ -50,20 +48,26 @@ class Slurm(Kind):
     """Jobs of Slurm, through its own commands."""
 
     name = "slurm"
+    chains = True
 
     def files(self, spec: ClusterSpec, job: Job) -> dict[str, str]:
         """The batch script."""
-        return {SCRIPT: _header(spec, job) + _lines(_values(spec, job)) + _body()}
+        return {job.script: _header(spec, job) + _lines(_values(spec, job)) + _body()}
 
     def arrays(self, sweep: Job, runs: Sequence[tuple[ClusterSpec, Job]]) -> list[Array]:
-        """One for each set of runs whose scripts differ in nothing but the run's folder."""
+        """One for each set of runs whose scripts differ in nothing but the run's folder.
+
+        None where a run is several jobs itself, one after another.
+        """
+        if any(job.parts for _, job in runs):
+            return []
         groups: dict[str, list[int]] = {}
         for number, (spec, job) in enumerate(runs):
             same = _header(spec, sweep, "") + _lines(_values(spec, job, sweep), job.run_dir)
             groups.setdefault(same, []).append(number)
         found: list[Array] = []
         for numbers in groups.values():
-            path = sweep.folder / (f"job-{len(found)}.sh" if found else SCRIPT)
+            path = sweep.folder / (f"job-{len(found)}.sh" if found else sweep.script)
             spec, first = runs[numbers[0]]
             values = _values(spec, first, sweep)
             jobs = [
@@ -74,14 +78,17 @@ class Slurm(Kind):
                 _header(spec, sweep, _ranges(numbers)), _elements(jobs),
                 _lines(values, first.run_dir), _body(),
             ]  # fmt: skip
-            found.append(Array("".join(script), SCRIPT, tuple(jobs)))
+            found.append(Array("".join(script), first.script, tuple(jobs)))
         return found
 
     def submit(self, job: Job) -> str:
         """`sbatch`; the job's number."""
         if job.array:
             return self.submit_array([job])[0]
-        return _sbatch([str(job.folder / SCRIPT)], f"cannot submit {job.name}")
+        # A job whose turn can never come ends instead of waiting for ever.
+        words = [f"--dependency=afterok:{job.after}", "--kill-on-invalid-dep=yes"]
+        script = str(job.folder / job.script)
+        return _sbatch([script], f"cannot submit {job.name}", words if job.after else [])
 
     def submit_array(self, jobs: Sequence[Job]) -> list[str]:
         """`sbatch --array`, as many at once as the script says; NUMBER_TASK of each."""
@@ -114,6 +121,8 @@ class Slurm(Kind):
         detail = word.lower()
         if state == WAITING:
             detail += f": {fields.get('Reason', 'None')}, starts {fields.get('StartTime')}"
+            if (others := fields.get("Dependency", "(null)")) != "(null)":
+                detail = f"{word.lower()}: waits for {others}"
         elif state == RUNNING:
             detail += f" on {fields.get('NodeList')} for {fields.get('RunTime')}"
         elif code:
@@ -161,8 +170,8 @@ class Slurm(Kind):
         ]
 
 
-def _sbatch(words: list[str], doing: str) -> str:
-    """Hand a script over; the job's number."""
+def _sbatch(words: list[str], doing: str, after: Sequence[str] = ()) -> str:
+    """Hand a script over, to be run `after` other jobs where options say so; the job's number."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
             f"{doing}: cluster.kind=slurm needs sbatch, which is not on PATH; log in to a "
@@ -172,7 +181,7 @@ def _sbatch(words: list[str], doing: str) -> str:
         # More nodes, cores or GPUs than there are would wait in the queue for ever.
         call(["sbatch", "--test-only", *words], doing)
         # The environment goes along (PATH, HF_HOME, a tracker's key), never into a file.
-        said = call(["sbatch", "--parsable", "--export=ALL", *words], doing)
+        said = call(["sbatch", "--parsable", "--export=ALL", *after, *words], doing)
     except ClusterError as error:
         raise ClusterError(f"{error}{_what_there_is()}") from None
     return said.split(";")[0]
@@ -205,7 +214,7 @@ def _header(spec: ClusterSpec, job: Job, tasks: str | None = None) -> str:
         ("job-name", re.sub(r"[^\w.+-]", "-", job.name, flags=re.ASCII)),
         ("nodes", spec.num_nodes), ("ntasks-per-node", 1),
         ("cpus-per-task", _cpus(spec, workers)),
-        ("gpus-per-node", f"{slurm.gpu_type}:{gpus}" if slurm.gpu_type else gpus or None),
+        ("gpus-per-node", f"{slurm.gpu_type}:{gpus}" if slurm.gpu_type and gpus else gpus or None),
         ("mem", slurm.memory),
         ("account", slurm.account), ("partition", slurm.partition), ("qos", slurm.qos),
         ("time", slurm.time), ("constraint", slurm.constraint), ("exclude", slurm.exclude),
@@ -249,6 +258,7 @@ def _values(
         "root": job.root,
         "directory": job.directory,
         "folder": str(job.folder),
+        "script": job.script,
         "command": [python, *job.command],
         "bin": bin_folder,
         "modules": slurm.modules,

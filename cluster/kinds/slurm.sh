@@ -30,7 +30,7 @@ batch() {
 
     # This file in the shared folder, since Slurm's copy of it is on the first node alone.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-        --kill-on-bad-exit=1 --wait=0 "${inside[@]}" bash "$folder/job.sh" node &
+        --kill-on-bad-exit=1 --wait=0 "${inside[@]}" bash "$folder/$script" node &
     step=$!
     while kill -0 "$step" 2>/dev/null && [ "$left" -gt 0 ]; do
         sleep 1 & # waited for, so that a signal is heard at once
@@ -74,7 +74,7 @@ node() {
         --ray-client-server-port "$(free_port 127.0.0.1 $((ports + 2)))" \
         --dashboard-agent-listen-port "$(free_port 127.0.0.1 $((ports + 3)))" \
         --min-worker-port 0 --max-worker-port 0 \
-        -- bash "$folder/job.sh" driver >>"$folder/$job.ray$SLURM_NODEID.log" 2>&1 &
+        -- bash "$folder/$script" driver >>"$folder/$job.ray$SLURM_NODEID.log" 2>&1 &
     ray=$!
     while kill -0 "$ray" 2>/dev/null; do
         # Other nodes' `ray start --block` would wait on, though the head is gone.

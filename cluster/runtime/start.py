@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def start_ray(spec: ClusterSpec, run_name: str, root: Path, address: str | None)
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     options: dict[str, Any] = {
-        "namespace": f"twofour-{os.getpid()}",
+        # A new one each time: the actors of a Ray that was just left may still have their names.
+        "namespace": f"twofour-{uuid.uuid4().hex[:12]}",
         "log_to_driver": False,
         "logging_level": "ERROR",
         "configure_logging": True,

@@ -23,6 +23,8 @@ class RunConfig:
     """orders calibration and training rows; same seed, same result"""
     redo: list[str] = option([], one_of=(*STAGES, "all"))
     """stages to run again though their results could be reused, or [all]"""
+    until: str | None = option(None, one_of=STAGES)
+    """stage after which to stop; the same command without it goes on from there"""
 
     def __post_init__(self) -> None:
         check_options(self, "run")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra import compose, initialize, initialize_config_dir
@@ -27,6 +27,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from conf.schema import ALIASES, Config, to_dict, written_name
 from jobs.cli.command import Command, find_command
 from jobs.cli.completion import completed
@@ -248,6 +250,8 @@ def _register(command: Command) -> None:
     OmegaConf.register_new_resolver("sweep_folder", whole, replace=True)
     OmegaConf.register_new_resolver("run_folder", part, replace=True)
     typed = OmegaConf.structured(command.config)
+    if takes_presets(command):  # whose cluster may be that of a command with stages
+        typed.cluster = OmegaConf.structured(StagedClusterSpec)
     options: dict[str, Any] = {name: typed._get_node(name) for name in typed}
     for group, node in options.items():
         if isinstance(node, DictConfig) and set(ALIASES.values()) & set(node):
@@ -312,6 +316,8 @@ def _typed(command: Command, composed: DictConfig) -> Any:
         known_option(command, str(key), str(plain[key]))
     # Presets set groups that the command may not have.
     plain = {key: value for key, value in plain.items() if key in used}
+    if get_type_hints(command.config).get("cluster") is ClusterSpec:
+        plain["cluster"].pop("stages")
     expand_homes(command, plain)
     return OmegaConf.to_object(
         OmegaConf.merge(OmegaConf.structured(command.config), _field_names(plain))

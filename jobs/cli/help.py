@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import tomllib
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +55,7 @@ def render(command: Command, words: list[str]) -> str:
             f"--help {' '.join(wanted)}: no option of {command.name} has such a name; groups are "
             + ", ".join(groups)
         )
-    listing = _option_lines(shown)
+    listing = _option_lines(_merged(shown))
     if wanted:
         return "\n".join(listing).strip("\n")
     start = f"python -m jobs.{command.name}"
@@ -140,6 +141,15 @@ def _wrapped(text: str, first: str, others: str) -> list[str]:
         text, _WIDTH, initial_indent=first, subsequent_indent=others,
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
+
+
+def _merged(options: list[Option]) -> list[Option]:
+    """What every stage can be given, once instead of for each, unless one stage was asked for."""
+    merged = {re.sub(r"^(cluster\.stages)\.\w+", r"\1.STAGE", o.key): o for o in reversed(options)}
+    num_stages = len({o.key.split(".")[2] for o in options if o.key.startswith("cluster.stages.")})
+    if num_stages < 2:
+        return options
+    return [replace(option, key=key) for key, option in reversed(merged.items())]
 
 
 def _option_lines(options: list[Option]) -> list[str]:

@@ -50,11 +50,16 @@ class Option:
 
 
 def _walk(config_class: type, prefix: str = "") -> dict[str, Option]:
-    """The fields of a dataclass and of those inside: its own before those that it inherits."""
+    """The fields of a dataclass and of those inside: its own before those that it inherits, and
+    groups last."""
     found: dict[str, Option] = {}
     hints, own = get_type_hints(config_class), list(config_class.__annotations__)
     order = {name: place for place, name in enumerate(own)}
-    for item in sorted(fields(config_class), key=lambda item: order.get(item.name, len(own))):
+
+    def place(item: Field[Any]) -> tuple[bool, int]:
+        return is_dataclass(hints[item.name]), order.get(item.name, len(own))
+
+    for item in sorted(fields(config_class), key=place):
         key = prefix + written_name(item.name)
         if is_dataclass(hints[item.name]):
             found |= _walk(hints[item.name], f"{key}.")
@@ -145,6 +150,7 @@ def _unused(command: Command, key: str) -> str:
 def _matches(key: str, known: list[str]) -> str:
     leaf = key.rsplit(".", 1)[-1]
     close = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    close.sort(key=lambda name: -difflib.SequenceMatcher(None, key, name).ratio())
     close += difflib.get_close_matches(key, known, n=3, cutoff=0.7)
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
     close += [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]

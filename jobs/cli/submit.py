@@ -15,12 +15,13 @@ import yaml
 
 from cluster import launch
 from cluster.errors import ClusterError
-from cluster.kinds import get_kind
+from cluster.kinds import get_kind, kind_of
 from cluster.kinds._base import FAILED, STOPPED, Job
 from cluster.kinds.local import leave_code, process_id
 from cluster.preempt import Interrupted
 from cluster.spec import ClusterSpec
-from conf.schema import default_run_dir, to_dict
+from cluster.stages import StagedClusterSpec
+from conf.schema import PlanJobConfig, default_run_dir, to_dict
 from jobs.cli.command import Command
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
 
@@ -32,7 +33,8 @@ _OPTIONS = "config"  # the job's file of options, without .yaml
 def runs_elsewhere(config: Any) -> bool:
     """Whether the config's work is to be submitted instead of done by this process."""
     spec: ClusterSpec | None = getattr(config, "cluster", None)
-    return spec is not None and spec.kind != "local"
+    is_plan = isinstance(config, PlanJobConfig)  # of a run that may be elsewhere, made here
+    return spec is not None and spec.kind != "local" and not is_plan
 
 
 def has_files_here(config: Any) -> bool:
@@ -44,7 +46,7 @@ def describe(command: Command, config: Any, words: Sequence[str]) -> str:
     """All that would be submitted, as text; touches nothing."""
     job = job_of(command, config, words)
     with cluster_mistakes():
-        files = launch.rendered(config.cluster, job)
+        files = launch.rendered(allocation(config), job)
     files = {**files, **job_files(command, config, job)}
     return "\n".join(f"--- {job.folder / name}\n{text}" for name, text in files.items())
 
@@ -58,8 +60,8 @@ def submit(command: Command, config: Any, words: Sequence[str]) -> str:
     """
     job = job_of(command, config, words)
     with cluster_mistakes():
-        job = launch.submit(config.cluster, job, job_files(command, config, job))
-        kind = get_kind(job.kind)
+        job = launch.submit(allocation(config), job, job_files(command, config, job))
+        kind = kind_of(job)
         if not kind.follows:
             return told(job)
         print(told(job), flush=True)
@@ -84,7 +86,7 @@ def told(job: Job) -> str:
     run_dir = shlex.quote(job.run_dir)
     return "\n".join([
         f"submitted: {job.kind} job {job.id} for {job.run_dir}",
-        *(f"  {line}" for line in get_kind(job.kind).hints(job)),
+        *(f"  {line}" for line in kind_of(job).hints(job)),
         f"  status:    python -m jobs.manage status {run_dir}",
         f"  cancel:    python -m jobs.manage cancel {run_dir}",
     ])  # fmt: skip
@@ -156,12 +158,35 @@ def job_of(command: Command, config: Any, words: Sequence[str]) -> Job:
         kind=config.cluster.kind, name=run_dir.name,
         command=("-m", f"jobs.{command.name}", f"--config-dir={folder}", "--config-name", _OPTIONS),
         typed=typed, root=str(ROOT), directory=str(Path.cwd()), run_dir=str(run_dir),
+        parts=parts_of(config),
     )  # fmt: skip
 
 
 def job_files(command: Command, config: Any, job: Job) -> dict[str, str]:
     """Name -> text of what the job's command reads: its options."""
     return {f"{_OPTIONS}.yaml": _options_file(command, config, job)}
+
+
+def parts_of(config: Any) -> tuple[tuple[str, ...], ...]:
+    """Stages of each of the jobs that a command becomes; () where it becomes one."""
+    spec = config.cluster
+    if not isinstance(spec, StagedClusterSpec) or not get_kind(spec.kind).chains:
+        return ()
+    parts = spec.parts(_to_do(config))
+    return tuple(parts) if len(parts) > 1 else ()
+
+
+def _to_do(config: Any) -> list[str]:
+    stages: list[str] = config.stages
+    return stages if config.run.until is None else stages[: stages.index(config.run.until) + 1]
+
+
+def allocation(config: Any) -> ClusterSpec:
+    """What is asked of a scheduler: enough for the largest stage, or for each part its own."""
+    spec: ClusterSpec = config.cluster
+    if not isinstance(spec, StagedClusterSpec) or parts_of(config):
+        return spec
+    return spec.largest(_to_do(config))
 
 
 class _Dumper(yaml.SafeDumper):

@@ -96,13 +96,15 @@ def arrays_of(sweep: Sweep) -> list[Array]:
     """The arrays that would be submitted; none for what works here or has no arrays."""
     if not sweep.is_elsewhere:
         return []
-    specs = [run.config.cluster for run in sweep.runs]
+    specs = [submit.allocation(run.config) for run in sweep.runs]
     with submit.cluster_mistakes():
         arrays = launch.rendered_sweep(sweep.job, list(zip(specs, sweep.jobs, strict=True)))
     if not arrays and any(spec.sweep_jobs is not None for spec in specs):
+        what = f"cluster.kind={sweep.job.kind} takes runs"
+        if any(job.parts for job in sweep.jobs):
+            what = "runs of several jobs each (cluster.stages) are submitted"
         raise InputError(
-            f"cluster.sweep_jobs: cluster.kind={sweep.job.kind} takes runs one by one and starts "
-            "them itself; leave it out"
+            f"cluster.sweep_jobs: {what} one by one, and the scheduler starts them; leave it out"
         )
     return arrays
 

@@ -30,7 +30,8 @@ def make_budget(config: PlanJobConfig) -> dict[str, Any]:
         InputError: no GPU is named, or no dense model reaches the loss.
     """
     settings = config.plan
-    machine, (shape, note) = machine_of(config, settings.memory_share), shape_of(config.model.path)
+    machine = machine_of(config.of_stage("distill"), settings.memory_share)
+    shape, note = shape_of(config.model.path)
     if machine.card is None:
         raise InputError("cluster.card: budget counts GPU-hours; name the GPU, such as h100")
     rates, peak = machine.rates(2), machine.card.flops["bf16"]

@@ -96,7 +96,8 @@ def _from_run(folder: Path, load: Load, found: Calibration) -> None:
 
 
 def _recovery(metrics: dict[str, Any], config: Config) -> float:
-    machine, (shape, _) = machine_of(config, 1.0), shape_of(config.model.path)
+    machine = machine_of(config.of_stage("distill"), 1.0)
+    shape, _ = shape_of(config.model.path)
     setup = training_of(config, machine)
     teacher = None if config.distill.teacher_cache else shape
     planned = total(step_seconds(shape, teacher, setup, machine.rates(setup.element_bytes)))
@@ -105,7 +106,8 @@ def _recovery(metrics: dict[str, Any], config: Config) -> float:
 
 
 def _pruning(metrics: dict[str, Any], config: Config) -> float:
-    machine, (shape, _) = machine_of(config, 1.0), shape_of(config.model.path)
+    machine = machine_of(config.of_stage("prune"), 1.0)
+    shape, _ = shape_of(config.model.path)
     setup = pruning_of(config, machine, metrics["method"], shape)
     params = (config.prune.admm_iterations, config.prune.refit_iterations)
     planned = pruning_seconds(shape, setup, machine.rates(setup.element_bytes), params)

@@ -59,6 +59,9 @@ def make_plan(config: PlanJobConfig, load: Load) -> dict[str, Any]:
     """
     settings = config.plan
     machine = machine_of(config, settings.memory_share)
+    machines = {
+        stage: machine_of(config.of_stage(stage), settings.memory_share) for stage in config.stages
+    }
     shape, note = shape_of(config.model.path)
     calibration = read_calibration(settings.records, machine, load)
     plan: dict[str, Any] = {
@@ -72,11 +75,11 @@ def make_plan(config: PlanJobConfig, load: Load) -> dict[str, Any]:
         "stages": list(config.stages),
     }  # fmt: skip
     if "prune" in config.stages:
-        plan["pruning"] = _pruning(config, machine, shape)
+        plan["pruning"] = _pruning(config, machines["prune"], shape)
     if "distill" in config.stages:
-        plan["recovery"] = _recovery(config, machine, shape, calibration)
-    plan["whole"] = _whole(config, machine, shape)
-    plan["time"] = _time(config, machine, shape, calibration, plan)
+        plan["recovery"] = _recovery(config, machines["distill"], shape, calibration)
+    plan["whole"] = _whole(config, machines, shape)
+    plan["time"] = _time(config, machines, shape, calibration, plan)
     plan["disk"] = _disk(config, shape)
     plan["serving"] = _serving(config, shape)
     return plan
@@ -108,15 +111,18 @@ def _pruning(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> dict
     return found
 
 
-def _whole(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> dict[str, Any]:
+def _whole(
+    config: PlanJobConfig, machines: dict[str, Machine], shape: ModelShape
+) -> dict[str, Any]:
     """Memory of the stages that load whole models in every worker."""
     width, length = 4 if config.model.dtype == "float32" else 2, config.data.sequence_length
     found = {}
     if "evaluate" in config.stages:
         memory = whole_memory(shape, 2, width, config.evaluate.batch_size * length)
-        found["evaluate"] = _use(memory, machine)
+        found["evaluate"] = _use(memory, machines["evaluate"])
     if "quantize" in config.stages:
         memory = whole_memory(shape, 1, width, config.quantize.batch_size * length)
+        machine = machines["quantize"]
         states = 2.0 * width * config.quantize.num_samples * length * shape.hidden_size
         parts = {**memory.parts, "logits": 0.0, "waiting activations": states / machine.num_workers}
         found["quantize"] = _use(MemoryUse(parts, memory.moment), machine)
@@ -191,21 +197,21 @@ def _step(
 
 
 def _time(
-    config: PlanJobConfig, machine: Machine, shape: ModelShape, calibration: Calibration,
-    plan: dict[str, Any],
+    config: PlanJobConfig, machines: dict[str, Machine], shape: ModelShape,
+    calibration: Calibration, plan: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of every stage, GPU-hours and money."""
-    rates = machine.rates(2 if config.model.dtype != "float32" else 4)
-    workers, length = machine.num_workers, config.data.sequence_length
+    width, length = 2 if config.model.dtype != "float32" else 4, config.data.sequence_length
+    rates = {stage: machine.rates(width) for stage, machine in machines.items()}
     seconds: dict[str, float] = {}
     params = (config.prune.admm_iterations, config.prune.refit_iterations)
     if "prune" in config.stages:
         seconds["prune"] = calibration.factor("prune") * sum(
             total(pruning_seconds(
                 shape,
-                replace(pruning_of(config, machine, method, shape),
+                replace(pruning_of(config, machines["prune"], method, shape),
                         on_device=plan["pruning"][method]["activations"] == "device"),
-                rates, params,
+                rates["prune"], params,
             ))
             for method in methods_of(config)
         )  # fmt: skip
@@ -217,16 +223,17 @@ def _time(
     if "evaluate" in config.stages:
         models = len(methods_of(config)) + 2 if "prune" in config.stages else 2
         forwards = 2 * models  # each beside the dense model
-        tokens = config.evaluate.num_tokens / workers
-        seconds["evaluate"] = forwards * forward_seconds(shape, tokens, length, rates)
+        tokens = config.evaluate.num_tokens / machines["evaluate"].num_workers
+        one_s = forward_seconds(shape, tokens, length, rates["evaluate"])
+        seconds["evaluate"] = forwards * one_s
     if "quantize" in config.stages:
-        setup = replace(pruning_of(config, machine, "sparsegpt", shape),
+        setup = replace(pruning_of(config, machines["quantize"], "sparsegpt", shape),
                         num_samples=config.quantize.num_samples)  # fmt: skip
-        seconds["quantize"] = total(quantizing_seconds(shape, setup, rates))
+        seconds["quantize"] = total(quantizing_seconds(shape, setup, rates["quantize"]))
     if "export" in config.stages:
-        seconds["export"] = 3 * 2.0 * shape.num_parameters / rates.disk
+        seconds["export"] = 3 * 2.0 * shape.num_parameters / rates["export"].disk
     seconds = {name: value + _START_S for name, value in seconds.items()}
-    hours = sum(seconds.values()) / 3600 * workers
+    hours = sum(value / 3600 * machines[name].num_workers for name, value in seconds.items())
     price = config.plan.price
     return {
         "stages_s": seconds, "all_s": sum(seconds.values()), "gpu_hours": hours,

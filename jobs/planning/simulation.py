@@ -34,7 +34,8 @@ def simulate_sizes(config: PlanJobConfig) -> dict[str, Any]:
         InputError: nothing fits on any size; or see `simulate.simulate`.
     """
     settings = config.plan
-    machine, (shape, note) = machine_of(config, settings.memory_share), shape_of(config.model.path)
+    machine = machine_of(config.of_stage("distill"), settings.memory_share)
+    shape, note = shape_of(config.model.path)
     recovery = recovery_of(config, machine, shape)
     rows, left_out = [], []
     gpus = 8

@@ -13,6 +13,7 @@ from cluster.executor import Executor
 from cluster.plain import PlainCluster
 from cluster.runtime import listen_here_alone
 from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from jobs.runs.tracking import Tracker
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
@@ -35,24 +36,32 @@ def new_cluster(spec: ClusterSpec, name: str, on_event: Any) -> Executor:
 
 
 class Clusters:
-    """Starts the run's Ray when the first stage needs it; a run that reuses all needs none."""
+    """Starts the run's Ray when the first stage needs it; a run that reuses all needs none.
+
+    One at a time: a stage with workers of another number or size gets a new one.
+    """
 
     def __init__(
-        self, spec: ClusterSpec, run_name: str, display: Display, tracker: Tracker,
+        self, run_name: str, display: Display, tracker: Tracker,
         stack: contextlib.ExitStack,
     ) -> None:  # fmt: skip
         self.warnings: list[str] = []
-        self._spec = spec
+        self._spec: StagedClusterSpec | None = None
         self._run_name = run_name
         self._display = display
         self._tracker = tracker
-        self._stack = stack
+        self._stack = stack.enter_context(contextlib.ExitStack())
         self._cluster: Executor | None = None
 
-    def open(self) -> Executor:
-        """The run's Ray."""
+    def open(self, spec: StagedClusterSpec) -> Executor:
+        """The run's Ray, for the workers of a stage."""
+        if self._spec is not None and not spec.has_workers_of(self._spec):
+            self._cluster = None
+            with cluster_errors():
+                self._stack.close()
         if self._cluster is None:
-            cluster = new_cluster(self._spec, self._run_name, self._on_event)
+            self._spec = spec
+            cluster = new_cluster(spec, self._run_name, self._on_event)
             with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if way := self._cluster.dashboard:

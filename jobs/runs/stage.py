@@ -3,7 +3,8 @@
 A new stage is a module of jobs/stages with a `STAGE` (on the driver, no torch at its top), one of
 jobs/workers with what its workers do, and one of conf/options with its options; and two lines: its
 name in `STAGES` of conf/options/run.py, where it runs, and its options as a field of
-conf.schema.Config. Its own command is a thin jobs/<stage>.py, if it is to have one.
+conf.schema.Config. One with workers has a field of cluster.stages.StageSpecs too. Its own command
+is a thin jobs/<stage>.py, if it is to have one.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def test_streamed_to_the_end(environment, words: list[str], tmp_path: Path) -> None:
-    said = finished(start(environment, "jobs.prune", *words, "stages=[prune,export]"))
+    """Its second stage has workers of another size, for which the job joins the Ray again."""
+    words = [*words, "stages=[prune,export]", "cluster.stages.export.cpus_per_worker=0.5"]
+    said = finished(start(environment, "jobs.prune", *words))
     assert "submitted: ray job twofour-" in said
     assert "prune: starting" in said
     assert str(tmp_path / "run") in said.splitlines()

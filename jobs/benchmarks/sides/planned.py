@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig
 from conf.schema import Config
@@ -91,7 +91,7 @@ def distill_config(run: dict[str, Any]) -> Config:
     """The configuration of a recovery: what `run` says, and no checkpoint on the way."""
     length, steps = run["sequence_length"], run["steps"]
     return Config(
-        cluster=ClusterSpec(num_workers=run["workers"]),
+        cluster=StagedClusterSpec(num_workers=run["workers"]),
         data=DataConfig(sequence_length=length),
         distill=DistillConfig(
             num_tokens=steps * run["batch_size"] * length, batch_size=run["batch_size"],

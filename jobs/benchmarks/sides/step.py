@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig
 from conf.schema import Config
@@ -154,7 +154,7 @@ def make_config(options: Namespace, num_steps: int) -> Config:
     """The configuration of the run: defaults but for the sizes, and no checkpoint on the way."""
     length = options.sequence_length
     return Config(
-        cluster=ClusterSpec(num_workers=1),
+        cluster=StagedClusterSpec(num_workers=1),
         data=DataConfig(sequence_length=length, isolate_documents=not options.whole_rows),
         distill=DistillConfig(
             num_tokens=num_steps * options.batch_size * length, batch_size=options.batch_size,

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.model import ModelConfig
 from conf.options.pretrain import PretrainConfig
@@ -466,7 +466,7 @@ def test_edges_that_pass() -> None:
     Config(distill=DistillConfig(num_tokens=4096))
     Config(stages=["report"], run=RunConfig(from_="runs/a"))
     Config(stages=["prune"], distill=DistillConfig(batch_size=20))  # rule of a stage not run
-    Config(model=ModelConfig(dtype="float16"), cluster=ClusterSpec(gpus_per_worker=1))
+    Config(model=ModelConfig(dtype="float16"), cluster=StagedClusterSpec(gpus_per_worker=1))
 
 
 def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
