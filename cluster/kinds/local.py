@@ -68,6 +68,8 @@ class Local(Kind):
         except (FileNotFoundError, ValueError):
             if is_there:
                 return Status(RUNNING, f"process {pid}")
+            if _AT_TERMINAL in job.id:
+                return Status(STOPPED, "its process has ended, and has not said how")
             return Status(FAILED, "its process was killed")
         state = {0: DONE, os.EX_TEMPFAIL: STOPPED, _INTERRUPTED: STOPPED}.get(code, FAILED)
         return Status(state, f"exit code {code}", code)

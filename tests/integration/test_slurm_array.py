@@ -24,8 +24,7 @@ def states(rig: Rig, sweep: Path) -> dict[str, str]:
     """State of each run by its seed, as jobs.manage says."""
     said = jobs(rig, "manage", "status", str(sweep))
     assert said.returncode == 0, said.stderr
-    lines = [line.split() for line in said.stdout.splitlines()[1:] if "slurm" in line.split()]
-    return {re.search(r"seed-(\d)", line[0])[1]: line[3] for line in lines}
+    return dict(re.findall(r"seed-(\d) +slurm +\S+ +(\w+)", said.stdout))
 
 
 def record(run_dir: Path) -> dict:

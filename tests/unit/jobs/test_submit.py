@@ -58,7 +58,7 @@ def test_options_come_back_as_they_were(
     config = load_config("prune", ["+cluster=slurm-h100x32", f"run.dir={folder}/run"])
     config.model.path, config.data.train, config.prune.skip = *values[:2], [*values, *AWKWARD]
     command = find_command("prune")
-    job = submit._job(command, config, [])
+    job = submit.job_of(command, config, [])
     text = submit._options_file(command, config, job)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     config.cluster.kind = "local"
