@@ -111,7 +111,7 @@ class Config:
             )
         length = Given.of("data.sequence_length", self.data)
         if "distill" in self.stages:
-            batch_fits_workers(self.distill, self.cluster.of_stage("distill").num_workers)
+            batch_fits_workers(self.distill, self.cluster)
             rules.one_step(Given.of("distill.num_tokens", self.distill),
                            Given.of("distill.batch_size", self.distill), length)  # fmt: skip
         if {"evaluate", "quantize"}.intersection(self.stages):

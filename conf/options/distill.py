@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.stages import StagedClusterSpec
 from conf.checks import nearest_multiples
 from sparsify.errors import InputError
 from sparsify.params import LossSchedule, LossWeights, check_options, option
 
 
-def batch_fits_workers(distill: DistillConfig, num_workers: int) -> None:
+def batch_fits_workers(distill: DistillConfig, cluster: StagedClusterSpec) -> None:
     """Require that a step splits into equal micro-batches on every worker."""
+    own, num_workers = cluster.stages.distill.num_workers, cluster.of_stage("distill").num_workers
+    name = "cluster.num_workers" if own is None else "cluster.stages.distill.num_workers"
     unit = distill.micro_batch_size * num_workers
     if distill.batch_size % unit:
         raise InputError(
             f"distill.batch_size={distill.batch_size} with distill.micro_batch_size="
-            f"{distill.micro_batch_size} and cluster.num_workers={num_workers}: must be a multiple "
+            f"{distill.micro_batch_size} and {name}={num_workers}: must be a multiple "
             f"of {unit} = micro_batch_size x num_workers; use distill.batch_size="
             f"{nearest_multiples(distill.batch_size, unit)}, or a smaller distill.micro_batch_size"
         )

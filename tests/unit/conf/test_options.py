@@ -494,7 +494,7 @@ def test_default_run_dir(stages: list[str], path: str, from_: str | None, expect
 
 def test_to_dict_uses_the_names_people_write() -> None:
     run = to_dict(Config(run=RunConfig(from_="x")))["run"]
-    assert run == {"dir": None, "from": "x", "seed": 0, "redo": []}
+    assert run == {"dir": None, "from": "x", "seed": 0, "redo": [], "until": None}
 
 
 ABSURD: dict[str, list[Any]] = {
