@@ -11,6 +11,7 @@ runs, so that Ray's processes, /tmp/ray, shared memory and addresses of one are 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -23,8 +24,11 @@ from pathlib import Path
 
 HOSTS = ("tfn0", "tfn1")
 PROGRAMS = (
-    "slurmctld", "slurmd", "munged", "mungekey", "sbatch", "ip", "nsenter", "unshare", "tini",
+    "slurmctld", "slurmd", "munged", "mungekey", "sbatch", "ip", "nsenter", "unshare", "setpriv",
+    "tini",
 )  # fmt: skip
+# Names, addresses and ports are those of every rig: whoever holds this has the machine's only one.
+_LOCK = Path("/run/lock/twofour-slurm-rig")
 _BRIDGE = "tfbr0"
 _NET = "10.77.0"
 _CONF = """
@@ -147,8 +151,13 @@ class Rig:
     def _start(self, words: list[str], log: str) -> None:
         with (self.folder / log).open("wb") as file:
             self._daemons.append(
+                # Dies with this process, however that ends: a next rig finds its ports free.
                 subprocess.Popen(
-                    words, env=self.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL
+                    ["setpriv", "--pdeathsig", "KILL", "--", *words],
+                    env=self.environment,
+                    stdout=file,
+                    stderr=file,
+                    stdin=subprocess.DEVNULL,
                 )
             )
 
@@ -224,16 +233,30 @@ class Rig:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for host in HOSTS:
-            _ip("netns", "del", host, check=False)
-            _ip("link", "del", f"{host}v", check=False)
-        _ip("link", "del", _BRIDGE, check=False)
+        _remove_network()
+
+
+def _remove_network() -> None:
+    """Take down what `Rig._network` made, as far as it is there."""
+    for host in HOSTS:
+        _ip("netns", "del", host, check=False)
+        _ip("link", "del", f"{host}v", check=False)
+    _ip("link", "del", _BRIDGE, check=False)
+
+
+@contextlib.contextmanager
+def _only_rig() -> Iterator[None]:
+    """Wait until no other process of this machine has a rig; what a killed one left is removed."""
+    with _LOCK.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _remove_network()
+        yield
 
 
 @contextlib.contextmanager
 def running(shared: Sequence[Path] = (), slurmd_timeout_s: int = 30) -> Iterator[Rig]:
-    """The rig, from its start to its end, in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="twofour-slurm-") as name:
+    """The rig, from its start to its end, in a folder of its own; one at a time on a machine."""
+    with _only_rig(), tempfile.TemporaryDirectory(prefix="twofour-slurm-") as name:
         Path(name).chmod(0o755)
         rig = Rig(Path(name), shared)
         try:
