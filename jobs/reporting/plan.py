@@ -69,12 +69,10 @@ def _wrapped(lines: Sequence[str]) -> list[str]:
     for line in lines:
         name = _NAMED.match(line)
         indent = " " * len(name[0]) if name else "  "
-        is_table = line.startswith("  ") and not line.startswith("         ")
-        parts = [line] if is_table else textwrap.wrap(
-            line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,
-            drop_whitespace=True,
+        is_table = line.startswith("  ") and name is None
+        found += [line] if is_table or not line else textwrap.wrap(
+            line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )  # fmt: skip
-        found += parts or [""]
     return found
 
 
@@ -226,7 +224,7 @@ def _serving_lines(found: dict[str, Any]) -> list[str]:
         "",
         "Llama-2-70B, for comparison; of all that a card has",
     ]
-    rows = [["", "GB", *(f"{key}" for key in large["cards"])]]
+    rows = [["use", "GB", *large["cards"]]]
     for label, size in (
         ("8 bit, one request", large["int8"] + large["kv_bytes"] + 1e9),
         ("4 bit, one request", large["int4"] + large["kv_bytes"] + 1e9),
@@ -242,7 +240,7 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
     price = found["price"]
     unit = "GPU-hours" if price is None else "money"
     times = 1.0 if price is None else price
-    rows = [["", "parameters", "trained on", "training", "serving", "in all"]]
+    rows = [["way", "size", "tokens", "training", "serving", "in all"]]
     for way in found["ways"]:
         rows.append([
             way["label"], units.large_count(found["parameters"]),
@@ -285,23 +283,24 @@ _COSTS = ("training_hours", "serving_hours", "total_hours")
 def simulation_lines(found: dict[str, Any]) -> list[str]:
     """What `planning.simulation.simulate_sizes` found."""
     rows = [[
-        "GPUs", "rows", "step", "work", "failures", "goodput", "10 %", "half", "90 % done by",
-        "GPU-hours", "save every", "best",
+        "GPUs", "rows", "step s", "work h", "failures", "goodput", "10 %", "half", "90 % h",
+        "GPU-hours", "save", "best",
     ]]  # fmt: skip
     for row in found["rows"]:
-        finish = [units.duration(row["finish_s"][share]) for share in ("0.1", "0.5", "0.9")]
+        finish = [f"{row['finish_s'][share] / 3600:.1f}" for share in ("0.1", "0.5", "0.9")]
         rows.append([
-            str(row["gpus"]), str(row["rows"]), f"{row['step_s']:.2f} s",
-            units.duration(row["work_s"]),
-            f"{row['failures'] + row['preemptions']:.2f}", f"{row['goodput']:.1%}", *finish,
-            f"{row['gpu_hours']:,.0f}", f"{row['young_steps']:,} steps", f"{row['best_steps']:,}",
+            str(row["gpus"]), str(row["rows"]), f"{row['step_s']:.2f}",
+            f"{row['work_s'] / 3600:.1f}", f"{row['failures'] + row['preemptions']:.2f}",
+            f"{row['goodput']:.1%}", *finish, f"{row['gpu_hours']:,.0f}",
+            f"{row['young_steps']:,}", f"{row['best_steps']:,}",
         ])  # fmt: skip
     return _wrapped([
         f"{found['model']} on {found['machine']}: {units.large_count(found['tokens'])} tokens, "
         f"{found['runs']} runs on paper for each size",
         *([found["note"]] if found["note"] else []),
         *aligned(rows),
-        "save every: by Young's formula for failures alone; best: the least time of seven "
+        "10 %, half, 90 %: hours until so many of the runs are done; save: steps between "
+        "checkpoints by Young's formula for failures alone; best: those of the least time of seven "
         "intervals around it, on runs long enough to fail ten times",
         *(f"left out {words}" for words in found["left_out"]),
     ])  # fmt: skip
