@@ -283,14 +283,14 @@ _COSTS = ("training_hours", "serving_hours", "total_hours")
 def simulation_lines(found: dict[str, Any]) -> list[str]:
     """What `planning.simulation.simulate_sizes` found."""
     rows = [[
-        "GPUs", "rows", "step s", "work h", "failures", "goodput", "10 %", "half", "90 % h",
-        "GPU-hours", "save", "best",
+        "GPUs", "rows", "step", "fails", "goodput", "10 %", "half", "90 %",
+        "GPU h", "save", "best",
     ]]  # fmt: skip
     for row in found["rows"]:
         finish = [f"{row['finish_s'][share] / 3600:.1f}" for share in ("0.1", "0.5", "0.9")]
         rows.append([
             str(row["gpus"]), str(row["rows"]), f"{row['step_s']:.2f}",
-            f"{row['work_s'] / 3600:.1f}", f"{row['failures'] + row['preemptions']:.2f}",
+            f"{row['failures'] + row['preemptions']:.2f}",
             f"{row['goodput']:.1%}", *finish, f"{row['gpu_hours']:,.0f}",
             f"{row['young_steps']:,}", f"{row['best_steps']:,}",
         ])  # fmt: skip
@@ -299,7 +299,8 @@ def simulation_lines(found: dict[str, Any]) -> list[str]:
         f"{found['runs']} runs on paper for each size",
         *([found["note"]] if found["note"] else []),
         *aligned(rows),
-        "10 %, half, 90 %: hours until so many of the runs are done; save: steps between "
+        "step: in seconds; fails: with preemptions, in a run; 10 %, half, 90 %: hours until so "
+        "many of the runs are done; save: steps between "
         "checkpoints by Young's formula for failures alone; best: those of the least time of seven "
         "intervals around it, on runs long enough to fail ten times",
         *(f"left out {words}" for words in found["left_out"]),
