@@ -17,6 +17,7 @@ from conf.options.plan import SHOWS
 from conf.schema import Config, PlanJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main, split_words
+from sparsify.errors import InputError
 from sparsify.files import write_json, written_whole
 
 
@@ -43,7 +44,11 @@ def _config_of(command: str) -> Config:
     In a process of its own: Hydra composes one command in a process, and that is this one.
     """
     words = shlex.split(command)
+    if "-m" not in words[:-1]:
+        raise InputError(f"its command is none of this project's: {command[:60]}")
     job = words[words.index("-m") + 1].removeprefix("jobs.")
+    if job not in ("prune", "distill"):
+        raise InputError(f"its command is jobs.{job[:40]}, which neither prunes nor recovers")
     asked = split_words(words[words.index("-m") + 2 :])[0]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_composed, job, asked).result()
@@ -71,13 +76,17 @@ COMMAND = Command(
         "budget model.path=/models/8b +cluster=h100x8 plan.served_tokens=1e13",
         "simulate model.path=/models/8b +cluster=h100x32 plan.preemptions_per_day=2",
     ),
+    needs="[budget|simulate]",
     out="plan.out",
 )  # fmt: skip
 
 
 def words_of(argv: list[str]) -> list[str]:
-    """The command line with its first word, where it names what is shown, as an option."""
+    """The command line with its first word, where it names what is shown, as an option; the help
+    of such a word is of this command's own options."""
     if argv and argv[0] in SHOWS:
+        if {"-h", "--help"} & set(argv):
+            return ["plan.", "--help"]
         return [f"plan.show={argv[0]}", *argv[1:]]
     return argv
 

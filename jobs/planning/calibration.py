@@ -13,7 +13,7 @@ from conf.schema import Config
 from jobs.planning.layouts import Machine, machine_of, pruning_of, training_of
 from jobs.planning.models import shape_of
 from sparsify.costs.seconds import pruning_seconds, step_seconds, total
-from sparsify.errors import InputError
+from sparsify.errors import InputError, first_line
 
 Load = Callable[[str], Config]
 """the config of a run by its command line"""
@@ -51,7 +51,7 @@ def read_calibration(records: Sequence[str], machine: Machine, load: Load) -> Ca
         if path.is_file():
             _from_benchmark(path, machine, found)
         elif path.is_dir():
-            _from_run(path, load, found)
+            _from_run(path, machine, load, found)
         else:
             raise InputError(f"plan.records={name}: there is no such folder or file")
     return found
@@ -59,25 +59,43 @@ def read_calibration(records: Sequence[str], machine: Machine, load: Load) -> Ca
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise InputError(f"plan.records={path}: cannot be read ({error})") from None
+        raise InputError(
+            f"plan.records={path}: cannot be read ({first_line(error)}); leave it out"
+        ) from None
+    if not isinstance(found, dict):
+        raise InputError(f"plan.records={path}: is no record but a {type(found).__name__}")
+    return found
 
 
 def _from_benchmark(path: Path, machine: Machine, found: Calibration) -> None:
     record = _read(path)
-    runs = record.get("figures", {}).get("runs") if record.get("benchmark") == "plan" else None
-    if runs is None:
+    try:
+        runs = record["figures"]["runs"] if record["benchmark"] == "plan" else []
+        ratios = [(str(run["kind"]), _ratio(run["measured_s"], run["base_s"])) for run in runs]
+    except (KeyError, TypeError, ValueError):
+        ratios = []
+    if not ratios:
         raise InputError(f"plan.records={path}: is no record of python -m jobs.bench plan")
     if machine.card is not None and record.get("device") == "cpu":
         raise InputError(f"plan.records={path}: was measured on a CPU, and this plans for a GPU")
-    for run in runs:
-        ratio = run["measured_s"] / run["base_s"]
-        found.ratios.setdefault(run["kind"], []).append(ratio)
+    for kind, ratio in ratios:
+        found.ratios.setdefault(kind, []).append(ratio)
 
 
-def _from_run(folder: Path, load: Load, found: Calibration) -> None:
-    """The recovery and the main method's pruning of a run's folder."""
+def _ratio(measured_s: Any, planned_s: Any) -> float:
+    found = float(measured_s) / float(planned_s)
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"its times are {measured_s} and {planned_s} s")
+    return found
+
+
+def _from_run(folder: Path, machine: Machine, load: Load, found: Calibration) -> None:
+    """The recovery and the main method's pruning of a run's folder.
+
+    Whatever is amiss with a stage's record is said, and the stage left out.
+    """
     seen = False
     for stage, compare in (("distill", _recovery), ("prune", _pruning)):
         path = folder / stage / "record.json"
@@ -86,13 +104,25 @@ def _from_run(folder: Path, load: Load, found: Calibration) -> None:
         seen = True
         record = _read(path)
         try:
-            ratio = compare(record["metrics"], load(record["command"]))
-        except (KeyError, InputError) as error:
-            found.left_out.append(f"{stage} of {folder}: {error}")
+            config = load(record["command"])
+            _require_machine(config, machine)
+            ratio = compare(record["metrics"], config)
+        except KeyError as error:
+            found.left_out.append(f"{stage} of {folder}: its record has no {error}")
+            continue
+        except (InputError, TypeError, ValueError, ZeroDivisionError) as error:
+            found.left_out.append(f"{stage} of {folder}: {first_line(error)}")
             continue
         found.ratios.setdefault(stage, []).append(ratio)
     if not seen:
         raise InputError(f"plan.records={folder}: has no finished prune or distill stage")
+
+
+def _require_machine(config: Config, machine: Machine) -> None:
+    """Refuse a run on another kind of machine: its ratio says nothing of this one."""
+    name = machine_of(config, 1.0).name
+    if name != machine.name:
+        raise InputError(f"it ran on {name}, and this plans for {machine.name}")
 
 
 def _recovery(metrics: dict[str, Any], config: Config) -> float:
@@ -102,7 +132,7 @@ def _recovery(metrics: dict[str, Any], config: Config) -> float:
     teacher = None if config.distill.teacher_cache else shape
     planned = total(step_seconds(shape, teacher, setup, machine.rates(setup.element_bytes)))
     tokens = config.distill.batch_size * config.data.sequence_length
-    return float(tokens / metrics["tokens_per_s"] / planned)
+    return _ratio(tokens / metrics["tokens_per_s"], planned)
 
 
 def _pruning(metrics: dict[str, Any], config: Config) -> float:
@@ -111,4 +141,4 @@ def _pruning(metrics: dict[str, Any], config: Config) -> float:
     setup = pruning_of(config, machine, metrics["method"], shape)
     params = (config.prune.admm_iterations, config.prune.refit_iterations)
     planned = pruning_seconds(shape, setup, machine.rates(setup.element_bytes), params)
-    return float(metrics["seconds"][metrics["method"]] / total(planned))
+    return _ratio(metrics["seconds"][metrics["method"]], total(planned))

@@ -23,9 +23,9 @@ _CPU = Rates(
     products=92e9, attention=30e9, bandwidth=8e9, link=4e8, network=4e8, overlaps=False, disk=1e9
 )
 
-# Products in bf16 over those in float32. With AVX512-BF16 (and AMX, whose own rate nobody looked up)
-# an instruction multiplies 32 pairs of numbers where one of float32 multiplies 16. Without it oneDNN
-# converts in its kernels: measured 25 to 31 Gflop/s where float32 has 106 to 162, on a Xeon.
+# Products in bf16 over those in float32. With AVX512-BF16 an instruction multiplies 32 pairs of
+# numbers where one of float32 multiplies 16 (AMX is faster by far, and was not measured). Without
+# it oneDNN converts in its kernels: 25 to 31 Gflop/s where float32 has 106 to 162, on a Xeon.
 _BF16_NATIVE, _BF16_CONVERTED = 2.0, 0.2
 
 _CPU_MEMORY = 64e9

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,12 @@ _COMPONENTS = (
     "student", "teacher", "masters", "moments", "gradients", "activations", "logits chunk",
     "buffers", "masks", "runtime",
 )  # fmt: skip
+
+_WIDTH = 80
+
+_ODD = 3.0  # times what was planned: no rate of a machine is that far off
+
+_NAMED = re.compile(r"(model|cluster|times)  +|         (?=\S)")
 
 _DEVICES = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "rtx5090")
 
@@ -55,6 +63,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]  # fmt: skip
 
 
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    """Lines of prose and `name  prose` cut to a terminal's width; tables are left as they are."""
+    found = []
+    for line in lines:
+        name = _NAMED.match(line)
+        indent = " " * len(name[0]) if name else "  "
+        is_table = line.startswith("  ") and name is None
+        found += [line] if is_table or not line else textwrap.wrap(
+            line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+    return found
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}" if size else "-"
 
@@ -81,21 +102,24 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     lines += ["", "disk, GB in the run's folder"]
     lines += aligned([(name, _gb(size)) for name, size in plan["disk"].items()])
     lines += ["", *_serving_lines(plan["serving"])]
-    return lines
+    return _wrapped(lines)
 
 
 def _calibration_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for stage, ratios in found["ratios"].items():
         low, high = min(ratios), max(ratios)
+        span = f"{low:.2f}" if len(ratios) == 1 else f"{low:.2f} to {high:.2f}"
         lines.append(
-            f"measured {stage}: {len(ratios)} runs took {low:.2f} to {high:.2f} times what was "
-            "planned; times are corrected"
-        )
+            f"measured {stage}: {len(ratios)} run{'s' * (len(ratios) > 1)} took {span} times what "
+            "was planned; this plan's times are corrected by it"
+            + ("" if max(high, 1 / low) < _ODD else
+               ": so far off that the run was too short, or its machine too busy, to say much")
+        )  # fmt: skip
     lines += [f"left out {words}" for words in found["left_out"]]
     if not found["ratios"]:
         lines.append(
-            "         times come from data sheets and published runs, none of this machine's: "
+            "times    come from data sheets and published runs, none of this machine's: "
             "plan.records=[RUN] corrects them"
         )
     return lines
@@ -138,7 +162,7 @@ def _recovery_lines(found: dict[str, Any]) -> list[str]:
         f"a step{told}: {units.duration(step['step_s'])}, "
         f"{step['tokens_per_s_per_gpu']:,.0f} tokens/s a worker, {step['num_steps']:,} steps of "
         f"{step['tokens']:,} tokens",
-        "  " + ", ".join(
+        "its time: " + ", ".join(
             f"{name} {seconds / step['step_s']:.0%}"
             for name, seconds in sorted(step["parts_s"].items(), key=lambda item: -item[1])
             if seconds >= 0.005 * step["step_s"]
@@ -157,15 +181,20 @@ def _recovery_lines(found: dict[str, Any]) -> list[str]:
 
 def _grid_lines(grid: list[dict[str, Any]]) -> list[str]:
     shares = list(dict.fromkeys(cell["recompute_share"] for cell in grid))
-    rows = [["ZeRO, teacher", *(f"recompute {share:g}" for share in shares)]]
+    rows = [["ZeRO, teacher", *(f"{share:g} " for share in shares)]]
     by_row: dict[tuple[int, str], list[str]] = {}
     for cell in grid:
-        mark = "" if cell["fits"] else " no"
+        mark = " " if cell["fits"] else "*"
         key = (cell["zero_stage"], cell["teacher_placement"])
-        text = f"{_gb(cell['bytes'])} ({units.significant(cell['step_s'])} s){mark}"
+        size = cell["bytes"] / 1e9
+        text = f"{size:.{1 if size < 100 else 0}f}/{units.significant(cell['step_s'])}{mark}"
         by_row.setdefault(key, []).append(text)
     rows += [[f"{stage}, {place}", *cells] for (stage, place), cells in by_row.items()]
-    return ["", "GB a worker (seconds of a step), 'no' where it does not fit", *aligned(rows)]
+    return [
+        "",
+        "GB a worker / seconds of a step by share of recomputed blocks; * does not fit",
+        *aligned(rows),
+    ]
 
 
 def _time_lines(found: dict[str, Any]) -> list[str]:
@@ -180,7 +209,7 @@ def _time_lines(found: dict[str, Any]) -> list[str]:
 def _serving_lines(found: dict[str, Any]) -> list[str]:
     rows = [["served as", "GB", *_DEVICES]]
     for row in found["rows"]:
-        kind = f"{row['format']}, {'2:4 packed' if row['is_packed'] else 'dense'}"
+        kind = f"{row['format']}, {'packed' if row['is_packed'] else 'dense'}"
         cells = [
             "-" if key not in row["cards"] else "/".join(map(str, row["cards"][key]))
             for key in _DEVICES
@@ -195,7 +224,7 @@ def _serving_lines(found: dict[str, Any]) -> list[str]:
         "",
         "Llama-2-70B, for comparison; of all that a card has",
     ]
-    rows = [["", "GB", *(f"{key}" for key in large["cards"])]]
+    rows = [["use", "GB", *large["cards"]]]
     for label, size in (
         ("8 bit, one request", large["int8"] + large["kv_bytes"] + 1e9),
         ("4 bit, one request", large["int4"] + large["kv_bytes"] + 1e9),
@@ -211,7 +240,7 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
     price = found["price"]
     unit = "GPU-hours" if price is None else "money"
     times = 1.0 if price is None else price
-    rows = [["", "parameters", "trained on", "training", "serving", "in all"]]
+    rows = [["way", "size", "tokens", "training", "serving", "in all"]]
     for way in found["ways"]:
         rows.append([
             way["label"], units.large_count(found["parameters"]),
@@ -230,7 +259,7 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
     verdict = "cheaper" if best["total_hours"] < low else (
         "dearer" if best["total_hours"] > high else "cheaper by one law and dearer by the other"
     )  # fmt: skip
-    return [
+    return _wrapped([
         f"{found['model']} on {found['machine']}: {units.large_count(found['served_tokens'])} "
         f"tokens served over its life, {unit}",
         *([found["note"]] if found["note"] else []),
@@ -245,7 +274,7 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
         "Besiroglu et al. 2024; they differ by what you see, and other data by more",
         *(["2:4 is served as if dense (plan.sparse_speedup=1): it then saves nothing"]
           if found["sparse_speedup"] == 1 else []),
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 _COSTS = ("training_hours", "serving_hours", "total_hours")
@@ -254,26 +283,28 @@ _COSTS = ("training_hours", "serving_hours", "total_hours")
 def simulation_lines(found: dict[str, Any]) -> list[str]:
     """What `planning.simulation.simulate_sizes` found."""
     rows = [[
-        "GPUs", "rows", "step", "work", "failures", "goodput", "10 %", "half", "90 % done by",
-        "GPU-hours", "save every", "best",
+        "GPUs", "rows", "step", "fails", "goodput", "10 %", "half", "90 %",
+        "GPU h", "save", "best",
     ]]  # fmt: skip
     for row in found["rows"]:
-        finish = [units.duration(row["finish_s"][share]) for share in ("0.1", "0.5", "0.9")]
+        finish = [f"{row['finish_s'][share] / 3600:.1f}" for share in ("0.1", "0.5", "0.9")]
         rows.append([
-            str(row["gpus"]), str(row["rows"]), f"{row['step_s']:.2f} s",
-            units.duration(row["work_s"]),
-            f"{row['failures'] + row['preemptions']:.2f}", f"{row['goodput']:.1%}", *finish,
-            f"{row['gpu_hours']:,.0f}", f"{row['young_steps']:,} steps", f"{row['best_steps']:,}",
+            str(row["gpus"]), str(row["rows"]), f"{row['step_s']:.2f}",
+            f"{row['failures'] + row['preemptions']:.2f}",
+            f"{row['goodput']:.1%}", *finish, f"{row['gpu_hours']:,.0f}",
+            f"{row['young_steps']:,}", f"{row['best_steps']:,}",
         ])  # fmt: skip
-    return [
+    return _wrapped([
         f"{found['model']} on {found['machine']}: {units.large_count(found['tokens'])} tokens, "
         f"{found['runs']} runs on paper for each size",
         *([found["note"]] if found["note"] else []),
         *aligned(rows),
-        "save every: by Young's formula for failures alone; best: the least time of seven "
+        "step: in seconds; fails: with preemptions, in a run; 10 %, half, 90 %: hours until so "
+        "many of the runs are done; save: steps between "
+        "checkpoints by Young's formula for failures alone; best: those of the least time of seven "
         "intervals around it, on runs long enough to fail ten times",
         *(f"left out {words}" for words in found["left_out"]),
-    ]
+    ])  # fmt: skip
 
 
 _STYLE = Markup(

@@ -66,6 +66,16 @@ def _from_hub(option: str, text: str, fetch: bool) -> Path:
     return folder
 
 
+def cached_config(text: str) -> Path | None:
+    """The folder in the cache where a Hub model's config.json lies; None if it is not there, or
+    `text` is no name of the Hub. Asks the network nothing."""
+    if not HUB_NAME.fullmatch(text):
+        return None
+    name, _, revision = text.partition("@")
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def has_weights(folder: Path) -> bool:
     """Whether all files of a model's weights are there; true of a folder that is not the Hub's."""
     is_hub = hub_reference(folder) is not None

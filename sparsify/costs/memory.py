@@ -22,14 +22,14 @@ _BUCKET = 200_000_000  # elements: jobs/training/zero.py
 
 _LIVE = 1_000_000_000  # elements that ZeRO-3 may hold gathered, in the same file
 
-# Buffers of chunk x vocabulary, float32, of `distillation.head_loss`: logits, and on a GPU what they
-# are worked on with. A CPU works on blocks that fit its caches instead.
+# Buffers of chunk x vocabulary, float32, of `distillation.head_loss`, by whether a teacher has
+# logits too: those, and on a GPU as large ones to work in. A CPU works in blocks of its caches.
 _CHUNK_BUFFERS_GPU, _CHUNK_BUFFERS_CPU = {True: 5, False: 2}, {True: 2, False: 1}
 
 _RUNTIME_GPU = 2.5e9  # CUDA's context, its libraries' workspaces, and NCCL's channels
 
-# Code of libraries that is read when it first runs, and what it holds beside tensors: a process of a
-# recovery less what it held after its imports and its tensors. 95 to 110 MB in bf16 and fp32, for
+# Code of libraries that is read when it first runs, and what it holds beside tensors: a recovery's
+# process less what it held after its imports and its tensors. 90 to 110 MB in bf16 and fp32, for
 # models of 16 to 32 M parameters.
 _RUNTIME_CPU = 0.1e9
 

@@ -5,9 +5,10 @@ fits of that form bracket what is known: approach 3 of Hoffmann et al. 2022 (arX
 its replication by Besiroglu et al. 2024 (arXiv 2404.10102, table 1), which finds the former's
 intervals too narrow. Of the former the exponents are those of the paper's TeX source, which the
 replication gives beside its own: the printed ones (E 1.69, alpha 0.34, beta 0.28) are rounded, and
-have another optimum than the paper's table A.3, 32 instead of 40 B parameters. Training takes 6 N D operations and every token that is served 2 N
-(Sardana et al. 2023, arXiv 2401.00448, who minimise the sum). Both fits are of models on web text
-with their own tokenizers: differences between models of one kind are what they are good for.
+have another optimum than the paper's table A.3, 32 instead of 40 B parameters. Training takes 6 N D
+operations and every token that is served 2 N (Sardana et al. 2023, arXiv 2401.00448, who minimise
+the sum). Both fits are of models on web text with their own tokenizers: differences between models
+of one kind are what they are good for.
 """
 
 from __future__ import annotations

@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
 from sparsify.costs.flops import ModelFlops, count_flops
-from sparsify.errors import InputError
+from sparsify.errors import InputError, first_line
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.watch import watch_inputs
 
 _TOKENS = 64  # traced; what is kept grows in proportion
+
+_MOST_BLOCKS = 2000  # modules are built one by one: a slip of a few zeros would take hours
 
 _COUNTED = "counted"
 
@@ -82,19 +84,26 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         The sizes.
 
     Raises:
-        InputError: no causal language model, no list of decoder blocks, or a kind of layer whose
-            work is not known (`flops.count_flops`).
+        InputError: no causal language model, sizes of which none can be built, no list of decoder
+            blocks, or a kind of layer whose work is not known (`flops.count_flops`).
 
     Cost: the model's modules without weights, and two forwards of 64 tokens that compute nothing:
     half a second for 80 blocks.
     """
+    text = config.get_text_config()
+    blocks_asked = getattr(text, "num_hidden_layers", 1)
+    if not 1 <= blocks_asked <= _MOST_BLOCKS:
+        raise InputError(f"config.json: num_hidden_layers={blocks_asked}: must be 1 to "
+                         f"{_MOST_BLOCKS:,}")  # fmt: skip
     with torch.device("meta"):
         try:
             model: Any = AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
-            raise InputError(f"config.json: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # whatever the family's own code raises
+            raise InputError(
+                f"config.json: no model can be built of it ({type(error).__name__}: "
+                f"{first_line(error)})"
+            ) from None
     flops = count_flops(model)  # refuses what is no plain attention
-    text = config.get_text_config()
     _, blocks = find_blocks(model)
     linears = linears_of(blocks[0])
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3
 
 from sparsify.costs.cards import cards, find_card
 from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
+from sparsify.costs.flops import peak_flops
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.memory import pruning_memory, training_memory
+from sparsify.costs.memory import _head, pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
 from sparsify.costs.shapes import ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
@@ -197,5 +198,19 @@ def test_cards_say_what_they_are_and_where_that_is_from() -> None:
         assert card.source.startswith("https://")
         assert card.flops["bf16"] > card.flops["fp32"] > 1e12
         assert 1e11 < card.bandwidth < 1e13
+        found = peak_flops(f"NVIDIA {' '.join(card.words)}")
+        assert found in (card.flops["bf16"], None)  # None: desks' cards, which it does not know
     with pytest.raises(InputError, match="did you mean h100"):
         find_card("h10", "cluster.card")
+
+
+def test_logits_take_what_the_loss_makes_of_them(llama: ModelShape) -> None:
+    # On a CPU the student's and the teacher's; on a GPU three more to work in (head_terms.py).
+    one = 4 * 1024 * llama.vocab_size
+    gpu = Training(sequence_length=2048, element_bytes=4, zero_stage=0)
+    cpu = replace(gpu, uses_gpu=False)
+    for setup, alone, taught in ((gpu, 2, 5), (cpu, 1, 2)):
+        rest = 3 * 2048 * llama.hidden_size * 4 + 4 * llama.head_parameters
+        assert _head(llama, None, setup) == pytest.approx(rest + alone * one)
+        assert _head(llama, llama, setup) == pytest.approx(rest + taught * one)
+    assert training_memory(llama, llama, cpu).parts["runtime"] < 0.2e9
