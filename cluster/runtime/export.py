@@ -9,7 +9,7 @@ from ray.util.metrics import Gauge
 from cluster.metrics import METRICS, Values
 
 _EVERY_S = 1.0
-"""the least after which Ray sends on what it was told, once each time (10 s unless told otherwise)"""
+"""the least after which Ray sends on, once each, what it was told (10 s unless told otherwise)"""
 
 
 class Export:

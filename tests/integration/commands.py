@@ -119,6 +119,6 @@ def wait_until(ready: Any, command: Command, timeout_s: float = 600.0) -> None:
     """Wait for a moment in the life of a command, which must be alive until then."""
     deadline_s = time.monotonic() + timeout_s
     while not ready():
-        assert command.poll() is None, f"ended before that: {command.said()[1]}"
+        assert command.poll() is None, f"ended before that: {chr(10).join(command.said())}"
         assert time.monotonic() < deadline_s, "the moment never came"
         time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -43,12 +44,10 @@ def page() -> Iterator[Page]:
 Series = dict[tuple[str, ...], float]
 
 
-def scraped(targets: list[str]) -> dict[str, Series]:
+def scraped() -> dict[str, Series]:
     """What the endpoints say of our metrics: name -> values by their own labels, in their order."""
     found: dict[str, Series] = {}
-    for target in targets:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
+    for text in answers():
         for name, labels, value in re.findall(r"(?m)^(\w*twofour_\w+)\{(.*)\} (\S+)$", text):
             of = dict(re.findall(r'(\w+)="([^"]*)"', labels))
             assert of["run"] == RUN
@@ -66,9 +65,15 @@ def discovery() -> Path:
     return folder / "prom_metrics_service_discovery.json"
 
 
-def endpoints() -> list[str]:
-    """Where the session's Ray has its metrics."""
-    return list(json.loads(discovery().read_text())[0]["targets"])
+def answers() -> Iterator[str]:
+    """What the endpoints of the session's Ray say, in Prometheus's format."""
+    for target in json.loads(discovery().read_text())[0]["targets"]:
+        # Two of its ports are fixed; where another Ray of this machine has them, they are silent.
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer,
+        ):
+            yield answer.read().decode()
 
 
 def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
@@ -77,13 +82,13 @@ def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
     words = [
         *small, "cluster.executor=ray", "cluster.kind=ray", f"run.dir={tmp_path / RUN}",
         "stages=[prune,distill]", "prune.baselines=[]", "prune.rotation_steps=2",
-        "distill.num_tokens=20480000", "distill.checkpoint_every_steps=100000",
+        "distill.num_tokens=4096000", "distill.checkpoint_every_steps=100000",
         "distill.heldout_every_steps=5", "distill.heldout_tokens=1024",
     ]  # fmt: skip
     wait_for_endpoints()
     command = Command("prune", *words, environment=environment, folder=tmp_path)
     try:
-        wait_until(lambda: re.search(r"distill: [1-9]\d*/40000 steps", command.said()[0]), command)
+        wait_until(lambda: re.search(r"distill: [1-9]\d*/8000 steps", command.said()[0]), command)
         seen = watched(command)
         check_pages(page, command.said()[0])
         check_panels(command, tmp_path)
@@ -99,13 +104,9 @@ def test_a_run_on_the_dashboard_and_on_the_metrics_endpoint(
 def wait_for_endpoints() -> None:
     """A Ray that has just been started has no metrics yet, and takes no job."""
     deadline_s = time.monotonic() + 300
-    while True:
-        try:
-            scraped(endpoints())
-            return
-        except OSError:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.5)
+    while not discovery().is_file() or not any("ray_node_mem" in text for text in answers()):
+        assert time.monotonic() < deadline_s, "no metrics of the machine"
+        time.sleep(0.5)
 
 
 def check_pages(page: Page, said: str) -> None:
@@ -125,10 +126,10 @@ def check_pages(page: Page, said: str) -> None:
     (row,) = (row for row in rows if RUN in row)
     assert job in row and "RUNNING" in row
     page.open(f"{url}/#/jobs/{job}")
-    page.wait(r"/distill: \d+\/40000 steps, loss/.test(document.body.innerText)")  # its log
+    page.wait(r"/distill: \d+\/8000 steps, loss/.test(document.body.innerText)")  # its log
     page.click("h4", "Task Table")
     page.type("input[value='10']", "000")  # 10,000 lines, not 10
-    for pattern in (r"\tprune \d+\/\d+\t", r"\tdistill 1\/1\t", r"\tdistill \d+\/40000\t"):
+    for pattern in (r"\tprune \d+\/\d+\t", r"\tdistill 1\/1\t", r"\tdistill \d+\/8000\t"):
         page.wait(f"/{pattern}/.test(document.body.innerText)")
     assert "Board.drain" not in page.text
     page.open(f"{url}/#/actors")
@@ -186,7 +187,7 @@ def watched(command: Command) -> list[dict[str, Series]]:
     seen: list[dict[str, Series]] = []
 
     def look() -> bool:
-        seen.append(scraped(endpoints()))
+        seen.append(scraped())
         steps = {now["step"][("distill",)] for now in seen if "step" in now}
         return len(steps) >= 4 and "heldout_perplexity" in seen[-1]
 
@@ -236,6 +237,6 @@ def check_values(seen: list[dict[str, Series]], run_dir: Path) -> None:
 def wait_until_gone() -> None:
     """Nothing of a run stays behind it."""
     deadline_s = time.monotonic() + 60
-    while scraped(endpoints()):
-        assert time.monotonic() < deadline_s, scraped(endpoints())
+    while scraped():
+        assert time.monotonic() < deadline_s, scraped()
         time.sleep(0.5)
