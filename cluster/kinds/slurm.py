@@ -204,6 +204,8 @@ def _values(spec: ClusterSpec, job: Job, workers: int) -> str:
         "gpus": workers * int(spec.gpus_per_worker),
         "start_timeout_s": math.ceil(spec.start_timeout_s),
         "max_requeues": slurm.max_requeues,
+        "max_replacements": slurm.max_replacements,
+        "preflight": "no" if spec.preflight.when == "never" else "yes",
     }
     lines = [f"{name}={_quoted(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from cluster.executor import Executor
 from cluster.plain import PlainCluster
 from cluster.runtime import listen_here_alone
 from cluster.spec import ClusterSpec
+from jobs.runs.preflight import is_due, preflight
 from jobs.runs.tracking import Tracker
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
@@ -38,12 +39,12 @@ class Clusters:
     """Starts the run's Ray when the first stage needs it; a run that reuses all needs none."""
 
     def __init__(
-        self, spec: ClusterSpec, run_name: str, display: Display, tracker: Tracker,
+        self, spec: ClusterSpec, run_dir: Path, display: Display, tracker: Tracker,
         stack: contextlib.ExitStack,
     ) -> None:  # fmt: skip
         self.warnings: list[str] = []
         self._spec = spec
-        self._run_name = run_name
+        self._run_dir = run_dir
         self._display = display
         self._tracker = tracker
         self._stack = stack
@@ -52,12 +53,17 @@ class Clusters:
     def open(self) -> Executor:
         """The run's Ray."""
         if self._cluster is None:
-            cluster = new_cluster(self._spec, self._run_name, self._on_event)
+            cluster = new_cluster(self._spec, self._run_dir.name, self._on_event)
             with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if self._cluster.dashboard_url:
                 url = self._cluster.dashboard_url
                 self._display.say(f"Ray dashboard: {url} (its token: ray get-auth-token)")
+            if is_due(self._spec):
+                with cluster_errors():
+                    odd = preflight(self._cluster, self._spec, self._run_dir, self._display.say)
+                for text in odd:
+                    self.warn(text)
         return self._cluster
 
     def warn(self, text: str) -> None:
