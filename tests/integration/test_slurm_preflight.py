@@ -1,4 +1,4 @@
-"""The preflight on a real Slurm: a bad node is named and replaced, or ends the job with its line."""
+"""The preflight on a real Slurm: a bad node is named and replaced, or ends the job."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.integration.slurm_rig import Rig
 from tests.integration.test_slurm import (  # noqa: F401  rig and words are fixtures
     TWO_HOSTS,
     Submitted,
+    jobs,
     rig,
     words,
 )
@@ -21,19 +22,19 @@ from tests.integration.test_slurm import (  # noqa: F401  rig and words are fixt
 PRUNE = ["stages=[prune]", "cluster.preflight.when=always"]
 
 
-def on(rig: Rig, host: str, *command: str) -> str:
+def on(slurm: Rig, host: str, *command: str) -> str:
     """What a command prints on one of the hosts, which is not in use."""
-    return rig.slurm("srun", "--chdir=/", f"--nodelist={host}", "--time=1", *command)
+    return slurm.slurm("srun", "--chdir=/", f"--nodelist={host}", "--time=1", *command)
 
 
 @contextlib.contextmanager
-def little_shared_memory(rig: Rig, host: str) -> Iterator[None]:
+def little_shared_memory(slurm: Rig, host: str) -> Iterator[None]:
     """The host's /dev/shm as small as no container's."""
-    on(rig, host, "mount", "-o", "remount,size=8m", "/dev/shm")
+    on(slurm, host, "mount", "-o", "remount,size=8m", "/dev/shm")
     try:
         yield
     finally:
-        on(rig, host, "mount", "-o", "remount,size=50%", "/dev/shm")
+        on(slurm, host, "mount", "-o", "remount,size=50%", "/dev/shm")
 
 
 TOO_LITTLE = (
@@ -44,6 +45,33 @@ TOO_LITTLE = (
 
 def findings(run: Submitted) -> list[dict]:
     return json.loads((run.run_dir / ".cluster" / "preflight.json").read_text())["findings"]
+
+
+def test_command_as_a_job_of_two_hosts(rig: Rig, tmp_path: Path) -> None:  # noqa: F811
+    """A line for each host, which have spoken with each other; the clock is this machine's."""
+    options = [*TWO_HOSTS, "cluster.kind=slurm", "cluster.slurm.time=20", "cluster.num_workers=2"]
+    options += ["cluster.start_timeout_s=240", "cluster.preflight.min_all_reduce_gb_s=0"]
+    done = jobs(rig, "preflight", *options, f"preflight.out={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / ".cluster"
+    number = json.loads((folder / "job.json").read_text())["id"]
+    ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+
+    def state() -> str:
+        shown = rig.slurm("scontrol", "show", "job", "--oneliner", number)
+        return re.search(r"JobState=(\S+)", shown)[1]
+
+    rig.wait_for("its end", lambda: state() in ended, 600)
+    log = (folder / f"{number}.log").read_text()
+    assert state() == "COMPLETED", log
+    record = json.loads((folder / "preflight.json").read_text())
+    assert record["nodes"] == record["hosts"] == ["tfn0", "tfn1"]
+    assert all(fact["sees_driver"] and not fact["unseen"] for fact in record["facts"]["storage"])
+    assert all(fact["gb_s"] > 0 for fact in record["facts"]["network"])
+    for fact in record["facts"]["clocks"]:
+        assert abs(fact["offset_s"]) <= fact["uncertainty_s"] + 0.01
+    rows = log.split("NODE ")[1].splitlines()[1:3]
+    assert [row.split()[:2] for row in rows] == [["tfn0", "1"], ["tfn1", "1"]]
 
 
 def test_job_goes_on_without_a_bad_node(
@@ -83,7 +111,9 @@ def test_job_ends_with_the_line_where_no_node_is_left(
             bad, said = "tfn0", TOO_LITTLE
             stack.enter_context(little_shared_memory(rig, bad))
         run = Submitted(rig, run_dir, [*words, *TWO_HOSTS, *PRUNE])
-        rig.wait_for("its end", lambda: run.state() not in ("PENDING", "RUNNING", "COMPLETING"), 400)
+        rig.wait_for(
+            "its end", lambda: run.state() not in ("PENDING", "RUNNING", "COMPLETING"), 400
+        )
         assert run.state() == "FAILED", run.log
     assert said in run.log
     assert run.log.count("error: ") == 1, run.log
