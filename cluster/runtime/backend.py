@@ -180,7 +180,8 @@ class RayCluster:
             elif node["Alive"] and node["NodeID"] not in excluded:
                 has = node["Resources"]
                 num_places += int(min(has.get(kind, 0) // wanted[kind] for kind in wanted))
-        if num_places < self.spec.num_workers:
+        known = {node["NodeManagerHostname"] for node in there}
+        if num_places < self.spec.num_workers or not known.issuperset(nodes):
             return False
         self._excluded = excluded
         return True

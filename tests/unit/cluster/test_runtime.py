@@ -53,3 +53,4 @@ def test_nodes_are_excluded_where_the_others_have_room(monkeypatch: pytest.Monke
     assert cluster._elsewhere() == {"ray.io/node-id": "!in(id1)"}
     assert cluster._scaling()["label_selector"] == {"ray.io/node-id": "!in(id1)"}
     assert not cluster.exclude(["n0"])
+    assert not cluster.exclude(["another name of n0"])
