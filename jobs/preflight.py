@@ -12,6 +12,7 @@ from pathlib import Path
 from conf.options.preflight import PreflightJobConfig
 from jobs.cli.command import Command
 from jobs.cli.main import main
+from jobs.runs.display import Display
 from jobs.runs.folder import prepare_run_dir, run_lock
 from jobs.runs.preflight import RECORD, preflight
 from jobs.runs.session import cluster_errors, new_cluster
@@ -23,8 +24,6 @@ def run(config: PreflightJobConfig) -> Path:
     Raises:
         InputError: something is bad; the first of it in one line.
     """
-    from jobs.runs.display import Display  # costs rich
-
     folder, option = Path(config.preflight.out).absolute(), "preflight.out"
     prepare_run_dir(folder, option)
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,9 @@ from typing import Any
 from cluster.runtime.worker import WorkerContext
 from cluster.spec import ClusterSpec, PreflightSpec
 
+DRIVER = "driver"
+"""name of the driver's file in the folder that all nodes should share"""
+
 UNKNOWN = "-"
 """in the table: nobody could or would find out"""
 

@@ -1,34 +1,38 @@
 """The preflight on the workers, its verdict on the driver, and the table.
 
 A new check is one more file like `clocks.py` and one more entry of `CHECKS`.
+Importing this costs milliseconds; the checks are imported when they are made: some cost torch.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from cluster.executor import Executor
-from cluster.preflight import arithmetic, clocks, gpus, network, storage, versions
-from cluster.preflight.check import UNKNOWN, Check, Finding, Place, Report
+from cluster.preflight.check import DRIVER, UNKNOWN, Check, Finding, Place, Report
 from cluster.runtime.worker import WorkerContext
 from cluster.spec import ClusterSpec
 
-CHECKS: tuple[Check, ...] = (
-    gpus.CHECK, versions.CHECK, clocks.CHECK, storage.CHECK, arithmetic.CHECK, network.CHECK,
-)  # fmt: skip
-"""In this order; one may ask what those before it have found."""
+CHECKS = ("gpus", "versions", "clocks", "storage", "arithmetic", "network")
+"""Modules of this package, in this order; one may ask what those before it have found."""
 
 NAME = "preflight"
+
+
+def checks() -> list[Check]:
+    """All of them, imported."""
+    return [_part(name).CHECK for name in CHECKS]
+
+
+def _part(name: str) -> Any:
+    return importlib.import_module(f"cluster.preflight.{name}")
 
 
 def examine(executor: Executor, spec: ClusterSpec, folder: Path) -> Report:
@@ -46,7 +50,7 @@ def examine(executor: Executor, spec: ClusterSpec, folder: Path) -> Report:
     token = secrets.token_hex(16)
     probe.mkdir()
     try:
-        with (probe / storage.DRIVER).open("w", encoding="utf-8") as file:
+        with (probe / DRIVER).open("w", encoding="utf-8") as file:
             file.write(token)
             file.flush()
             os.fsync(file.fileno())
@@ -60,9 +64,9 @@ def examine(executor: Executor, spec: ClusterSpec, folder: Path) -> Report:
 def _on_worker(context: WorkerContext, payload: tuple[ClusterSpec, str, str]) -> dict[str, Any]:
     """Take all checks, each together with all other workers."""
     spec, folder, token = payload
-    with _gathering(spec.preflight.timeout_s) as gather:
+    with _part("gather").gathering(spec.preflight.timeout_s) as gather:
         place = Place(context, spec, Path(folder), token, gather(node_name()))
-        for number, check in enumerate(CHECKS):
+        for number, check in enumerate(checks()):
             context.progress(number, len(CHECKS), f"checks of every node, {check.name}")
             is_asked = check.on_every_rank or context.rank in place.leaders
             heard: list[Any] = []
@@ -89,29 +93,10 @@ def _taken(step: Callable[[Place, list[Any]], Any], place: Place, heard: list[An
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-@contextlib.contextmanager
-def _gathering(timeout_s: float) -> Iterator[Callable[[Any], list[Any]]]:
-    """A way to tell a value to all workers: over gloo, whatever state the GPUs are in."""
-    if not dist.is_initialized():
-        yield lambda value: [value]
-        return
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-    def gather(value: Any) -> list[Any]:
-        heard: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(heard, value, group=group)
-        return heard
-
-    try:
-        yield gather
-    finally:
-        dist.destroy_process_group(group)
-
-
 def judge(report: Report) -> list[Finding]:
     """Everything that is wrong, what is bad first."""
     found: list[Finding] = []
-    for check in CHECKS:
+    for check in checks():
         for rank, fact in enumerate(report.facts[check.name]):
             if fact and "error" in fact:
                 what = f"worker {rank}: the check of {check.name} failed with {fact['error']}"
@@ -125,7 +110,7 @@ def table(report: Report) -> list[str]:
     """One line a node under a line of titles; what is the same everywhere or unknown stands below
     or is left out."""
     cells: dict[str, dict[str, str]] = {}
-    for check in CHECKS:
+    for check in checks():
         facts = report.by_node(check.name)
         for title, cell in check.columns.items():
             cells[title] = {n: cell(facts[n]) if n in facts else "failed" for n in report.nodes}

@@ -14,10 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.preflight.check import Check, Finding, Place, Report
-
-DRIVER = "driver"
-"""name of the driver's file"""
+from cluster.preflight.check import DRIVER, Check, Finding, Place, Report
 
 _FILE_BYTES = 64 * 2**20
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.executor import Executor
+from cluster.preflight.examine import examine, judge, record, table
 from cluster.spec import ClusterSpec
 from jobs.runs.folder import write_json, write_text
 from sparsify.errors import InputError
@@ -52,8 +53,6 @@ def preflight(
         InputError: something is bad; the first of it in one line.
         WorkFailedError, ClusterLostError: the workers cannot be had.
     """
-    from cluster.preflight.examine import examine, judge, record, table  # costs torch
-
     folder = run_dir / ".cluster"
     folder.mkdir(mode=0o700, exist_ok=True)
     while True:

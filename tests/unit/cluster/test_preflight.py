@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.executor import OnEvent
 from cluster.plain import PlainCluster
 from cluster.preflight import arithmetic, clocks, examine, gpus, network, storage, versions
-from cluster.preflight.check import Finding, Place, Report, odd_ones, slow_ones
+from cluster.preflight.check import DRIVER, Finding, Place, Report, odd_ones, slow_ones
 from cluster.runtime.worker import WorkerContext
 from cluster.spec import ClusterSpec, PreflightSpec
 
@@ -350,7 +350,7 @@ def stored(monkeypatch: pytest.MonkeyPatch, folders: list[Path], driver: Path) -
     """What nodes with these folders find, where the driver's is `driver`."""
     monkeypatch.setattr(storage, "_SETTLE_S", 0.0)
     monkeypatch.setattr(storage, "_FILE_BYTES", 2**20)
-    (driver / storage.DRIVER).write_text("token")
+    (driver / DRIVER).write_text("token")
     hosts = NODES[: len(folders)]
     places = [place(rank, hosts, GPU_SPEC, path) for rank, path in enumerate(folders)]
     heard: list[Any] = []
@@ -363,7 +363,7 @@ def test_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = stored(monkeypatch, [tmp_path] * 3, tmp_path)
     assert all(fact["sees_driver"] and not fact["unseen"] for fact in facts)
     assert all(fact["write_mb_s"] > 0 and fact["read_mb_s"] > 0 for fact in facts)
-    assert [path.name for path in tmp_path.iterdir()] == [storage.DRIVER]
+    assert [path.name for path in tmp_path.iterdir()] == [DRIVER]
     spec = expecting(min_shm_gb=0, min_write_mb_s=0, min_read_mb_s=0, min_free_gb=0)
     assert list(storage.judge(report(spec, NODES[:3], storage=facts))) == []
 
