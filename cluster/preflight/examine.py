@@ -107,8 +107,10 @@ def judge(report: Report) -> list[Finding]:
 
 
 def table(report: Report) -> list[str]:
-    """One line a node under a line of titles; what is the same everywhere or unknown stands below
-    or is left out."""
+    """One line a node, of what its first rank found, under a line of titles.
+
+    Columns in which nothing is known of any node are left out.
+    """
     cells: dict[str, dict[str, str]] = {}
     for check in checks():
         facts = report.by_node(check.name)

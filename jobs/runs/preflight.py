@@ -55,6 +55,7 @@ def preflight(
     """
     folder = run_dir / ".cluster"
     folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / BAD_NODES).unlink(missing_ok=True)
     while True:
         skipping = f"; {SKIPPING}" if replace else ""
         say(f"preflight: checking every node, {spec.num_workers} workers{skipping}")

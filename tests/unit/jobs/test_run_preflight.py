@@ -124,6 +124,8 @@ def test_what_is_odd_stops_nothing(checked: Callable) -> None:
 
 
 def test_bad_node_is_done_without_where_others_are_spare(checked: Callable, tmp_path: Path) -> None:
+    (tmp_path / ".cluster").mkdir()
+    (tmp_path / ".cluster" / BAD_NODES).write_text("of an earlier start\n")
     nodes = Nodes(facts(shm_bytes=10**7), facts(node_b="c"), has_spare=True)
     assert checked(nodes)[0] == []
     assert nodes.excluded == ["b"]
