@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -20,6 +20,9 @@ class Executor(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, /, *_: object) -> None: ...
+
+    def exclude(self, nodes: Collection[str]) -> bool:
+        """Start nothing more on these machines; False where the others have no room for the run."""
 
     def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         """Run `work(context, payload)` on every worker of a group; what it returned on rank 0."""

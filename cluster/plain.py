@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,6 +48,10 @@ class _Line:
         """Nobody takes this machine away node by node."""
         return False
 
+    def time(self) -> float:
+        """The driver's clock is this machine's."""
+        return time.time()
+
 
 class PlainCluster:
     """Runs the work of one run on this machine; used as a context manager.
@@ -76,6 +80,10 @@ class PlainCluster:
 
     def __exit__(self, *_: object) -> None:
         """Nothing outlives a call of `run_workers` or `run_tasks`."""
+
+    def exclude(self, nodes: Collection[str]) -> bool:
+        """There is no other machine."""
+        return False
 
     def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         """Run `work(context, payload)` once on every worker; what it returned on rank 0.

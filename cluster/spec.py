@@ -49,6 +49,9 @@ class SlurmSpec:
     max_requeues: int = 20
     """times the job goes back into the queue by itself, after a time limit, preemption or a lost
     node, to carry on from what is saved; 0 = never"""
+    max_replacements: int = 2
+    """times the job goes back into the queue for other nodes in place of bad ones, which it then
+    excludes; each counts as a requeue; 0 = it ends with what is wrong"""
     signal_lead_s: int = 600
     """seconds before the time limit at which to save and stop; must hold a step and a save"""
     interface: str | None = None
@@ -89,8 +92,9 @@ class SlurmSpec:
             value = getattr(self, name)
             if value is not None and (not value or not value.isprintable()):
                 raise ValueError(f"cluster.slurm.{name}={value!r}: must be a path on one line")
-        if self.max_requeues < 0:
-            raise ValueError(f"cluster.slurm.max_requeues={self.max_requeues}: must be at least 0")
+        for name in ("max_requeues", "max_replacements"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cluster.slurm.{name}={getattr(self, name)}: must be at least 0")
         if not 1 <= self.signal_lead_s <= 65535:
             raise ValueError(
                 f"cluster.slurm.signal_lead_s={self.signal_lead_s}: Slurm takes 1 to 65535"
@@ -137,6 +141,43 @@ class KubeRaySpec:
         for label in self.node_selector:
             if not re.fullmatch(r"[\w./-]+=[\w.-]*", label, re.ASCII):
                 raise ValueError(f"cluster.kuberay.node_selector: {label!r}: must be key=value")
+
+
+@dataclass
+class PreflightSpec:
+    """What is looked at on every node before the work proper, and what is expected of it."""
+
+    when: str = "auto"
+    """auto: at the start of runs that need several machines or GPUs; always; never"""
+    min_gpu_share: float = 0.7
+    """share of the median GPU's speed that each must have: all wait for the slowest"""
+    max_clock_skew_s: float = 5.0
+    """seconds that a node's clock may be off the driver's, which time limits are told by"""
+    min_write_mb_s: float = 50.0
+    """MB/s at which each node should write to the run's folder; less is said, and stops no run"""
+    min_read_mb_s: float = 50.0
+    """MB/s at which it should read there; less is said, and stops no run"""
+    min_free_gb: float = 1.0
+    """GB that must be free in the run's folder; what a run needs in all is told by jobs.plan"""
+    min_shm_gb: float = 0.1
+    """GB that /dev/shm must hold on every node; NCCL fails in a container's default of 0.064"""
+    min_all_reduce_gb_s: float | None = None
+    """GB/s of bus bandwidth that an all-reduce must reach; null = 5 with GPUs (half of what a
+    network of 100 Gbit/s gives), 0.02 with CPUs"""
+    timeout_s: float = 120.0
+    """seconds that one of its exchanges may take"""
+
+    def __post_init__(self) -> None:
+        if self.when not in ("auto", "always", "never"):
+            raise ValueError(f"cluster.preflight.when={self.when}: must be auto, always or never")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "when" and value is not None and not value >= 0:
+                raise ValueError(f"cluster.preflight.{item.name}={value}: must be at least 0")
+        if self.min_gpu_share > 1:
+            raise ValueError(
+                f"cluster.preflight.min_gpu_share={self.min_gpu_share}: must be at most 1"
+            )
 
 
 def _seconds(time: str) -> int:
@@ -186,6 +227,7 @@ class ClusterSpec:
     card: str | None = None
     """GPU by its name in `jobs.plan`, such as h100: a run that it has no room for is refused before
     it starts; null = nobody looks"""
+    preflight: PreflightSpec = dataclasses.field(default_factory=PreflightSpec)
     slurm: SlurmSpec = dataclasses.field(default_factory=SlurmSpec)
     kuberay: KubeRaySpec = dataclasses.field(default_factory=KubeRaySpec)
 

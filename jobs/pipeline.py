@@ -33,6 +33,7 @@ from jobs.runs.context import StageContext
 from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
 from jobs.runs.hub import bytes_to_download
 from jobs.runs.models import Models, find_models
+from jobs.runs.preflight import SKIPPING, is_due
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
@@ -97,7 +98,7 @@ def run_pipeline(config: Config, job: str) -> Path:
             config.tracker, run_dir, run_dir.name, to_dict(config), warn=display.say
         )
         stack.callback(tracker.close)
-        clusters = Clusters(run_dir.name, display, tracker, stack)
+        clusters = Clusters(run_dir, display, tracker, stack)
         for remark in remarks:  # recorded with the first stage that runs
             clusters.warn(remark)
         context = StageContext(
@@ -243,6 +244,11 @@ def describe_plan(config: Config) -> list[str]:
         f"model: {config.run.from_ or config.model.path}",
         f"cluster: {spec.name}, {_size(spec)}",
         f"  {spec.description}",
+        *(
+            [f"preflight: of every node, before the first stage; {SKIPPING}"]
+            if is_due(spec)
+            else []
+        ),
         "stages:",
     ]
     if num_bytes := bytes_to_download("model.path", models.dense):

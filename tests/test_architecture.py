@@ -16,7 +16,7 @@ HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", 
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
 THIN = ("prune", "distill", "evaluate", "quantize", "export", "report")
 MOST_LAZY_IMPORTS = 39
-JOBS = (*THIN[:-1], "tokenize", "teach", "plan", "pretrain")
+JOBS = (*THIN[:-1], "tokenize", "teach", "plan", "preflight", "pretrain")
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -271,6 +271,8 @@ def _values(
         "gpus": workers * int(spec.gpus_per_worker),
         "start_timeout_s": math.ceil(spec.start_timeout_s),
         "max_requeues": slurm.max_requeues,
+        "max_replacements": slurm.max_replacements,
+        "preflight": "no" if spec.preflight.when == "never" else "yes",
     }
 
 

@@ -28,6 +28,12 @@ batch() {
     echo "dashboard: ssh -N -L 8265:localhost:$dashboard $SLURMD_NODENAME, then" \
         "http://localhost:8265; its token: cat $(printf %q "$folder/token")"
 
+    rm -f "$folder/bad-nodes"
+    if [ "$preflight" = yes ] && ! look_at_nodes; then
+        ask_for_others
+        end 2
+    fi
+
     # This file in the shared folder, since Slurm's copy of it is on the first node alone.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
         --kill-on-bad-exit=1 --wait=0 "${inside[@]}" bash "$folder/$script" node &
@@ -55,8 +61,77 @@ batch() {
         echo "job $job was put into the queue again $attempt times, the most allowed" \
             "(cluster.slurm.max_requeues); carry on with: python -m jobs.manage resume" >&2
     fi
-    echo "$code" >"$folder/$job.exit" # Slurm forgets its jobs some minutes after their end
-    exit "$code"
+    if [ "$code" = 2 ]; then ask_for_others; fi
+    end "$code"
+}
+
+# Slurm forgets its jobs some minutes after their end, the folder does not.
+end() {
+    echo "$1" >"$folder/$job.exit"
+    exit "$1"
+}
+
+# Before Ray starts, which would name no node: what keeps one from its part, said and in bad-nodes.
+look_at_nodes() {
+    local said name why
+    said=$(timeout 120 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+        bash -s -- look <"$folder/$script") || true
+    if ! grep -qE '^(fit|bad) ' <<<"$said"; then
+        echo "error: preflight: srun reached none of $SLURM_JOB_NODELIST; see the lines above" >&2
+        return 1
+    fi
+    for name in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        if grep -qxF "fit $name" <<<"$said"; then continue; fi
+        why=$(sed -n "s/^bad $name: //p" <<<"$said")
+        echo "error: preflight: $name: ${why:-does not answer; use another node}" >&2
+        echo "$name" >>"$folder/bad-nodes"
+    done
+    [ ! -e "$folder/bad-nodes" ]
+}
+
+# Of one node, read from stdin there: this file may be what it does not have.
+look() {
+    local why='' found path shared="mount the shared disk on it, or choose a shared folder"
+    for path in "$folder/$script" "$root/cluster" "$directory" ${container:+"$container"}; do
+        if [ ! -r "$path" ]; then why="does not have $path; $shared"; fi
+    done
+    if [ -z "$container" ] && [ ! -x "${command[0]}" ]; then
+        why="does not have ${command[0]}; $shared"
+    fi
+    if [ "$gpus" -gt 0 ] && command -v nvidia-smi >/dev/null; then
+        found=$(nvidia-smi -L | grep -c '^GPU ' || true)
+        if [ "$found" -lt "$gpus" ]; then
+            why="$found GPUs found, $gpus wanted; have it looked at, use another node"
+        fi
+    fi
+    if [ -n "$why" ]; then echo "bad $SLURMD_NODENAME: $why"; else echo "fit $SLURMD_NODENAME"; fi
+}
+
+# Back into the queue without the nodes of bad-nodes, unless there are no others or it was enough.
+ask_for_others() {
+    local bad tried=0 excluded
+    if [ ! -s "$folder/bad-nodes" ] || [ "$queue_again" = no ]; then return 0; fi
+    bad=$(paste -sd, "$folder/bad-nodes")
+    if [ -e "$folder/$job.excluded" ]; then tried=$(wc -l <"$folder/$job.excluded"); fi
+    if [ "$tried" -ge "$max_replacements" ] || [ "$attempt" -ge "$max_requeues" ]; then
+        echo "job $job got other nodes for bad ones $tried times, the most allowed" \
+            "(cluster.slurm.max_replacements, max_requeues)" >&2
+        return 0
+    fi
+    excluded=$(scontrol show job --oneliner "$job" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    excluded=${excluded/#(null)/}
+    excluded=${excluded:+$excluded,}$bad
+    if ! sbatch --test-only --exclude="$excluded" "$folder/$script" >/dev/null 2>&1; then
+        echo "no other nodes of this Slurm would do in place of $bad" >&2
+        return 0
+    fi
+    echo "$bad" >>"$folder/$job.excluded"
+    echo "job $job goes back into the queue, for other nodes in place of $bad"
+    rm -f "$folder/token" "$state.stop" "$state.exit"
+    trap '' TERM # of the requeue; the list can be changed only after it
+    scontrol requeue "$job"
+    scontrol update JobId="$job" ExcNodeList="$excluded"
+    sleep 120 # Slurm ends this process
 }
 
 # On every node: bring Ray up, run the command on the first, take Ray down.
@@ -120,6 +195,10 @@ free_port() {
     echo "$port"
 }
 
+if [ "${1-}" = look ]; then
+    look
+    exit 0
+fi
 cd "$directory"
 export PYTHONPATH=$root OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TWOFOUR_SUBMITTED=slurm
 if [ -n "$interface" ]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class RayCluster:
         self._local: LocalRay | None = None
         self._session: Path | None = None
         self._num_works = 0  # pieces of work that the board was cleared for
+        self._excluded: set[str] = set()  # ids of nodes
 
     def __enter__(self) -> RayCluster:
         """Start Ray, or join the one in RAY_ADDRESS, and wait for what the spec needs."""
@@ -178,6 +179,29 @@ class RayCluster:
                 )
             time.sleep(1.0)
 
+    def exclude(self, nodes: Collection[str]) -> bool:
+        """Start nothing more on the machines of these names; False where the others are too few."""
+        there: list[dict[str, Any]] = self._call(ray.nodes)
+        wanted = {kind: amount for kind, amount in self._resources().items() if amount > 0}
+        excluded, num_places = set(self._excluded), 0
+        for node in there:
+            if node["NodeManagerHostname"] in nodes:
+                excluded.add(node["NodeID"])
+            elif node["Alive"] and node["NodeID"] not in excluded:
+                has = node["Resources"]
+                num_places += int(min(has.get(kind, 0) // wanted[kind] for kind in wanted))
+        known = {node["NodeManagerHostname"] for node in there}
+        if num_places < self.spec.num_workers or not known.issuperset(nodes):
+            return False
+        self._excluded = excluded
+        return True
+
+    def _elsewhere(self) -> dict[str, str] | None:
+        """The label that a node must have to be used; None: any will do."""
+        if not self._excluded:
+            return None
+        return {"ray.io/node-id": f"!in({','.join(sorted(self._excluded))})"}
+
     def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         """Run `work(context, payload)` once on every worker of the group, restarting after losses.
 
@@ -215,11 +239,7 @@ class RayCluster:
                     "payload": payload,
                 },
                 torch_config=TorchConfig(backend="nccl" if spec.uses_gpu else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=spec.num_workers,
-                    use_gpu=spec.uses_gpu,
-                    resources_per_worker=self._resources(),
-                ),
+                scaling_config=ScalingConfig(**self._scaling()),
                 run_config=RunConfig(
                     name=f"{self.run_name} {name}{suffix}",
                     storage_path=str(storage.resolve()),
@@ -284,6 +304,7 @@ class RayCluster:
                     num_cpus=self.spec.cpus_per_worker,
                     num_gpus=self.spec.gpus_per_worker,
                     max_retries=0,  # losses are counted here, and said
+                    label_selector=self._elsewhere(),
                 )
                 pending[options.remote(board, name, self.spec, work, payloads[index])] = index
 
@@ -351,6 +372,15 @@ class RayCluster:
         if self.spec.uses_gpu:
             resources["GPU"] = self.spec.gpus_per_worker
         return resources
+
+    def _scaling(self) -> dict[str, Any]:
+        """What Ray Train is told of a group's size and place."""
+        return {
+            "num_workers": self.spec.num_workers,
+            "use_gpu": self.spec.uses_gpu,
+            "resources_per_worker": self._resources(),
+            "label_selector": self._elsewhere(),
+        }
 
     @property
     def log_folder(self) -> str:

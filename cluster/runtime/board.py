@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,10 @@ class Board:
         """What `fail` left."""
         return self._failure
 
+    def time(self) -> float:
+        """Unix time on this machine, which is the driver's."""
+        return time.time()
+
     def finish(self, number: int, result: Any) -> None:
         """Keep what a piece of work returned, unless it is that of a group given up meanwhile."""
         if number == self._number:
@@ -74,6 +79,11 @@ class BoardLine:
     def fail(self, kind: str, message: str, traceback: str) -> None:
         """Report a failure; returns when it has arrived."""
         ray.get(self._board.fail.remote(kind, message, traceback))
+
+    def time(self) -> float:
+        """Unix time on the board's machine."""
+        now_s: float = ray.get(self._board.time.remote())
+        return now_s
 
     def is_draining(self) -> bool:
         """Whether Ray will soon take a node of the group away; a barrier of all workers."""

@@ -43,6 +43,9 @@ class Line(Protocol):
     def is_draining(self) -> bool:
         """Whether a node of the group will soon be taken away."""
 
+    def time(self) -> float:
+        """Unix time on the driver's machine."""
+
 
 class WorkerContext:
     """What a worker knows of where it runs."""
@@ -106,6 +109,10 @@ class WorkerContext:
         A barrier: every worker of `run_workers` calls it, equally often. All get the same answer.
         """
         return self._line.is_draining()
+
+    def driver_time(self) -> float:
+        """Unix time on the driver's machine at a moment of this call, which asks for it."""
+        return self._line.time()
 
     def alert(self, message: str) -> None:
         """`warn` from any worker, of something that concerns this one; returns when it is heard.

@@ -14,6 +14,7 @@ from cluster.plain import PlainCluster
 from cluster.runtime import listen_here_alone
 from cluster.spec import ClusterSpec
 from cluster.stages import StagedClusterSpec
+from jobs.runs.preflight import is_due, preflight
 from jobs.runs.tracking import Tracker
 from sparsify import errors
 from sparsify.errors import InputError, TwofourError
@@ -42,12 +43,11 @@ class Clusters:
     """
 
     def __init__(
-        self, run_name: str, display: Display, tracker: Tracker,
-        stack: contextlib.ExitStack,
-    ) -> None:  # fmt: skip
+        self, run_dir: Path, display: Display, tracker: Tracker, stack: contextlib.ExitStack
+    ) -> None:
         self.warnings: list[str] = []
         self._spec: StagedClusterSpec | None = None
-        self._run_name = run_name
+        self._run_dir = run_dir
         self._display = display
         self._tracker = tracker
         self._stack = stack.enter_context(contextlib.ExitStack())
@@ -61,11 +61,16 @@ class Clusters:
                 self._stack.close()
         if self._cluster is None:
             self._spec = spec
-            cluster = new_cluster(spec, self._run_name, self._on_event)
+            cluster = new_cluster(spec, self._run_dir.name, self._on_event)
             with cluster_errors():
                 self._cluster = self._stack.enter_context(cluster)
             if way := self._cluster.dashboard:
                 self._display.say(f"Ray dashboard: {way} (its token: ray get-auth-token)")
+            if is_due(spec):
+                with cluster_errors():
+                    odd = preflight(self._cluster, spec, self._run_dir, self._display.say)
+                for text in odd:
+                    self.warn(text)
         return self._cluster
 
     def warn(self, text: str) -> None:

@@ -48,6 +48,7 @@ def test_every_option_reaches_the_script(tmp_path: Path) -> None:
     slurm = SlurmSpec(
         account="lab", partition="gpu,big", qos="high", time="1-12", constraint="a100&ib",
         exclude="n[3-5],n9", gpu_type="h100", memory="900G", max_requeues=3, signal_lead_s=300,
+        max_replacements=5,
         interface="ib0", modules=["cuda/12.4"], setup="/site/env.sh", container="/images/t.sif",
         extra=["--mail-type=END", "--reservation=my own"],
     )  # fmt: skip
@@ -63,7 +64,7 @@ def test_every_option_reaches_the_script(tmp_path: Path) -> None:
     ]  # fmt: skip
     for line in (
         "modules=(cuda/12.4)", "setup=/site/env.sh", "interface=ib0", "max_requeues=3", "gpus=8",
-        "cpus=64", "nodes=2",
+        "cpus=64", "nodes=2", "max_replacements=5", "preflight=yes",
     ):  # fmt: skip
         assert f"\n{line}\n" in text
     (inside,) = re.findall(r"(?m)^inside=\((.*)\)$", text)
@@ -96,6 +97,7 @@ def test_no_requeue_and_shared_nodes(tmp_path: Path) -> None:
         ({"setup": "a\nb"}, "cluster.slurm.setup"),
         ({"signal_lead_s": 0}, "Slurm takes 1 to 65535"),
         ({"max_requeues": -1}, "at least 0"),
+        ({"max_replacements": -1}, "cluster.slurm.max_replacements=-1: must be at least 0"),
     ],
 )
 def test_what_slurm_cannot_be_told(changes: dict, said: str) -> None:
@@ -203,6 +205,39 @@ def test_script_is_clean_for_shellcheck(tmp_path: Path) -> None:
             [str(program), str(path)], capture_output=True, text=True, check=False
         )
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("fit", "fit n7"),
+        ("no folder", "bad n7: does not have {run}/.cluster/job.sh; mount the shared disk "
+                      "on it, or choose a shared folder"),
+        ("no project", "bad n7: does not have /project/cluster; mount"),
+        ("7 of 8", "bad n7: 7 GPUs found, 8 wanted; have it looked at, use another node"),
+    ],
+)  # fmt: skip
+def test_a_node_says_whether_it_can_do_its_part(tmp_path: Path, how: str, said: str) -> None:
+    """Read from stdin, as on a node that has nothing of the shared disk."""
+    run = tmp_path / "run"
+    root = "/project" if how == "no project" else str(Path(__file__).resolve().parents[3])
+    text = script(SPEC, job_in(run, root=root))
+    if how != "no folder":
+        (run / ".cluster").mkdir(parents=True)
+        (run / ".cluster" / "job.sh").write_text(text)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    lines = "".join(f"echo GPU {number}: H100\n" for number in range(7 if how == "7 of 8" else 8))
+    program.write_text(f"#!/bin/sh\n{lines}")
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-s", "--", "look"], input=text, capture_output=True, text=True, check=False,
+        env={"PATH": f"{program.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "5",
+             "SLURMD_NODENAME": "n7"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(said.format(run=run))
+    assert done.stdout.count("\n") == 1
 
 
 FAKE = """#!/bin/sh

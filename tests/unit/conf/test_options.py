@@ -14,6 +14,7 @@ import yaml
 from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.model import ModelConfig
+from conf.options.preflight import PreflightJobConfig
 from conf.options.pretrain import PretrainConfig
 from conf.options.run import STAGES, RunConfig
 from conf.options.teach import TeachConfig, TeachJobConfig
@@ -68,7 +69,7 @@ def test_composed_config_is_the_one_of_before(name: str) -> None:
     words = [] if job == "pretrain" else [f"+cluster={cluster}"]
     words += ["run.from=runs/first"] if GOLDEN[name].get("run.from") else []
     words += ["data.train=/d"] if job == "teach" else []
-    is_whole = job in ("pretrain", "teach", "tokenize")
+    is_whole = job in ("preflight", "pretrain", "teach", "tokenize")
     expected = GOLDEN[name] if is_whole else GOLDEN["prune-local"] | GOLDEN[name]
     composed = flat(to_dict(load_config(job, words)))
     assert {key: composed.get(key, "gone") for key in expected} == expected
@@ -82,7 +83,8 @@ def test_every_command_and_cluster_is_held() -> None:
 @pytest.mark.parametrize("job", JOBS)
 def test_help_shows_the_values_that_the_yaml_starts_from(job: str) -> None:
     words = {"teach": ["data.train=/d"], "prune": []}.get(job, [FROM])
-    config = flat(to_dict(load_config(job, words if job not in ("pretrain", "tokenize") else [])))
+    takes_no_model = job in ("preflight", "pretrain", "tokenize")
+    config = flat(to_dict(load_config(job, [] if takes_no_model else words)))
     told = {word.partition("=")[0] for word in words}
     told |= {"run.dir", "run.redo"} if job == "report" else set()
     for key, option in job_options(job).items():
@@ -151,7 +153,7 @@ def test_every_yaml_is_of_a_command() -> None:
 
 @pytest.mark.parametrize("cluster", cluster_names())
 @pytest.mark.parametrize(
-    "job", [job for job in JOBS if job not in ("pretrain", "tokenize", "teach")]
+    "job", [job for job in JOBS if job not in ("preflight", "pretrain", "tokenize", "teach")]
 )
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     whole = job in ("prune", "plan")
@@ -199,6 +201,7 @@ def test_no_cluster_means_local() -> None:
     assert load_config("prune", []) == load_config("prune", ["+cluster=local"]) == Config()
     assert load_config("pretrain", []) == PretrainConfig()
     assert load_config("tokenize", []) == TokenizeJobConfig()
+    assert load_config("preflight", []) == PreflightJobConfig()
 
 
 def test_cluster_preset_sets_other_groups_and_the_command_line_wins() -> None:

@@ -61,6 +61,12 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert all(part in message(error) for part in parts)
 
 
+def test_a_plan_says_that_nodes_are_checked_first(plan: Callable) -> None:
+    said = "preflight: of every node, before the first stage; cluster.preflight.when=never skips it"
+    assert said in plan("cluster.preflight.when=always")
+    assert not any(line.startswith("preflight") for line in plan())
+
+
 def test_layers_that_are_skipped_need_not_divide(plan: Callable) -> None:
     """Columns of the tiny model: 128 of down_proj, 64 of the others."""
     words = ["prune.pattern=2:128", "stages=[prune]"]

@@ -636,7 +636,13 @@ def test_every_example_of_a_command_is_accepted(run: Any, pipeline: Any, away: P
         assert command.examples
         for example in command.examples:
             argv = shlex.split(example)
-            if job in ("pretrain", "tokenize", "teach", "plan"):  # not through the pipeline
+            if job in (
+                "preflight",
+                "pretrain",
+                "tokenize",
+                "teach",
+                "plan",
+            ):  # not through the pipeline
                 words = plan.words_of(argv) if job == "plan" else argv
                 load_config(job, [word for word in words if word != "--dry-run"])
             else:

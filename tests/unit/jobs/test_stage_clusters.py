@@ -171,7 +171,7 @@ def test_kubernetes_is_asked_for_the_largest_stage() -> None:
         "cluster.stages.prune.num_nodes=4", "cluster.stages.prune.num_workers=32", *SMALL,
     ])  # fmt: skip
     spec = submit.allocation(config)
-    job = submit._job(find_command("prune"), config, [])
+    job = submit.job_of(find_command("prune"), config, [])
     assert job.parts == ()
     manifest = yaml.safe_load(get_kind("kuberay").files(spec, job)["rayjob.yaml"])
     (group,) = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -192,7 +192,7 @@ def test_a_job_that_does_a_part_keeps_to_its_own_cluster() -> None:
 class Recorded(contextlib.AbstractContextManager[Any]):
     """An executor that says when it comes and goes."""
 
-    dashboard_url = None
+    dashboard = None
 
     def __init__(self, spec: StagedClusterSpec, seen: list[str]) -> None:
         self.spec, self.seen = spec, seen
@@ -216,7 +216,7 @@ def test_one_cluster_at_a_time_and_a_new_one_only_for_other_workers(
     ])  # fmt: skip
     nothing: Any = None
     with contextlib.ExitStack() as stack:
-        clusters = session.Clusters("run", nothing, nothing, stack)
+        clusters = session.Clusters(Path("run"), nothing, nothing, stack)
         for stage in ("prune", "distill", "evaluate", "quantize", "export"):
             spec = config.of_stage(stage).cluster
             assert clusters.open(spec).spec.num_workers == spec.num_workers

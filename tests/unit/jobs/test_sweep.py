@@ -131,7 +131,7 @@ def test_dry_run_shows_one_script_and_writes_nothing(
         (["cluster.kind=slurm,local"], "cluster.kind=local,slurm: all runs of a sweep go to one"),
         (["run.seed=0,1", "hydra.sweep.subdir=x"], "two runs of the sweep would write there"),
         (["prune.method=wanda,wandu"], "1 of the sweep's runs are refused, see above; none was"),
-        (["cluster.kind=kuberay", "cluster.sweep_jobs=2"], "cluster.kind=kuberay takes runs one by one"),
+        (["cluster.kind=kuberay", "cluster.sweep_jobs=2"], "kuberay takes runs one by one"),
         (["cluster.sweep_jobs=0"], "cluster.sweep_jobs=0: must be at least 1"),
         (["run.seed=0,1", "model.path=/none"], "/none: there is no such folder"),
         (["run.seed=0,1", "run.dir=100%"], "choose another run.dir"),
