@@ -9,6 +9,10 @@ class ClusterLostError(Exception):
     """The cluster itself has died under a run; the message says what of it and what to do."""
 
 
+class HostLostError(Exception):
+    """A machine has gone and not come back; the message says which and what to do."""
+
+
 class WorkFailedError(Exception):
     """Work on a worker ended with an exception.
 

@@ -42,6 +42,10 @@ class StoppedEarlyError(TwofourError):
     """A run that was asked to stop and wrote a checkpoint first; the same command resumes it."""
 
 
+class MachineLostError(TwofourError):
+    """A machine that the run needs has gone and not come back; the same command resumes it."""
+
+
 def first_line(error: BaseException) -> str:
     """All that an error says, on one line, or its kind where it says nothing: for messages.
 

@@ -125,6 +125,11 @@ class Slurm(Kind):
                 detail = f"{word.lower()}: waits for {others}"
         elif state == RUNNING:
             detail += f" on {fields.get('NodeList')} for {fields.get('RunTime')}"
+        elif fields.get("Reason") == "JobLaunchFailure":
+            detail = (
+                f"{fields.get('BatchHost')} could not start it: {job.folder} must be on a disk "
+                "that all nodes see"
+            )
         elif code:
             detail = f"exit code {code}"
         return Status(state, detail, None if state in (WAITING, RUNNING) else code)

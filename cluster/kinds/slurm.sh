@@ -5,13 +5,21 @@ number=${SLURM_JOB_ID:?is set by Slurm alone: submit this file with sbatch}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$number}
 attempt=${SLURM_RESTART_COUNT:-0}
-state=$folder/$job-$attempt        # what the roles below tell each other: .stop, .exit
+state=$folder/$job-$attempt        # what the roles below tell each other: .stop, .exit, .end
 scratch=/tmp/twofour-$job-$attempt # of this job on every node: Ray's sockets and logs
 ports=$((20000 + 10 * (number % 1000)))
 
+# What every node looks at first; this file may not be there.
+# shellcheck disable=SC2016
+is_shared='if [ ! -d "$0" ]; then
+    echo "error: $(hostname) has no $0: run.dir must be on a disk that all nodes see" >&2
+    exit 2
+fi
+exec "$@"'
+
 # Once, on the first node: start the other roles, pass signals on, decide what comes after.
 batch() {
-    trap 'rm -f "$folder/token" "$state.stop" "$state.exit"' EXIT
+    trap 'rm -f "$folder/token" "$state".{stop,exit,end}' EXIT
     queue_again=undecided
     trap 'queue_again=${queue_again/undecided/yes}; touch "$state.stop"' USR1 # time limit near
     trap 'queue_again=no; touch "$state.stop"' USR2 TERM # jobs.manage cancel; others' scancel
@@ -23,7 +31,6 @@ batch() {
     export dashboard
     # A token of this job alone keeps everybody else's commands out of its Ray.
     (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$folder/token")
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token
     echo "job $job, attempt $((attempt + 1)) on $SLURM_JOB_NODELIST: Ray at $RAY_ADDRESS"
     echo "dashboard: ssh -N -L 8265:localhost:$dashboard $SLURMD_NODENAME, then" \
         "http://localhost:8265; its token: cat $(printf %q "$folder/token")"
@@ -36,7 +43,8 @@ batch() {
 
     # This file in the shared folder, since Slurm's copy of it is on the first node alone.
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-        --kill-on-bad-exit=1 --wait=0 "${inside[@]}" bash "$folder/$script" node &
+        --kill-on-bad-exit=1 --wait=0 bash -c "$is_shared" "$folder" \
+        "${inside[@]}" bash "$folder/$script" node &
     step=$!
     while kill -0 "$step" 2>/dev/null && [ "$left" -gt 0 ]; do
         sleep 1 & # waited for, so that a signal is heard at once
@@ -45,17 +53,19 @@ batch() {
     done
     code=$(cat "$state.exit" 2>/dev/null || echo 1)
     if [ ! -e "$state.exit" ]; then
-        tail -n 5 "$folder/$job.ray"*.log || true
-        echo "error: Ray did not start, or was lost with the command;" \
-            "see $folder/$job.ray*.log" >&2
+        echo "job $job: its command has not come to an end of its own; the lines above say why," \
+            "and $folder/$job.ray*.log" >&2
     fi
     # Ended by the signal itself, between two stages for one: what was saved before is there.
     if [ "$code" -gt 128 ] && [ -e "$state.stop" ]; then code=75; fi
+    # A node was lost and did not come back: Slurm may have another.
+    if [ "$code" = 69 ] && [ "$queue_again" = undecided ]; then code=75 queue_again=yes; fi
     if [ "$code" = 75 ] && [ "$queue_again" = yes ]; then
         if [ "$attempt" -lt "$max_requeues" ]; then
             echo "job $job goes back into the queue, to carry on from what is saved"
-            rm -f "$folder/token" "$state.stop" "$state.exit"
-            scontrol requeue "$job"
+            rm -f "$folder/token" "$state".{stop,exit,end}
+            # Not heard while this node's own link is cut.
+            until scontrol requeue "$job"; do sleep 10; done
             sleep 120 # Slurm ends this process
         fi
         echo "job $job was put into the queue again $attempt times, the most allowed" \
@@ -127,7 +137,7 @@ ask_for_others() {
     fi
     echo "$bad" >>"$folder/$job.excluded"
     echo "job $job goes back into the queue, for other nodes in place of $bad"
-    rm -f "$folder/token" "$state.stop" "$state.exit"
+    rm -f "$folder/token" "$state".{stop,exit,end}
     trap '' TERM # of the requeue; the list can be changed only after it
     scontrol requeue "$job"
     scontrol update JobId="$job" ExcNodeList="$excluded"
@@ -136,27 +146,69 @@ ask_for_others() {
 
 # On every node: bring Ray up, run the command on the first, take Ray down.
 node() {
-    local ray
-    if ! mkdir -m 700 "$scratch"; then
-        echo "error: $(hostname): $scratch cannot be made" >&2
-        exit 1
+    local ray log=$folder/$job.ray$SLURM_NODEID.log begin joined=no tries=0
+    if ! mkdir -m 700 "$scratch"; then refuse "$scratch cannot be made"; fi
+    trap 'rm -rf "$scratch"' EXIT # and in it Ray's own folder, which Ray opens to everybody
+    if [ ! -s "$folder/token" ]; then
+        refuse "$folder/token, the token of the job's Ray, is empty or cannot be read"
     fi
-    trap 'rm -rf "$scratch"' EXIT
     # What Ray says of itself goes into a log of each node, the command's lines into the job's.
-    ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$nodes" --num-cpus "$cpus" \
-        --num-gpus "$gpus" --temp-dir "$scratch" --disable-usage-stats \
-        --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
-        --ray-client-server-port "$(free_port 127.0.0.1 $((ports + 2)))" \
-        --dashboard-agent-listen-port "$(free_port 127.0.0.1 $((ports + 3)))" \
-        --min-worker-port 0 --max-worker-port 0 \
-        -- bash "$folder/$script" driver >>"$folder/$job.ray$SLURM_NODEID.log" 2>&1 &
-    ray=$!
-    while kill -0 "$ray" 2>/dev/null; do
-        # Other nodes' `ray start --block` would wait on, though the head is gone.
-        if [ -e "$state.exit" ] && [ "$SLURM_NODEID" -gt 0 ]; then pkill -P "$ray" || true; fi
-        sleep 1
+    while true; do
+        touch "$log"
+        begin=$(wc -c <"$log")
+        ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$nodes" --num-cpus "$cpus" \
+            --num-gpus "$gpus" --temp-dir "$scratch/ray" --disable-usage-stats \
+            --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
+            --ray-client-server-port "$(free_port 127.0.0.1 $((ports + 2)))" \
+            --dashboard-agent-listen-port "$(free_port 127.0.0.1 $((ports + 3)))" \
+            --min-worker-port 0 --max-worker-port 0 \
+            -- bash "$folder/$script" driver >>"$log" 2>&1 &
+        ray=$!
+        while kill -0 "$ray" 2>/dev/null; do
+            if is_over; then take_down "$ray"; fi
+            sleep 1
+        done
+        wait "$ray" || true # the command's exit code is in .exit; Ray's is that of its shutdown
+        if is_over; then break; fi
+        if tail -c "+$((begin + 1))" "$log" | grep -q 'Ray runtime started'; then joined=yes; fi
+        tries=$((tries + 1))
+        if [ "$SLURM_NODEID" = 0 ] || { [ "$joined" = no ] && [ "$tries" = 3 ]; }; then
+            if [ "$SLURM_NODEID" = 0 ] && listens "${RAY_ADDRESS%:*}" "${RAY_ADDRESS##*:}"; then
+                refuse "the port of $RAY_ADDRESS was taken by another program; submit it again"
+            fi
+            refuse "Ray at $RAY_ADDRESS cannot be started or joined: $(last_error "$log")"
+        fi
+        # Cut off from the others, it was given up by Ray on both sides: it joins again, as new.
+        sleep 5
     done
-    wait "$ray" || true # the command's exit code is in .exit; Ray's is that of its shutdown
+}
+
+# Say why this node has no part in the job, and with it end the other nodes' part.
+refuse() {
+    echo "error: $(hostname): $1" >&2
+    touch "$state.end"
+    exit 0
+}
+
+# End what waits on though there is nothing to wait for: the command has ended, or cannot begin.
+take_down() {
+    if [ "$SLURM_NODEID" -gt 0 ]; then
+        pkill -P "$1" || kill "$1" || true # `ray start --block`, or what waits for the head
+    elif [ ! -e "$state.exit" ]; then
+        kill "$1" || true
+        ray stop >/dev/null 2>&1 || true
+    fi
+}
+
+# What a log of Ray ends in, on one line.
+last_error() {
+    sed 's/\x1b\[[0-9;]*m//g' "$1" | grep -aiE 'error|exception|failed|timed out' | tail -n 1 |
+        cut -c 1-200 || true
+}
+
+# Whether the command, Ray on the first node, or the job has ended.
+is_over() {
+    [ -e "$state.exit" ] || [ -e "$state.end" ] || [ ! -e "$folder/token" ]
 }
 
 # On the first node, inside Ray: the command. Signals go to it alone; others would end Ray.
@@ -191,14 +243,24 @@ node_address() {
 # The first port from $2 on, in steps of a job's ten, that nobody listens to at the address $1.
 free_port() {
     local port=$2
-    while (: <"/dev/tcp/$1/$port") 2>/dev/null; do port=$((port + 10)); done
+    while listens "$1" "$port"; do port=$((port + 10)); done
     echo "$port"
+}
+
+# Whether somebody listens at the address $1, port $2.
+listens() {
+    (: <"/dev/tcp/$1/$2") 2>/dev/null
 }
 
 if [ "${1-}" = look ]; then
     look
     exit 0
 fi
+for path in "$root" "$directory" "$folder"; do
+    if [ -d "$path" ]; then continue; fi
+    echo "error: $(hostname) has no $path: the project must be on a disk that all nodes see" >&2
+    exit 2
+done
 cd "$directory"
 export PYTHONPATH=$root OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TWOFOUR_SUBMITTED=slurm
 if [ -n "$interface" ]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi
@@ -211,4 +273,6 @@ if [ -z "$container" ] || [ -z "${1-}" ]; then
     set -u
 fi
 if [ -n "$bin" ]; then export PATH=$bin:$PATH; fi
+unset RAY_AUTH_TOKEN # of another Ray's, it would come first
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token
 "${1:-batch}"

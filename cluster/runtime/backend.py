@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -12,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
+from cluster.errors import ClusterLostError, WorkFailedError
 from cluster.machine import way_to
 from cluster.metrics import Values
 from cluster.preempt import abandon, check_signals
 from cluster.runtime.board import Board, BoardLine, OnEvent, Watch
 from cluster.runtime.export import Export
+from cluster.runtime.hosts import wait_for_hosts, wait_for_resources
 from cluster.runtime.processes import LocalRay
 from cluster.runtime.restarts import Restarts
 from cluster.runtime.start import check_address, check_this_machine, start_ray
@@ -156,28 +160,8 @@ class RayCluster:
         self._board = board.options(
             name=f"progress of {self.run_name}", scheduling_strategy=here
         ).remote()
-        self._wait_for_resources()
+        wait_for_resources(self.spec, self.spec.start_timeout_s if self.spec.num_nodes > 1 else 0)
         self._export.enter_context(Export(self._values))
-
-    def _wait_for_resources(self) -> None:
-        spec = self.spec
-        wanted = {
-            "CPU": spec.num_workers * spec.cpus_per_worker,
-            "GPU": spec.num_workers * spec.gpus_per_worker,
-        }
-        deadline_s = time.monotonic() + (spec.start_timeout_s if spec.num_nodes > 1 else 0)
-        while True:
-            have = ray.cluster_resources()
-            if all(have.get(kind, 0) >= amount for kind, amount in wanted.items()):
-                return
-            if time.monotonic() >= deadline_s:
-                there = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
-                needs = ", ".join(f"{amount:g} {kind}" for kind, amount in wanted.items())
-                raise ClusterError(
-                    f"cluster {spec.name} needs {needs}, Ray has {there} ({spec.description}); "
-                    "set RAY_ADDRESS to a larger Ray, or choose another +cluster="
-                )
-            time.sleep(1.0)
 
     def exclude(self, nodes: Collection[str]) -> bool:
         """Start nothing more on the machines of these names; False where the others are too few."""
@@ -223,6 +207,7 @@ class RayCluster:
         Raises:
             WorkFailedError: the work raised, or workers kept dying.
             ClusterLostError: the Ray of this machine has died.
+            HostLostError: a machine was lost and did not come back.
         """
         return self._call(self._run_workers, name, work, payload, storage)
 
@@ -230,6 +215,7 @@ class RayCluster:
         spec, restarts = self.spec, Restarts(self.spec.max_failures)
         attempt = 0
         while True:
+            wait_for_hosts(spec, lambda text: self._warn(name, f"{name}: {text}"))
             board, number = self._cleared_board()
             suffix = f" (restart {attempt})" if attempt else ""
             trainer = TorchTrainer(
@@ -243,7 +229,8 @@ class RayCluster:
                 run_config=RunConfig(
                     name=f"{self.run_name} {name}{suffix}",
                     storage_path=str(storage.resolve()),
-                    failure_config=FailureConfig(max_failures=0),
+                    # Every loss is counted and said here; Ray would try to start for ever.
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                 ),
             )  # fmt: skip
             watch = Watch(board, self._on_event)
@@ -256,7 +243,7 @@ class RayCluster:
                 if failure is not None and not is_peer_loss(failure):
                     raise WorkFailedError(**failure) from None
                 lost = f"{name}: a worker was lost ({_last_line(error)})"
-                if not isinstance(error, WorkerGroupError):
+                if not isinstance(error, WorkerGroupError) and not _has_not_started(error):
                     text = f"{name}: Ray Train failed: {_last_line(error)}; see {self.log_folder}"
                     raise WorkFailedError("RayTrainError", text, str(error)) from None
             finally:
@@ -386,6 +373,12 @@ class RayCluster:
     def log_folder(self) -> str:
         """Where Ray keeps the logs of this session's processes."""
         return "Ray's logs" if self._session is None else str(self._session / "logs")
+
+
+def _has_not_started(error: Exception) -> bool:
+    """Whether the group did not come about, as happens when a machine is lost meanwhile."""
+    reasons = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, reasons)
 
 
 def _last_line(error: BaseException) -> str:

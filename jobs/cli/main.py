@@ -16,7 +16,7 @@ from jobs.cli import help as _help
 from jobs.cli.command import Command
 from jobs.cli.options import one_line
 from jobs.cli.streams import take_any_text
-from sparsify.errors import InputError, StoppedEarlyError, TwofourError
+from sparsify.errors import InputError, MachineLostError, StoppedEarlyError, TwofourError
 
 FLAGS = ("--help", "-h", "--version", "--print-config", "--dry-run")
 
@@ -43,8 +43,8 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
         argv: flags and overrides; None takes those of the process.
 
     Raises:
-        SystemExit: always; the code is 0, 1 (failed), 2 (wrong input), 75 (stopped when asked to)
-            or 130 (interrupted).
+        SystemExit: always; the code is 0, 1 (failed), 2 (wrong input), 69 (a machine is gone),
+            75 (stopped when asked to) or 130 (interrupted).
             Mistakes are one line on stderr; set TWOFOUR_DEBUG=1 to see where they were raised.
     """
     take_any_text()
@@ -56,6 +56,8 @@ def main(command: Command, argv: list[str] | None = None) -> NoReturn:
             _fail(one_line(error), 2)
         except StoppedEarlyError as error:
             _fail(one_line(error), os.EX_TEMPFAIL)
+        except MachineLostError as error:
+            _fail(one_line(error), os.EX_UNAVAILABLE)
         except TwofourError as error:
             _fail(one_line(error), 1)
         except Interrupted as interrupted:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ClusterError, ClusterLostError, WorkFailedError
+from cluster.errors import ClusterError, ClusterLostError, HostLostError, WorkFailedError
 from cluster.executor import Executor
 from cluster.plain import PlainCluster
 from cluster.runtime import listen_here_alone
@@ -17,7 +17,7 @@ from cluster.stages import StagedClusterSpec
 from jobs.runs.preflight import is_due, preflight
 from jobs.runs.tracking import Tracker
 from sparsify import errors
-from sparsify.errors import InputError, TwofourError
+from sparsify.errors import InputError, MachineLostError, TwofourError
 
 if TYPE_CHECKING:  # costs what only a run needs: rich
     from jobs.runs.display import Display
@@ -95,6 +95,8 @@ def cluster_errors() -> Iterator[None]:
         raise InputError(str(error)) from None
     except ClusterLostError as error:
         raise TwofourError(str(error)) from None
+    except HostLostError as error:
+        raise MachineLostError(str(error)) from None
     except WorkFailedError as error:
         kind = getattr(errors, error.kind, None)
         if isinstance(kind, type) and issubclass(kind, TwofourError):

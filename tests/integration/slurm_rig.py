@@ -13,6 +13,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +33,7 @@ PROGRAMS = (
 # Names, addresses and ports are those of every rig: whoever holds this has the machine's only one.
 _LOCK = Path("/run/lock/twofour-slurm-rig")
 _BRIDGE = "tfbr0"
+_PREFIX = "twofour-slurm-"
 _NET = "10.77.0"
 _CONF = """
 ClusterName=twofour
@@ -91,19 +95,50 @@ def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(_which("ip")), *words], check=check, capture_output=True, text=True)
 
 
+def _opening(paths: Sequence[Path]) -> str:
+    """Shell commands after which every user reaches these paths; for a mount namespace of its own.
+
+    A parent folder that is closed to others, such as root's home, is hidden by an open one with
+    nothing but these paths in it. `/mnt` is an empty folder then.
+    """
+    closed: dict[Path, list[Path]] = {}
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        parents = (parent for parent in reversed(path.parents) if not parent.stat().st_mode & 1)
+        if (parent := next(parents, None)) is not None:
+            closed.setdefault(parent, []).append(path)
+    words = []
+    for number, (parent, inside) in enumerate(closed.items()):
+        old, new = Path(f"/mnt/closed-{number}"), shlex.quote(str(parent))
+        words.append(f"mkdir {old} && mount --rbind {new} {old} && ")
+        words.append(f"mount -t tmpfs -o mode=711 tmpfs {new} && ")
+        for path in inside:
+            there, here = (
+                shlex.quote(str(name)) for name in (old / path.relative_to(parent), path)
+            )
+            words.append(f"mkdir -p {here} && mount --rbind {there} {here} && ")
+    return "".join(words)
+
+
 class Rig:
     """The running Slurm.
 
     Args:
         folder: state, logs and sockets of it.
         shared: folders below /tmp that both hosts and this machine see; the rest is each one's own.
+        for_all: paths elsewhere that users other than root are to reach too.
 
     Attributes:
         environment: of commands such as sbatch that are to reach it.
     """
 
-    def __init__(self, folder: Path, shared: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, folder: Path, shared: Sequence[Path] = (), for_all: Sequence[Path] = ()
+    ) -> None:
         self.folder = folder
+        self._opening = _opening(for_all)
+        self._opening_on_hosts = _opening(
+            [path for path in for_all if not path.is_relative_to("/tmp")]
+        )
         self._shared = [folder, *shared]
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -132,6 +167,35 @@ class Rig:
     def cut(self, host: str, is_cut: bool = True) -> None:
         """Pull the host's network cable, or plug it in again."""
         _ip("link", "set", f"{host}v", "down" if is_cut else "up")
+
+    def slurmd_timeout(self, seconds: int) -> None:
+        """How long Slurm waits for a host that does not answer before it gives it up."""
+        path = self.folder / "slurm.conf"
+        text = path.read_text(encoding="utf-8")
+        path.write_text(
+            re.sub(r"(?m)^SlurmdTimeout=.*$", f"SlurmdTimeout={seconds}", text), encoding="utf-8"
+        )
+        self.slurm("scontrol", "reconfigure")
+
+    def on(self, host: str, *words: str) -> list[str]:
+        """The command that runs these words on a host, in its network, files and processes."""
+        return ["nsenter", f"--target={self._init_of(host)}", "--all", "--", *words]
+
+    def as_user(self, name: str, home: Path, directory: Path) -> list[str]:
+        """Words before a command here that make it another user's."""
+        who = pwd.getpwnam(name)
+        inside = (
+            f"mount -t tmpfs tmpfs /mnt && {self._opening} cd {shlex.quote(str(directory))} && "
+            f"exec setpriv --reuid={who.pw_uid} --regid={who.pw_gid} --clear-groups "
+            f'env HOME={shlex.quote(str(home))} "$@"'
+        )
+        return ["unshare", "--mount", "sh", "-c", inside, "sh"]
+
+    def _init_of(self, host: str) -> int:
+        """Number here of the host's first process: the child of the `unshare` that made it."""
+        pid = self._daemons[2 + HOSTS.index(host)].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
+        return int(children.split()[0])
 
     def _network(self) -> None:
         _ip("link", "add", "name", _BRIDGE, "type", "bridge")
@@ -204,6 +268,7 @@ class Rig:
             inside = (
                 f"mount --bind {folder}/hosts /etc/hosts && "
                 "mount -t tmpfs tmpfs /mnt && mkdir /mnt/old && mount --rbind /tmp /mnt/old && "
+                f"{self._opening_on_hosts}"
                 f"mount -t tmpfs tmpfs /tmp && chmod 1777 /tmp && {back}"
                 "mount -t tmpfs tmpfs /dev/shm && "
                 f"hostname {host} && exec {_which('slurmd')} -D -N {host}"
@@ -216,9 +281,10 @@ class Rig:
                 ],
                 f"slurmd-{host}.out",
             )  # fmt: skip
-        self.wait_for("both hosts to be idle", self._is_idle, 60)
+        self.wait_for("both hosts to be idle", self.is_idle, 60)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether both hosts are up and do nothing."""
         with contextlib.suppress(RuntimeError):
             return self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split() == ["idle"] * 2
         return False
@@ -250,15 +316,19 @@ def _only_rig() -> Iterator[None]:
     with _LOCK.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _remove_network()
+        for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
         yield
 
 
 @contextlib.contextmanager
-def running(shared: Sequence[Path] = (), slurmd_timeout_s: int = 30) -> Iterator[Rig]:
+def running(
+    shared: Sequence[Path] = (), slurmd_timeout_s: int = 30, for_all: Sequence[Path] = ()
+) -> Iterator[Rig]:
     """The rig, from its start to its end, in a folder of its own; one at a time on a machine."""
-    with _only_rig(), tempfile.TemporaryDirectory(prefix="twofour-slurm-") as name:
+    with _only_rig(), tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         Path(name).chmod(0o755)
-        rig = Rig(Path(name), shared)
+        rig = Rig(Path(name), shared, for_all)
         try:
             rig.start(slurmd_timeout_s)
             yield rig

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from cluster.errors import ClusterLostError, WorkFailedError
 from cluster.runtime import backend as ray_backend
@@ -44,6 +45,8 @@ class Group:
         )  # a peer may end badly
         now = self.script[self.num_starts]
         self.num_starts += 1
+        if isinstance(now, Exception):
+            raise ControllerError(now)
         if isinstance(now, dict):
             self._events, self._failure = [], now
         elif now is not None:
@@ -62,6 +65,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(ray_backend, "TorchTrainer", lambda *_, **__: group)
         monkeypatch.setattr(ray_backend.ray, "get", lambda value: value)
         monkeypatch.setattr(ray_backend.RayCluster, "log_folder", "LOGS")
+        monkeypatch.setattr(ray_backend, "wait_for_hosts", lambda *_: start.waits.append(1))
+        start.waits = []
         cluster = ray_backend.RayCluster(
             ClusterSpec(max_failures=2), "run", tmp_path, events.append
         )
@@ -93,6 +98,17 @@ def test_an_error_of_the_work_is_final(started: Any) -> None:
     failure = {"kind": "NonFiniteError", "message": "step 3 is bad", "traceback": ""}
     with pytest.raises(WorkFailedError, match="step 3 is bad"):
         started([1, failure, None])
+
+
+def test_a_group_that_cannot_start_is_a_loss_and_machines_are_waited_for(started: Any) -> None:
+    group, warnings = started([4, WorkerGroupStartupTimeoutError(2), None])
+    assert group.num_starts == 3
+    assert len(started.waits) == 3
+    assert "timed out" in warnings[1]
+    with pytest.raises(WorkFailedError, match="3 failures without progress since step 4"):
+        started([4, *[WorkerGroupStartupTimeoutError(2)] * 3])
+    with pytest.raises(WorkFailedError, match="Ray Train failed: no such thing"):
+        started([ValueError("no such thing"), None])
 
 
 def test_a_ray_that_has_died_is_the_reason_of_whatever_went_wrong(

@@ -128,27 +128,31 @@ hostile = st.one_of(
 )  # fmt: skip
 
 
-@given(words=st.lists(hostile, max_size=3), path=hostile, typed=hostile, name=hostile)
+@given(words=st.lists(hostile, max_size=3), path=hostile, typed=hostile, name=hostile, site=hostile)
 @settings(max_examples=60, deadline=None, phases=[Phase.generate])
 def test_no_value_breaks_out_of_the_script(
-    tmp_path_factory: pytest.TempPathFactory, words: list[str], path: str, typed: str, name: str
-) -> None:
+    tmp_path_factory: pytest.TempPathFactory, words: list[str], path: str, typed: str, name: str,
+    site: str,
+) -> None:  # fmt: skip
     """bash runs the header and the values; the command it would start gets them as they were."""
     here = tmp_path_factory.mktemp("bash")
     root = f"/project {path}"
     job = job_in(
         here / "run", command=("-m", "jobs.prune", *words), root=root, typed=typed, name=name
     )
-    text = script(SPEC, job)
+    site = f"/site/{''.join(sign for sign in site if sign.isprintable())}"
+    slurm = SlurmSpec(setup=site, container=site)
+    text = script(dataclasses.replace(SPEC, slurm=slurm), job)
     values = text.split("\nset -euo pipefail\n")[0]
-    shown = '\nprintf \'%s\\0\' "${command[@]}" "$root" "$directory"\n'
+    shown = '"${command[@]}" "$root" "$directory" "$setup" "$container" "${inside[@]: -1}"'
     done = subprocess.run(
-        ["bash", "--norc", "-c", values + shown], cwd=here, capture_output=True, timeout=60,
+        ["bash", "--norc", "-c", f"{values}\nprintf '%s\\0' {shown}\n"],
+        cwd=here, capture_output=True, timeout=60,
         env={"PATH": os.environ["PATH"], "HOME": str(here)}, check=False,
     )  # fmt: skip
     assert done.stderr == b""
     assert done.stdout.decode().split("\0")[:-1] == [
-        sys.executable, "-m", "jobs.prune", *words, root, job.directory,
+        "python3", "-m", "jobs.prune", *words, root, job.directory, site, site, site,
     ]  # fmt: skip
     assert list(here.iterdir()) == []
     names = [line.partition("=")[0] for line in header(values)]
@@ -324,6 +328,14 @@ def test_states(tmp_path: Path, fake, shown: str, state: str, code: int | None) 
     fake(scontrol=f"echo '{shown}'")
     status = get_kind("slurm").status(job_in(tmp_path / "run", id="7"))
     assert (status.state, status.exit_code) == (state, code)
+
+
+def test_folder_that_the_nodes_do_not_see(tmp_path: Path, fake) -> None:
+    fake(scontrol="echo 'JobState=FAILED Reason=JobLaunchFailure ExitCode=0:53 BatchHost=n1'")
+    job = job_in(tmp_path / "run", id="7")
+    status = get_kind("slurm").status(job)
+    said = f"n1 could not start it: {job.folder} must be on a disk that all nodes see"
+    assert (status.state, status.detail) == ("failed", said)
 
 
 def test_forgotten_job(tmp_path: Path, fake) -> None:

@@ -25,7 +25,7 @@ from jobs.cli.command import find_command
 from jobs.cli.compose import load_config
 from jobs.cli.main import main
 from jobs.cli.options import JOBS, cluster_names, job_options, presets
-from sparsify.errors import InputError, NonFiniteError, StoppedEarlyError
+from sparsify.errors import InputError, MachineLostError, NonFiniteError, StoppedEarlyError
 
 ROOT = Path(__file__).parents[3]
 FROM = "run.from=runs/earlier"
@@ -501,6 +501,7 @@ def test_run_prints_the_run_folder_last(run: Any, pipeline: Any) -> None:
     ("error", "code", "message"),
     [
         (InputError("model.path=x: no such folder"), 2, "error: model.path=x: no such folder\n"),
+        (MachineLostError("tfn1: lost"), 69, "error: tfn1: lost\n"),
         (NonFiniteError("layer a:\n  NaN"), 1, "error: layer a: NaN\n"),
         (KeyboardInterrupt(), 130, "error: interrupted; run the same command again"),
         (Interrupted(signal.SIGINT), 130, "error: interrupted (SIGINT); run the same command"),
