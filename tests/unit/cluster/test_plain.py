@@ -43,7 +43,10 @@ def test_workers_form_a_group_and_rank_0_answers(num_workers: int, tmp_path: Pat
         pid, total = plain.run_workers("sum", sum_of_ranks, 10.0, tmp_path)
     assert total == sum(10.0 + rank for rank in range(num_workers))
     assert (pid == os.getpid()) == (num_workers == 1)  # one worker: a debugger works
-    assert events == [{"kind": "progress", "name": "sum", "done": 1, "total": 1, "text": "summed"}]
+    memory = [event for event in events if event["kind"] == "memory"]
+    assert sorted(event["rank"] for event in memory) == list(range(num_workers))
+    rest = [event for event in events if event not in memory]
+    assert rest == [{"kind": "progress", "name": "sum", "done": 1, "total": 1, "text": "summed"}]
     assert not dist.is_initialized()
 
 
