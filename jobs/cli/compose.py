@@ -213,7 +213,10 @@ def _remove_empty(folder: Path, sweep: Path) -> None:
         folder.rmdir()
         if set(os.listdir(sweep)) <= {"multirun.yaml"}:
             (sweep / "multirun.yaml").unlink(missing_ok=True)
-            os.removedirs(sweep)
+            here, empty = Path.cwd(), sweep.absolute()
+            while empty != here and empty not in here.parents:
+                empty.rmdir()
+                empty = empty.parent if here in empty.parents else here  # others' are left
 
 
 @contextmanager

@@ -382,6 +382,10 @@ def test_dry_sweep_leaves_nothing(run: Any, pipeline: Any, away: Path) -> None:
     assert "seed: 3" in outcome.out
     assert "seed: 4" in outcome.out
     assert list(away.iterdir()) == []
+    for folder in (f"{away}/a/b", ".", str(away.parent / "elsewhere" / "sweep")):
+        assert run("prune", "-m", "run.seed=3,4", f"run.dir={folder}", "--dry-run").code == 0
+        assert list(away.iterdir()) == []  # and this folder, which is empty, is still there
+    assert list((away.parent / "elsewhere").iterdir()) == []
 
 
 def test_sweep_of_pretrain_does_not_write_over_the_packaged_model(run: Any, away: Path) -> None:
