@@ -146,7 +146,14 @@ ask_for_others() {
 
 # On every node: bring Ray up, run the command on the first, take Ray down.
 node() {
-    local ray log=$folder/$job.ray$SLURM_NODEID.log begin joined=no tries=0
+    local ray log=$folder/$job.ray$SLURM_NODEID.log begin joined=no tries=0 old
+    # Slurm may miss Ray's daemons when it ends a job; this user has no other job on the node.
+    if [ "${inside[0]-}" != unshare ]; then
+        pkill -KILL -u "$(id -u)" -f '/tmp/twofour-[0-9]+-[0-9]+/' || true
+        for old in /tmp/twofour-[0-9]*-[0-9]*; do
+            if [ -O "$old" ]; then rm -rf "$old"; fi
+        done
+    fi
     if ! mkdir -m 700 "$scratch"; then refuse "$scratch cannot be made"; fi
     trap 'rm -rf "$scratch"' EXIT # and in it Ray's own folder, which Ray opens to everybody
     if [ ! -s "$folder/token" ]; then
