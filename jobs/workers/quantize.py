@@ -11,9 +11,10 @@ from cluster.runtime.worker import WorkerContext
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
 from sparsify.comm import Comm
-from sparsify.formats.packed_folder import save_packed_folder
+from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.verify import masks_of
 from sparsify.models.load import load_pair
+from sparsify.packed.writer import GIGABYTE
 from sparsify.quantization import QuantParams, quantize_model
 
 
@@ -45,6 +46,7 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     if context.rank == 0:
         with disk_errors(folder):
             save_packed_folder(
-                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"]
-            )
+                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"],
+                int(config.export.shard_size_gb * GIGABYTE),
+            )  # fmt: skip
     return [asdict(report) for report in result.reports]

@@ -22,9 +22,6 @@ MASKS = "sparsity/masks.safetensors"
 
 ROTATION = "sparsity/rotation.safetensors"
 
-PACKED = "model.packed.safetensors"
-
-
 # Configurations, tokenizers, templates, indices and weights, whatever a family calls them.
 _READ_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".codes", ".tokenizer")
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sparsify.formats.packed_folder import save_packed_folder
 
 from conf.schema import Config
 from jobs.workers.export import export_on_worker, model_card
-from sparsify.formats.packed_folder import save_packed_folder
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
 from sparsify.masks.storage import save_masks
 from sparsify.models.load import load_pair
