@@ -1,4 +1,4 @@
-"""A sparse model's folder: sparsity.json, files of masks and packed weights, its fingerprint."""
+"""A sparse model's folder: sparsity.json, the file of masks, its fingerprint."""
 
 from __future__ import annotations
 

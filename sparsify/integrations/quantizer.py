@@ -90,9 +90,16 @@ class TwofourQuantizer(HfQuantizer):
         model.save_pretrained = types.MethodType(_save_packed, model)  # type: ignore[method-assign]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                model.set_submodule(name, dense_layer(module, dtype or model.dtype))
+        if isinstance(dtype, str):  # as a save leaves it in the configuration
+            dtype = getattr(torch, dtype)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+        for name, module in layers.items():
+            if module.weight.is_meta:
+                raise InputError(
+                    f"dequantize: {name} is offloaded; load the model without a device_map first"
+                )
+        for name, module in layers.items():
+            model.set_submodule(name, dense_layer(module, dtype or model.dtype))
         model.__dict__.pop("save_pretrained", None)
         return model
 
@@ -165,8 +172,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def dense_layer(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     """An nn.Linear of the weight that a packed layer stands for."""
     linear = nn.Linear(packed.in_features, packed.out_features, False, device="meta")
-    linear.weight = nn.Parameter(packed.dense_weight(dtype), requires_grad=False)
-    linear.bias = packed.bias  # type: ignore[assignment]
+    linear.weight = nn.Parameter(packed.dense_weight(dtype))
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.detach().to(dtype))
     return linear
 
 
