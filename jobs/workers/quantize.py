@@ -14,7 +14,6 @@ from sparsify.comm import Comm
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.verify import masks_of
 from sparsify.models.load import load_pair
-from sparsify.packed.writer import GIGABYTE
 from sparsify.quantization import QuantParams, quantize_model
 
 
@@ -46,7 +45,6 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     if context.rank == 0:
         with disk_errors(folder):
             save_packed_folder(
-                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"],
-                int(config.export.shard_size_gb * GIGABYTE),
-            )  # fmt: skip
+                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"]
+            )
     return [asdict(report) for report in result.reports]

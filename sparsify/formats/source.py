@@ -56,7 +56,7 @@ class Source:
 
     def names(self) -> list[str]:
         """Names of all tensors, block after block."""
-        return sorted(self._held if self._places is None else self._places, key=_natural)
+        return sorted(self._held if self._places is None else self._places, key=in_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
@@ -216,6 +216,6 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
     return first.data_ptr() == second.data_ptr()
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def in_order(name: str) -> list[tuple[int, int | str]]:
     """Sorts layer 10 after layer 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -131,13 +131,13 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
 
 
 def check_fits(
-    model: nn.Module, layers: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
+    model: PreTrainedModel, layers: Iterable[str], shapes: Mapping[str, tuple[int, ...]],
     pattern: Pattern,
 ) -> None:  # fmt: skip
     """Require that transformers can load a model whose linear layers are packed.
 
     Args:
-        model: without weights; it is not changed.
+        model: of which the configuration counts.
         layers: names of those to pack.
         shapes: stored name -> shape of the dense tensors.
         pattern: of the layers.
@@ -148,7 +148,8 @@ def check_fits(
     """
     if not pattern.is_structured:
         return  # read by this project alone
-    packed = copy.deepcopy(model).to("meta")
+    with torch.device("meta"):
+        packed = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     known = {name: Layer(_matrix(shapes[f"{name}.weight"]), Scheme(), pattern) for name in layers}
     try:
         put_packed_layers(packed, Contents(pattern, known))
@@ -190,7 +191,7 @@ def check_names(model: Any, shapes: dict[str, tuple[int, ...]], where: str) -> N
         InputError: a tensor is missing, unexpected, or of another shape; names it.
     """
     state = model.state_dict()
-    found = {name: _name_in_model(model, state, name) for name in shapes}
+    found = _names_in_model(model, state, shapes)
     info = types.SimpleNamespace(
         missing_keys=state.keys() - {name for name, _ in found.values()},
         unexpected_keys={name for name, (own, _) in found.items() if own not in state},
@@ -219,16 +220,20 @@ def check_names(model: Any, shapes: dict[str, tuple[int, ...]], where: str) -> N
             )
 
 
-def _name_in_model(model: Any, state: dict[str, Any], name: str) -> tuple[str, bool]:
-    """What transformers calls a stored tensor, and whether it merges or splits it on the way."""
-    if name in state:
-        return name, False
-    conversions = get_model_conversion_mapping(model)
+def _names_in_model(
+    model: Any, state: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, tuple[str, bool]]:
+    """What transformers calls each stored tensor, and whether it merges or splits it on the way."""
+    found = {name: (name, False) for name in names if name in state}
+    others = [name for name in names if name not in found]
+    conversions = get_model_conversion_mapping(model) if others else []
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
-    own, pattern = rename_source_key(name, renamings, converters, prefix, state)
-    return own, pattern is not None
+    for name in others:
+        own, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        found[name] = own, pattern is not None
+    return found
 
 
 def _check_shape(name: str, shape: tuple[int, ...], layer: Layer) -> None:

@@ -6,9 +6,11 @@ of columns that share a scale.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sparsify.errors import InputError
@@ -213,6 +215,17 @@ def check_version(version: Any, where: str) -> None:
             f"{where}: version {version!r} of the packed format, this program reads version "
             f"{VERSION}; {EXPORT_AGAIN}"
         )
+
+
+def packed_layers(folder: Path) -> Mapping[str, Layer]:
+    """The packed layers of a model folder, by its config.json; none where it is not packed."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}  # whoever reads the model says what is wrong with it
+    if not is_packed_config(config):
+        return {}
+    return Contents.from_dict(config["quantization_config"], str(folder / "config.json")).layers
 
 
 def is_packed_config(config: Any) -> bool:

@@ -20,10 +20,10 @@ from sparsify.formats.kinds._base import (
     transformers_call,
     weight_bytes,
 )
-from sparsify.formats.source import Source
+from sparsify.formats.source import Source, in_order
 from sparsify.formats.sparse_folder import read_sparsity, write_sparsity
 from sparsify.formats.verify import check_packed
-from sparsify.packed.folder import PackedFolder
+from sparsify.packed.folder import INDEX, PackedFolder
 from sparsify.packed.layer import Codes, pack_layer
 from sparsify.packed.layout import Contents, Layer, Scheme
 from sparsify.packed.writer import GIGABYTE, PackedWriter
@@ -31,6 +31,8 @@ from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
 
 NAME = "sparse-packed"
+
+SHARD_BYTES = 5 * GIGABYTE
 
 _IMPORT = "import sparsify.integrations"
 
@@ -61,13 +63,12 @@ def write_packed(
     """
     writer = PackedWriter(folder, shard_bytes)
     layers: dict[str, Layer] = {}
-    names = source.names()
-    for name in masks:
-        if f"{name}.weight" not in set(names):
-            raise InputError(f"pack: layer {name} has no weight; the parts are of unlike runs")
+    names, wanted = source.names(), set(masks)
+    if lost := sorted(wanted - {name.removesuffix(".weight") for name in names}):
+        raise InputError(f"pack: layer {lost[0]} has no weight; the parts are of unlike runs")
     for name in names:
         layer = name.removesuffix(".weight")
-        if layer == name or layer not in masks:
+        if layer == name or layer not in wanted:
             writer.add({name: source.tensor(name)})
             continue
         weight_OI, codes = source.tensor(name), codes_of(layer)
@@ -82,7 +83,7 @@ def write_packed(
 def save_packed_folder(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     masks: Mapping[str, Tensor], pattern: Pattern, quantized: Mapping[str, Quantized] | None,
-    made_from: Path, shard_bytes: int = 5 * GIGABYTE,
+    made_from: Path, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """`write_packed` of a model in memory, and the sparsity.json of it.
 
@@ -124,10 +125,26 @@ def _write(export: Export) -> list[Written]:
     found = [_written(export, NAME, how)]
     if export.quantized is not None:
         kind = _kind(PackedFolder(export.quantized))
-        shutil.copytree(export.quantized, export.folder / f"{kind}-packed")
+        _copy(export.quantized, export.folder / f"{kind}-packed", export.shard_bytes)
         how = f"in {kind.upper()}, only the kept values and their positions."
         found.append(_written(export, f"{kind}-packed", how, is_quantized=True))
     return found
+
+
+def _copy(source: Path, folder: Path, shard_bytes: int) -> None:
+    """The same packed folder in files of another size."""
+    packed = PackedFolder(source)
+    leave = shutil.ignore_patterns("model*.safetensors", INDEX)
+    shutil.copytree(source, folder, ignore=leave)
+    writer = PackedWriter(folder, shard_bytes)
+    for name in sorted(packed.shapes(), key=in_order):
+        layer = name.removesuffix(".weight")
+        if layer in packed.contents.layers:
+            parts = packed.parts(layer)
+            writer.add({f"{layer}.{part}": tensor for part, tensor in parts.items()})
+        else:
+            writer.add({name: packed.tensor(name)})
+    writer.finish(packed.contents.to_dict())
 
 
 def _written(export: Export, name: str, how: str, is_quantized: bool = False) -> Written:

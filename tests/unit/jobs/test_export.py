@@ -82,7 +82,9 @@ def test_the_quantised_folder_is_named_by_its_bits(
     folders = {path.name for path in tmp_path.iterdir()}
     expected = {"sparse", "sparse-packed"} | ({f"int{bits}-packed"} if bits else set())
     assert folders == expected == found["gate"].keys()
-    size = sum(path.stat().st_size for path in (tmp_path / "sparse-packed").glob("model*.saf*"))
+    size = sum(
+        path.stat().st_size for path in (tmp_path / "sparse-packed").glob("model*.safetensors")
+    )
     assert found["packed_bytes"] == {"recovered": size}
     assert {gate["num_violations"] for gate in found["gate"].values()} == {0}
     for folder in folders:
@@ -107,7 +109,7 @@ def test_one_format_alone(sparse: Path, tiny_model_dir: Path, tmp_path: Path, na
 
 
 def test_formats_that_there_are_not_are_refused_with_the_list() -> None:
-    with pytest.raises(InputError, match=r"export\.formats.*'pakced'.*packed") as caught:
+    with pytest.raises(InputError, match=r"formats=pakced: .*one of: dense, packed") as caught:
         ExportConfig(formats=["pakced"])
     message(caught)
     with pytest.raises(InputError, match=r"export\.formats=\[\]: .*dense, packed"):
@@ -125,9 +127,9 @@ def test_nothing_holds_the_model(
         raise AssertionError("a whole model was loaded")
 
     monkeypatch.setattr(sparsify.formats.source, "load_model", loads)
-    export(sparse / "model", tiny_model_dir, tmp_path / "one")
-    export(sparse / "model", tiny_model_dir, tmp_path / "many", shard_size_gb=5e-5)
-    for name in ("sparse", "sparse-packed"):
+    export(sparse / "model", tiny_model_dir, tmp_path / "one", sparse / "int4")
+    export(sparse / "model", tiny_model_dir, tmp_path / "many", sparse / "int4", shard_size_gb=5e-5)
+    for name in ("sparse", "sparse-packed", "int4-packed"):
         one, many = weights(tmp_path / "one" / name), weights(tmp_path / "many" / name)
         assert len(list((tmp_path / "many" / name).glob("model-*.safetensors"))) > 4
         assert one.keys() == many.keys()

@@ -61,13 +61,15 @@ def sparse(model: Any, pattern: Pattern = TWO_FOUR) -> dict[str, Tensor]:
 
 def packed(
     folder: Path, model: Any, tokenizer: Any, bits: int | None = None, pattern: Pattern = TWO_FOUR,
-    shard_bytes: int = 10**9, group_size: int = 24,
+    shard_bytes: int = 10**9, group_size: int = 24, num_scale_steps: int = 4,
 ) -> Path:  # fmt: skip
     """A packed folder of the model, which is pruned, and rounded to what its codes say."""
     masks, quantized = sparse(model, pattern), {}
     for name, keep in masks.items() if bits else ():
         weight = model.get_submodule(name).weight.data
-        params = QuantParams("rtn", bits=bits, group_size=group_size)  # 24 divides no width
+        params = QuantParams(
+            "rtn", bits, group_size, num_scale_steps=num_scale_steps
+        )  # 24 divides no width
         quantized[name] = quantize_weight(weight, keep, None, params, name)
         weight.copy_(quantized[name].weight_OI)
     save_packed_folder(folder, model, tokenizer, masks, pattern, quantized, folder, shard_bytes)
@@ -263,11 +265,11 @@ def test_loading_takes_the_packed_size(tmp_path, tiny_tokenizer):
     small = packed(tmp_path / "small", llama(), tiny_tokenizer, 4)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
+        vocab_size=96, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
-    folder = packed(tmp_path / "large", model, tiny_tokenizer, 4, group_size=128)
+    folder = packed(tmp_path / "large", model, tiny_tokenizer, 4, group_size=128, num_scale_steps=1)
     dense_bytes = sum(p.nbytes for p in model.parameters())
     done = python(MEMORY, folder, small)
     assert done.returncode == 0, done.stderr
