@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -108,8 +108,8 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
     """Replace the layers that are packed, in place, with empty ones on the meta device.
 
     Raises:
-        InputError: the model has no such linear layer, or one of another shape; or the pattern is
-            unstructured, for which there is no layer.
+        InputError: the model has no such linear layer, or one of another shape, or one that computes
+            something else (a router); or the pattern is unstructured, for which there is no layer.
     """
     if not contents.pattern.is_structured:
         raise InputError(
@@ -117,6 +117,7 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
             "dense export"
         )
     modules = dict(model.named_modules())
+    plain: dict[type, bool] = {}
     for name, layer in contents.layers.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
@@ -125,6 +126,13 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
                 "layer; configuration and weights are of different models"
             )
         _check_shape(name, tuple(module.weight.shape), layer)
+        if not plain.setdefault(type(module), type(module).forward is nn.Linear.forward):
+            plain[type(module)] = _multiplies(module)
+        if not plain[type(module)]:
+            raise InputError(
+                f"{name} is a {type(module).__name__}, which computes something else than a linear "
+                "layer; leave it dense (prune.skip)"
+            )
         with torch.device("meta"):
             packed = PackedLinear(layer, module.weight.dtype, module.bias is not None)
         model.set_submodule(name, packed)
@@ -168,6 +176,28 @@ def check_fits(
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     num_rows, num_columns = shape
     return num_rows, num_columns
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a kind of nn.Linear with a forward of its own gives x Wᵀ + b: tried with numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu")
+
+    probe = copy.copy(module)
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    probe._parameters = {
+        **module._parameters, **{n: nn.Parameter(numbers(*p.shape)) for n, p in held.items()},
+    }  # fmt: skip
+    x = numbers(1, 2, module.in_features)
+    try:
+        found = probe(x)
+    except Exception:  # whatever a family's own code raises: it wants something else than x
+        return False
+    expected = nn.functional.linear(x, probe.weight, probe.bias)
+    same_shape = isinstance(found, Tensor) and found.shape == expected.shape
+    return same_shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def dense_layer(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
@@ -221,7 +251,7 @@ def check_names(model: Any, shapes: dict[str, tuple[int, ...]], where: str) -> N
 
 
 def _names_in_model(
-    model: Any, state: Mapping[str, Any], names: Iterable[str]
+    model: Any, state: dict[str, Any], names: Iterable[str]
 ) -> dict[str, tuple[str, bool]]:
     """What transformers calls each stored tensor, and whether it merges or splits it on the way."""
     found = {name: (name, False) for name in names if name in state}

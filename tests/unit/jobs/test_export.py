@@ -131,7 +131,7 @@ def test_nothing_holds_the_model(
     export(sparse / "model", tiny_model_dir, tmp_path / "many", sparse / "int4", shard_size_gb=5e-5)
     for name in ("sparse", "sparse-packed", "int4-packed"):
         one, many = weights(tmp_path / "one" / name), weights(tmp_path / "many" / name)
-        assert len(list((tmp_path / "many" / name).glob("model-*.safetensors"))) > 4
+        assert len(list((tmp_path / "many" / name).glob("model-*.safetensors"))) > 2
         assert one.keys() == many.keys()
         assert all(torch.equal(one[key], many[key]) for key in one)
         for path in (tmp_path / "many" / name).glob("model-*.safetensors"):

@@ -67,9 +67,7 @@ def packed(
     masks, quantized = sparse(model, pattern), {}
     for name, keep in masks.items() if bits else ():
         weight = model.get_submodule(name).weight.data
-        params = QuantParams(
-            "rtn", bits, group_size, num_scale_steps=num_scale_steps
-        )  # 24 divides no width
+        params = QuantParams("rtn", bits, group_size, num_scale_steps=num_scale_steps)
         quantized[name] = quantize_weight(weight, keep, None, params, name)
         weight.copy_(quantized[name].weight_OI)
     save_packed_folder(folder, model, tokenizer, masks, pattern, quantized, folder, shard_bytes)
@@ -394,6 +392,18 @@ def test_families(tmp_path, tiny_tokenizer, family):
     assert torch.equal(logits(model), logits(dense))
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(dense))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+def test_families_whose_routers_are_linear_layers_by_name_alone(family):
+    """They return more than a product: refused by name, and fine when left out."""
+    dense = random_family(family, vocab_size=320).eval()
+    masks, shapes = sparse(dense), {n: tuple(v.shape) for n, v in dense.state_dict().items()}
+    said = rf"{type(dense).__name__} cannot be written packed.*router is a \w+, which computes"
+    with pytest.raises(InputError, match=said) as caught:
+        check_fits(dense, masks, shapes, TWO_FOUR)
+    message(caught)
+    check_fits(dense, [name for name in masks if "router" not in name], shapes, TWO_FOUR)
 
 
 def test_what_transformers_would_not_load_is_refused_before_it_is_written():
