@@ -108,8 +108,8 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
     """Replace the layers that are packed, in place, with empty ones on the meta device.
 
     Raises:
-        InputError: the model has no such linear layer, or one of another shape, or one that computes
-            something else (a router); or the pattern is unstructured, for which there is no layer.
+        InputError: the model has no such linear layer, or one of another shape, or one that
+            computes something else (a router); or the pattern is unstructured, which no layer is.
     """
     if not contents.pattern.is_structured:
         raise InputError(

@@ -21,16 +21,18 @@ from jobs.benchmarks.support.families import random_family
 from sparsify.errors import InputError
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.source import Source
+from sparsify.formats.verify import masks_of
 from sparsify.integrations.linear import PackedLinear
 from sparsify.integrations.quantizer import check_fits
 from sparsify.kernels import packed_linear as kernel
 from sparsify.masks.select import keep_mask_from_scores
-from sparsify.models.load import load_model
+from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole, stored_of
+from sparsify.models.load import check_checkpoint, load_model
 from sparsify.models.masked import apply_masks_, infer_masks
 from sparsify.models.save import save_model
 from sparsify.packed.folder import INDEX, PackedFolder, write_index
 from sparsify.packed.layer import pack_layer
-from sparsify.packed.layout import Scheme
+from sparsify.packed.layout import Scheme, packed_layers
 from sparsify.pattern import Pattern
 from sparsify.quantization import QuantParams, quantize_weight
 from tests.conftest import REPOSITORY, message
@@ -483,3 +485,25 @@ def test_a_source_is_the_model_without_ties(tmp_path, tiny_tokenizer):
     names = Source(model, None, None, tmp_path).names()
     assert "lm_head.weight" not in names and names == sorted(names)
     assert set(names) == model.state_dict().keys() - {"lm_head.weight"}
+
+
+def test_every_way_into_a_model_folder_takes_a_packed_one(tmp_path, tiny_tokenizer):
+    """Whole, block by block, and by what is stored: dense weights; and its own masks."""
+    dense = llama(torch.bfloat16, tied=True)
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, 4)
+    check_checkpoint(folder)
+    assert reason_to_hold_whole(folder) is None
+    assert stored_of(folder, "bfloat16").remarks() == []
+    whole = load_model(folder, "bfloat16")
+    assert not hasattr(whole.config, "quantization_config")
+    for (name, ours), theirs in zip(whole.named_parameters(), dense.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    source = BlocksOnDisk(folder, "bfloat16", with_head=True)
+    for index, block in enumerate(dense.model.layers):
+        opened = source.open(index).state_dict()
+        assert all(torch.equal(opened[name], value) for name, value in block.state_dict().items())
+    masks, pattern = masks_of(folder)
+    assert pattern == TWO_FOUR and masks.keys() == infer_masks(dense, TWO_FOUR).keys()
+    assert all(bool((dense.get_submodule(n).weight == 0)[~keep].all()) for n, keep in masks.items())
+    assert packed_layers(folder).keys() == masks.keys()
+    assert packed_layers(tmp_path) == {}
