@@ -17,7 +17,7 @@ from sparsify.packed.layer import unpack_tiles
 from sparsify.packed.layout import Layer, Scheme
 from sparsify.pattern import Pattern
 
-TILE_ELEMENTS = 2**22
+TILE_ELEMENTS = 2**20
 """of the dense weight that exist at one time"""
 
 

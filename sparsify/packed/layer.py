@@ -34,7 +34,7 @@ NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 
-_TILE_ELEMENTS = 2**22
+_TILE_ELEMENTS = 2**20
 """of a dense weight that are unpacked at one time"""
 
 
@@ -166,7 +166,7 @@ def unpack_tiles(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their dense weights in `dtype`), about so many elements at a time.
 
-    Cost: 8 bytes for each survivor of a tile.
+    Cost: at most 32 bytes for each element of a tile.
     """
     num_rows, num_columns = layer.shape
     step = max(1, elements // num_columns)
