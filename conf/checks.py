@@ -14,14 +14,18 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-METHODS = tuple(
-    sorted(
-        path.stem
-        for path in (Path(sparsify.__path__[0]) / "methods").glob("*.py")
-        if not path.stem.startswith("_")
-    )
-)
-"""Pruning methods that exist: the modules of `sparsify/methods`, listed without importing."""
+
+def _modules(folder: str) -> tuple[str, ...]:
+    """Names of the modules of a folder of `sparsify`, listed without importing."""
+    paths = (Path(sparsify.__path__[0]) / folder).glob("*.py")
+    return tuple(sorted(path.stem for path in paths if not path.stem.startswith("_")))
+
+
+METHODS = _modules("methods")
+"""Pruning methods that exist: the modules of `sparsify/methods`."""
+
+FORMATS = tuple(name.replace("_", "-") for name in _modules("formats/kinds"))
+"""Formats to export in: the modules of `sparsify/formats/kinds`."""
 
 
 def nearest_multiples(value: int, unit: int) -> str:

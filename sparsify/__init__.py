@@ -13,8 +13,7 @@ if TYPE_CHECKING:  # what `_FACE` says, for type checkers
     from sparsify.comm import Comm as Comm
     from sparsify.distillation.student import DistillStudent as DistillStudent
     from sparsify.evaluation.perplexity import evaluate_rows as evaluate_rows
-    from sparsify.formats.packed24 import load_packed as load_packed
-    from sparsify.formats.packed24 import save_packed as save_packed
+    from sparsify.formats.kinds.packed import save_packed_folder as save_packed_folder
     from sparsify.methods import PruneParams as PruneParams
     from sparsify.methods import get_method as get_method
     from sparsify.models.load import load_pair as load_pair
@@ -31,7 +30,7 @@ _FACE = {
     "comm": ("Comm",),
     "distillation.student": ("DistillStudent",),
     "evaluation.perplexity": ("evaluate_rows",),
-    "formats.packed24": ("load_packed", "save_packed"),
+    "formats.kinds.packed": ("save_packed_folder",),
     "methods": ("PruneParams", "get_method"),
     "models.load": ("load_pair",),
     "models.save": ("save_model",),

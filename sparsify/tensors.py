@@ -1,16 +1,18 @@
-"""Safetensors files that are whole or absent, and what of a state dict is stored once."""
+"""Safetensors files that are whole or absent, and shards of a model that is written as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.files import written_whole
+from sparsify.files import fsync, written_whole
+
+METADATA = {"format": "pt"}
+"""of a model's weight files: one key, for several would be written in no fixed order"""
 
 
 def tensor_names(file: safe_open) -> list[str]:
@@ -24,28 +26,54 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file(tensors, temporary, metadata=metadata)
 
 
-def without_aliases(
-    state_dict: Mapping[str, Tensor], packed: Collection[str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to be stored as they are, each once, and name -> name for the tied rest."""
-    aliases = tied_names(state_dict, packed)
-    dense: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if name not in packed and name not in aliases:
-            dense[name] = tensor.detach().cpu().contiguous()
-            if dense[name].untyped_storage().nbytes() != dense[name].nbytes:
-                dense[name] = dense[name].clone()  # safetensors refuses views of shared memory
-    return dense, aliases
+class Shards:
+    """Writes a model's weight files as its tensors come: at most a shard of them is in memory.
 
+    The same tensors in the same order give the same bytes.
 
-def tied_names(state_dict: Mapping[str, Tensor], packed: Collection[str]) -> dict[str, str]:
-    """name -> earlier name of the very same memory, among the tensors that are not packed."""
-    first: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name, tensor in state_dict.items():
-        if name in packed or tensor.is_meta or tensor.numel() == 0:
-            continue
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if first.setdefault(key, name) != name:
-            aliases[name] = first[key]
-    return aliases
+    Args:
+        folder: made if it is not there.
+        shard_bytes: a file holds at most so much, or what one `add` was given.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._held: dict[str, Tensor] = {}
+        self._num_bytes = 0
+        self._written: list[tuple[Path, list[str]]] = []
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, which stay in one file."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._held and self._num_bytes + size > self._shard_bytes:
+            self._flush()
+        for name, tensor in tensors.items():
+            held = tensor.detach().cpu().contiguous()
+            if held.untyped_storage().nbytes() != held.nbytes:
+                held = held.clone()  # safetensors refuses views of shared memory
+            self._held[name] = held
+        self._num_bytes += size
+
+    def finish(self) -> dict[str, str]:
+        """Give the files their names; returns tensor -> file.
+
+        Weight files that were in the folder before are removed.
+        """
+        self._flush()
+        for path in self._folder.glob("model*.safetensors"):
+            path.unlink()
+        found: dict[str, str] = {}
+        for number, (path, names) in enumerate(self._written, 1):
+            file = f"model-{number:05d}-of-{len(self._written):05d}.safetensors"
+            path.replace(self._folder / file)
+            found.update(dict.fromkeys(names, file))
+        fsync(self._folder)
+        return found
+
+    def _flush(self) -> None:
+        path = self._folder / f".shard-{len(self._written) + 1:05d}.safetensors"
+        write_tensors(path, self._held, METADATA)
+        self._written.append((path, list(self._held)))
+        self._held, self._num_bytes = {}, 0

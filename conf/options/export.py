@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from conf.checks import DTYPES
+from conf.checks import DTYPES, FORMATS
+from sparsify.errors import InputError
 from sparsify.params import check_options, option
 
 
@@ -12,8 +13,16 @@ from sparsify.params import check_options, option
 class ExportConfig:
     """The files to deploy."""
 
+    formats: list[str] = option(["dense", "packed"], one_of=FORMATS)
+    """what to write: dense (zeros stored, loads everywhere), packed (no zeros)"""
     dtype: str | None = option(None, one_of=DTYPES)
     """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
+    shard_size_gb: float = option(5.0, above=0)
+    """a weight file holds at most so many GB, or one tensor"""
 
     def __post_init__(self) -> None:
         check_options(self, "export")
+        if not self.formats:
+            raise InputError(
+                f"export.formats=[]: nothing to write; name some of {', '.join(FORMATS)}"
+            )

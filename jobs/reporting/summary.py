@@ -13,6 +13,7 @@ from jobs.runs.artifact import RECORD, read_record, versions
 from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
 from sparsify.formats.sparse_folder import model_name, read_sparsity
+from sparsify.packed.layout import packed_layers
 
 SCHEMA = 1
 
@@ -110,11 +111,15 @@ def _pattern_of(context: StageContext) -> str:
 
 
 def _num_parameters(folder: Path) -> int:
-    """Elements of all tensors in a model folder's files (headers only are read)."""
-    total = 0
+    """Elements of all tensors that a model folder stands for (headers only are read)."""
+    packed = packed_layers(folder)
+    total = sum(math.prod(layer.shape) for layer in packed.values())
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                layer, _, part = name.rpartition(".")
+                if not (layer in packed and part.startswith("weight")):
+                    total += math.prod(file.get_slice(name).get_shape())
     return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.reporting.summary import build_summary
-from jobs.runs.artifact import StageWriter, read_record
+from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
 
@@ -28,13 +28,11 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     name, source = models.latest("export")
     payload = {
         "config": context.worker_config, "name": name, "source": source, "dense": models.dense,
-        "folder": writer.folder, "packed": None, "bits": None,
+        "folder": writer.folder, "packed": None,
         "results": build_summary(context.run_dir, context)["results"],
     }  # fmt: skip
     if "quantize" in models.made:
-        packed = models.made["quantize"]["packed"]
-        quantization = read_record(packed.parent)["metrics"]["quantization"]
-        payload |= {"packed": packed, "bits": quantization["bits"]}
+        payload["packed"] = models.made["quantize"]["packed"]
     return dict(context.cluster.run_tasks("export", export_on_worker, [payload], "exports")[0])
 
 

@@ -8,7 +8,6 @@ from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.stage import Stage
 from jobs.stages import evaluate
-from sparsify.formats.sparse_folder import PACKED
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     return {
         "results": results,
         "gate": gate,
-        "packed_bytes": (packed / PACKED).stat().st_size,
+        "packed_bytes": sum(path.stat().st_size for path in packed.glob("*.safetensors")),
         "quantization": {
             "method": settings.method,
             "bits": settings.bits,

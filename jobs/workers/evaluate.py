@@ -11,8 +11,7 @@ import torch
 from cluster.runtime.worker import WorkerContext
 from jobs.corpus.rows import load_rows
 from sparsify.evaluation.perplexity import EvalSums, evaluate_rows
-from sparsify.formats.packed_folder import load_any
-from sparsify.models.load import check_sequence_length, load_pair
+from sparsify.models.load import check_sequence_length, load_model, load_pair
 
 
 def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, An
     rows = rows[payload["share"] :: payload["shares"]]
     if len(rows) == 0:
         return asdict(EvalSums())
-    model = load_any(payload["folder"], config.model.dtype, context.device)
+    model = load_model(payload["folder"], config.model.dtype, context.device)
     return asdict(evaluate_rows(model, rows, config.evaluate.batch_size, dense))
 
 

@@ -29,7 +29,6 @@ from sparsify.calibration.hidden_states import Memory, Placement
 from sparsify.calibration.layers import InputOrder, passes_ahead
 from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
-from sparsify.formats.packed24 import packed_num_bytes
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
 from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
@@ -44,6 +43,7 @@ from sparsify.models.load import (
 )
 from sparsify.models.save import save_model
 from sparsify.models.stored import check_stored
+from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model

@@ -11,7 +11,7 @@ from cluster.runtime.worker import WorkerContext
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
 from sparsify.comm import Comm
-from sparsify.formats.packed_folder import save_packed_folder
+from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.verify import masks_of
 from sparsify.models.load import load_pair
 from sparsify.quantization import QuantParams, quantize_model

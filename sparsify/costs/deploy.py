@@ -40,7 +40,7 @@ def deployed_sizes(shape: ModelShape, kept_bytes: int = 2) -> list[Deployed]:
 
     Linear layers of the blocks are in the format, all else stays in half precision. Packed 2:4
     stores two of four values and 2 bits for the place of each: 9 bits a weight in bf16, 5 in 8
-    bits, 3 in int4 (`roofline.matrix_bytes`, and `formats.packed24`). Scales: float16 for 128 input
+    bits, 3 in int4 (`roofline.matrix_bytes`, and `packed.layout`). Scales: float16 for 128 input
     features in int4, one a row in 8 bits.
 
     Args:

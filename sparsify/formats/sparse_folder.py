@@ -1,4 +1,4 @@
-"""A sparse model's folder: sparsity.json, files of masks and packed weights, its fingerprint."""
+"""A sparse model's folder: sparsity.json, the file of masks, its fingerprint."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ SPARSITY = "sparsity.json"
 MASKS = "sparsity/masks.safetensors"
 
 ROTATION = "sparsity/rotation.safetensors"
-
-PACKED = "model.packed.safetensors"
-
 
 # Configurations, tokenizers, templates, indices and weights, whatever a family calls them.
 _READ_SUFFIXES = (".safetensors", ".json", ".model", ".tiktoken", ".jinja", ".codes", ".tokenizer")
@@ -137,12 +134,12 @@ def write_sparsity(
 
 def _dense_weights(folder: Path, masks: Mapping[str, Any]) -> dict[str, int]:
     """Name -> number of weights of every stored tensor that no mask belongs to."""
-    found = {}
+    found, named = {}, set(masks)  # asking a file of masks for one would read it
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 layer, weight, _ = name.partition(".weight")
-                if not (weight and layer in masks):
+                if not (weight and layer in named):
                     found[name] = math.prod(file.get_slice(name).get_shape())
     return dict(sorted(found.items()))
 

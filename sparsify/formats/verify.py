@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 
 from sparsify.errors import InputError, PatternViolationError
-from sparsify.formats.packed24 import load_packed
-from sparsify.formats.sparse_folder import MASKS, PACKED, read_sparsity
+from sparsify.formats.sparse_folder import MASKS, read_sparsity
 from sparsify.masks.select import require_pattern
-from sparsify.masks.storage import BitMasks, load_masks
+from sparsify.masks.storage import BitMasks, load_masks, mask_digest
 from sparsify.models.masked import infer_masks
+from sparsify.packed.folder import PackedFolder, open_packed
 from sparsify.pattern import Pattern
 from sparsify.tensors import tensor_names
 
@@ -48,11 +48,35 @@ def check_files(
 
 
 def check_packed(folder: Path) -> dict[str, int]:
-    """`check_files` for a packed folder: what its file unpacks to, against its own masks."""
-    masks, pattern = masks_of(folder)
-    # Tied names share a tensor, which is one.
-    once = {id(tensor): (name, tensor) for name, tensor in load_packed(folder / PACKED).items()}
-    return _check(once.values(), folder, masks, pattern)
+    """`check_files` for a packed folder: what it unpacks to, and the masks that its positions say,
+    which are those of its sparsity.json. Every tensor is compared with its hash."""
+    packed = PackedFolder(folder)
+    masks = PackedMasks(packed)
+    recorded = (read_sparsity(folder) or {}).get("layers", {})
+    for name, mask in masks.items():
+        if name in recorded and recorded[name]["keep_mask_sha256"] != mask_digest(mask):
+            raise InputError(
+                f"{folder}: positions of layer {name} are not the mask of its sparsity.json; "
+                "export the model again"
+            )
+    weights = ((name, packed.dense(name)) for name in packed.shapes())
+    return _check(weights, folder, masks, packed.contents.pattern)
+
+
+class PackedMasks(Mapping[str, torch.Tensor]):
+    """The keep masks of a packed folder's layers, from their positions."""
+
+    def __init__(self, folder: PackedFolder) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._folder.keep_mask(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._folder.contents.layers))
+
+    def __len__(self) -> int:
+        return len(self._folder.contents.layers)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,6 +148,8 @@ def own_masks(folder: Path, pattern: str | None = None) -> tuple[BitMasks | None
 
     `pattern` is that of a folder which does not describe itself.
     """
+    if (packed := open_packed(folder)) is not None:
+        return BitMasks.of(PackedMasks(packed)), packed.contents.pattern
     sparsity = read_sparsity(folder)
     if sparsity is None:
         assert pattern is not None, "a stage's own folder describes itself"

@@ -29,17 +29,26 @@ def pack_bits(values_OK: Tensor, bits: int) -> Tensor:
     """
     if values_OK.numel() and not 0 <= int(values_OK.min()) <= int(values_OK.max()) < 2**bits:
         raise ValueError(f"a number outside 0 to {2**bits - 1} does not fit {bits} bits")
-    places = torch.arange(bits, dtype=torch.uint8)
-    spread_OB = ((values_OK.to(torch.uint8)[:, :, None] >> places) & 1).flatten(1)
-    padded_OB = torch.nn.functional.pad(spread_OB, (0, -spread_OB.shape[1] % 8))
-    packed_O8 = padded_OB.reshape(len(values_OK), padded_OB.shape[1] // 8, 8)
-    packed_O8 = packed_O8 << torch.arange(8, dtype=torch.uint8)
-    return packed_O8.sum(-1, dtype=torch.uint8)
+    parts_OP, width = values_OK.to(torch.uint8), bits
+    if 8 % bits:  # numbers lie across bytes: bit by bit
+        places = torch.arange(bits, dtype=torch.uint8, device=parts_OP.device)
+        parts_OP, width = ((parts_OP[:, :, None] >> places) & 1).flatten(1), 1
+    per_byte = 8 // width
+    parts_OP = torch.nn.functional.pad(parts_OP, (0, -parts_OP.shape[1] % per_byte))
+    parts_OBP = parts_OP.reshape(len(values_OK), parts_OP.shape[1] // per_byte, per_byte)
+    packed_OB = parts_OBP[:, :, 0].clone()
+    for place in range(1, per_byte):
+        packed_OB |= parts_OBP[:, :, place] << (place * width)
+    return packed_OB
 
 
 def unpack_bits(packed_OB: Tensor, bits: int, num_values: int) -> Tensor:
     """The first `num_values` numbers of each row that `pack_bits` wrote, uint8 (O, num_values)."""
-    places = torch.arange(8, dtype=torch.uint8)
-    spread_OB = ((packed_OB[:, :, None] >> places) & 1).flatten(1)[:, : num_values * bits]
-    values_OKb = spread_OB.reshape(len(packed_OB), num_values, bits)
-    return (values_OKb << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    width = 1 if 8 % bits else bits
+    places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed_OB.device)
+    parts_OP = ((packed_OB[:, :, None] >> places) & (2**width - 1)).flatten(1)
+    if width == bits:
+        return parts_OP[:, :num_values]
+    values_OKb = parts_OP[:, : num_values * bits].reshape(len(packed_OB), num_values, bits)
+    places = torch.arange(bits, dtype=torch.uint8, device=packed_OB.device)
+    return (values_OKb << places).sum(-1, dtype=torch.uint8)

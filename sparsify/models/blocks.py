@@ -26,7 +26,7 @@ from sparsify.models.load import (
     build_model,
     check_checkpoint,
     check_finite,
-    weight_files,
+    stored_places,
 )
 from sparsify.models.stored import Stored, check_stored, stored_tensors
 from sparsify.models.structure import find_blocks
@@ -107,8 +107,8 @@ class BlocksOnDisk:
         self.folder = folder
         self.dtype = dtype
         self._device = torch.device(device)
-        self._model, stored = _open(folder, dtype)
-        if (reason := _reason(self._model, stored)) is not None:
+        self._model, stored, reason = open_stored(folder, dtype)
+        if reason is not None:
             raise InputError(f"model folder {folder}: {reason}; load the whole model instead")
         self._places = stored.places
         self.list_name, self.blocks = find_blocks(self.model)
@@ -171,17 +171,8 @@ class BlocksOnDisk:
         return [name for name in self._places if name.startswith(prefix)]
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Copies of tensors; the files are mapped only while they are read."""
-        found = {}
-        places = [self._places[name] for name in names]
-        for path in sorted({place.path for place in places}):
-            with safe_open(path, framework="pt") as file:
-                for name, place in zip(names, places, strict=True):
-                    if place.path == path:
-                        tensor = file.get_tensor(place.name)
-                        dtype = DTYPES[self.dtype] if tensor.is_floating_point() else tensor.dtype
-                        found[name] = tensor.to(dtype, copy=True)
-        return found
+        """Copies of tensors; a file is mapped only while one is read."""
+        return {name: self._places[name].read(DTYPES[self.dtype]) for name in names}
 
     def _assign(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -218,7 +209,7 @@ def reason_to_hold_whole(path: str | Path) -> str | None:
     """
     folder = resolve_path(path)
     check_checkpoint(folder)
-    return _reason(*_open(folder, "float32"))
+    return open_stored(folder, "float32")[2]
 
 
 def stored_of(path: str | Path, dtype: str) -> Stored:
@@ -229,12 +220,15 @@ def stored_of(path: str | Path, dtype: str) -> Stored:
     """
     folder = resolve_path(path)
     check_checkpoint(folder)
-    return _open(folder, dtype)[1]
+    return open_stored(folder, dtype)[1]
 
 
-def _open(folder: Path, dtype: str) -> tuple[PreTrainedModel, Stored]:
+def open_stored(folder: Path, dtype: str) -> tuple[PreTrainedModel, Stored, str | None]:
+    """The model of a checked checkpoint without weights, where its tensors are, and why these are
+    not all of the model's by name and shape, None if they are."""
     model = _empty_model(folder, dtype)
-    return model, stored_tensors(weight_files(folder), model, DTYPES[dtype])
+    stored = stored_tensors(stored_places(folder), model, DTYPES[dtype])
+    return model, stored, _reason(model, stored)
 
 
 def _reason(model: PreTrainedModel, stored: Stored) -> str | None:

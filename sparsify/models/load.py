@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -30,8 +31,17 @@ from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
 from sparsify.files import readable, resolve_path
-from sparsify.models.stored import follow_weights, not_finite, num_not_finite
+from sparsify.models.stored import (
+    Place,
+    follow_weights,
+    not_finite,
+    num_not_finite,
+    packed_places,
+    places_in,
+)
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
+from sparsify.packed.folder import dense_tensors, open_packed
+from sparsify.packed.layout import Contents, is_packed_config
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
     from transformers import PreTrainedModel
@@ -44,6 +54,8 @@ DTYPES = {
 }
 
 _WEIGHTS = "model.safetensors"
+
+_GENERATION = "generation_config.json"
 
 INDEX = "model.safetensors.index.json"
 
@@ -60,10 +72,12 @@ _LFS_START = b"version https://git-lfs"
 def check_checkpoint(path: str | Path) -> None:
     """Check that `path` is a model folder that can be loaded, without reading the weights.
 
+    A packed folder is one like any other: what reads it finds dense weights.
+
     Raises:
         InputError: no such folder; config.json missing, not JSON, of an unknown, non-causal or
             quantised model, or asking for code from the checkpoint; no safetensors; a shard that
-            is missing, truncated or corrupt.
+            is missing, truncated or corrupt; see also `packed.folder.PackedFolder`.
 
     Cost: reads config.json, the index and the header of every shard.
     """
@@ -76,8 +90,9 @@ def check_checkpoint(path: str | Path) -> None:
                 "a model of the Hugging Face Hub as ORGANISATION/NAME"
             )
         read_config(folder)
-        for shard in weight_files(folder):
-            _check_shard(shard)
+        if open_packed(folder) is None:
+            for shard in weight_files(folder):
+                _check_shard(shard)
 
 
 def _read_json(path: Path) -> Any:
@@ -111,7 +126,10 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"{path}: model_type {model_type!r} is not known to the installed transformers; use a "
             "model of a known type or a newer transformers"
         )
-    if raw.get("quantization_config"):
+    is_packed = is_packed_config(raw)
+    if is_packed:
+        Contents.from_dict(raw["quantization_config"], str(path))
+    elif raw.get("quantization_config"):
         raise InputError(
             f"{path}: the weights are quantised (quantization_config); pruning and recovery need "
             "the original model in float32, bfloat16 or float16"
@@ -120,6 +138,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path}: not a usable configuration: {first_line(error)}") from None
+    if is_packed:
+        del config.quantization_config  # whoever asks here gets the weights unpacked
     if not _is_decoder_only(config):
         raise InputError(
             f"{path}: model_type {model_type!r} is no causal language model; use a decoder-only "
@@ -167,6 +187,12 @@ def _is_decoder_only(config: PretrainedConfig) -> bool:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         return False
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", True)
+
+
+def stored_places(folder: Path) -> Iterator[Place]:
+    """Every tensor of a model folder; InputError as `check_checkpoint`."""
+    packed = open_packed(folder)
+    return places_in(weight_files(folder)) if packed is None else packed_places(packed)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -217,7 +243,7 @@ def load_model(
     """Load a causal language model from a folder, complete and finite, or not at all.
 
     Args:
-        path: model folder, or "embedded".
+        path: model folder, or "embedded"; a packed one is unpacked to dense weights.
         dtype: float32, bfloat16 or float16; the weights are cast to it.
         device: where the weights go.
 
@@ -230,17 +256,25 @@ def load_model(
             wrong shape.
             A weight that is NaN or infinite in `dtype` is refused too, by name.
 
-    Cost: one copy of the weights in memory, one pass over them.
+    Cost: one copy of the weights in memory, one pass over them; of packed ones a SHA-256 too.
     """
     if dtype not in DTYPES:
         raise InputError(f"model.dtype={dtype}: unknown; use one of {', '.join(DTYPES)}")
     folder = resolve_path(path)
     check_checkpoint(folder)
+    packed = open_packed(folder)
+    kind: Any = AutoModelForCausalLM
+    source: Path | None = folder
+    given: dict[str, Any] = {}
+    if packed is not None:  # from memory, which the class takes, and Auto... does not
+        config = read_config(folder)
+        kind, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
+        given = {"config": config, "state_dict": dense_tensors(packed, DTYPES[dtype])}
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True,
+            loaded: Any = kind.from_pretrained(
+                source, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, **given,
                 ignore_mismatched_sizes=True,  # they come back in info and are refused below
             )  # fmt: skip
     except (
@@ -256,6 +290,8 @@ def load_model(
             f"model folder {folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from None
     model, info = loaded  # a pair, because of output_loading_info
+    if packed is not None and (folder / _GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     _check_loading_info(folder, info)
     follow_weights(model)
     check_finite(folder, model, dtype)

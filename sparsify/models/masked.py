@@ -58,20 +58,27 @@ def infer_block_masks(
     for name, module in block.named_modules(prefix=prefix):
         if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in skip):
             continue
-        weight = module.weight.detach()
-        check_divides(name, weight.shape[1], pattern)
-        violation = None if may_be_dense else find_violation(weight, pattern)
-        if violation is not None:
-            row, column = violation
-            share = 1 - int(weight.count_nonzero()) / weight.numel()
-            raise InputError(
-                f"{name}: not pruned to {pattern} ({share:.2%} of it are zeros; row {row}, from "
-                f"column {column}: too many non-zero weights); prune the model first, skip this "
-                "layer, or let masks move from dense weights (distill.moving_share)"
-            )
-        as_they_are = not pattern.is_structured and not may_be_dense
-        masks[name] = weight != 0 if as_they_are else keep_mask_from_scores(weight.abs(), pattern)
+        masks[name] = infer_weight_mask(name, module.weight.detach(), pattern, may_be_dense)
     return masks
+
+
+def infer_weight_mask(
+    name: str, weight: torch.Tensor, pattern: Pattern, may_be_dense: bool = False
+) -> torch.Tensor:
+    """`infer_masks` of the layer `name` with this weight."""
+    check_divides(name, weight.shape[1], pattern)
+    violation = None if may_be_dense else find_violation(weight, pattern)
+    if violation is not None:
+        row, column = violation
+        share = 1 - int(weight.count_nonzero()) / weight.numel()
+        group = f"group {column // pattern.m}, " if pattern.is_structured else ""
+        raise InputError(
+            f"{name}: not pruned to {pattern} ({share:.2%} of it are zeros; row {row}, {group}from "
+            f"column {column}: too many non-zero weights); prune the model first, skip this "
+            "layer, or let masks move from dense weights (distill.moving_share)"
+        )
+    as_they_are = not pattern.is_structured and not may_be_dense
+    return weight != 0 if as_they_are else keep_mask_from_scores(weight.abs(), pattern)
 
 
 def num_alive(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> int:

@@ -8,7 +8,7 @@ so that a checkpoint that is read tensor by tensor is the model that transformer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import LoadStateDictInfo
 
 from sparsify.errors import InputError
+from sparsify.packed.folder import PackedFolder
 from sparsify.tensors import tensor_names
 
 _CHUNK_ELEMENTS = 2**24
@@ -31,8 +32,19 @@ class Place:
 
     path: Path
     name: str
-    """in the file"""
+    """in the file; of a packed layer, its weight's"""
     shape: tuple[int, ...]
+    packed: PackedFolder | None = None
+    """the packed folder that the tensor comes from, dense"""
+
+    def read(self, dtype: torch.dtype | None) -> Tensor:
+        """A copy of it on the CPU; floating point values as `dtype`, None: as they are stored."""
+        if self.packed is not None:
+            return self.packed.dense(self.name, dtype)
+        with safe_open(self.path, framework="pt") as file:
+            tensor = file.get_tensor(self.name)
+            is_cast = dtype is not None and tensor.is_floating_point()
+            return tensor.to(dtype if is_cast else tensor.dtype, copy=True)
 
 
 @dataclass
@@ -65,30 +77,42 @@ class Stored:
         return said
 
 
-def stored_tensors(paths: list[Path], model: Any, dtype: torch.dtype) -> Stored:
+def places_in(paths: list[Path]) -> Iterator[Place]:
+    """Every tensor in safetensors files."""
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in tensor_names(file):
+                yield Place(path, name, tuple(file.get_slice(name).get_shape()))
+
+
+def packed_places(folder: PackedFolder) -> Iterator[Place]:
+    """Every tensor of a packed folder, as the dense model has it."""
+    for name, shape in folder.shapes().items():
+        yield Place(folder.folder, name, shape, folder)
+
+
+def stored_tensors(places: Iterable[Place], model: Any, dtype: torch.dtype) -> Stored:
     """Find every tensor of `model` in the files.
 
     Args:
-        paths: the safetensors files of the checkpoint.
+        places: the tensors of the checkpoint.
         model: a transformers model of its configuration, without weights. Where a head is stored
             that is not equal to the embedding it is said to be tied to, they are untied in it.
         dtype: that weights are cast to; a head that is equal to the embedding in it is tied.
 
-    Cost: reads the headers; where the configuration says tied and both are stored, these two.
+    Cost: where the configuration says tied and both are stored, reads these two.
     """
     known = model.state_dict().keys()
     prefix = f"{model.base_model_prefix}."
     found = Stored({})
     unknown = []
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in tensor_names(file):
-                own = name if name in known or prefix + name not in known else prefix + name
-                place = Place(path, name, tuple(file.get_slice(name).get_shape()))
-                if own in known:
-                    found.places[own] = place
-                else:
-                    unknown.append(name)
+    for place in places:
+        name = place.name
+        own = name if name in known or prefix + name not in known else prefix + name
+        if own in known:
+            found.places[own] = place
+        else:
+            unknown.append(name)
     # transformers' own rules for names to pass over; it has no public way to ask for them.
     info = LoadStateDictInfo(set(), set(unknown), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)
@@ -200,6 +224,11 @@ def _are_equal(first: Place, second: Place, dtype: torch.dtype) -> bool:
 
 def _pieces(place: Place) -> Iterator[Tensor]:
     """The floating point values of a tensor, some rows at a time; nothing of another type."""
+    if place.packed is not None:
+        whole = place.packed.dense(place.name)
+        if whole.is_floating_point():
+            yield whole
+        return
     with safe_open(place.path, framework="pt") as file:
         if not place.shape:
             values = file.get_tensor(place.name)

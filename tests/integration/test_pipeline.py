@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsify.masks.storage import load_masks
 from sparsify.models.varlen import VARLEN
+from sparsify.packed.folder import PackedFolder
 from sparsify.pattern import Pattern
 from tests.conftest import count_violations
 from tests.integration.commands import Command, wait_until
@@ -227,5 +227,6 @@ def test_metrics_are_on_record(undisturbed: Path) -> None:
     lines = (undisturbed / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line) for line in lines if "distill/loss" in line]
     assert len(losses) == 16
-    with safe_open(undisturbed / "export/int4-packed/model.packed.safetensors", "pt") as file:
-        assert file.metadata()
+    packed = PackedFolder(undisturbed / "export/int4-packed")
+    packed.check_bytes()
+    assert {layer.scheme.bits for layer in packed.contents.layers.values()} == {4}

@@ -17,8 +17,8 @@ from sparsify.costs.memory import _head, pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
 from sparsify.costs.shapes import ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
-from sparsify.formats.packed24 import packed_num_bytes
 from sparsify.models.structure import find_blocks, linears_of
+from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
 
 LLAMA_8B = LlamaConfig(

@@ -35,7 +35,7 @@ from jobs.runs.models import Models
 from jobs.runs.tracking import METRICS_FILE
 from jobs.training.ledger import WORDS, goodput
 from sparsify.files import embedded_path
-from sparsify.formats.sparse_folder import MASKS, PACKED, SPARSITY
+from sparsify.formats.sparse_folder import MASKS, SPARSITY
 from sparsify.methods import available_methods
 from sparsify.pruning.progress import PHASES, LayerReport
 from sparsify.quantization.quantize import QuantLayerReport
@@ -297,7 +297,7 @@ def test_tree_shows_every_stage_in_order_and_names_the_files() -> None:
     tree = next(b for b in page("docs/run-folder.md").blocks if b.startswith("runs/"))
     folders = re.findall(r"^[├└]── (\w+)/", tree, re.MULTILINE)
     assert folders == ["wandb", *STAGES]
-    for name in (RECORD, MASKS, SPARSITY, PACKED, METRICS_FILE, "summary.json", "report.html"):
+    for name in (RECORD, MASKS, SPARSITY, METRICS_FILE, "summary.json", "report.html"):
         assert name in tree
 
 

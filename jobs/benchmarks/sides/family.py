@@ -24,9 +24,10 @@ from sparsify.data.rows import TokenRows
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.student import DistillStudent
 from sparsify.errors import TwofourError, first_line
-from sparsify.formats.packed_folder import load_any, save_packed_folder
+from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
 from sparsify.formats.verify import check_files, check_packed, masks_of
+from sparsify.integrations.quantizer import check_fits
 from sparsify.masks.storage import merge_masks, save_masks
 from sparsify.methods import PruneParams, get_method
 from sparsify.models.blocks import reason_to_hold_whole
@@ -202,7 +203,7 @@ def _quantize(family: _Family) -> dict[str, Any]:
         batch_size=_BATCH,
     )  # fmt: skip
     save_packed_folder(out, model, family.tokenizer, masks, pattern, result.layers, source)
-    return {**check_packed(out), "difference": _difference(model, load_any(out, "float32", "cpu"))}
+    return {**check_packed(out), "difference": _difference(model, load_model(out))}
 
 
 def _export(family: _Family) -> dict[str, Any]:
@@ -210,16 +211,21 @@ def _export(family: _Family) -> dict[str, Any]:
     model = load_model(source)
     masks, pattern = masks_of(source)
     save_model(model, family.tokenizer, out)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_fits(model, masks, shapes, pattern)
     save_packed_folder(
         family.folder / "sparse-packed", model, family.tokenizer, masks, pattern, None, source
     )
     gate = check_files(out, masks, pattern)
     reloaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto", local_files_only=True)
-    unpacked = load_any(family.folder / "sparse-packed", "float32", "cpu")
+    packed = family.folder / "sparse-packed"
+    held = AutoModelForCausalLM.from_pretrained(packed, dtype="auto", local_files_only=True)
     return {
         **gate,
         "has_same_names": _stored_names(out) == _stored_names(family.folder / "dense"),
-        "difference": max(_difference(model, other.eval()) for other in (reloaded, unpacked)),
+        "difference": max(
+            _difference(model, other) for other in (reloaded, load_model(packed), held)
+        ),
     }
 
 
@@ -228,7 +234,7 @@ def _difference(model: Any, other: Any) -> float:
     """Largest difference of two models' logits on one row."""
     vocabulary: int = model.get_input_embeddings().num_embeddings
     rows = random_rows(1, _LENGTH, vocabulary, _SEED + 1)
-    return float((logits_of(model.eval(), rows) - logits_of(other, rows)).abs().max())
+    return float((logits_of(model.eval(), rows) - logits_of(other.eval(), rows)).abs().max())
 
 
 def _dense_weights(model: Any, layers: list[str]) -> dict[str, float]:

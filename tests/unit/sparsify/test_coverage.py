@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sparsify.formats.packed_folder import save_packed_folder
+from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.sparse_folder import described, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, check_packed
 from sparsify.models.load import load_model

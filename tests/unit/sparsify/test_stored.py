@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sparsify.errors import InputError
-from sparsify.formats.packed_folder import load_any, save_packed_folder
+from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models.blocks import BlocksOnDisk, ShardWriter, reason_to_hold_whole, stored_of
 from sparsify.models.load import load_model
@@ -201,9 +201,9 @@ def test_packed_folders_keep_a_head_of_its_own_and_find_what_is_no_number(
         save_packed_folder(to, model, tiny_tokenizer, masks, Pattern.parse("2:4"), None, folder)
         return to
 
-    again = load_any(pack(tmp_path / "packed"), "float32", "cpu")
+    again = load_model(pack(tmp_path / "packed"))
     assert torch.equal(again.lm_head.weight, own)
     assert torch.equal(logits(again), logits(model))
     model.lm_head.weight.data[0, 0] = float("inf")
     with pytest.raises(InputError, match=r"1 of 1536 values of lm_head\.weight are NaN or inf"):
-        load_any(pack(tmp_path / "bad"), "float32", "cpu")
+        load_model(pack(tmp_path / "bad"))
