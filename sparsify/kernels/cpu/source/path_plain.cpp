@@ -1,0 +1,6 @@
+// rows.h without instructions of any one processor.
+
+#include "lanes_plain.h"
+#include "rows.h"
+
+extern const Path PLAIN_PATH = {run_block<Plain>, read_bytes<Plain>, Plain::WIDEST};
