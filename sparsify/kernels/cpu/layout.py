@@ -116,7 +116,9 @@ def prepare(
         last = weight_OK.shape[1] - 1
         values[:num_rows, last] = values[:num_rows, last] & 0x0F | fill & 0xF0
     if kind in _PADDING_CODE:
-        lanes = _split_pairs(values, 4).view(torch.uint8).view(num_blocks, ROWS, 2, num_chunks, 2, 4)
+        lanes = (
+            _split_pairs(values, 4).view(torch.uint8).view(num_blocks, ROWS, 2, num_chunks, 2, 4)
+        )
         if kind == "int4":
             lanes = lanes ^ 0x88
         lanes = (lanes << 4 | lanes >> 4).flip(-1).permute(0, 3, 4, 1, 2, 5)
@@ -226,6 +228,7 @@ def _check(
         raise InputError(f"packed linear: {num_columns} columns; 2:4 needs a multiple of 4")
     num_rows, num_kept = len(weight_OK), num_columns // 2
     width = -(-num_kept // 2) if kind in _PADDING_CODE else num_kept
+    wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]
     wanted = {"weight": (weight_OK, KINDS[kind], (num_rows, width)),
               "indices": (indices, torch.uint8, (num_rows, -(-num_columns // 8)))}  # fmt: skip
     if kind in WITH_GROUPS or kind == "float8":

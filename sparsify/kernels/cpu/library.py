@@ -194,14 +194,13 @@ def _is_private(about: os.stat_result) -> bool:
     return about.st_uid == os.getuid() and not about.st_mode & 0o022
 
 
-def _compile(
-    compiler: str, units: dict[str, tuple[str, ...]], folder: Path, file: Path
-) -> None:
+def _compile(compiler: str, units: dict[str, tuple[str, ...]], folder: Path, file: Path) -> None:
     try:
         place = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
     except OSError as error:
         raise LibraryError(
-            f"the folder {folder} cannot be written ({error.strerror}); name another with use_folder"
+            f"the folder {folder} cannot be written ({error.strerror}); name another with "
+            "use_folder"
         ) from None
     try:
         words = {
@@ -220,7 +219,9 @@ def _compile(
         (place / "library.so").chmod(0o700)
         (place / "library.so").replace(file)
     except OSError as error:
-        raise LibraryError(f"{compiler} cannot be run ({error.strerror}); install another") from None
+        raise LibraryError(
+            f"{compiler} cannot be run ({error.strerror}); install another"
+        ) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

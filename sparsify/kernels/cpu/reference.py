@@ -72,5 +72,9 @@ def linear(
         rows = slice(block * ROWS, min((block + step) * ROWS, num_rows))
         tile = Prepared(*(None if t is None else t[block : block + step] for t in prepared))  # type: ignore[arg-type]
         stored = restore(kind, rows.stop - rows.start, num_columns, tile)
-        torch.matmul(inputs_TI, dense_weight(kind, num_columns, group_size, *stored).T, out=output_TO[:, rows])
+        torch.matmul(
+            inputs_TI,
+            dense_weight(kind, num_columns, group_size, *stored).T,
+            out=output_TO[:, rows],
+        )
     return output_TO if bias_O is None else output_TO.add_(bias_O)
