@@ -8,8 +8,9 @@ only reads reaches in the same run, with the same threads and the same instructi
 from __future__ import annotations
 
 import statistics
+import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
-from jobs.benchmarks.support.device import use_device, wall_s
+from jobs.benchmarks.support.device import use_device
 from jobs.benchmarks.support.linear_sides import Side, dense_int4, dense_linear, packed
 from jobs.benchmarks.support.record import Chart, Outcome, Table, Target
 from sparsify.errors import InputError
@@ -47,8 +48,9 @@ _PROMISED_SHARE = 0.6
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 _NOTES = (
-    "times are medians over rounds in which the sides take turns, of calls from Python; every side "
-    "uses several copies of its weight in turn, twice the last cache together",
+    "times (wall, or work of all threads over their number) are medians over rounds in which the "
+    "sides take turns, of calls from Python; every side uses several copies of its weight "
+    "in turn, twice the last cache together",
     "inputs are float32; torch's bfloat16 and INT4 get theirs cast, which is timed too",
     "ratio: the faster of torch's float32 and bfloat16, over this; share: bytes of the weight a "
     "second over what a loop that only reads reaches with as many threads in the same rounds",
@@ -65,6 +67,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     default = ["bfloat16", "int8", "float8", "int4", "nf4"]
     add_option(parser, "--kinds", default, kinds, nargs="+", metavar="KIND")
     add_option(parser, "--path", "auto", f"auto, torch, {', '.join(PATHS)}")
+    clock = "wall, or work of all threads: less disturbed where much else runs"
+    add_option(parser, "--clock", "wall", clock, choices=["wall", "work"])
     add_option(parser, "--repeats", 7, "rounds; the median counts")
     add_option(parser, "--seed", 0, "random weights and inputs")
 
@@ -92,7 +96,9 @@ def run(options: Namespace) -> Outcome:
                 print(f"{rows} x {columns}, batch {batch}, {threads} thread(s)", flush=True)
                 measured += measure(sides, rows, columns, batch, threads, options)
         torch.set_num_threads(num_threads)
-    settings = settings_of(options, "shapes", "batches", "kinds", "path", "repeats", "seed")
+    settings = settings_of(
+        options, "shapes", "batches", "kinds", "path", "clock", "repeats", "seed"
+    )
     found = library()
     settings["best_path"] = found.paths[-1] if found else "torch"
     return summarise(measured, settings, num_threads)
@@ -120,10 +126,11 @@ def measure(
     buffer = torch.empty(2 * _cache_bytes(), dtype=torch.uint8).random_()
     taken_s: dict[str, list[float]] = {name: [] for name in sides}
     read_s = []
+    clock = time.perf_counter if options.clock == "wall" else lambda: time.process_time() / threads
     for _ in range(options.repeats + 1):
-        read_s.append(_read_s(buffer, threads))
+        read_s.append(_read_s(buffer, threads, clock))
         for name, side in sides.items():
-            taken_s[name].append(_call_s(side, inputs_TI))
+            taken_s[name].append(_call_s(side, inputs_TI, clock))
     read_rate = buffer.nbytes / statistics.median(read_s[1:])
     median_s = {name: statistics.median(times[1:]) for name, times in taken_s.items()}
     dense_s = min(median_s["dense float32"], median_s["dense bfloat16"])
@@ -138,24 +145,24 @@ def measure(
     ]  # fmt: skip
 
 
-def _call_s(side: Side, inputs_TI: Tensor) -> float:
+def _call_s(side: Side, inputs_TI: Tensor, clock: Callable[[], float]) -> float:
     """Seconds of a call: the mean of as many as take 2 ms, so that small layers are seen too."""
-    num_calls, started_s = 0, wall_s("cpu")
-    while (taken_s := wall_s("cpu") - started_s) < 2e-3 or not num_calls:
+    num_calls, started_s = 0, clock()
+    while (taken_s := clock() - started_s) < 2e-3 or not num_calls:
         side.run(inputs_TI)
         num_calls += 1
     return taken_s / num_calls
 
 
-def _read_s(buffer: Tensor, threads: int) -> float:
+def _read_s(buffer: Tensor, threads: int, clock: Callable[[], float]) -> float:
     """Seconds in which the best instructions here read the buffer; torch's sum without them."""
     found = library()
-    started_s = wall_s("cpu")
+    started_s = clock()
     if found is None:
         buffer.view(torch.int64).sum()
     else:
         found.handle.twofour_read(buffer.data_ptr(), buffer.nbytes, threads, found.best)
-    return wall_s("cpu") - started_s
+    return clock() - started_s
 
 
 def summarise(
