@@ -34,7 +34,7 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
 
 _UNITS = {
     "linear.cpp": (),
-    "path_plain.cpp": (),
+    "path_plain.cpp": ("-O2",),
     "path_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "path_avx512.cpp": (
         "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
@@ -146,7 +146,7 @@ def load(folder: Path, compiler: str | None = None) -> Library:
     if compiler is None:
         raise LibraryError(f"no C++ compiler ({', '.join(_COMPILERS)}) is on the PATH; install one")
     units = dict(_UNITS) if platform.machine() in ("x86_64", "AMD64") else {
-        name: flags for name, flags in _UNITS.items() if not flags
+        name: flags for name, flags in _UNITS.items() if "avx" not in name
     }  # fmt: skip
     file = folder / f"linear-{_key(compiler, units)}.so"
     _require_private(folder)

@@ -1,5 +1,7 @@
 // rows.h without instructions of any one processor.
 
+#define KEEP_LOOPS
+
 #include "lanes_plain.h"
 #include "rows.h"
 

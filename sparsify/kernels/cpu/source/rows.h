@@ -8,6 +8,16 @@
 
 #include "job.h"
 
+// Loops over registers. Plain C++ keeps them: unrolled, they take compilers minutes.
+#define UNROLL_(words) _Pragma(#words)
+#ifdef KEEP_LOOPS
+#define UNROLL(times)
+#elif defined(__clang__)
+#define UNROLL(times) UNROLL_(clang loop unroll_count(times))
+#else
+#define UNROLL(times) UNROLL_(GCC unroll times)
+#endif
+
 namespace {
 
 // Where the scales and zeros of a group begin; padding of the columns belongs to the last group.
@@ -63,6 +73,16 @@ constexpr float unit() {
     return TYPE == FLOAT8 ? 256.0f : TYPE == INT4 ? V::INT4_UNIT : 1.0f;
 }
 
+template <class V, int A>
+inline typename V::F sum_up(const typename V::F *sums) {
+    if constexpr (A == 4)
+        return V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3]));
+    else if constexpr (A == 2)
+        return V::add(sums[0], sums[1]);
+    else
+        return sums[0];
+}
+
 // Sums of `N` tokens for H * V::WIDTH lanes from `lane`, into sums[token][row].
 //
 // With scales per group, few tokens have their sums scaled once a group, and for many the values
@@ -76,7 +96,7 @@ inline void run_lanes(
     using I = typename V::I;
     constexpr bool HAS_GROUPS = TYPE == INT8 || TYPE == INT4 || TYPE == NF4;
     constexpr bool SCALE_SUMS = HAS_GROUPS && !SCALE_VALUES;
-    constexpr int A = N * H <= 2 ? 2 : 1;
+    constexpr int A = N * H == 1 ? 4 : N * H == 2 ? 2 : 1;
     const F factor = V::all(unit<V, TYPE>());
     F sum[H][N][A], total[H][N], scale[H], zero[H];
     I meta[H], codes[H];
@@ -102,9 +122,7 @@ inline void run_lanes(
                 for (int h = 0; h < H; h++) {
                     if (group >= 0)
                         for (int n = 0; n < N; n++) {
-                            F whole = sum[h][n][0];
-                            if (A == 2)
-                                whole = V::add(whole, sum[h][n][A - 1]);
+                            const F whole = sum_up<V, A>(sum[h][n]);
                             total[h][n] = V::multiply_add(whole, scale[h], total[h][n]);
                             for (int a = 0; a < A; a++)
                                 sum[h][n][a] = V::all(0.0f);
@@ -116,7 +134,7 @@ inline void run_lanes(
                 group++;
                 left = job.group_steps;
             }
-#pragma GCC unroll 8
+            UNROLL(8)
             for (int step = 0; step < SEGMENT; step++, x += N * 4) {
                 F values[H];
                 if (SCALE_VALUES && --left <= 0) {
@@ -135,7 +153,7 @@ inline void run_lanes(
                     if (SCALE_VALUES)
                         values[h] = V::multiply(values[h], scale[h]);
                 }
-#pragma GCC unroll 16
+                UNROLL(16)
                 for (int n = 0; n < N; n++) {
                     const F inputs = V::load_group(x + n * 4);
                     for (int h = 0; h < H; h++)
@@ -152,9 +170,7 @@ inline void run_lanes(
         if (!HAS_GROUPS)
             scale[h] = job.scales ? V::multiply(scales_of<V, TYPE>(job, block, lane + h * V::WIDTH, 0), factor) : factor;
         for (int n = 0; n < N; n++) {
-            F whole = sum[h][n][0];
-            if (A == 2)
-                whole = V::add(whole, sum[h][n][A - 1]);
+            F whole = sum_up<V, A>(sum[h][n]);
             if (!SCALE_VALUES)
                 whole = V::multiply_add(whole, scale[h], total[h][n]);
             V::store_pair_sums(whole, sums + n * ROWS + (lane + h * V::WIDTH) / 2);
@@ -211,7 +227,7 @@ uint64_t read_bytes(const uint8_t *begin, int64_t num_bytes) {
     for (const uint8_t *at = begin; at < begin + num_bytes; at += 512) {
         for (int64_t line = 0; line < 512; line += 64)
             __builtin_prefetch(at + PREFETCH_BYTES + line);
-#pragma GCC unroll 16
+        UNROLL(16)
         for (int64_t k = 0; k < SUMS; k++)
             sums[k] = V::either(sums[k], V::load_int(at + k * STEP));
     }
