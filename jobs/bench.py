@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import shlex
 import sys
 import time
@@ -18,7 +19,9 @@ from typing import Any
 
 from jobs.benchmarks.support.record import build_record, default_name, render, write_record
 from jobs.cli.streams import take_any_text
+from jobs.reporting.chart_file import chart_file
 from sparsify.errors import InputError, TwofourError
+from sparsify.files import written_whole
 
 _COMMAND = "python -m jobs.bench"
 
@@ -117,6 +120,13 @@ def _run(options: argparse.Namespace) -> None:
     path = options.record or folder / default_name(record)
     write_record(record, path)
     print(f"\nrecord: {path}")
+    if outcome.chart is not None:
+        chart = path.with_suffix(".svg")
+        with written_whole(chart) as temporary:
+            temporary.write_text(chart_file(outcome.chart), encoding="utf-8")
+        print(f"chart: {chart}")
+    if outcome.summary is not None:
+        print(json.dumps({"benchmark": options.benchmark, "record": str(path), **outcome.summary}))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,18 @@ class Table:
         return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same places, drawn on logarithmic axes."""
+
+    title: str
+    across: str
+    """name of the horizontal axis"""
+    places: Sequence[float]
+    curves: dict[str, Sequence[float | None]]
+    """name -> a value at each place"""
+
+
 @dataclass
 class Outcome:
     """What a benchmark found."""
@@ -79,6 +91,10 @@ class Outcome:
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """what differs between the sides, and what the figures do not say"""
+    chart: Chart | None = None
+    """drawn beside the record"""
+    summary: dict[str, Any] | None = None
+    """printed as JSON on the last line"""
 
 
 def build_record(

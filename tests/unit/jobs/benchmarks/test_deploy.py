@@ -1,0 +1,122 @@
+"""`jobs.bench deploy`: what it measures, prints, draws and refuses; never how fast."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import bench
+from jobs.benchmarks import deploy
+from jobs.benchmarks.support import linear_sides
+from jobs.benchmarks.support.record import Chart
+from jobs.reporting.chart_file import chart_file
+from sparsify.kernels.cpu.layout import KINDS
+from sparsify.kernels.cpu.linear import packed_linear
+
+SIDES = ["dense float32", "dense bfloat16", "dense int4", "bfloat16", "int4"]
+
+
+def test_a_run_leaves_record_chart_and_a_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(deploy, "_cache_bytes", lambda: 2**16)
+    words = ["deploy", "--shapes", "48x128", "16x256", "--batches", "1", "3", "--kinds", "bfloat16"]
+    words += ["int4", "--repeats", "1", "--threads", "2", "--record", str(tmp_path / "d.json")]
+    before = torch.get_num_threads()
+    try:
+        assert bench.main([*words, "--workdir", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "d.json").read_text())["figures"]["layers"]
+    assert [row["side"] for row in rows] == SIDES * 8
+    assert {(row["rows"], row["threads"], row["batch"]) for row in rows} == {
+        (rows, threads, batch) for rows in (48, 16) for threads in (1, 2) for batch in (1, 3)
+    }
+    for first in range(0, len(rows), len(SIDES)):
+        some = {row["side"]: row for row in rows[first : first + len(SIDES)]}
+        dense_s = min(some[side]["median_s"] for side in SIDES[:2])
+        weights = some["int4"]["rows"] * some["int4"]["columns"]
+        assert some["dense float32"]["num_bytes"] == 4 * weights
+        # Two values of 16 bits and 4 bits of positions for 4 weights; 2 x 4 + 4, and 16 for 128.
+        assert some["bfloat16"]["num_bytes"] * 8 == 9 * weights
+        assert some["int4"]["num_bytes"] * 8 == 3 * weights + weights // 8
+        for row in some.values():
+            assert row["ratio"] == pytest.approx(dense_s / row["median_s"])
+            rate = row["num_bytes"] / row["median_s"]
+            assert row["share"] == pytest.approx(rate / row["read_bytes_per_s"])
+    last = json.loads(printed.splitlines()[-1])
+    assert last["benchmark"] == "deploy" and last["record"] == str(tmp_path / "d.json")
+    assert set(last["ratio_at_1"]) == set(SIDES) and last["targets"] == 6
+    assert "int4, batch 1: least ratio" in printed
+    drawing = ElementTree.parse(tmp_path / "d.svg").getroot()
+    texts = [node.text for node in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert set(SIDES) < set(texts)
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * len(SIDES)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "cuda"], "there are no packed kernels for it yet"),
+        (["--shapes", "9b"], "--shapes 9b: write 8b, 70b or ROWSxCOLUMNS"),
+        (["--shapes", "8x12"], "columns must be a multiple of 8"),
+        (["--batches", "0"], "--batches 0: write numbers of tokens"),
+        (["--kinds", "int3"], "--kinds int3: unknown; use one of: float32"),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench.main(["deploy", *words, "--threads", "1", "--workdir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_every_side_takes_its_copies_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def note(inputs: torch.Tensor, blocks: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(blocks.data_ptr())
+        return packed_linear(inputs, blocks, *rest)
+
+    monkeypatch.setattr(linear_sides, "packed_linear", note)
+    for kind in KINDS:
+        seen.clear()
+        side = linear_sides.packed(kind, 16, 128, 3 * 16 * 128 * 5, "auto")
+        for _ in range(40):
+            assert side.run(torch.randn(2, 128)).shape == (2, 16)
+        copies = len(set(seen))
+        assert copies * side.num_bytes >= 3 * 16 * 128 * 5 and copies >= 2
+        assert seen == (seen[:copies] * 40)[:40]
+
+
+def test_torch_int4_is_fed_as_it_wants() -> None:
+    """Against its meaning, (code - 8) * scale + zero: a wrong layout would be timed as well."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (32, 256), dtype=torch.int32)
+    scales = torch.rand(2, 32, 2, dtype=torch.bfloat16)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    inputs = torch.randn(3, 256, dtype=torch.bfloat16)
+    output = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, 128, scales)
+    scale, zero = scales.float().transpose(0, 1).repeat_interleave(128, 1).unbind(-1)
+    expected = inputs.float() @ ((codes - 8) * scale + zero).T
+    # bfloat16 outputs; measured 0.002 of the norm.
+    assert (output.float() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_chart_of_curves_with_gaps() -> None:
+    curves = {"a & b": [2.0, None, 8.0], "c": [1.0, 1.0, 1.0]}
+    drawing = ElementTree.fromstring(chart_file(Chart("Speed <2>", "tokens", [1, 4, 16], curves)))
+    lines = list(drawing.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert [len(line.attrib["points"].split()) for line in lines] == [2, 3]
+    heights = [float(point.split(",")[1]) for point in lines[0].attrib["points"].split()]
+    assert heights[0] > heights[1]  # down the page is less
+    texts = [node.text for node in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Speed <2>", "tokens", "a & b", "c", "1", "4", "16"} <= set(texts)
