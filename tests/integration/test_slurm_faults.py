@@ -45,7 +45,7 @@ def both_hosts_free(rig: Rig) -> Iterator[None]:
     yield
     for host in HOSTS:
         rig.cut(host, False)
-    rig.slurm("scancel", "--state=PENDING,RUNNING", "--user=root")
+    rig.slurm("scancel", "--user=root")
     rig.wait_for("both hosts to be idle", rig.is_idle, 120)
 
 
