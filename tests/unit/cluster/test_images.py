@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 IMAGES = ROOT / "cluster" / "images"
 DOCKERFILE = (IMAGES / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 DEFINITION = (IMAGES / "twofour.def").read_text(encoding="utf-8")
-TORCH = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+TORCH = re.search(r"(?m)^torch==[\d.]+$", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -40,7 +40,7 @@ def test_copied_files_exist_and_all_packages_are_copied() -> None:
 def test_same_versions_as_the_project() -> None:
     for text in (DOCKERFILE, DEFINITION):
         assert TORCH
-        assert f'-c constraints.txt "{TORCH[1]}"' in text
+        assert f'-c constraints.txt "{TORCH[0]}"' in text
         assert '-c constraints.txt ".[jobs]"' in text
 
 

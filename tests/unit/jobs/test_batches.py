@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.spec import ClusterSpec
+from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig
 from conf.schema import Config
@@ -39,7 +39,7 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
     config = Config(
         data=DataConfig(calibration=str(source), sequence_length=16, isolate_documents=isolate),
         distill=DistillConfig(num_tokens=384, batch_size=8, micro_batch_size=micro_batch_size),
-        cluster=ClusterSpec(num_workers=world_size),
+        cluster=StagedClusterSpec(num_workers=world_size),
     )
     payload = {"config": config, "teacher": tiny_model_dir, "store": tmp_path / "rows"}
     prepare_rows(SimpleNamespace(num_threads=1, warn=lambda text: None), payload)
