@@ -14,7 +14,8 @@ from torch import Tensor
 from sparsify.errors import InputError
 from sparsify.kernels.cpu.layout import KINDS, WITH_GROUPS, Prepared, prepare
 from sparsify.kernels.cpu.linear import available_paths, packed_linear
-from sparsify.kernels.cpu.reference import NF4_VALUES, dense_weight
+from sparsify.kernels.cpu.reference import dense_weight
+from sparsify.packed.layer import NF4
 
 PATHS = ("torch", "plain", "avx2", "avx512")
 BATCHES = (*range(1, 18), 33)
@@ -186,7 +187,7 @@ def test_every_code(path: str) -> None:
         read = layer(torch.eye(2 * kept)[columns], None, path).flatten()
         if weight.dtype == torch.uint8:
             codes = torch.stack((bits & 15, bits >> 4), dim=1).flatten()
-            table = torch.tensor(NF4_VALUES) if kind == "nf4" else torch.arange(-8.0, 8.0)
+            table = torch.tensor(NF4) if kind == "nf4" else torch.arange(-8.0, 8.0)
             assert torch.equal(read, table[codes.long()])
         else:
             assert torch.equal(read, weight.float().flatten())

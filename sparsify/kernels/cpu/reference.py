@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu.layout import ROWS, Prepared, restore
+from sparsify.packed.layer import NF4
 
 _TILE_WEIGHTS = 2**20  # of a dense tile: 4 MB, which stay in cache
-
-NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
-"""The 16 values of NF4 (arXiv:2305.14314), before scales"""
 
 
 def dense_weight(
@@ -40,7 +33,7 @@ def dense_weight(
     if kind in ("int4", "nf4"):
         nibbles = torch.stack((weight_OK & 0x0F, weight_OK >> 4), dim=2)
         codes_OK = nibbles.flatten(1)[:, : num_columns // 2]
-        values_OK = torch.tensor(NF4_VALUES)[codes_OK.long()] if kind == "nf4" else codes_OK.float()
+        values_OK = torch.tensor(NF4)[codes_OK.long()] if kind == "nf4" else codes_OK.float()
         if kind == "int4" and zeros_OG is None:
             values_OK -= 8
     else:
