@@ -25,20 +25,46 @@ from sparsify.formats.verify import masks_of
 from sparsify.integrations.linear import PackedLinear
 from sparsify.integrations.quantizer import check_fits
 from sparsify.kernels import packed_linear as kernel
+from sparsify.kernels.cpu import linear as cpu
+from sparsify.kernels.cpu.library import library, use_folder
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole, stored_of
-from sparsify.models.load import check_checkpoint, load_model
+from sparsify.models.load import check_checkpoint, load_model, load_tokenizer
 from sparsify.models.masked import apply_masks_, infer_masks
 from sparsify.models.save import save_model
 from sparsify.packed.folder import INDEX, PackedFolder, write_index
 from sparsify.packed.layer import pack_layer
-from sparsify.packed.layout import Scheme, packed_layers
+from sparsify.packed.layout import Layer, Scheme, packed_layers
 from sparsify.pattern import Pattern
 from sparsify.quantization import QuantParams, quantize_weight
 from tests.conftest import REPOSITORY, message
 from tests.unit.sparsify.test_packed import coded
 
 TWO_FOUR = Pattern.parse("2:4")
+
+
+@pytest.fixture(autouse=True)
+def _bits_of_the_dense_model(monkeypatch):
+    """PyTorch on the CPU, for tests that compare bits; those of the kernels ask for `kernels`."""
+    monkeypatch.setattr(PackedLinear, "uses_kernels", False)
+
+
+@pytest.fixture
+def kernels(_bits_of_the_dense_model, monkeypatch) -> list[str]:
+    """The C++ kernels, as by default; the kind of every product that they compute."""
+    if library() is None:
+        pytest.skip("no C++ compiler for the CPU kernels")
+    monkeypatch.setattr(PackedLinear, "uses_kernels", True)
+    calls: list[str] = []
+    product = cpu.packed_linear
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(rest[4])
+        return product(x, *rest)
+
+    monkeypatch.setattr(cpu, "packed_linear", counted)
+    return calls
+
 
 IDS = torch.randint(3, 90, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -517,3 +543,181 @@ def test_every_way_into_a_model_folder_takes_a_packed_one(tmp_path, tiny_tokeniz
     assert all(bool((dense.get_submodule(n).weight == 0)[~keep].all()) for n, keep in masks.items())
     assert packed_layers(folder).keys() == masks.keys()
     assert packed_layers(tmp_path) == {}
+
+
+# The kernels of a CPU, which layers take there by default.
+
+
+def packed_modules(model: Any) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+
+
+def aligned(dtype: torch.dtype = torch.float32) -> Any:
+    """Of sizes that the kernels' order does not pad."""
+    return llama(dtype, hidden_size=64, intermediate_size=128)
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_cpu_layers_compute_with_the_kernels(tmp_path, tiny_tokenizer, kernels, dtype, bits):
+    """Near the dense model, in the packed size, and a save after it gives the same files."""
+    dense = aligned(dtype)
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, bits)
+    model = loaded(folder)
+    names = [name for name, _ in model.named_parameters()]
+    found = logits(model)
+    assert kernels == [str(dtype).removeprefix("torch.") if bits is None else f"int{bits}"] * 14
+    difference = (found.float() - logits(dense).float()).abs().max() / found.float().abs().max()
+    assert difference < {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    if dtype == torch.float32:
+        assert greedy(model) == greedy(dense)
+    assert all(
+        module.kind and not module.weight_indices.numel() for module in packed_modules(model)
+    )
+    assert sum(p.nbytes for p in model.parameters()) == PackedFolder(folder).num_bytes
+    assert [name for name, _ in model.named_parameters()] == names
+    assert not any(p.requires_grad for m in packed_modules(model) for p in m.parameters())
+    model.save_pretrained(tmp_path / "again")
+    assert same_files(folder, tmp_path / "again")
+    assert torch.equal(logits(model), found)
+
+
+def test_the_embedded_model_answers_the_same_from_the_kernels(tmp_path, kernels):
+    """The project's own model, pruned, in float32: the same tokens; logits differ by rounding."""
+    dense = load_model("embedded", "float32").eval()
+    folder = packed(tmp_path / "packed", dense, load_tokenizer("embedded"))
+    model = loaded(folder)
+    found, expected = logits(model), logits(dense)
+    assert kernels and set(kernels) == {"float32"}
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    how = {"attention_mask": IDS > 0, "max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **how), dense.generate(IDS, **how))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_after_a_product_everything_works_as_before_it(tmp_path, tiny_tokenizer, kernels, bits):
+    """Copies, casts, states and dense layers find the tensors of the files."""
+    dense = llama(torch.bfloat16)  # of sizes that are padded
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, bits)
+    model, fresh = loaded(folder), loaded(folder)
+    before = logits(model)
+    other = copy.deepcopy(model)
+    for module in packed_modules(model):
+        module.weight.data.zero_()
+    assert torch.equal(logits(other), before)
+    ours, theirs = other.state_dict(), fresh.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    model.load_state_dict(ours)
+    assert torch.equal(logits(model), before)
+    wide = loaded(folder, dtype=torch.float32)
+    assert torch.equal(logits(model.to(torch.float32)), logits(wide))
+    assert packed_modules(model)[0].kind == ("int4" if bits else "float32")
+    assert packed_modules(model.to("meta"))[0].weight_indices.numel() > 0
+    logits(other)
+    for (name, ours), theirs in zip(
+        other.dequantize().named_parameters(), dense.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def single(scheme: Scheme | None) -> tuple[PackedLinear, Tensor, dict[str, Tensor]]:
+    """A layer, the weight that it stands for, and its tensors."""
+    weight, parts, _ = given(scheme)
+    module = PackedLinear(Layer((24, 40), scheme or Scheme(), TWO_FOUR), torch.float32, False)
+    module.load_state_dict(parts)
+    return module, weight, parts
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compiling_takes_the_kernels_whole(kernels, scheme, mode):
+    """At its first product or later, and again after the tensors went back to the files' order."""
+    torch._dynamo.reset()
+    module, weight, parts = single(scheme)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 5, 40)
+    expected = nn.functional.linear(x, weight)
+    with mode():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+            assert kernels and module.kind == kernels[0]
+            state = module.state_dict()
+            for name, part in parts.items():
+                assert torch.equal(state[name].view(torch.uint8), part.view(torch.uint8)), name
+        assert module(x[:0]).shape == (0, 5, 24)
+    with torch.inference_mode(False):
+        module.weight.data.view(torch.uint8).zero_()  # no tensor of inference mode
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int", 8, 12, False), Scheme("int", 4, 6), Scheme("nf4", 4, 10)]
+)
+def test_what_the_kernels_refuse_computes_in_pytorch(kernels, scheme):
+    module, weight, _ = single(scheme)
+    x = torch.randn(3, 40)
+    assert torch.equal(module(x), nn.functional.linear(x, weight))
+    assert module.kind is None and not kernels
+
+
+def test_another_input_or_the_switch_brings_pytorch_back(kernels):
+    module, weight, _ = single(Scheme("int", 4, 16))
+    x = torch.randn(3, 40)
+    module(x)
+    assert module.kind == "int4"
+    assert torch.equal(module(x.double()), nn.functional.linear(x.double(), weight.double()))
+    assert module.kind is None
+    module(x)
+    module.uses_kernels = False
+    assert torch.equal(module(x), nn.functional.linear(x, weight))
+    assert module.kind is None and len(kernels) == 2
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(torch.randn(3, 44))
+
+
+def test_other_patterns_stay_in_pytorch(tmp_path, tiny_tokenizer, kernels):
+    dense = llama()
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, 4, Pattern.parse("1:4"))
+    assert torch.equal(logits(loaded(folder)), logits(dense))
+    assert not kernels
+
+
+def test_what_is_offloaded_stays_in_pytorch(tmp_path, tiny_tokenizer, kernels):
+    """Its tensors come and go with every product; those beside it take the kernels."""
+    accelerate = pytest.importorskip("accelerate", reason="transformers places with accelerate")
+    dense = llama()
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, 4)
+    places = {
+        "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+        "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+    }  # fmt: skip
+    model = loaded(folder, device_map=places, offload_folder=tmp_path / "offload")
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), logits(dense))
+    assert len(kernels) == 14
+    assert all(module.kind for module in packed_modules(model.model.layers[0]))
+    assert all(module.weight.is_meta for module in packed_modules(model.model.layers[1]))
+    whole = loaded(folder)
+    before = logits(whole)  # in the kernels' order when it is offloaded
+    whole = accelerate.disk_offload(whole, str(tmp_path / "whole"), execution_device="cpu")
+    kernels.clear()
+    for _ in range(2):
+        torch.testing.assert_close(logits(whole), before)
+    assert not kernels
+
+
+def test_without_a_compiler_layers_compute_in_pytorch(tmp_path, tiny_tokenizer, monkeypatch):
+    """One warning, and the bits of the dense model."""
+    dense = llama()
+    folder = packed(tmp_path / "packed", dense, tiny_tokenizer, 4)
+    monkeypatch.setattr(PackedLinear, "uses_kernels", True)
+    use_folder(tmp_path / "cache", str(tmp_path / "no-compiler"))
+    try:
+        with pytest.warns(RuntimeWarning, match="CPU kernels: .*run in PyTorch") as warned:
+            found = logits(model := loaded(folder))
+        assert torch.equal(found, logits(dense))
+        assert greedy(model) == greedy(dense)
+        assert sum("CPU kernels" in str(entry.message) for entry in warned) == 1
+        assert not any(module.kind for module in packed_modules(model))
+    finally:
+        use_folder(None)
