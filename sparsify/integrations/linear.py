@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         has_bias: whether there is one.
     """
 
-    uses_kernels: ClassVar[bool] = True
+    uses_kernels: bool = True
     """False, of the class or of one layer: PyTorch on a CPU too, with the bits of a dense layer"""
 
     kind: str | None
@@ -128,7 +128,7 @@ class PackedLinear(nn.Module):
                 try:
                     blocks, scales, zeros = prepare(kind, self.in_features, *parts)
                 except InputError:  # a NaN of float8, unsigned codes of 8 bits
-                    self.uses_kernels = False  # type: ignore[misc]  # of this layer
+                    self.uses_kernels = False  # of this layer
                     return False
                 self._hold_all(blocks, self.weight_indices.new_empty(0), scales, zeros)
                 self.kind = kind

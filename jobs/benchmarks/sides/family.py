@@ -27,6 +27,7 @@ from sparsify.errors import TwofourError, first_line
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.sparse_folder import MASKS, write_sparsity
 from sparsify.formats.verify import check_files, check_packed, masks_of
+from sparsify.integrations.linear import PackedLinear
 from sparsify.integrations.quantizer import check_fits
 from sparsify.masks.storage import merge_masks, save_masks
 from sparsify.methods import PruneParams, get_method
@@ -220,6 +221,9 @@ def _export(family: _Family) -> dict[str, Any]:
     reloaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto", local_files_only=True)
     packed = family.folder / "sparse-packed"
     held = AutoModelForCausalLM.from_pretrained(packed, dtype="auto", local_files_only=True)
+    for module in held.modules():
+        if isinstance(module, PackedLinear):
+            module.uses_kernels = False  # bits are compared
     return {
         **gate,
         "has_same_names": _stored_names(out) == _stored_names(family.folder / "dense"),
