@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test quick lint all-tests quick-tests docs clean
+.PHONY: setup demo test quick lint all-tests quick-tests slow-tests docs clean
 
 setup: $(READY)
 
@@ -35,8 +35,11 @@ quick: $(READY)
 # Integration tests come one after another: they look for Ray's workers on this machine to kill them,
 # and each starts two of its own.
 all-tests: quick-tests
-	$(PYTEST) tests/integration
+	$(PYTEST) -m "not slow" tests/integration
 
+# On a real Slurm of two hosts (root): cut links, a second user, bad nodes, dependent jobs; 30 minutes.
+slow-tests: $(READY)
+	TWOFOUR_NEED_SLURM=1 $(PYTEST) -m slow tests/integration
 
 quick-tests: $(READY)
 	$(PYTEST) -n $(WORKERS) --dist loadfile tests --ignore tests/integration

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -69,7 +68,7 @@ class RayCluster:
         self._root = root
         self._tell = on_event
         self._values = Values(run_name)
-        self._export = contextlib.ExitStack()
+        self._export: Export | None = None
         self._board: Any = None
         self._thread = ThreadPoolExecutor(1, "ray")
         self._local: LocalRay | None = None
@@ -106,9 +105,11 @@ class RayCluster:
         if self._local is not None:
             is_lost = self._local.check() is not None
             self._local.is_ending()
-        self._export.close()
+        is_abandoned = is_interrupted or is_lost
+        if self._export is not None:
+            self._export.end(wait=not is_abandoned)
         try:
-            if is_interrupted or is_lost:
+            if is_abandoned:
                 abandon()
             else:
                 self._call(ray.shutdown)
@@ -161,7 +162,7 @@ class RayCluster:
             name=f"progress of {self.run_name}", scheduling_strategy=here
         ).remote()
         wait_for_resources(self.spec, self.spec.start_timeout_s if self.spec.num_nodes > 1 else 0)
-        self._export.enter_context(Export(self._values))
+        self._export = Export(self._values)
 
     def exclude(self, nodes: Collection[str]) -> bool:
         """Start nothing more on the machines of these names; False where the others are too few."""

@@ -16,7 +16,7 @@ class Export:
     """A thread that hands the values of this moment to Ray, again and again: Ray forgets a value
     that it has not been told for two such times, and so all of them after the command has ended.
 
-    Used as a context manager around the run's use of Ray.
+    Begins when Ray is there.
 
     Args:
         values: what to show.
@@ -26,14 +26,13 @@ class Export:
         self._values = values
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="metrics")
-
-    def __enter__(self) -> Export:
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def end(self, wait: bool) -> None:
+        """Hand over nothing more; `wait` until that is so, which without Ray may be never."""
         self._stop.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self) -> None:
         gauges = {m.name: Gauge(m.name, m.text, ("run", "stage", *m.labels)) for m in METRICS}

@@ -28,6 +28,8 @@ from tests.integration.slurm_runs import (
     words_of,
 )
 
+pytestmark = pytest.mark.slow
+
 # Ray gives a machine up after half a minute instead of more than one.
 SOONER = {"RAY_health_check_failure_threshold": "2"}
 

@@ -19,6 +19,8 @@ from tests.integration.test_slurm import (  # noqa: F401  rig and words are fixt
     words,
 )
 
+pytestmark = pytest.mark.slow
+
 PRUNE = ["stages=[prune]", "cluster.preflight.when=always"]
 
 

@@ -9,8 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.integration import slurm_rig
 from tests.integration.slurm_runs import REPOSITORY, rig_of_tests
+
+pytestmark = pytest.mark.slow
 
 
 def processes_of(folder: Path) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.integration.slurm_rig import Rig
 from tests.integration.test_slurm import (
     TWO_HOSTS,
@@ -15,6 +17,8 @@ from tests.integration.test_slurm import (
     steps_of,
     words,  # noqa: F401  a fixture
 )
+
+pytestmark = pytest.mark.slow
 
 CHAIN = [*TWO_HOSTS, "cluster.stages.distill.num_nodes=1", "cluster.stages.distill.slurm.time=20"]
 """prune has both hosts, distill has one"""
