@@ -149,7 +149,7 @@ node() {
     local ray log=$folder/$job.ray$SLURM_NODEID.log begin joined=no tries=0 old
     # Slurm may miss Ray's daemons when it ends a job; this user has no other job on the node.
     if [ "${inside[0]-}" != unshare ]; then
-        pkill -KILL -u "$(id -u)" -f '/tmp/twofour-[0-9]+-[0-9]+/' || true
+        pkill -KILL -u "$(id -u)" -f '/tmp/twofour-[0-9_]+-[0-9]+/' || true
         for old in /tmp/twofour-[0-9]*-[0-9]*; do
             if [ -O "$old" ]; then rm -rf "$old"; fi
         done
