@@ -135,23 +135,18 @@ class RayCluster:
         while not wait([future], timeout=_LOOK_EVERY_S).done:
             check_signals()
             if self._local is not None and self._local.lost is not None:
-                self._raise_lost()
+                raise ClusterLostError(self._local.lost)
         check_signals()
         if future.exception() is not None and self._local is not None and self._local.check():
-            self._raise_lost()  # the reason of whatever else went wrong
+            raise ClusterLostError(self._local.lost)  # the reason of whatever else went wrong
         return future.result()
-
-    def _raise_lost(self) -> None:
-        assert self._local is not None
-        raise ClusterLostError(
-            f"{self._local.check()}, as happens when memory runs out; see {self.log_folder}; "
-            "run the same command again to continue"
-        )
 
     def _start(self, address: str | None) -> None:
         """On Ray's thread: start or join it."""
         info = start_ray(self.spec, self.run_name, self._root, address)
         self._session = Path(info.address_info["session_dir"])
+        if self._local is not None:
+            self._local.look()
         if (url := info.address_info.get("webui_url")) and self.spec.dashboard:
             head = info.address_info["gcs_address"].rpartition(":")[0]
             is_here = head in (info.address_info["node_ip_address"], "127.0.0.1", "localhost")

@@ -17,6 +17,8 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -107,6 +109,7 @@ class LocalRay:
         self._root = root or Path(tempfile.gettempdir()) / f"twofour-{os.getuid()}"
         self._folder = self._root / f"{os.getpid()}-{began(os.getpid())}"
         self._held: IO[str] | None = None
+        self._last_words = _LastWords()
         self._others = {child.pid for child in psutil.Process().children()}
         self._known: dict[int, int] = {}
         self._vital: dict[int, tuple[str, int]] = {}
@@ -133,15 +136,29 @@ class LocalRay:
         return said
 
     def check(self) -> str | None:
-        """What Ray has lost, looked at now: one line without what to do, None while it lives."""
-        for pid, (name, begun) in list(self._vital.items()):
+        """What Ray has lost, looked at now, in one line; None while it lives."""
+        for pid, (_, begun) in list(self._vital.items()):
             if began(pid) != begun and not self._stop.is_set():
-                self.lost = f"Ray's {name} (process {pid}) on this machine has died"
+                self.lost = self._words(pid)
         return self.lost
+
+    def _words(self, pid: int) -> str:
+        name, _ = self._vital[pid]
+        logs = "Ray's logs" if self.session is None else self.session / "logs"
+        return (
+            f"Ray's {name} (process {pid}) on this machine has died, as happens when memory runs "
+            f"out; see {logs}; run the same command again to continue"
+        )
 
     def is_ending(self) -> None:
         """Watch no more: from here on Ray's processes end because they are asked to."""
         self._stop.set()
+        self._last_words.end()
+
+    def look(self) -> None:
+        """Find the processes of Ray, record them, and have their death said whatever happens."""
+        self._look()
+        self._last_words.tell({pid: self._words(pid) for pid in self._vital})
 
     def end(self, *, keep_folder: bool) -> None:
         """Kill what is left of Ray, take back the record and, unless kept, the session's folder."""
@@ -162,7 +179,7 @@ class LocalRay:
             every_s = _RECORD_EVERY_S[now_s - begun_s > _STARTED_AFTER_S]
             if now_s - recorded_s >= every_s:
                 recorded_s = now_s
-                self._look()
+                self.look()
             self.check()
 
     def _look(self) -> None:
@@ -193,6 +210,43 @@ class LocalRay:
         with contextlib.suppress(OSError):  # a full disk costs the record, not the run
             temporary.write_text(json.dumps(content), encoding="utf-8")
             temporary.replace(self._folder / _PROCESSES)
+
+
+class _LastWords:
+    """The program `last_words` beside this process; without it the run goes on."""
+
+    def __init__(self) -> None:
+        program = Path(__file__).with_name("last_words.py")
+        self._mutex = threading.Lock()
+        self._said: dict[int, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen(  # noqa: S603 -- our own program
+                [sys.executable, "-I", "-S", str(program)], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def tell(self, words: dict[int, str]) -> None:
+        """What to say when a process of these numbers dies."""
+        if words != self._said:
+            self._said = words
+            self._write(json.dumps(words).encode() + b"\n")
+
+    def end(self) -> None:
+        """This process speaks for itself from here on."""
+        self._write(b"\n")
+        with self._mutex:
+            if self._process is not None and self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+                self._process.wait()
+                self._process = None
+
+    def _write(self, line: bytes) -> None:
+        with self._mutex, contextlib.suppress(OSError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
 
 
 @contextlib.contextmanager

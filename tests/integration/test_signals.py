@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.integration.commands import Command, wait_until
 from tests.integration.conftest import REPOSITORY
@@ -37,10 +36,6 @@ def test_asked_to_end_while_pruning_it_says_how_it_goes_on_and_does(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="open: where its sockets are looked at first, the command ends with code 1 and no line",
-)
 def test_a_raylet_that_dies_ends_the_run_in_one_line_and_leaves_nothing(
     small: list[str], tmp_path: Path
 ) -> None:
@@ -70,7 +65,11 @@ def test_a_raylet_that_dies_ends_the_run_in_one_line_and_leaves_nothing(
         assert command.wait(60) == 1
     finally:
         command.kill()
-    last = log.read_text().splitlines()[-1]
+    # Where Ray's C++ ends the command, the line comes from a program beside it, a moment later.
+    deadline_s = time.monotonic() + 10
+    while not (last := log.read_text().splitlines()[-1]).startswith("error: "):
+        assert time.monotonic() < deadline_s, last
+        time.sleep(0.05)
     assert last.startswith(f"error: Ray's raylet (process {raylet.pid}) on this machine has died")
     assert "run the same command again" in last
     _, left = psutil.wait_procs(processes, timeout=30)

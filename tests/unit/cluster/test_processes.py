@@ -19,6 +19,26 @@ from tests.conftest import REPOSITORY
 
 TIMEOUT_S = 60
 
+# A run whose process ends when it hears of its raylet's death, as Ray's C++ ends it.
+ENDED = """
+import os, subprocess, sys
+from pathlib import Path
+from cluster.runtime.processes import LocalRay
+folder, kind = Path(sys.argv[1]), sys.argv[2]
+local = LocalRay(folder / "records")
+local.begin()
+raylet = subprocess.Popen([folder / "raylet", "1000"], stdout=-3, stderr=-3)
+local.look()
+print(raylet.pid, flush=True)
+if kind == "speaks":
+    local.is_ending()
+if kind == "killed":
+    os.kill(os.getpid(), 9)
+raylet.kill()
+raylet.wait()
+os._exit(1)
+"""
+
 # A run that starts a Ray: a process with the session's folder on its command line, and its child.
 RUN = """
 import os, subprocess, sys, time
@@ -157,7 +177,8 @@ def test_a_dead_raylet_is_noticed_and_the_rest_ended(tmp_path: Path) -> None:
         assert local.check() is None
         vital.kill()
         until(lambda: local.lost is not None)
-        assert local.lost == f"Ray's raylet (process {vital.pid}) on this machine has died"
+        assert local.lost.startswith(f"Ray's raylet (process {vital.pid}) on this machine has died")
+        assert "run the same command again" in local.lost
         local.end(keep_folder=False)
         assert other.wait(TIMEOUT_S) == -signal.SIGKILL
         assert before.poll() is None, "it was there before Ray"
@@ -165,6 +186,21 @@ def test_a_dead_raylet_is_noticed_and_the_rest_ended(tmp_path: Path) -> None:
         for child in (before, vital, other):
             child.kill()
             child.wait()
+
+
+@pytest.mark.parametrize("kind", ["ended", "speaks", "killed"])
+def test_what_the_run_cannot_say_itself_is_said(tmp_path: Path, kind: str) -> None:
+    shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
+    run = subprocess.run(
+        [sys.executable, "-c", ENDED, str(tmp_path), kind], cwd=REPOSITORY, text=True,
+        capture_output=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    pid = int(run.stdout)
+    if kind == "killed":
+        os.kill(pid, signal.SIGKILL)
+    wanted = f"error: Ray's raylet (process {pid}) on this machine has died, as happens when"
+    assert (run.stderr.startswith(wanted) and run.stderr.count("\n") == 1) == (kind == "ended")
+    assert run.stderr.strip() == "" or kind == "ended"
 
 
 def test_an_ended_process_began_never() -> None:
