@@ -20,6 +20,9 @@ class ExportConfig:
     shard_size_gb: float = option(5.0, above=0)
     """a weight file holds at most so many GB, or one tensor"""
 
+    max_timed_gb: float = option(4.0, low=0)
+    """how fast the folders answer is timed for dense weights up to so many GB"""
+
     def __post_init__(self) -> None:
         check_options(self, "export")
         if not self.formats:

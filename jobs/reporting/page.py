@@ -22,6 +22,7 @@ from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.comparison_charts import error_chart, time_chart
 from jobs.reporting.comparison_charts import perplexity_chart as perplexity_chart_of_runs
 from jobs.reporting.curves import curve_note, forecast_panel, recovery_panels
+from jobs.reporting.deployed import speed_of, writing_of
 from jobs.reporting.pruning import pruning_sections
 from jobs.reporting.results import find_result, is_recovered, label_of, times_dense
 from jobs.reporting.svg import pct
@@ -81,6 +82,8 @@ def render_report(summary: dict[str, Any]) -> str:
         goodput=_goodput(recovery.get("goodput") or {}),
         pruning=pruning_sections(summary),
         sizes=size_chart(results),
+        writing=writing_of(summary),
+        speed=speed_of(summary),
         stages=stage_chart(summary.get("stages") or []),
         facts=_facts(run, quantization),
         versions=sorted((run.get("versions") or {}).items()),

@@ -58,6 +58,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         "pruning": _pruning(metrics.get("prune", {})),
         "recovery": distill and _recovery(distill),
         "quantization": metrics.get("quantize", {}).get("quantization"),
+        "speed": metrics.get("export", {}).get("speed"),
         "warnings": list(dict.fromkeys(warnings)),
     }
 
@@ -157,6 +158,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
                 **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
                 "violations": gate["num_violations"] if gate else None,
                 "zero_share": _zero_share(gate),
+                "writing": figures.get("writing"),
             }
         )
     return rows

@@ -17,6 +17,7 @@ from rich.text import Text
 from jobs.reporting import units
 from jobs.reporting.comparison import columns_of, short_keys
 from jobs.reporting.comparison import label_of as label_in
+from jobs.reporting.deployed import conditions, generation_rows, layer_rows
 from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
 from jobs.reporting.results import is_recovered, label_of
 
@@ -50,6 +51,7 @@ def summary_tables(summary: dict[str, Any], width: int) -> list[Table]:
     return [
         *([results_table(summary, width)] if summary["results"] else []),
         *([pruning_table(summary)] if summary["layers"] else []),
+        *([speed_table(summary["speed"])] if summary.get("speed") else []),
         stages_table(summary),
     ]
 
@@ -167,6 +169,28 @@ def _worst_place(layers: list[Record]) -> str:
     worst = max(known, key=lambda layer: layer["relative_error"])
     kind = linear_kind(worst["name"], worst["block"])
     return f"{worst['block']} {short[kind]}"
+
+
+def speed_table(speed: dict[str, Any]) -> Table:
+    """One row per exported model that was timed, and one per side of the large layer."""
+    table = _table("Answering", "Weights", "First\ntoken", "Tokens/s", "Times\ndense")
+    table.caption = f"batch 1, {conditions(speed)}"
+    table.caption_justify = "left"
+    for row in generation_rows(speed):
+        table.add_row(
+            Text(row["name"]), units.size(row["num_bytes"]),
+            units.milliseconds(row["first_token_s"]), units.significant(row["tokens_per_s"]),
+            units.ratio(row["times_dense"]),
+        )  # fmt: skip
+    if layer := speed.get("layer"):
+        table.add_section()
+        table.add_row(Text(f"one layer, {layer['rows']} × {layer['columns']}", style="dim"))
+        for row in layer_rows(layer):
+            table.add_row(
+                Text(row["name"]), units.size(row["num_bytes"]),
+                units.milliseconds(row["median_s"]), "", units.ratio(row["times_dense"]),
+            )  # fmt: skip
+    return table
 
 
 def stages_table(summary: dict[str, Any]) -> Table:

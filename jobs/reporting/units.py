@@ -113,6 +113,12 @@ def large_count(value: float | None) -> str:
 
 
 @_spelled
+def milliseconds(seconds: float) -> str:
+    """'0.42 ms', '12.3 ms', '1,240 ms'."""
+    return f"{significant(1e3 * seconds)} ms" if seconds < 1 else f"{1e3 * seconds:,.0f} ms"
+
+
+@_spelled
 def duration(seconds: float) -> str:
     """'0.42 s', '12.3 s', '3 min 12 s', '2 h 05 min'."""
     if seconds < 59.95:

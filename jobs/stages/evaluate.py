@@ -21,6 +21,7 @@ def settings(context: StageContext) -> dict[str, Any]:
     data = context.settings("data")["data"]
     return {
         **context.settings("evaluate"),
+        "run.seed": context.config.run.seed,  # of what the models write
         "model.dtype": context.config.model.dtype,
         "data": {k: v for k, v in data.items() if k != "train"},
     }
@@ -38,7 +39,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
 
 def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[str, dict[str, Any]]:
-    """Perplexity, KL to the dense model and top-1 agreement of each model folder.
+    """Perplexity, KL to the dense model, top-1 agreement and a text of each model folder.
 
     Every model's rows are shared by as many Ray tasks as there are workers; the shares' sums are
     added in a fixed order.

@@ -21,7 +21,7 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
-    """Write the folders in one task; check the zeros of the files and that they load."""
+    """Write the folders in one task; check the zeros of the files, and time small models."""
     from jobs.workers.export import export_on_worker  # costs torch
 
     models = context.models

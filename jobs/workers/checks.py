@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from cluster.machine import require_machine
 from cluster.spec import ClusterSpec
@@ -18,6 +19,7 @@ from jobs.runs.models import Models
 from jobs.training.inputs import check_cache, checked_store
 from sparsify.calibration.layers import prunable_linears
 from sparsify.errors import InputError
+from sparsify.evaluation.writing import num_positions
 from sparsify.formats.sparse_folder import model_name
 from sparsify.models.blocks import stored_of
 from sparsify.models.lm_head import find_head
@@ -64,6 +66,7 @@ def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str
     model = shapes_of(dense)
     check_sequence_length(model.config, data.sequence_length)
     check_vocabulary(model, tokenizer, str(dense))
+    _check_prompt(config, model, tokenizer)
     for folder in sparse:
         _check_same_words(folder, shapes_of(folder), dense, model)
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -77,6 +80,19 @@ def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str
     return [
         f"model {model_name(folder)}: {text}" for folder, texts in remarks.items() for text in texts
     ]
+
+
+def _check_prompt(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Require that what the models are to continue is a text, and leaves room to continue it."""
+    prompt = config.evaluate.prompt
+    if prompt is None or not {"evaluate", "quantize"}.intersection(config.stages):
+        return
+    num_tokens, limit = len(tokenizer(prompt)["input_ids"]), num_positions(model.config)
+    if not 0 < num_tokens < limit:
+        raise InputError(
+            f"evaluate.prompt: has {num_tokens} tokens and the model {limit} positions; give a "
+            "text that leaves room for evaluate.num_new_tokens"
+        )
 
 
 def _check_same_words(folder: Path, model: Any, dense: Path, dense_model: Any) -> None:

@@ -1,4 +1,4 @@
-"""On every worker: a share of the held-out rows, scored with one model."""
+"""On every worker: a share of the held-out rows, scored with one model, and what that writes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.runtime.worker import WorkerContext
+from conf.schema import Config
 from jobs.corpus.rows import load_rows
+from sparsify.data.rows import TokenRows
 from sparsify.evaluation.perplexity import EvalSums, evaluate_rows
+from sparsify.evaluation.writing import OPENING_TOKENS, Manner, write_text
 from sparsify.models.load import check_sequence_length, load_model, load_pair
 
 
 def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
-    """One task: score one model on every `shares`-th held-out row."""
+    """One task: score one model on every `shares`-th held-out row; the first also writes.
+
+    Returns:
+        `sums`, an `EvalSums` as plain values, and `writing`: prompt, text and how it was written,
+        or None.
+    """
     torch.set_num_threads(context.num_threads)
     config = payload["config"]
     dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
@@ -26,19 +35,39 @@ def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, An
         context.warn(warning)
     rows = rows[payload["share"] :: payload["shares"]]
     if len(rows) == 0:
-        return asdict(EvalSums())
+        return {"sums": asdict(EvalSums()), "writing": None}
     model = load_model(payload["folder"], config.model.dtype, context.device)
-    return asdict(evaluate_rows(model, rows, config.evaluate.batch_size, dense))
+    sums = evaluate_rows(model, rows, config.evaluate.batch_size, dense)
+    writing = None
+    if payload["share"] == 0 and config.evaluate.num_new_tokens:
+        writing = _writing(model, tokenizer, config, rows)
+    return {"sums": asdict(sums), "writing": writing}
+
+
+def _writing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config, rows: TokenRows
+) -> dict[str, Any] | None:
+    """What the model writes after evaluate.prompt, or after the beginning of the first row."""
+    settings = config.evaluate
+    if settings.prompt is None:
+        ids = rows.ids_NT[0, :OPENING_TOKENS].tolist()
+        prompt = str(tokenizer.decode(ids, skip_special_tokens=True))
+    else:
+        ids, prompt = tokenizer(settings.prompt)["input_ids"], settings.prompt
+    manner = Manner(settings.num_new_tokens, settings.temperature, config.run.seed)
+    text = write_text(model, tokenizer, ids, manner)
+    return None if text is None else {"prompt": prompt, "text": text, **asdict(manner)}
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The score of a model from those of its shares, added in their order."""
+    """The score of a model from those of its shares, added in their order, and what it wrote."""
     sums = EvalSums()
     for part in parts:
-        sums = sums + EvalSums(**part)
+        sums = sums + EvalSums(**part["sums"])
     return {
         "perplexity": sums.perplexity,
         "kl": sums.kl,
         "top1_agreement": sums.top1_agreement,
         "num_tokens": sums.num_tokens,
+        "writing": parts[0]["writing"],
     }

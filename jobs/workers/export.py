@@ -1,4 +1,4 @@
-"""On one worker: the exported folders with their model cards."""
+"""On one worker: the exported folders with their model cards, and how fast they answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from cluster.runtime.worker import WorkerContext
 from jobs.runs.folder import disk_errors
+from jobs.workers.speed import measure_speed
 from sparsify.formats.basis import carry_rotation
 from sparsify.formats.kinds import Export, Written, get_format
 from sparsify.formats.kinds.packed import NAME as PACKED
@@ -53,6 +54,13 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
         "gate": {written.name: written.gate for written in found},
         "packed_bytes": {payload["name"]: sizes[PACKED]} if PACKED in sizes else {},
         "dtype": source.dtype_name,
+        "speed": measure_speed(
+            context,
+            payload["dense"],
+            [folder / name for name in sizes],
+            source.dtype_name,
+            config.export.max_timed_gb,
+        ),
     }
 
 

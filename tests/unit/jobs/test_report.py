@@ -30,7 +30,7 @@ from jobs.reporting.layer_charts import depth_chart
 from jobs.reporting.layers import dead_columns, linear_kind, phase_seconds, shared_inputs
 from jobs.reporting.page import render_report
 from jobs.reporting.svg import Scale, element
-from jobs.reporting.tables import pruning_table, results_table, stages_table
+from jobs.reporting.tables import pruning_table, results_table, speed_table, stages_table
 from jobs.reporting.wording import headline
 from jobs.workers.prune import layer_metrics
 from sparsify.errors import InputError
@@ -51,16 +51,19 @@ OPTIONAL_SECTIONS = (
     "pruning",
     "recovery",
     "quantization",
+    "speed",
     "warnings",
 )
 SECTIONS = [
     "results",
+    "writing",
     "recovery",
     "layers",
     "kept",
     "calibration",
     "sparsity",
     "size",
+    "speed",
     "time",
     "phases",
     "run",
@@ -73,6 +76,10 @@ def make_result(name: str, perplexity: float | None, **more: Any) -> dict[str, A
     values = {
         "label": name, "kl": 0.25, "top1_agreement": 0.75, "log_gap_recovered": None,
         "disk_bytes": 3_345_408, "packed_bytes": None, "violations": 0,
+        "writing": {
+            "prompt": "def main(", "text": f"argv):  # {name} <b>\n    pass", "num_tokens": 48,
+            "temperature": 0.7, "seed": 3,
+        },
     }  # fmt: skip
     return {"name": name, "perplexity": perplexity, **values, **more}
 
@@ -139,6 +146,24 @@ def make_summary(num_blocks: int = 4, num_steps: int = 250) -> dict[str, Any]:
                 {"name": name, "block": int(name.split(".")[2]), "relative_error": 0.006}
                 for name in names
             ],
+        },
+        "speed": {
+            "dtype": "float32", "device": "cpu", "num_threads": 1,
+            "models": [
+                {"name": "dense", "num_bytes": 3_345_408, "first_token_s": 0.02, "token_s": 0.004},
+                {
+                    "name": "int4-packed", "num_bytes": 631_240, "first_token_s": 0.03,
+                    "token_s": 0.005,
+                },
+            ],
+            "layer": {
+                "rows": 14336, "columns": 4096,
+                "sides": [
+                    {"name": "dense float32", "num_bytes": 234_881_024, "median_s": 0.02},
+                    {"name": "dense bfloat16", "num_bytes": 117_440_512, "median_s": 0.0125},
+                    {"name": "2:4 INT4", "num_bytes": 22_937_600, "median_s": 0.0025},
+                ],
+            },
         },
         "warnings": ["calibration: only 96 rows"],
     }  # fmt: skip
@@ -238,7 +263,8 @@ def test_page_without_one_section(section: str, empty: str) -> None:
         summary[section] = None if empty == "null" else type(summary[section])()
     page = parse(summary)
     gone = {
-        "results": {"results", "size"}, "stages": {"time"}, "recovery": {"recovery"},
+        "results": {"results", "writing", "size"}, "speed": {"speed"}, "stages": {"time"},
+        "recovery": {"recovery"},
         "layers": {"sparsity", "kept", "calibration"},
     }.get(section, set())  # fmt: skip
     assert page.ids == [name for name in SECTIONS if name not in gone]
@@ -248,6 +274,48 @@ def test_page_without_one_section(section: str, empty: str) -> None:
         assert re.search(rf"Not part of this run: .*{named[section]}", page.text)
     else:
         assert "Not part of this run" not in page.text
+
+
+def test_texts_and_speed_are_on_the_page() -> None:
+    summary = make_summary()
+    page = parse(summary)
+    assert "sampled at temperature 0.7 with seed 3, at most 48 tokens." in page.text
+    for name in ("dense", "sparsegpt", "recovered", "recovered_int4"):
+        assert f"def main( argv): # {name} <b> pass" in page.text
+    assert "# wanda <b>" not in page.text, "of one-shot models the main one writes"
+    assert "The model has 836 k parameters" in page.text
+    for text in ("250 tokens/s", "200 tokens/s 0.80× dense", "1 thread, float32",
+                 "14,336 × 4,096", "2.50 ms 5.00× dense", "12.5 ms 1.00× dense"):  # fmt: skip
+        assert text in page.text, text
+
+
+def test_texts_written_in_different_ways_say_so_each() -> None:
+    summary = make_summary()
+    summary["results"][0]["writing"]["temperature"] = 0.0
+    summary["run"]["num_parameters"] = 8e9
+    text = parse(summary).text
+    assert "dense the likeliest token each time, at most 48 tokens" in text
+    assert "recovered sampled at temperature 0.7 with seed 3, at most 48 tokens" in text
+    assert "no meaning" not in text
+
+
+def test_speed_of_a_large_model_needs_no_excuse() -> None:
+    summary = make_summary()
+    summary["speed"]["models"][0]["num_bytes"] = 16e9
+    assert "A small model" in parse(make_summary()).text
+    assert "A small model" not in parse(summary).text
+
+
+def test_terminal_speed() -> None:
+    speed = make_summary()["speed"]
+    for width in (60, 80):
+        text = printed(speed_table(speed), width)
+        assert max(map(len, text.splitlines())) <= width
+        assert re.search(r"2:4 INT4 +631 kB +30.0 ms +200 +0.80×", text)
+        assert re.search(r"2:4 INT4 +22.9 MB +2.50 ms +5.00×", text)
+        assert "batch 1, 1 thread, float32" in text
+    speed["models"][1]["token_s"] = None
+    assert units.MISSING in printed(speed_table(speed))
 
 
 def test_page_of_prune_and_evaluate_only() -> None:

@@ -124,12 +124,20 @@ def test_scores_on_less_text_than_was_asked_for_say_so(tmp_path: Path, tiny_mode
     given.evaluate.num_tokens = 100_000
     said: list[str] = []
     worker: Any = SimpleNamespace(num_threads=1, device="cpu", warn=said.append)
-    for share, says in ((0, True), (1, False)):
+    parts = [
         evaluate.score_share(
             worker,
             {"config": given, "dense": tiny_model_dir, "folder": tiny_model_dir, "share": share,
              "shares": 2, "says": says},
-        )  # fmt: skip
+        )
+        for share, says in ((0, True), (1, False))
+    ]  # fmt: skip
+    assert parts[1]["writing"] is None, "one share writes for all"
+    writing = evaluate.total(parts)["writing"]
+    assert writing["text"] and writing["prompt"].startswith("Story")
+    assert {key: writing[key] for key in ("num_tokens", "temperature", "seed")} == {
+        "num_tokens": 48, "temperature": 0.7, "seed": given.run.seed,
+    }  # fmt: skip
     (line,) = said
     assert "rows of 32 tokens, 3125 were asked for; all of them are used" in line
 
