@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import InputError
-from sparsify.kernels.cpu import linear as cpu
-from sparsify.kernels.cpu.layout import KINDS, Prepared, prepare, restore
-from sparsify.kernels.cpu.library import library
+from sparsify.kernels.orders import ORDERS, Parts
 from sparsify.kernels.packed_linear import packed_linear
 from sparsify.packed.layer import DTYPE_NAMES, DTYPES, unpack_layer
 from sparsify.packed.layout import Layer
-
-_FLOAT_KINDS = {KINDS[kind]: kind for kind in ("float32", "bfloat16", "float16")}
-"""dtype of stored values -> what the CPU kernels call it; inputs have these dtypes too"""
 
 _ARRANGING = threading.Lock()  # of all layers: two threads must not rearrange one
 
@@ -30,11 +25,11 @@ class PackedLinear(nn.Module):
     without gradients, so that whoever places or offloads parameters does so with them. `to(dtype)`
     changes what a dense layer would change, values and bias; codes and scales stay.
 
-    On a CPU a 2:4 layer computes with the kernels of sparsify/kernels/cpu. At the first product it
-    brings its tensors into their order, with as many bytes: `weight` then has positions and values,
-    `weight_indices` is empty. Whatever else asks for the tensors (`state_dict`, `to`,
-    `dense_weight`) brings the order of the files back first. Layers that accelerate offloads, and
-    those that the kernels refuse, stay as they are and compute in PyTorch.
+    On a CPU or a GPU a 2:4 layer computes with the kernels of sparsify/kernels. At the first
+    product it brings its tensors into their order, with as many bytes (on a CPU `weight` then has
+    positions and values, and `weight_indices` is empty). Whatever else asks for the tensors
+    (`state_dict`, `to`, `dense_weight`) brings the order of the files back first. Layers that
+    accelerate offloads, and those that the kernels refuse, stay as they are and compute in PyTorch.
 
     Args:
         layer: what it holds, of an N:M pattern.
@@ -43,10 +38,16 @@ class PackedLinear(nn.Module):
     """
 
     uses_kernels: bool = True
-    """False, of the class or of one layer: PyTorch on a CPU too, with the bits of a dense layer"""
+    """False, of the class or of one layer: PyTorch everywhere, with the bits of a dense layer"""
 
     kind: str | None
-    """what the CPU kernels call its values while its tensors are in their order, else None"""
+    """what the kernels call its values while its tensors are in their order, else None"""
+    order: str | None
+    """the type of device whose kernels' order it is"""
+    copies: list[Tensor]
+    """what the chosen way for many tokens holds beside the packed weight, on a GPU"""
+    copy: str
+    """name of that way, or empty"""
     weight: Tensor
     weight_indices: Tensor
     weight_scales: Tensor | None
@@ -57,7 +58,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = layer.shape
         self.layer = layer
-        self.kind = None
+        self.kind = self.order = None
+        self.copies, self.copy = [], ""
         self.register_parameter("weight_scales", None)
         self.register_parameter("weight_zeros", None)
         for name, (stored, shape) in layer.parts(DTYPE_NAMES[dtype]).items():
@@ -68,22 +70,34 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, in the dtype of `x`."""
+        fits = x.shape[-1] == self.in_features
+        is_arranged = self._arrange(x.device.type if fits else None, x.dtype)
+        return self.product(x, self.bias, is_arranged)  # parameters are looked at after that
+
+    def product(self, x: Tensor, bias: Tensor | None, is_arranged: bool) -> Tensor:
+        """The same with another bias, of tensors whose order is known.
+
+        Args:
+            x: (..., I).
+            bias: (O,) or None.
+            is_arranged: whether they are in the order of kernels (`kind` is not None).
+        """
         scheme = self.layer.scheme
-        fits = x.dtype in _FLOAT_KINDS and x.shape[-1] == self.in_features
-        if self._arrange(fits and x.device.type == "cpu"):
-            return cpu.packed_linear(
-                x, self.weight, self.weight_scales, self.weight_zeros, self.bias, self.kind,
-                self.out_features, scheme.group_size or 0,
-            )  # fmt: skip
+        if is_arranged:
+            assert self.order is not None  # as is_arranged says
+            assert self.kind is not None
+            return ORDERS[self.order].linear(
+                self.layer, self.kind, self._held(), x, bias, self.copies, self.copy
+            )
         return packed_linear(
-            x, self.weight, self.weight_indices, self.weight_scales, self.weight_zeros, self.bias,
+            x, self.weight, self.weight_indices, self.weight_scales, self.weight_zeros, bias,
             self.in_features, str(self.layer.pattern), scheme.type, scheme.bits or 0,
             scheme.group_size or 0,
         )  # fmt: skip
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) that it stands for."""
-        self._arrange(False)
+        self._arrange(None)
         parts = {name: getattr(self, name).detach() for name in self.layer.parts()}
         return unpack_layer(self.layer, parts, dtype)
 
@@ -106,67 +120,73 @@ class PackedLinear(nn.Module):
     def _hold(self, name: str, tensor: Tensor) -> None:
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
+    def _held(self) -> Parts:
+        return Parts(self.weight, self.weight_indices, self.weight_scales, self.weight_zeros)
+
+    def arrange(self, device: str, dtype: torch.dtype) -> bool:
+        """Get ready for products with such inputs on a type of device, as the first one would.
+
+        Returns:
+            Whether there are kernels for them.
+
+        Cost: of the first call, a copy of this layer, of which one remains.
+        """
+        return self._arrange(device, dtype)
+
     @torch.compiler.assume_constant_result  # compiling runs it, and compiles what comes of it
-    def _arrange(self, for_kernels: bool) -> bool:
-        """Bring the tensors into the order of the kernels, if they can be, or of the files.
+    def _arrange(self, device: str | None, dtype: torch.dtype | None = None) -> bool:
+        """Bring the tensors into the order of a device's kernels, if they can be, or of the files.
 
         Returns:
             Whether they are in the kernels' order.
-
-        Cost: nothing where they are; else a copy of this layer, of which one remains.
         """
         with _ARRANGING, torch.inference_mode(False), torch.no_grad():
-            kind = self._kind_now() if for_kernels else None
-            if kind == self.kind:
-                return kind is not None
-            if self.kind is not None:
-                prepared = Prepared(self.weight, self.weight_scales, self.weight_zeros)
-                self._hold_all(*restore(self.kind, self.out_features, self.in_features, prepared))
-                self.kind = None
-            if kind is not None:
-                parts = self.weight, self.weight_indices, self.weight_scales, self.weight_zeros
+            kind = None if device is None else self._kind_now(device, dtype)
+            order = None if kind is None else device
+            if order == self.order:
+                return order is not None
+            if self.order is not None:
+                assert self.kind is not None
+                self._hold_all(ORDERS[self.order].restore(self.layer, self.kind, self._held()))
+                self.kind = self.order = None
+                self.copies, self.copy = [], ""
+            if order is not None:
+                assert kind is not None
                 try:
-                    blocks, scales, zeros = prepare(kind, self.in_features, *parts)
+                    self._hold_all(ORDERS[order].prepare(self.layer, kind, self._held()))
                 except InputError:  # a NaN of float8, unsigned codes of 8 bits
                     self.uses_kernels = False  # of this layer
                     return False
-                self._hold_all(blocks, self.weight_indices.new_empty(0), scales, zeros)
-                self.kind = kind
-            return kind is not None
+                self.kind, self.order = kind, order
+            return order is not None
 
-    def _kind_now(self) -> str | None:
-        """What the CPU kernels call its values, where they can take this layer."""
-        layer, scheme = self.layer, self.layer.scheme
-        if not self.uses_kernels or str(layer.pattern) != "2:4" or self.weight.device.type != "cpu":
-            return None
-        if layer.num_groups > 1 and (scheme.group_size or 0) % 4:
+    def _kind_now(self, device: str, dtype: torch.dtype | None) -> str | None:
+        """What a device's kernels call its values, where they take this layer and the inputs."""
+        order = ORDERS.get(device)
+        if not self.uses_kernels or order is None or self.weight.device.type != device:
             return None
         hook = getattr(self, "_hf_hook", None)  # accelerate's; it puts back what it has kept
         if any(getattr(own, "offload", False) for own in getattr(hook, "hooks", (hook,))):
             return self.kind
-        kinds = {"fp8": "float8", "nf4": "nf4", "int": f"int{scheme.bits}"}
-        kind = kinds.get(scheme.type) or self.kind or _FLOAT_KINDS.get(self.weight.dtype)
-        return kind if kind is not None and library() is not None else None
+        kind = self.kind if self.order == device else order.kind(self.layer, self.weight.dtype)
+        return kind if kind is not None and dtype and order.takes(kind, dtype) else None
 
-    def _hold_all(
-        self, weight: Tensor, indices: Tensor, scales: Tensor | None, zeros: Tensor | None
-    ) -> None:
-        given = {"weight": weight, "weight_indices": indices, "weight_scales": scales}
-        for name, tensor in {**given, "weight_zeros": zeros}.items():
+    def _hold_all(self, parts: Parts) -> None:
+        for name, tensor in parts._asdict().items():
             if tensor is not None:
                 self._hold(name, tensor)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._arrange(False)
+        self._arrange(None)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._arrange(False)
+        self._arrange(None)
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What nn.Module does, with every dtype kept that the format fixes."""
-        self._arrange(False)
+        self._arrange(None)
         fixed = set(self.layer.parts())
         if self.layer.scheme.type == "float":
             fixed.remove("weight")

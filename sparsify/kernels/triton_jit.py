@@ -19,9 +19,11 @@ except ImportError:  # said by `require_triton`, to those who need it
 __all__ = ["jit", "require_triton", "tl", "triton"]
 
 
-def jit(function: Any) -> Any:
+def jit(function: Any = None, **options: Any) -> Any:
     """`triton.jit`, or without Triton the function as it is, which nothing can then launch."""
-    return function if triton is None else triton.jit(function)
+    if function is None:
+        return lambda given: jit(given, **options)
+    return function if triton is None else triton.jit(function, **options)
 
 
 def require_triton() -> None:
