@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster.machine import require_machine
 from cluster.spec import ClusterSpec
@@ -18,6 +19,7 @@ from jobs.runs.models import Models
 from jobs.training.inputs import check_cache, checked_store
 from sparsify.calibration.layers import prunable_linears
 from sparsify.errors import InputError
+from sparsify.formats.kinds.compressed_tensors import check_fused, plan_of
 from sparsify.formats.sparse_folder import model_name
 from sparsify.models.blocks import stored_of
 from sparsify.models.lm_head import find_head
@@ -28,6 +30,7 @@ from sparsify.models.load import (
     check_vocabulary,
     read_tokenizer,
 )
+from sparsify.packed.layout import Layer, Scheme, packed_layers
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.coverage import coverage
 
@@ -100,6 +103,34 @@ def check_prune(config: Config, dense: Path) -> None:
     for _, name, module in prunable_linears(shapes_of(dense), config.prune.skip):
         check_divides(name, module.in_features, parsed)
     preflight.check_pruning(config, dense)
+
+
+def check_compressed(config: Config, models: Models) -> None:
+    """Require that the quantised model, which is there or is to be made, can be written in the
+    format compressed-tensors.
+
+    Raises:
+        InputError: see `kinds.compressed_tensors.plan_of` and `check_fused`.
+    """
+    model = shapes_of(models.dense)
+    if "quantize" in config.stages:
+        layers = _to_quantize(config, model)
+    else:
+        made = models.made.get("quantize")
+        layers = packed_layers(made["packed"] if made else models.sparse("export"))
+    plan_of(layers)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    check_fused({name for name, layer in layers.items() if layer.scheme.has_codes}, linears)
+
+
+def _to_quantize(config: Config, model: Any) -> dict[str, Layer]:
+    """What the stage quantize will make of each layer that is pruned."""
+    pattern, settings = Pattern.parse(config.prune.pattern), config.quantize
+    scheme = Scheme("int", settings.bits, settings.group_size)
+    return {
+        name: Layer((module.out_features, module.in_features), scheme, pattern)
+        for _, name, module in prunable_linears(model, config.prune.skip)
+    }
 
 
 def check_distill(config: Config, dense: Path) -> None:
