@@ -30,6 +30,7 @@ from sparsify.models.load import (
 )
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.coverage import coverage
+from sparsify.quantization.schemes import get_scheme
 
 
 def check_cluster(spec: ClusterSpec) -> None:
@@ -100,6 +101,17 @@ def check_prune(config: Config, dense: Path) -> None:
     for _, name, module in prunable_linears(shapes_of(dense), config.prune.skip):
         check_divides(name, module.in_features, parsed)
     preflight.check_pruning(config, dense)
+
+
+def check_quantize(config: Config, dense: Path) -> None:
+    """Require options that the scheme has, and globs that name layers.
+
+    Raises:
+        InputError: see `QuantScheme.check` and `prunable_linears`.
+    """
+    settings = config.quantize
+    get_scheme(settings.scheme).check(settings)
+    prunable_linears(shapes_of(dense), settings.skip, "quantize.skip")
 
 
 def check_distill(config: Config, dense: Path) -> None:
