@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparsify.models.load import (
 from sparsify.packed.layout import Layer, Scheme, packed_layers
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.coverage import coverage
+from sparsify.quantization.schemes import get_scheme
 
 
 def check_cluster(spec: ClusterSpec) -> None:
@@ -105,6 +107,17 @@ def check_prune(config: Config, dense: Path) -> None:
     preflight.check_pruning(config, dense)
 
 
+def check_quantize(config: Config, dense: Path) -> None:
+    """Require options that the scheme has, and globs that name layers.
+
+    Raises:
+        InputError: see `QuantScheme.check` and `prunable_linears`.
+    """
+    settings = config.quantize
+    get_scheme(settings.scheme).check(settings)
+    prunable_linears(shapes_of(dense), settings.skip, "quantize.skip")
+
+
 def check_compressed(config: Config, models: Models) -> None:
     """Require that the quantised model, which is there or is to be made, can be written in the
     format compressed-tensors.
@@ -126,11 +139,13 @@ def check_compressed(config: Config, models: Models) -> None:
 def _to_quantize(config: Config, model: Any) -> dict[str, Layer]:
     """What the stage quantize will make of each layer that is pruned."""
     pattern, settings = Pattern.parse(config.prune.pattern), config.quantize
-    scheme = Scheme("int", settings.bits, settings.group_size)
-    return {
-        name: Layer((module.out_features, module.in_features), scheme, pattern)
-        for _, name, module in prunable_linears(model, config.prune.skip)
-    }
+    make = get_scheme(settings.scheme)
+    found = {}
+    for _, name, module in prunable_linears(model, config.prune.skip):
+        is_left = any(fnmatchcase(name, glob) for glob in settings.skip)
+        scheme = Scheme() if is_left else make.stored_as(settings, module.in_features)
+        found[name] = Layer((module.out_features, module.in_features), scheme, pattern)
+    return found
 
 
 def check_distill(config: Config, dense: Path) -> None:

@@ -133,7 +133,7 @@ def _plan(name: str, layer: Layer, per_row: bool) -> Plan:
     }  # fmt: skip
     if scheme.type == "fp8":
         return Plan("FP8", "float-quantized", weights, _per_token("float"))
-    if getattr(scheme, "activations", None) == "int8":
+    if scheme.activations == "int8":
         if not per_row:
             raise InputError(
                 f"{_OPTION}: {name} has groups of {size} for {num_columns} columns; beside int8 "

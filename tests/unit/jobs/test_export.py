@@ -48,7 +48,7 @@ def sparse(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         rounded, quantized = load_model(source), {}
         for name, keep in masks.items():
             weight = rounded.get_submodule(name).weight.data
-            params = QuantParams("rtn", bits=bits, group_size=32)
+            params = QuantParams("rtn", f"int{bits}", 32)
             quantized[name] = quantize_weight(weight, keep, None, params, name)
             weight.copy_(quantized[name].weight_OI)
         save_packed_folder(

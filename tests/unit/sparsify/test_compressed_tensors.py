@@ -37,10 +37,9 @@ WIDE = 10**6
 
 LAYOUTS = {
     "W4A16": Scheme("int", 4, 32), "W4A16 a row": Scheme("int", 4, WIDE),
-    "W8A16": Scheme("int", 8, 64), "FP8": Scheme("fp8"),
+    "W8A16": Scheme("int", 8, 64), "FP8": Scheme("fp8", activations="fp8"),
+    "W8A8": Scheme("int", 8, WIDE, activations="int8"),
 }  # fmt: skip
-if "activations" in Scheme.__dataclass_fields__:
-    LAYOUTS["W8A8"] = Scheme("int", 8, WIDE, activations="int8")  # type: ignore[call-arg]
 
 
 @pytest.fixture(scope="module")
