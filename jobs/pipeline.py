@@ -34,6 +34,7 @@ from jobs.runs.folder import disk_errors, prepare_run_dir, run_lock
 from jobs.runs.hub import bytes_to_download
 from jobs.runs.models import Models, find_models
 from jobs.runs.preflight import SKIPPING, is_due
+from jobs.runs.recipes import write_recipes
 from jobs.runs.redo import RedoJournal
 from jobs.runs.session import Clusters, cluster_errors
 from jobs.runs.stage import Stage
@@ -217,6 +218,7 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     )
     with cluster_errors(), disk_errors(writer.folder):
         metrics = stage.run(context, writer)
+        write_recipes(stage, context, writer.folder, metrics)
     metrics["warnings"] = [*context.notes, *context.warnings]
     context.warnings.clear()
     artifact = writer.commit(metrics, context.config.run.seed)

@@ -19,6 +19,9 @@ class RunConfig:
     """run folder; null = runs/<model name>-<pattern>-<method>"""
     from_: str | None = option(None, is_path=True)
     """what to start from: an earlier run, one of its stage folders, or a model folder"""
+    recipe: str | None = option(None, is_path=True)
+    """recipe of SparseML or llm-compressor (YAML), or recipe.yaml of an earlier model: its
+    modifiers are options, over which those that are given win"""
     seed: int = option(0, low=0, high=2**63 - 1)
     """orders calibration and training rows; same seed, same result"""
     redo: list[str] = option([], one_of=(*STAGES, "all"))

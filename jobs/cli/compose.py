@@ -41,6 +41,7 @@ from jobs.cli.options import (
     one_line,
     takes_presets,
 )
+from jobs.cli.recipe import with_recipe
 from jobs.cli.sweep import Run, Sweep
 from jobs.cli.words import checked_word
 from sparsify.errors import InputError, StoppedEarlyError, TwofourError
@@ -54,6 +55,9 @@ _OTHERS = ("hydra/launcher=", "hydra/sweeper=")
 _LONGEST_NAME = 120  # of the folder of a run in a sweep
 
 
+__all__ = ["launch", "load_config", "planned", "print_config", "with_recipe"]
+
+
 def load_config(job: str, words: Sequence[str]) -> Any:
     """The checked config of `python -m jobs.<job>` with these words; runs and leaves nothing.
 
@@ -62,6 +66,7 @@ def load_config(job: str, words: Sequence[str]) -> Any:
     """
     command = find_command(job)
     _register(command)
+    words = with_recipe(command, words)
     checked = [checked_word(command, word, (CONF_DIR,), is_sweep=False) for word in words]
     folder, name = _primary(command)
     started = (

@@ -88,6 +88,7 @@ def _run(command: Command, argv: list[str]) -> None:
     # Here, because Hydra costs half a second that help and unknown flags do not need.
     from jobs.cli import compose, submit, sweep
 
+    words = compose.with_recipe(command, words)
     elsewhere: list[tuple[Any, list[str]]] = []
     kept = [word for word in argv if word not in FLAGS]
     runs = compose.planned(command, words, hydra_flags, kept)
