@@ -68,15 +68,26 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, in the dtype of `x`."""
-        scheme = self.layer.scheme
         fits = x.dtype in _FLOAT_KINDS and x.shape[-1] == self.in_features
-        if self._arrange(fits and x.device.type == "cpu"):
+        is_arranged = self._arrange(fits and x.device.type == "cpu")
+        return self.product(x, self.bias, is_arranged)  # parameters are looked at after that
+
+    def product(self, x: Tensor, bias: Tensor | None, is_arranged: bool) -> Tensor:
+        """The same with another bias, of tensors whose order is known.
+
+        Args:
+            x: (..., I).
+            bias: (O,) or None.
+            is_arranged: whether they are in the order of the CPU kernels (`kind` is not None).
+        """
+        scheme = self.layer.scheme
+        if is_arranged:
             return cpu.packed_linear(
-                x, self.weight, self.weight_scales, self.weight_zeros, self.bias, self.kind,
+                x, self.weight, self.weight_scales, self.weight_zeros, bias, self.kind,
                 self.out_features, scheme.group_size or 0,
             )  # fmt: skip
         return packed_linear(
-            x, self.weight, self.weight_indices, self.weight_scales, self.weight_zeros, self.bias,
+            x, self.weight, self.weight_indices, self.weight_scales, self.weight_zeros, bias,
             self.in_features, str(self.layer.pattern), scheme.type, scheme.bits or 0,
             scheme.group_size or 0,
         )  # fmt: skip
