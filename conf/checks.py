@@ -24,6 +24,9 @@ def _modules(folder: str) -> tuple[str, ...]:
 METHODS = _modules("methods")
 """Pruning methods that exist: the modules of `sparsify/methods`."""
 
+SCHEMES = _modules("quantization/schemes")
+"""What weights are quantised to: the modules of `sparsify/quantization/schemes`."""
+
 FORMATS = tuple(name.replace("_", "-") for name in _modules("formats/kinds"))
 """Formats to export in: the modules of `sparsify/formats/kinds`."""
 

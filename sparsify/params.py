@@ -16,6 +16,9 @@ from sparsify.errors import InputError
 
 QUANT_METHODS = ("gptq", "rtn")
 
+PER_CHANNEL = -1
+"""group_size of one scale for each output channel, as other quantisers spell it"""
+
 _RENAMED = {
     "resolve": "sparsegpt_refit", "teacher": "sparsegpt_teacher", "descent": "group_descent",
 }  # fmt: skip
@@ -156,16 +159,19 @@ class QuantParams:
 
     method: str = option("gptq", one_of=QUANT_METHODS)
     """gptq, or rtn (nearest code, no statistics)"""
-    bits: int = option(4, low=2, high=8)
-    """2 to 8"""
-    group_size: int = option(128, low=1)
-    """columns of a row that share a scale, pruned ones counted; the last group may be short"""
+    scheme: str = "int4"
+    """what weights are rounded to: one file of sparsify/quantization/schemes"""
+    group_size: int | None = option(None, low=PER_CHANNEL)
+    """columns of a row that share a scale, pruned ones counted; the last group may be short; -1 for
+    one scale a channel; null: as the scheme has it"""
+    symmetric: bool = True
+    """False: a zero point for each group, of int4 and int8"""
     damping: float = option(0.01, low=0)
     """share of the mean Hessian diagonal added to the diagonal"""
     block_size: int = option(128, low=1)
     """columns whose updates are gathered before they reach the columns to the right"""
     num_scale_steps: int = option(32, low=1)
-    """scales of either sign that are tried per group"""
+    """scales that are tried per group, of either sign"""
     num_refine_sweeps: int = option(8, low=0)
     """at most this many sweeps of coordinate descent after gptq; 0 gives plain gptq"""
     teacher_share: float = option(0.5, low=0, high=1)
@@ -173,11 +179,11 @@ class QuantParams:
 
     def __post_init__(self) -> None:
         check_options(self, "quantize")
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code, both included."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        if self.group_size == 0:
+            raise InputError(
+                "quantize.group_size=0: use a number of columns, -1 for one scale for each output "
+                "channel, or null"
+            )
 
 
 @dataclass

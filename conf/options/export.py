@@ -14,7 +14,8 @@ class ExportConfig:
     """The files to deploy."""
 
     formats: list[str] = option(["dense", "packed"], one_of=FORMATS)
-    """what to write: dense (zeros stored, loads everywhere), packed (no zeros)"""
+    """what to write: dense (zeros stored, loads everywhere), packed (no zeros),
+    compressed-tensors (the quantised model for stock engines, zeros stored)"""
     dtype: str | None = option(None, one_of=DTYPES)
     """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
     shard_size_gb: float = option(5.0, above=0)

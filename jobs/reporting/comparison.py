@@ -19,7 +19,7 @@ from conf.options.run import STAGES
 from jobs.cli.sweep import PLAN
 from jobs.reporting import units
 from jobs.reporting.layers import by_method, drawable, main_method
-from jobs.reporting.results import find_result, is_plottable, is_recovered
+from jobs.reporting.results import find_result, is_plottable, is_recovered, quantized_as
 from jobs.runs.artifact import RECORD
 from jobs.runs.folder import read_json
 from sparsify.errors import InputError
@@ -29,7 +29,7 @@ SCHEMA = 1
 NOT_STARTED, UNKNOWN = "not started", "unknown"
 
 FIGURES = (
-    "dense", "one_shot", "recovered", "log_gap_recovered", "quantized", "quantized_bits",
+    "dense", "one_shot", "recovered", "log_gap_recovered", "quantized", "quantized_as",
     "median_error", "violations", "num_tokens", "tokens_per_s", "packed_bytes", "duration_s",
 )  # fmt: skip
 """what is known of each run's results, null where it was not measured"""
@@ -144,7 +144,7 @@ def figures_of(summary: dict[str, Any]) -> dict[str, Any]:
     recovery = summary.get("recovery") or {}
     groups = by_method(summary.get("layers") or [])
     method = run.get("method") or (main_method(run, groups) if groups else None)
-    quantized = next((row for row in reversed(results) if "_int" in row["name"]), None)
+    quantized = next((row for row in reversed(results) if quantized_as(row["name"])), None)
     recovered = next(
         (row for row in results if is_recovered(row["name"]) and row is not quantized), None
     )
@@ -157,7 +157,7 @@ def figures_of(summary: dict[str, Any]) -> dict[str, Any]:
         "recovered": (recovered or {}).get("perplexity"),
         "log_gap_recovered": (recovered or {}).get("log_gap_recovered"),
         "quantized": (quantized or {}).get("perplexity"),
-        "quantized_bits": int(quantized["name"].rpartition("_int")[2]) if quantized else None,
+        "quantized_as": quantized_as(quantized["name"]) if quantized else None,
         "median_error": statistics.median(errors) if errors else None,
         "violations": sum(checked) if checked else None,
         "num_tokens": recovery.get("num_tokens"),
@@ -214,13 +214,17 @@ def columns_of(
     all that know one know the same; with little room, quality and time before the rest."""
     runs = comparison["runs"]
     dense = {run["dense"] for run in runs if run["dense"] is not None}
-    bits = {run["quantized_bits"] for run in runs if run["quantized_bits"] is not None}
+    schemes = {run["quantized_as"] for run in runs if run["quantized_as"] is not None}
     headings = (
         ("Dense", "dense", units.perplexity),
         ("One-shot", "one_shot", units.perplexity),
         ("Recovered", "recovered", units.perplexity),
         ("Gap\nrecovered", "log_gap_recovered", units.percent),
-        (f"INT{bits.pop()}" if len(bits) == 1 else "Quantised", "quantized", units.perplexity),
+        (
+            schemes.pop().upper() if len(schemes) == 1 else "Quantised",
+            "quantized",
+            units.perplexity,
+        ),
         ("Median\nerror", "median_error", units.significant),
         ("Tokens/s", "tokens_per_s", units.count),
         ("Time", "duration_s", units.duration),

@@ -231,9 +231,11 @@ def _facts(run: dict[str, Any], quantization: dict[str, Any]) -> list[tuple[str,
         facts.insert(1, ("Parameters", units.count(run["num_parameters"])))
     if run.get("num_workers") is not None:
         facts.append(("Workers", units.count(run["num_workers"])))
-    if quantization.get("bits") is not None:
+    if quantization.get("scheme") is not None:
         method = str(quantization.get("method") or "").upper()
-        text = f"{method} INT{quantization['bits']}, groups of {quantization.get('group_size')}"
+        text = f"{method} {quantization['scheme'].upper()}"
+        if (size := quantization.get("group_size")) is not None:
+            text += ", one scale a channel" if size < 0 else f", groups of {size}"
         facts.append(("Quantization", text.strip()))
     if run.get("duration_s") is not None:
         facts.append(("Duration", units.duration(run["duration_s"])))

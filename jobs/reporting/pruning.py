@@ -121,8 +121,8 @@ def _error_section(
     shown = [maps.pop(main)] if main is not None else []
     if quantized:
         method = str(quantization.get("method") or "quantized").upper()
-        bits = f" INT{quantization['bits']}" if quantization.get("bits") else ""
-        shown.append(error_map(f"{method}{bits}", quantized))
+        scheme = str(quantization.get("scheme") or "").upper()
+        shown.append(error_map(f"{method} {scheme}".strip(), quantized))
     return {
         "depth": depth_chart("relative error", groups, "relative_error", _short, main=main),
         "maps": shown,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from conf.checks import SCHEMES
 from jobs.reporting import units
 
 Row = dict[str, Any]
@@ -17,6 +18,12 @@ def label_of(row: Row) -> str:
 def is_recovered(name: str) -> bool:
     """Whether a result is of a model that was trained after pruning."""
     return name.startswith("recovered")
+
+
+def quantized_as(name: str) -> str | None:
+    """The scheme of a quantised model's result, such as int4; None for other results."""
+    scheme = name.rpartition("_")[2]
+    return scheme if scheme in SCHEMES and scheme != name else None
 
 
 def find_result(results: list[Row], name: str | None) -> Row | None:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from conf.options.run import STAGES
+from jobs.reporting.results import quantized_as
 from jobs.runs.artifact import RECORD, read_record, versions
 from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
@@ -170,11 +171,11 @@ def _zero_share(gate: dict[str, Any] | None) -> float | None:
 
 
 def _label(name: str, context: StageContext) -> str:
-    base, _, bits = name.partition("_int")
-    if bits:
+    scheme = quantized_as(name)
+    if scheme is not None:
         is_recovered = "distill" in context.models.made
-        base = base if is_recovered else f"one-shot {context.models.method}"
-        return f"{base} + INT{bits}"
+        base = "recovered" if is_recovered else f"one-shot {context.models.method}"
+        return f"{base} + {scheme.upper()}"
     return name if name in ("dense", "recovered") else f"one-shot {name}"
 
 

@@ -17,6 +17,7 @@ from jobs.reporting.results import (
     is_plottable,
     is_recovered,
     label_of,
+    quantized_as,
     times_dense,
 )
 
@@ -99,8 +100,7 @@ def _size_words(results: list[dict[str, Any]]) -> Words:
     factor = dense["disk_bytes"] / smallest["packed_bytes"]
     if factor <= 1:
         return []
-    bits = re.search(r"_int(\d+)$", smallest["name"])
-    name = f"INT{bits[1]}" if bits else "packed"
+    name = (quantized_as(smallest["name"]) or "packed").replace("int", "INT")
     return [(f", {name} file ", ""), (f"{factor:.1f}×", "gain"), (" smaller", "")]
 
 

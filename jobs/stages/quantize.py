@@ -1,11 +1,13 @@
-"""Stage quantize: the best sparse model as integers with every zero in place, packed and scored."""
+"""Stage quantize: the best sparse model in few bits, every zero in place, packed and scored."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from conf.schema import Config
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
+from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 from jobs.stages import evaluate
 
@@ -43,21 +45,33 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     )
     gate = check_packed(packed)
     settings = context.config.quantize
-    results = evaluate.score(context, {f"recovered_int{settings.bits}": packed}, "quantize")
+    results = evaluate.score(context, {f"recovered_{settings.scheme}": packed}, "quantize")
     return {
         "results": results,
         "gate": gate,
         "packed_bytes": sum(path.stat().st_size for path in packed.glob("*.safetensors")),
         "quantization": {
             "method": settings.method,
-            "bits": settings.bits,
+            "scheme": settings.scheme,
             "group_size": settings.group_size,
+            "symmetric": settings.symmetric,
             "layers": layers,
         },
     }
 
 
+def check(config: Config, models: Models) -> None:
+    """Require options that the scheme has, and globs that name layers.
+
+    Raises:
+        InputError: it has not, or one names none.
+    """
+    from jobs.workers.checks import check_quantize  # costs torch
+
+    check_quantize(config, models.dense)
+
+
 STAGE = Stage(
-    "quantize", "the sparse model in integers, packed and scored", identity, run,
+    "quantize", "the sparse model in few bits, packed and scored", identity, run, check=check,
     makes=lambda _: {"packed": "packed"}, is_end=True,
 )  # fmt: skip

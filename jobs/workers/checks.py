@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cluster.machine import require_machine
 from cluster.spec import ClusterSpec
@@ -18,6 +20,7 @@ from jobs.runs.models import Models
 from jobs.training.inputs import check_cache, checked_store
 from sparsify.calibration.layers import prunable_linears
 from sparsify.errors import InputError
+from sparsify.formats.kinds.compressed_tensors import check_fused, plan_of
 from sparsify.formats.sparse_folder import model_name
 from sparsify.models.blocks import stored_of
 from sparsify.models.lm_head import find_head
@@ -28,8 +31,10 @@ from sparsify.models.load import (
     check_vocabulary,
     read_tokenizer,
 )
+from sparsify.packed.layout import Layer, Scheme, packed_layers
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.coverage import coverage
+from sparsify.quantization.schemes import get_scheme
 
 
 def check_cluster(spec: ClusterSpec) -> None:
@@ -100,6 +105,47 @@ def check_prune(config: Config, dense: Path) -> None:
     for _, name, module in prunable_linears(shapes_of(dense), config.prune.skip):
         check_divides(name, module.in_features, parsed)
     preflight.check_pruning(config, dense)
+
+
+def check_quantize(config: Config, dense: Path) -> None:
+    """Require options that the scheme has, and globs that name layers.
+
+    Raises:
+        InputError: see `QuantScheme.check` and `prunable_linears`.
+    """
+    settings = config.quantize
+    get_scheme(settings.scheme).check(settings)
+    prunable_linears(shapes_of(dense), settings.skip, "quantize.skip")
+
+
+def check_compressed(config: Config, models: Models) -> None:
+    """Require that the quantised model, which is there or is to be made, can be written in the
+    format compressed-tensors.
+
+    Raises:
+        InputError: see `kinds.compressed_tensors.plan_of` and `check_fused`.
+    """
+    model = shapes_of(models.dense)
+    if "quantize" in config.stages:
+        layers = _to_quantize(config, model)
+    else:
+        made = models.made.get("quantize")
+        layers = packed_layers(made["packed"] if made else models.sparse("export"))
+    plan_of(layers)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    check_fused({name for name, layer in layers.items() if layer.scheme.has_codes}, linears)
+
+
+def _to_quantize(config: Config, model: Any) -> dict[str, Layer]:
+    """What the stage quantize will make of each layer that is pruned."""
+    pattern, settings = Pattern.parse(config.prune.pattern), config.quantize
+    make = get_scheme(settings.scheme)
+    found = {}
+    for _, name, module in prunable_linears(model, config.prune.skip):
+        is_left = any(fnmatchcase(name, glob) for glob in settings.skip)
+        scheme = Scheme() if is_left else make.stored_as(settings, module.in_features)
+        found[name] = Layer((module.out_features, module.in_features), scheme, pattern)
+    return found
 
 
 def check_distill(config: Config, dense: Path) -> None:

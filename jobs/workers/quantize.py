@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from cluster.runtime.worker import WorkerContext
+from conf.options.quantize import QuantizeConfig
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
 from sparsify.comm import Comm
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.verify import masks_of
 from sparsify.models.load import load_pair
-from sparsify.quantization import QuantParams, quantize_model
+from sparsify.quantization import quantize_model
 
 
 def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -25,7 +26,7 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     """
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["folder"]
-    settings = config.quantize
+    settings: QuantizeConfig = config.quantize
     comm = Comm.distributed() if context.world_size > 1 else Comm.single()
     model, tokenizer = load_pair(payload["sparse"], config.model.dtype, context.device)
     masks, pattern = masks_of(payload["sparse"], model, config.prune.pattern, config.prune.skip)
@@ -34,12 +35,8 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     )
     if warning:
         context.warn(warning)
-    params = QuantParams(
-        method=settings.method, bits=settings.bits, group_size=settings.group_size,
-        damping=settings.damping,
-    )  # fmt: skip
     result = quantize_model(
-        model, rows, masks, params, comm=comm, batch_size=settings.batch_size,
+        model, rows, masks, settings, skip=settings.skip, comm=comm, batch_size=settings.batch_size,
         on_block=lambda done, total: context.progress(done, total, f"blocks, {settings.method}"),
     )  # fmt: skip
     if context.rank == 0:

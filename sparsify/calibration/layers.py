@@ -68,13 +68,14 @@ def passes_ahead(order: InputOrder, has_teacher: bool) -> bool:
 
 
 def prunable_linears(
-    model: nn.Module, skip: Sequence[str] = ()
+    model: nn.Module, skip: Sequence[str] = (), option: str = "prune.skip"
 ) -> list[tuple[int, str, nn.Linear]]:
     """(block index, full name, module) of every linear in the decoder blocks, less the skipped.
 
     Args:
         model: a transformers decoder.
         skip: glob patterns (`*`, `?`, `[...]`) of full or block-relative names to leave dense.
+        option: that they come from, for messages.
 
     Raises:
         InputError: a glob pattern matches nothing, or nothing is left to prune.
@@ -91,15 +92,15 @@ def prunable_linears(
                 found.append((index, name, module))
     if unused:
         raise InputError(
-            f"prune.skip: {', '.join(sorted(unused))} matches no linear layer; names look like "
+            f"{option}: {', '.join(sorted(unused))} matches no linear layer; names look like "
             f"{list_name}.0.{next(iter(linears_of(blocks[0])))}"
         )
     if not found:
-        raise InputError("prune.skip: every linear layer is skipped, so nothing is left to prune")
+        raise InputError(f"{option}: every linear layer is skipped, so nothing is left to do")
     return found
 
 
-def skipped_linears(model: nn.Module, skip: Sequence[str]) -> set[str]:
+def skipped_linears(model: nn.Module, skip: Sequence[str], option: str = "prune.skip") -> set[str]:
     """Full names of the linears in the decoder blocks that `prunable_linears` leaves out."""
     every = {name for _, name, _ in prunable_linears(model)}
-    return every - {name for _, name, _ in prunable_linears(model, skip)}
+    return every - {name for _, name, _ in prunable_linears(model, skip, option)}

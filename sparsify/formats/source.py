@@ -21,7 +21,14 @@ from sparsify.formats.sparse_folder import MASKS, read_sparsity
 from sparsify.formats.verify import PackedMasks
 from sparsify.masks.storage import MaskFile
 from sparsify.models.blocks import open_stored
-from sparsify.models.load import DTYPES, check_checkpoint, load_model, read_config, stored_places
+from sparsify.models.load import (
+    DTYPES,
+    check_checkpoint,
+    load_model,
+    open_encoded,
+    read_config,
+    stored_places,
+)
 from sparsify.models.masked import infer_weight_mask
 from sparsify.models.stored import Place, not_finite, num_not_finite
 from sparsify.models.structure import find_blocks, linears_of
@@ -122,7 +129,7 @@ def open_source(folder: Path, dtype: str | None) -> Source:
     weights transformers renames or merges while it loads), the whole model is held in memory.
     """
     check_checkpoint(folder)
-    packed = open_packed(folder)
+    packed = open_encoded(folder)
     kind = dtype or _stored_dtype(folder)
     model, stored, reason = open_stored(folder, kind)
     cast = DTYPES[kind] if dtype is not None or packed is not None else None

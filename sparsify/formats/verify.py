@@ -43,8 +43,9 @@ def check_files(
             the layer.
         InputError: a masked layer is in no file.
     """
-    return _check((w for path in folder.glob("*.safetensors") for w in _tensors(path)),
-                  folder, masks, pattern)  # fmt: skip
+    return check_weights(
+        (w for path in folder.glob("*.safetensors") for w in _tensors(path)), folder, masks, pattern
+    )
 
 
 def check_packed(folder: Path) -> dict[str, int]:
@@ -60,7 +61,7 @@ def check_packed(folder: Path) -> dict[str, int]:
                 "export the model again"
             )
     weights = ((name, packed.dense(name)) for name in packed.shapes())
-    return _check(weights, folder, masks, packed.contents.pattern)
+    return check_weights(weights, folder, masks, packed.contents.pattern)
 
 
 class PackedMasks(Mapping[str, torch.Tensor]):
@@ -86,12 +87,13 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _check(
+def check_weights(
     weights: Iterable[tuple[str, torch.Tensor]],
     folder: Path,
     masks: Mapping[str, torch.Tensor],
     pattern: Pattern,
 ) -> dict[str, int]:
+    """`check_files` for (name, dense tensor) of a folder that stores them in another way."""
     left = set(masks)
     counts = dict.fromkeys(_COUNTS, 0)
     for name, weight in weights:

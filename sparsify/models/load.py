@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
 from sparsify.files import readable, resolve_path
+from sparsify.models.foreign import KEYS, ForeignFolder, find_config
 from sparsify.models.stored import (
     Place,
     follow_weights,
@@ -40,7 +41,7 @@ from sparsify.models.stored import (
     places_in,
 )
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
-from sparsify.packed.folder import dense_tensors, open_packed
+from sparsify.packed.folder import PackedFolder, dense_tensors, open_packed
 from sparsify.packed.layout import Contents, is_packed_config
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
@@ -72,7 +73,8 @@ _LFS_START = b"version https://git-lfs"
 def check_checkpoint(path: str | Path) -> None:
     """Check that `path` is a model folder that can be loaded, without reading the weights.
 
-    A packed folder is one like any other: what reads it finds dense weights.
+    A packed folder is one like any other, and so is one of `models.foreign`: what reads it finds
+    dense weights.
 
     Raises:
         InputError: no such folder; config.json missing, not JSON, of an unknown, non-causal or
@@ -93,6 +95,7 @@ def check_checkpoint(path: str | Path) -> None:
         if open_packed(folder) is None:
             for shard in weight_files(folder):
                 _check_shard(shard)
+            open_encoded(folder)
 
 
 def _read_json(path: Path) -> Any:
@@ -129,7 +132,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     is_packed = is_packed_config(raw)
     if is_packed:
         Contents.from_dict(raw["quantization_config"], str(path))
-    elif raw.get("quantization_config"):
+    elif find_config(raw, str(path)) is None and raw.get("quantization_config"):
         raise InputError(
             f"{path}: the weights are quantised (quantization_config); pruning and recovery need "
             "the original model in float32, bfloat16 or float16"
@@ -138,8 +141,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path}: not a usable configuration: {first_line(error)}") from None
-    if is_packed:
-        del config.quantization_config  # whoever asks here gets the weights unpacked
+    for key in KEYS:
+        if hasattr(config, key):
+            delattr(config, key)  # whoever asks here gets the weights unpacked
     if not _is_decoder_only(config):
         raise InputError(
             f"{path}: model_type {model_type!r} is no causal language model; use a decoder-only "
@@ -191,8 +195,19 @@ def _is_decoder_only(config: PretrainedConfig) -> bool:
 
 def stored_places(folder: Path) -> Iterator[Place]:
     """Every tensor of a model folder; InputError as `check_checkpoint`."""
-    packed = open_packed(folder)
+    packed = open_encoded(folder)
     return places_in(weight_files(folder)) if packed is None else packed_places(packed)
+
+
+def open_encoded(folder: Path) -> PackedFolder | ForeignFolder | None:
+    """The folder where its layers are stored in parts, ours or in others' formats; None where
+    every tensor is stored as it is. InputError as `check_checkpoint`."""
+    packed = open_packed(folder)
+    if packed is not None:
+        return packed
+    path = folder / "config.json"
+    found = find_config(_read_json(path), str(path))
+    return None if found is None else ForeignFolder(folder, found, weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -262,7 +277,7 @@ def load_model(
         raise InputError(f"model.dtype={dtype}: unknown; use one of {', '.join(DTYPES)}")
     folder = resolve_path(path)
     check_checkpoint(folder)
-    packed = open_packed(folder)
+    packed = open_encoded(folder)
     kind: Any = AutoModelForCausalLM
     source: Path | None = folder
     given: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import LoadStateDictInfo
 
 from sparsify.errors import InputError
+from sparsify.models.foreign import ForeignFolder
 from sparsify.packed.folder import PackedFolder
 from sparsify.tensors import tensor_names
 
@@ -34,8 +35,8 @@ class Place:
     name: str
     """in the file; of a packed layer, its weight's"""
     shape: tuple[int, ...]
-    packed: PackedFolder | None = None
-    """the packed folder that the tensor comes from, dense"""
+    packed: PackedFolder | ForeignFolder | None = None
+    """the folder of layers in parts that the tensor comes from, dense"""
 
     def read(self, dtype: torch.dtype | None) -> Tensor:
         """A copy of it on the CPU; floating point values as `dtype`, None: as they are stored."""
@@ -85,8 +86,8 @@ def places_in(paths: list[Path]) -> Iterator[Place]:
                 yield Place(path, name, tuple(file.get_slice(name).get_shape()))
 
 
-def packed_places(folder: PackedFolder) -> Iterator[Place]:
-    """Every tensor of a packed folder, as the dense model has it."""
+def packed_places(folder: PackedFolder | ForeignFolder) -> Iterator[Place]:
+    """Every tensor of a folder of layers in parts, as the dense model has it."""
     for name, shape in folder.shapes().items():
         yield Place(folder.folder, name, shape, folder)
 

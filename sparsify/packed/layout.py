@@ -35,6 +35,8 @@ TYPES = ("float", "fp8", "int", "nf4")
 
 CODE_BITS = {"int": (4, 8), "nf4": (4,)}
 
+ACTIVATIONS = ("int8", "fp8")
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -52,6 +54,9 @@ class Scheme:
     """columns of the dense row that share a scale, of int and nf4; None for the others"""
     symmetric: bool = True
     """of int: without `weight_zeros`"""
+    activations: str | None = None
+    """what a layer's input may be rounded to at run time, with a scale for every token: int8 beside
+    symmetric int of 8 bits, fp8 beside fp8; None: it stays as it is"""
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
@@ -66,13 +71,18 @@ class Scheme:
             raise InputError(f"type {self.type}: has neither bits nor group_size")
         if self.type != "int" and not self.symmetric:
             raise InputError(f"type {self.type}: has no zeros, so it is symmetric")
+        if self.activations is not None:
+            own = "int8" if (self.type, self.bits) == ("int", 8) and self.symmetric else self.type
+            if self.activations != own or own not in ACTIVATIONS:
+                raise InputError(f"activations={self.activations!r}: do not fit {self.name}")
 
     @property
     def name(self) -> str:
         """Under which layers refer to it."""
-        if self.type != "int":
-            return self.type if self.group_size is None else f"{self.type}-g{self.group_size}"
-        return f"int{self.bits}-g{self.group_size}" + ("" if self.symmetric else "-asym")
+        found = f"int{self.bits}" if self.type == "int" else self.type
+        found += "" if self.group_size is None else f"-g{self.group_size}"
+        found += "" if self.symmetric else "-asym"
+        return found + ("" if self.activations is None else f"-a-{self.activations}")
 
     @property
     def has_codes(self) -> bool:
@@ -81,10 +91,12 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""
-        if self.type in ("float", "fp8"):
-            return {"type": self.type}
-        found = {"type": self.type, "bits": self.bits, "group_size": self.group_size}
-        return {**found, "symmetric": self.symmetric} if self.type == "int" else found
+        found: dict[str, Any] = {"type": self.type}
+        if self.type in CODE_BITS:
+            found |= {"bits": self.bits, "group_size": self.group_size}
+        if self.type == "int":
+            found["symmetric"] = self.symmetric
+        return found if self.activations is None else {**found, "activations": self.activations}
 
 
 @dataclass(frozen=True)

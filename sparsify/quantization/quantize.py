@@ -1,12 +1,12 @@
 """Quantise a whole pruned model, block by block: the walk, the processes' shares, the reports.
 
-The mathematics of one weight is in `sparsify.quantization.gptq`. Shape suffixes: O output features
-(rows), I input features (columns), G groups of columns, R this process's rows.
+The mathematics of one weight is in `sparsify.quantization.weight`.
+Shape suffixes: O output features (rows), I input features (columns), R this process's rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import Memory
-from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears
+from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears, skipped_linears
 from sparsify.calibration.timing import Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
@@ -22,9 +22,10 @@ from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.isolation import check_isolation
+from sparsify.packed.layer import Codes
 from sparsify.params import QuantParams
 from sparsify.quantization.codes import Quantized, dequantize
-from sparsify.quantization.gptq import quantize_weight
+from sparsify.quantization.weight import quantize_weight
 
 
 @dataclass
@@ -65,6 +66,7 @@ def quantize_model(
     *,
     comm: Comm,
     batch_size: int,
+    skip: Sequence[str] = (),
     on_block: Callable[[int, int], None] | None = None,
 ) -> QuantResult:
     """Quantise every pruned layer of the model in place, block by block.
@@ -80,6 +82,7 @@ def quantize_model(
         params: method and numbers. Hessians are collected for rtn too: the report needs them.
         comm: the processes that take part.
         batch_size: rows per forward.
+        skip: glob patterns of layers to leave as they are.
         on_block: called as on_block(blocks done, blocks in all).
 
     Raises:
@@ -90,7 +93,7 @@ def quantize_model(
     Cost: that of `walk_blocks` and of `quantize_weight` per layer.
     """
     result = QuantResult()
-    skip = _unmasked(model, keep_masks)
+    left_out = _left_out(model, keep_masks, skip)
     if rows.is_joined:
         check_isolation(model)
 
@@ -107,14 +110,15 @@ def quantize_model(
 
     has_teacher = params.method == "gptq" and params.teacher_share > 0
     walk_blocks(
-        source, rows, solve, comm=comm, memory=Memory(batch_size), skip=skip,
+        source, rows, solve, comm=comm, memory=Memory(batch_size), skip=left_out,
         needs=SolverNeeds(teacher=has_teacher, order="layer"), progress=Progress(report),
     )  # fmt: skip
     return result
 
 
-def _unmasked(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> list[str]:
-    """Names of the layers without a mask, after checking that every mask has its layer."""
+def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence[str]) -> list[str]:
+    """Names of the layers without a mask and of those that are to be skipped, after checking that
+    every mask has its layer."""
     layers = {name: module for _, name, module in prunable_linears(model)}
     for name, keep_mask_OI in keep_masks.items():
         if name not in layers:
@@ -127,7 +131,11 @@ def _unmasked(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> list[str]:
             )
     if not keep_masks:
         raise InputError("quantize: no layer has a keep mask, so there is nothing to quantise")
-    return [name for name in layers if name not in keep_masks]
+    skipped = skipped_linears(model, skip, "quantize.skip")
+    left_out = [name for name in layers if name not in keep_masks or name in skipped]
+    if len(left_out) == len(layers):
+        raise InputError("quantize.skip: every pruned layer is skipped; leave one to quantise")
+    return left_out
 
 
 def _quantize_layer(
@@ -149,9 +157,8 @@ def _quantize_layer(
     ).double()
     comm.all_reduce_(energies)
     error, total = energies.tolist()
-    codes_OI = comm.gather_rows(mine.codes_OI, num_rows)()
-    scales_OG = comm.gather_rows(mine.scales_OG, num_rows)()
-    weight_OI.copy_(dequantize(codes_OI, scales_OG, params.group_size, weight_OI.dtype))
+    codes = _gather(mine.codes, num_rows, comm)
+    weight_OI.copy_(dequantize(codes, weight_OI.dtype))
     report = QuantLayerReport(
         name=layer.name,
         block=layer.block,
@@ -161,7 +168,19 @@ def _quantize_layer(
         relative_error=error / total if total > 0 else 0.0,
         damping=mine.damping,
     )
-    whole = replace(
-        mine, codes_OI=codes_OI.cpu(), scales_OG=scales_OG.cpu(), weight_OI=weight_OI.cpu().clone()
-    )
-    return whole, report
+    on_cpu = replace(
+        codes, values_OI=codes.values_OI.cpu(), scales_OG=codes.scales_OG.cpu(),
+        zeros_OG=None if codes.zeros_OG is None else codes.zeros_OG.cpu(),
+    )  # fmt: skip
+    return Quantized(on_cpu, weight_OI.cpu().clone(), mine.damping), report
+
+
+def _gather(codes: Codes, num_rows: int, comm: Comm) -> Codes:
+    """The codes of all processes' rows."""
+
+    def whole(part: Tensor) -> Tensor:
+        as_bytes = part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part
+        return comm.gather_rows(as_bytes, num_rows)().view(part.dtype)
+
+    zeros_OG = None if codes.zeros_OG is None else whole(codes.zeros_OG)
+    return Codes(whole(codes.values_OI), whole(codes.scales_OG), codes.scheme, zeros_OG)

@@ -21,11 +21,12 @@ from sparsify.formats.kinds.packed import write_packed
 from sparsify.formats.source import Source
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.packed.folder import PackedFolder, write_index
+from sparsify.packed.layer import Codes
 from sparsify.packed.layout import Scheme
 from sparsify.pattern import Pattern
 from tests.integration import vllm_rig
 from tests.integration.vllm_rig import PYTHON, Server, serving
-from tests.unit.sparsify.test_packed import coded
+from tests.quantized import meant, rounded
 
 TWO_FOUR = Pattern.parse("2:4")
 
@@ -41,6 +42,7 @@ EVERY_TYPE = {
     "1.self_attn.[qkv]_proj": Scheme(),
     "1.mlp.(gate|up)_proj": Scheme("int", 4, 128),
     "1.mlp.down_proj": Scheme("int", 8, 512, symmetric=False),  # one group: a scale a row
+    "lm_head": Scheme("int", 8, 32),
 }
 """Layers by the ends of their names; those that are not here stay dense"""
 
@@ -68,27 +70,24 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.1)
-    model.model.embed_tokens.weight.data *= 2000  # else what follows drowns which token it is
+    model.model.embed_tokens.weight.data *= 10  # else what follows drowns which token it is
     return model
 
 
 def packed(folder: Path, model: Any, tokenizer: Any, schemes: dict[str, Scheme]) -> Path:
     """A packed folder of the model, whose weights become what is stored."""
     masks: dict[str, Tensor] = {}
-    codes = {}
+    codes: dict[str, Codes] = {}
     for ends, scheme in schemes.items():
         found = [n for n, _ in model.named_modules() if re.search(f"{ends}$", n)]
         assert found, ends
         for name in found:
             weight = model.get_submodule(name).weight.data
-            number = len(masks)
-            generator = torch.Generator().manual_seed(number)
-            keep = keep_mask_from_scores(torch.rand(weight.shape, generator=generator), TWO_FOUR)
-            masks[name] = keep
+            masks[name] = keep_mask_from_scores(weight.abs(), TWO_FOUR)
+            weight.masked_fill_(~masks[name], 0)
             if scheme.has_codes:
-                values, codes[name] = coded(scheme, keep, weight.dtype, number)
-                weight.copy_(values)
-            weight.masked_fill_(~keep, 0)
+                codes[name] = rounded(weight, scheme)
+                weight.copy_(meant(codes[name], weight.dtype))
     write_packed(
         folder, Source(model, None, None, folder), masks, TWO_FOUR, tokenizer, 10**9, codes.get
     )
@@ -224,6 +223,6 @@ def test_layers_hold_the_packed_tensors_alone(inside, every_type):
     sizes = {name: sum(opened.place(f"{name}.{part}").num_bytes for part in layer.parts())
              for name, layer in opened.contents.layers.items()}  # fmt: skip
     assert sum(one["num_bytes"] for one in inside["held"].values()) == sum(sizes.values())
-    assert len(inside["held"]) == 7
+    assert len(inside["held"]) == 8
     kinds = {name: one["kind"] for name, one in inside["held"].items()}
     assert kinds["model.layers.0.self_attn.qkv_proj.packed"] in ("int4", None)  # no compiler

@@ -25,7 +25,7 @@ from sparsify.formats.sparse_folder import read_sparsity, write_sparsity
 from sparsify.formats.verify import check_packed
 from sparsify.packed.folder import INDEX, PackedFolder
 from sparsify.packed.layer import Codes, pack_layer
-from sparsify.packed.layout import Contents, Layer, Scheme
+from sparsify.packed.layout import Contents, Layer
 from sparsify.packed.writer import GIGABYTE, PackedWriter
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
@@ -98,7 +98,7 @@ def save_packed_folder(
         shard_bytes: see `write_packed`.
     """
     source = Source(model, None, None, made_from)
-    found = {name: _codes(one) for name, one in (quantized or {}).items()}
+    found = {name: one.codes for name, one in (quantized or {}).items()}
     if lost := sorted(found.keys() - set(masks)):
         raise InputError(f"pack: layer {lost[0]} has no mask; the parts are of unlike runs")
     write_packed(folder, source, masks, pattern, tokenizer, shard_bytes, found.get)
@@ -107,12 +107,6 @@ def save_packed_folder(
     write_sparsity(
         folder, masks, str(pattern), before.get("method", "given"), before.get("provenance", {})
     )
-
-
-def _codes(quantized: Quantized) -> Codes:
-    """What a quantiser made, as the format takes it."""
-    scheme = Scheme("int", quantized.bits, quantized.group_size)
-    return Codes(quantized.codes_OI, quantized.scales_OG, scheme)
 
 
 def _write(export: Export) -> list[Written]:

@@ -124,7 +124,7 @@ def test_recipe_leaves_a_command_its_one_stage() -> None:
 
 def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
     whole, deciding = flat(to_dict(Config())), flat(to_dict(Config(), deciding=True))
-    assert {"distill.batch_size", "prune.damping", "quantize.bits"} <= set(deciding)
+    assert {"distill.batch_size", "prune.damping", "quantize.scheme"} <= set(deciding)
     assert set(whole) - set(deciding) == {
         "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
         "evaluate.batch_size", "quantize.batch_size",
@@ -386,8 +386,8 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
             ],
         ),
         (lambda: QuantizeConfig(method="awq"), ["quantize.method=awq", "gptq, rtn"]),
-        (lambda: QuantizeConfig(bits=3), ["quantize.bits=3", "4, 8"]),
-        (lambda: QuantizeConfig(group_size=0), ["quantize.group_size=0", "at least 1"]),
+        (lambda: QuantizeConfig(scheme="int3"), ["quantize.scheme=int3", "int4, int8"]),
+        (lambda: QuantizeConfig(group_size=0), ["quantize.group_size=0", "-1"]),
         (lambda: QuantizeConfig(damping=0), ["quantize.damping=0"]),
         (lambda: TrackerConfig(wandb="on"), ["tracker.wandb=on", "auto, online, offline, off"]),
         (lambda: TrackerConfig(project="a/b"), ["tracker.project=a/b", "refuses /"]),

@@ -624,7 +624,7 @@ def test_help_shows_the_defaults_of_the_yaml(run: Any) -> None:
 
 def test_help_of_one_stage_shows_only_what_it_uses(run: Any) -> None:
     text = run("quantize", "--help").out
-    assert "quantize.bits" in text
+    assert "quantize.scheme" in text
     assert "prune.pattern" in text
     assert "distill." not in text
     assert "prune.damping" not in text

@@ -95,11 +95,11 @@ def test_every_run_is_listed_with_its_state_and_figures(sweep: Path) -> None:
     assert found["best"] == "r1"
     first, second, failed, *_ = found["runs"]
     assert {name: first[name] for name in (
-        "dense", "one_shot", "recovered", "log_gap_recovered", "quantized", "quantized_bits",
+        "dense", "one_shot", "recovered", "log_gap_recovered", "quantized", "quantized_as",
         "median_error", "violations", "num_tokens", "tokens_per_s", "packed_bytes", "duration_s",
     )} == {
         "dense": 2.0, "one_shot": 8.0, "recovered": 4.0, "log_gap_recovered": 0.5,
-        "quantized": 4.5, "quantized_bits": 4, "median_error": 0.2, "violations": 0,
+        "quantized": 4.5, "quantized_as": "int4", "median_error": 0.2, "violations": 0,
         "num_tokens": 4096, "tokens_per_s": 1234.5, "packed_bytes": 1000, "duration_s": 90.0,
     }  # fmt: skip
     assert (second["recovered"], second["quantized"]) == (3.0, None)

@@ -48,7 +48,7 @@ def sparse(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         rounded, quantized = load_model(source), {}
         for name, keep in masks.items():
             weight = rounded.get_submodule(name).weight.data
-            params = QuantParams("rtn", bits=bits, group_size=32)
+            params = QuantParams("rtn", f"int{bits}", 32)
             quantized[name] = quantize_weight(weight, keep, None, params, name)
             weight.copy_(quantized[name].weight_OI)
         save_packed_folder(
@@ -99,17 +99,20 @@ def test_the_quantised_folder_is_named_by_its_bits(
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_format_alone(sparse: Path, tiny_model_dir: Path, tmp_path: Path, name: str) -> None:
     assert get_format(name).name == name
-    export(sparse / "model", tiny_model_dir, tmp_path, formats=[name])
+    is_quantized = name == "compressed-tensors"
+    quantized = sparse / "int4" if is_quantized else None
+    export(sparse / "model", tiny_model_dir, tmp_path, quantized, formats=[name])
     (folder,) = tmp_path.iterdir()
     assert (folder / "sparsity.json").is_file()
-    for ours, theirs in zip(
-        load_model(folder).parameters(), load_model(sparse / "model").parameters(), strict=True
-    ):
+    expected = load_model(quantized or sparse / "model")
+    for ours, theirs in zip(load_model(folder).parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_formats_that_there_are_not_are_refused_with_the_list() -> None:
-    with pytest.raises(InputError, match=r"formats=pakced: .*one of: dense, packed") as caught:
+    with pytest.raises(
+        InputError, match=r"formats=pakced: .*one of: compressed-tensors, dense, packed"
+    ) as caught:
         ExportConfig(formats=["pakced"])
     message(caught)
     with pytest.raises(InputError, match=r"export\.formats=\[\]: .*dense, packed"):

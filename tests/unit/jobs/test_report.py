@@ -134,7 +134,7 @@ def make_summary(num_blocks: int = 4, num_steps: int = 250) -> dict[str, Any]:
             ],
         },
         "quantization": {
-            "method": "gptq", "bits": 4, "group_size": 128,
+            "method": "gptq", "scheme": "int4", "group_size": 128,
             "layers": [
                 {"name": name, "block": int(name.split(".")[2]), "relative_error": 0.006}
                 for name in names

@@ -95,7 +95,7 @@ def packed(
     masks, quantized = sparse(model, pattern), {}
     for name, keep in masks.items() if bits else ():
         weight = model.get_submodule(name).weight.data
-        params = QuantParams("rtn", bits, group_size, num_scale_steps=num_scale_steps)
+        params = QuantParams("rtn", f"int{bits}", group_size, num_scale_steps=num_scale_steps)
         quantized[name] = quantize_weight(weight, keep, None, params, name)
         weight.copy_(quantized[name].weight_OI)
     save_packed_folder(folder, model, tokenizer, masks, pattern, quantized, folder, shard_bytes)

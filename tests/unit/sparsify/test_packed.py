@@ -250,9 +250,9 @@ def test_codes_of_today_are_packed():
     """What the quantiser makes: symmetric codes, scales of groups of columns."""
     weight, keep = pruned(TWO_FOUR, 6, 48, torch.bfloat16)
     for bits in (4, 8):
-        found = quantize_weight(weight, keep, None, QuantParams("rtn", bits, group_size=20), "x")
-        codes = Codes(found.codes_OI, found.scales_OG, Scheme("int", bits, 20))
-        layer, parts = pack_layer("x", found.weight_OI, keep, TWO_FOUR, codes)
+        found = quantize_weight(weight, keep, None, QuantParams("rtn", f"int{bits}", 20), "x")
+        assert found.codes.scheme == Scheme("int", bits, 20)
+        layer, parts = pack_layer("x", found.weight_OI, keep, TWO_FOUR, found.codes)
         assert same_bits(unpack_layer(layer, parts, torch.bfloat16), found.weight_OI)
         assert parts["weight"].dtype == (torch.uint8 if bits == 4 else torch.int8)
 

@@ -1,0 +1,34 @@
+"""Float8 e4m3 for engines that round activations too, with a scale for every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.quantization.schemes._base import Grid, QuantScheme, quotient
+
+
+class Float8Grid(Grid):
+    """e4m3: 448 and down, no infinity; beyond it weights get the largest level."""
+
+    scale_dtype = torch.float32
+    highest = torch.finfo(torch.float8_e4m3fn).max
+    has_both_signs = False
+
+    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """See `Grid`; ties to even. A float64 value goes through float32."""
+        clamped = quotient(values, scales).clamp_(-self.highest, self.highest).float()
+        return clamped.to(torch.float8_e4m3fn).to(values.dtype)
+
+    def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
+        """float8_e4m3fn."""
+        return levels_OI.float().to(torch.float8_e4m3fn)
+
+
+def _grid(symmetric: bool) -> Grid:
+    return Float8Grid()
+
+
+SCHEME = QuantScheme(
+    "fp8", "float8 e4m3, a scale for each output channel", "fp8", _grid, activations="fp8"
+)
