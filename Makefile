@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test quick lint all-tests quick-tests slow-tests docs clean
+.PHONY: setup demo test quick lint all-tests quick-tests slow-tests vllm-env docs clean
 
 setup: $(READY)
 
@@ -41,6 +41,10 @@ all-tests: quick-tests
 slow-tests: $(READY)
 	TWOFOUR_NEED_SLURM=1 $(PYTEST) -m slow tests/integration
 
+# vLLM for the tests that start its servers (3.4 GB): they are skipped where this was not called.
+vllm-env: $(READY)
+	$(BIN)/python tests/integration/vllm_rig.py
+
 quick-tests: $(READY)
 	$(PYTEST) -n $(WORKERS) --dist loadfile tests --ignore tests/integration
 
@@ -56,4 +60,4 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-vllm runs

@@ -34,7 +34,8 @@ for name in {(*HEAVY, "jobs", "conf", "cluster")!r}:
     sys.modules[name] = None  # importing it now says that it is not installed
 import importlib, pkgutil, torch, sparsify
 for module in pkgutil.walk_packages(sparsify.__path__, "sparsify."):
-    importlib.import_module(module.name)
+    if module.name != "sparsify.integrations.vllm.plugin":  # which vLLM imports, where it is
+        importlib.import_module(module.name)
 from sparsify import Comm, Memory, Pattern, PruneParams, get_method, load_pair, prune_model
 from sparsify.data.rows import TokenRows
 model, tokenizer = load_pair("embedded")
