@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.benchmarks.support import deploy_cuda
 from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
 from jobs.benchmarks.support.device import use_device
 from jobs.benchmarks.support.linear_sides import Side, dense_int4, dense_linear, packed
@@ -27,7 +28,7 @@ from sparsify.kernels.cpu.library import PATHS, library
 
 SUMMARY = "packed 2:4 linear layers compared with dense ones, per shape and batch"
 
-EXAMPLES = ("deploy --device cpu --save",)
+EXAMPLES = ("deploy --device cpu --save", "deploy --device cuda --save")
 
 _SHAPES = {
     "8b": ("1024x4096", "4096x4096", "6144x4096", "14336x4096", "28672x4096", "4096x14336"),
@@ -79,11 +80,11 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: a shape, batch or kind that cannot be read, or a device without kernels here.
     """
-    if options.device != "cpu":
-        raise InputError("--device cuda: there are no packed kernels for it yet; use cpu")
     num_threads = use_device(options)
     torch.manual_seed(options.seed)
     shapes, batches = _shapes(options.shapes), _batches(options.batches)
+    if options.device == "cuda":
+        return deploy_cuda.run(options, shapes, batches)
     for kind in options.kinds:
         if kind not in KINDS:
             raise InputError(f"--kinds {kind}: unknown; use one of: {', '.join(KINDS)}")

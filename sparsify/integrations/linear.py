@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -154,8 +155,11 @@ class PackedLinear(nn.Module):
                 assert kind is not None
                 try:
                     self._hold_all(ORDERS[order].prepare(self.layer, kind, self._held()))
-                except InputError:  # a NaN of float8, unsigned codes of 8 bits
+                except InputError as error:  # a NaN of float8, zeros or groups that they lack
                     self.uses_kernels = False  # of this layer
+                    if order == "cuda":
+                        text = f"{error}; a layer runs in PyTorch, several times slower"
+                        warnings.warn(text, RuntimeWarning, stacklevel=2)
                     return False
                 self.kind, self.order = kind, order
             return order is not None

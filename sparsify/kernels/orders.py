@@ -7,7 +7,9 @@ and back to save them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -105,12 +107,28 @@ class _Cpu:
         return cpu.packed_linear(x, weight, scales, zeros, bias, kind, layer.shape[0], size)
 
 
+@lru_cache
+def _why_no_gpu_kernels() -> str | None:
+    """What this machine lacks, said once as a warning."""
+    why = None
+    if triton is None:
+        why = "Triton is not installed; the CUDA build of torch brings the version that fits"
+    elif torch.version.hip is not None:
+        why = "they are written for NVIDIA's sparse tensor cores"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        why = "sparse tensor cores come with compute capability 8.0 (Ampere)"
+    if why is not None:
+        text = f"GPU kernels: {why}; packed layers run in PyTorch, several times slower"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    return why
+
+
 class _Cuda:
     """sparsify/kernels/cuda."""
 
     def kind(self, layer: Layer, stored: torch.dtype) -> str | None:
-        """See `Order`; none without Triton."""
-        return None if triton is None else _kind(layer, cuda.DTYPES, stored)
+        """See `Order`; none where a warning says why."""
+        return None if _why_no_gpu_kernels() else _kind(layer, cuda.DTYPES, stored)
 
     def takes(self, kind: str, dtype: torch.dtype) -> bool:
         """bfloat16 and float16, and what the values are."""

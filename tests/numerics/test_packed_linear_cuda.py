@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jobs.benchmarks.support import linear_sides_cuda
 from sparsify.errors import InputError
 from sparsify.kernels.cuda import choice, decode, linear, ways
 from sparsify.kernels.cuda.expand import expand
@@ -224,7 +225,7 @@ EXPAND = [
     ("int8", 16, 300, 128, True), ("float8", 40, 256, 0, False), ("int4", 33, 516, 32, False),
     ("int4", 16, 256, 0, True), ("nf4", 16, 300, 64, False),
 ]  # fmt: skip
-NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 7
+NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 8
 
 
 @interpreted
@@ -321,6 +322,17 @@ class TestInterpreted:
         # A layer of this shape without the copy is not given a way that needs one.
         output = linear.linear(inputs, packed.prepared, bias, [], "", "int4", 40, 128)
         assert ((output.double() - expected).norm() / expected.norm()) < 1e-2
+
+    def test_the_check_that_a_benchmark_makes_on_a_gpu(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            linear_sides_cuda, "packed_linear",
+            lambda x, v, p, s, z, *rest: linear.linear(x, Prepared(v, p, s, z), *rest),
+        )  # fmt: skip
+        found = linear_sides_cuda.worst_errors(["float8"], 24, 300, "cpu", tokens=(1, 3))
+        assert [row["tokens"] for row in found] == [1, 3]
+        assert all(0 < row["error"] < 5e-3 for row in found)
 
     def test_the_op_is_kept_whole_by_the_compiler(self) -> None:
         op = linear.packed_linear

@@ -12,7 +12,7 @@ import torch
 
 from jobs import bench
 from jobs.benchmarks import deploy
-from jobs.benchmarks.support import linear_sides
+from jobs.benchmarks.support import deploy_cuda, linear_sides, linear_sides_cuda
 from jobs.benchmarks.support.record import Chart
 from jobs.reporting.chart_file import chart_file
 from sparsify.kernels.cpu.layout import KINDS
@@ -63,7 +63,7 @@ def test_a_run_leaves_record_chart_and_a_last_line(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device", "cuda"], "there are no packed kernels for it yet"),
+        (["--device", "cuda", "--kinds", "float32"], "--kinds float32: on a GPU use some of: bfl"),
         (["--shapes", "9b"], "--shapes 9b: write 8b, 70b or ROWSxCOLUMNS"),
         (["--shapes", "8x12"], "columns must be a multiple of 8"),
         (["--batches", "0"], "--batches 0: write numbers of tokens"),
@@ -120,3 +120,33 @@ def test_a_chart_of_curves_with_gaps() -> None:
     assert heights[0] > heights[1]  # down the page is less
     texts = [node.text for node in drawing.iter("{http://www.w3.org/2000/svg}text")]
     assert {"Speed <2>", "tokens", "a & b", "c", "1", "4", "16"} <= set(texts)
+
+
+def test_figures_of_a_gpu_become_tables_and_targets() -> None:
+    """At the worst shape: INT4 twice as fast as cuBLAS here and five times there is no 4."""
+    rows = [
+        {"rows": rows, "columns": 4096, "batch": batch, "side": side, "median_s": 1e-5 / ratio,
+         "ratio": ratio, "num_bytes": 1000, "bytes_per_s": 1e8 * ratio, "share": 0.5 * ratio / 5}
+        for rows in (1024, 4096)
+        for batch in (1, 16)
+        for side, ratio in (("dense bfloat16", 1.0), ("dense int4", 2.5), ("bfloat16", 1.6),
+                            ("int4", 5.0 if rows == 4096 else 2.0))
+    ]  # fmt: skip
+    outcome = deploy_cuda.summarise(rows, {}, 1)
+    met = {target.what: (target.measured, target.is_met) for target in outcome.targets}
+    assert met["int4, batch 1: least ratio to cuBLAS"] == (2.0, False)
+    assert met["int4, batch 16: least ratio to cuBLAS"] == (2.0, False)
+    assert met["bfloat16, batch 1: least ratio to cuBLAS"] == (1.6, True)
+    assert met["bfloat16, batch 1: least share of what reading reaches"] == (0.16, False)
+    assert met["int4, every batch: least ratio to cuBLAS"] == (2.0, True)
+    assert met["int4, batch 1: least ratio to torch's dense INT4"][0] == pytest.approx(0.8)
+    assert outcome.tables[0].rows[-1] == ("4096 x 4096, int4", "5.00", "5.00")
+    assert outcome.summary["ratio_at_1"]["int4"] == pytest.approx(10**0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8", "int4", "nf4"])
+def test_random_layers_of_a_gpu_have_the_bytes_that_are_counted(kind: str) -> None:
+    size = 128 if kind in ("int8", "int4", "nf4") else 0
+    prepared = linear_sides_cuda.random_prepared(kind, 64, 512, size, device="cpu")
+    bits = {"bfloat16": 9, "int8": 5.125, "float8": 5 + 32 / 512, "int4": 3.125, "nf4": 3.125}
+    assert sum(t.nbytes for t in prepared if t is not None) == 64 * 512 * bits[kind] / 8
