@@ -120,10 +120,11 @@ def _run(options: argparse.Namespace) -> None:
     path = options.record or folder / default_name(record)
     write_record(record, path)
     print(f"\nrecord: {path}")
-    if outcome.chart is not None:
-        chart = path.with_suffix(".svg")
+    charts = [outcome.chart, *outcome.more_charts] if outcome.chart is not None else []
+    for number, drawn in enumerate(charts, start=1):
+        chart = path.with_name(f"{path.stem}{f'-{number}' if number > 1 else ''}.svg")
         with written_whole(chart) as temporary:
-            temporary.write_text(chart_file(outcome.chart), encoding="utf-8")
+            temporary.write_text(chart_file(drawn), encoding="utf-8")
         print(f"chart: {chart}")
     if outcome.summary is not None:
         print(json.dumps({"benchmark": options.benchmark, "record": str(path), **outcome.summary}))

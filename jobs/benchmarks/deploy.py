@@ -1,8 +1,9 @@
-"""Linear layers as they are deployed: packed 2:4 weights compared with dense ones, per shape.
+"""Packed 2:4 weights as they are deployed, compared with dense ones: layers, and a whole model.
 
 Each shape is timed with random weights for dense float32, bfloat16 and INT4 by torch, and for each
 kind of packed values by this project's kernel. What a layer reads is put beside what a loop that
-only reads reaches in the same run, with the same threads and the same instructions.
+only reads reaches in the same run, with the same threads and the same instructions. A random
+model in transformers says what comes of it with attention, norms and the dense head around.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ from jobs.benchmarks.support.arguments import add_device, add_option, settings_o
 from jobs.benchmarks.support.device import use_device
 from jobs.benchmarks.support.linear_sides import Side, dense_int4, dense_linear, packed
 from jobs.benchmarks.support.record import Chart, Outcome, Table, Target
+from jobs.benchmarks.support.whole_model import (
+    NOTES,
+    SETTINGS,
+    add_model_arguments,
+    check_model,
+    measure_model,
+    model_chart,
+    model_tables,
+    model_targets,
+)
 from sparsify.errors import InputError
 from sparsify.kernels.cpu.layout import KINDS
 from sparsify.kernels.cpu.library import PATHS, library
 
-SUMMARY = "packed 2:4 linear layers compared with dense ones, per shape and batch"
+SUMMARY = "packed 2:4 layers and models compared with dense ones, per shape and batch"
 
 EXAMPLES = ("deploy --device cpu --save", "deploy --device cuda --save")
 
@@ -61,7 +72,7 @@ _NOTES = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
     add_device(parser)
-    shapes = "8b, 70b (layers of Llama 3.1), or ROWSxCOLUMNS"
+    shapes = "8b, 70b (layers of Llama 3.1), ROWSxCOLUMNS, or none"
     add_option(parser, "--shapes", ["8b"], shapes, nargs="+", metavar="SHAPE")
     add_option(parser, "--batches", list(_BATCHES), "tokens at once", nargs="+", metavar="N")
     kinds = f"packed values: {', '.join(KINDS)}"
@@ -72,6 +83,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--clock", "wall", clock, choices=["wall", "work"])
     add_option(parser, "--repeats", 7, "rounds; the median counts")
     add_option(parser, "--seed", 0, "random weights and inputs")
+    add_model_arguments(parser)
 
 
 def run(options: Namespace) -> Outcome:
@@ -85,6 +97,7 @@ def run(options: Namespace) -> Outcome:
     shapes, batches = _shapes(options.shapes), _batches(options.batches)
     if options.device == "cuda":
         return deploy_cuda.run(options, shapes, batches)
+    check_model(options)
     for kind in options.kinds:
         if kind not in KINDS:
             raise InputError(f"--kinds {kind}: unknown; use one of: {', '.join(KINDS)}")
@@ -98,11 +111,12 @@ def run(options: Namespace) -> Outcome:
                 measured += measure(sides, rows, columns, batch, threads, options)
         torch.set_num_threads(num_threads)
     settings = settings_of(
-        options, "shapes", "batches", "kinds", "path", "clock", "repeats", "seed"
+        options, "shapes", "batches", "kinds", "path", "clock", "repeats", "seed", *SETTINGS
     )
     found = library()
     settings["best_path"] = found.paths[-1] if found else "torch"
-    return summarise(measured, settings, num_threads)
+    whole = [] if options.model == "none" else measure_model(options, num_threads)
+    return summarise(measured, settings, num_threads, whole)
 
 
 def _sides(rows: int, columns: int, kinds: list[str], path: str) -> dict[str, Side]:
@@ -167,15 +181,16 @@ def _read_s(buffer: Tensor, threads: int, clock: Callable[[], float]) -> float:
 
 
 def summarise(
-    measured: list[dict[str, Any]], settings: dict[str, Any], num_threads: int
-) -> Outcome:
+    measured: list[dict[str, Any]], settings: dict[str, Any], num_threads: int,
+    whole: list[dict[str, Any]],
+) -> Outcome:  # fmt: skip
     """Tables by threads: time ratios by batch, and the memory's share at the smallest batch."""
     batches = sorted({row["batch"] for row in measured})
     tables = []
     for threads in sorted({row["threads"] for row in measured}):
         some = [row for row in measured if row["threads"] == threads]
         tables += [_ratio_table(some, batches, threads), _memory_table(some, batches[0], threads)]
-    targets = _targets(measured)
+    targets = [*_targets(measured), *model_targets(whole)]
     names = list(dict.fromkeys(row["side"] for row in measured))
     curves: dict[str, Sequence[float | None]] = {
         name: [
@@ -195,9 +210,20 @@ def summarise(
         "targets_met": sum(target.is_met for target in targets),
         "targets": len(targets),
     }
+    charts: list[Chart] = [chart] if measured else []
+    if whole:
+        tables += model_tables(whole)
+        charts.append(model_chart(whole))
+        summary["tokens_per_s_at_1"] = {
+            side["side"]: round(1 / row["token_s"], 3)
+            for side in whole
+            for row in side["rows"]
+            if (row["batch"], row["threads"]) == (1, num_threads)
+        }
     return Outcome(
-        "cpu", num_threads, settings, {"layers": measured}, tables, targets, list(_NOTES), chart,
-        summary,
+        "cpu", num_threads, settings, {"layers": measured, "model": whole}, tables, targets,
+        [*(_NOTES if measured else ()), *(NOTES if whole else ())], next(iter(charts), None),
+        summary, charts[1:],
     )  # fmt: skip
 
 
@@ -266,11 +292,13 @@ def _batches(texts: list[Any]) -> list[int]:
 
 def _shapes(texts: list[str]) -> list[tuple[int, int]]:
     """(rows, columns) of every shape that was named."""
-    shapes = []
+    shapes: list[tuple[int, int]] = []
+    if texts == ["none"]:
+        return shapes
     for text in (one for name in texts for one in _SHAPES.get(name.lower(), (name,))):
         parts = text.lower().split("x")
         if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise InputError(f"--shapes {text}: write 8b, 70b or ROWSxCOLUMNS")
+            raise InputError(f"--shapes {text}: write 8b, 70b, ROWSxCOLUMNS or none")
         rows, columns = map(int, parts)
         if columns % 8:
             raise InputError(f"--shapes {text}: columns must be a multiple of 8")

@@ -134,7 +134,7 @@ def _layer_speed(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     x_TI = inputs_TI.bfloat16()
     for name, scheme in schemes.items():
-        module = _random_packed(Layer(_LAYER, scheme, Pattern.parse("2:4"))).to(device)
+        module = random_packed(Layer(_LAYER, scheme, Pattern.parse("2:4"))).to(device)
         num_bytes = sum(part.nbytes for part in module.parameters())
         sides[name] = (num_bytes, _bound(module, x_TI))
     taken_s: dict[str, list[float]] = {name: [] for name in sides}
@@ -159,7 +159,7 @@ def _bound(call: Callable[..., Tensor], *arguments: Tensor) -> Callable[[], Tens
     return lambda: call(*arguments)
 
 
-def _random_packed(layer: Layer) -> PackedLinear:
+def random_packed(layer: Layer) -> PackedLinear:
     """A packed layer of random values, positions and scales."""
     module = PackedLinear(layer, torch.bfloat16, has_bias=False)
     pairs = torch.tensor([a | b << 2 for a, b in itertools.combinations(range(4), 2)])

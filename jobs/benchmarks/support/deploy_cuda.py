@@ -38,6 +38,7 @@ _NOTES = (
     "only reads 2 GiB reaches in the same run",
     "up to 16 tokens packed layers run the fused kernel; beyond, the way that was measured to be "
     "the fastest, with a copy of the weight where it takes one not to be slower than dense",
+    "layers alone: --model is measured on a CPU only",
 )
 
 

@@ -30,6 +30,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
         "num_key_value_heads": 8, "num_hidden_layers": 80,
     },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_hidden_layers": 16,
+    },
     "bench-1k": {
         "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
         "num_key_value_heads": 8, "num_hidden_layers": 4,
@@ -47,7 +51,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2, "num_hidden_layers": 2,
     },
 }  # fmt: skip
-"""Shapes by name: the two public Llama 3.1 models, and four for benchmarks on a CPU."""
+"""Shapes by name: three public Llama models, and four for benchmarks on a CPU."""
 
 
 def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: int) -> LlamaConfig:

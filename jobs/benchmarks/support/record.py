@@ -95,6 +95,8 @@ class Outcome:
     """drawn beside the record"""
     summary: dict[str, Any] | None = None
     """printed as JSON on the last line"""
+    more_charts: list[Chart] = field(default_factory=list)
+    """drawn beside the first"""
 
 
 def build_record(

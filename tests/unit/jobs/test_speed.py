@@ -59,7 +59,7 @@ def test_a_large_model_is_not_loaded_for_it(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme("fp8"), Scheme("int", 4, 32)])
 def test_the_random_layer_computes(scheme: Scheme) -> None:
     """Positions that rise in their group, and values that are numbers: kernels take it."""
-    module = speed._random_packed(Layer((16, 64), scheme, Pattern.parse("2:4")))
+    module = speed.random_packed(Layer((16, 64), scheme, Pattern.parse("2:4")))
     assert bool(module.dense_weight(torch.float32).isfinite().all())
     counts = (module.dense_weight(torch.float32).view(16, 16, 4) != 0).sum(-1)
     assert int(counts.max()) == 2 and float(counts.float().mean()) > 1.7

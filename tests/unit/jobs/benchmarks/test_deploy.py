@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from jobs import bench
 from jobs.benchmarks import deploy
-from jobs.benchmarks.support import deploy_cuda, linear_sides, linear_sides_cuda
+from jobs.benchmarks.sides import decode
+from jobs.benchmarks.support import deploy_cuda, linear_sides, linear_sides_cuda, whole_model
+from jobs.benchmarks.support.random_llama import SHAPES, linear_shapes
 from jobs.benchmarks.support.record import Chart
 from jobs.reporting.chart_file import chart_file
+from sparsify.errors import TwofourError
 from sparsify.kernels.cpu.layout import KINDS
 from sparsify.kernels.cpu.linear import packed_linear
 
@@ -26,7 +30,17 @@ def test_a_run_leaves_record_chart_and_a_last_line(
 ) -> None:
     monkeypatch.setattr(deploy, "_cache_bytes", lambda: 2**16)
     words = ["deploy", "--shapes", "48x128", "16x256", "--batches", "1", "3", "--kinds", "bfloat16"]
-    words += ["int4", "--repeats", "1", "--threads", "2", "--record", str(tmp_path / "d.json")]
+    words += [
+        "int4",
+        "--repeats",
+        "1",
+        "--model",
+        "none",
+        "--threads",
+        "2",
+        "--record",
+        str(tmp_path / "d.json"),
+    ]
     before = torch.get_num_threads()
     try:
         assert bench.main([*words, "--workdir", str(tmp_path)]) == 0
@@ -60,13 +74,79 @@ def test_a_run_leaves_record_chart_and_a_last_line(
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * len(SIDES)
 
 
+def test_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def here(words: list[str], log: Path, environment: dict[str, str]) -> int:
+        assert words[2] == decode.__name__ and environment == {"OMP_NUM_THREADS": "2"}
+        Path(words[4]).write_text(json.dumps(decode.measure(json.loads(words[3]))))
+        return 0
+
+    monkeypatch.setattr(whole_model, "run_logged", here)
+    sides = ["dense float32", "dense int4", "int4"]
+    words = ["deploy", "--shapes", "none", "--model", "bench-512", "--vocabulary", "64"]
+    words += ["--model-sides", *sides, "--model-batches", "2", "1", "--threads", "2"]
+    words += ["--side-seconds", "600", "--record", str(tmp_path / "d.json")]
+    monkeypatch.setitem(SHAPES, "bench-512", {**SHAPES["bench-512"], "num_hidden_layers": 1})
+    before = torch.get_num_threads()
+    try:
+        assert bench.main([*words, "--workdir", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "d.json").read_text())["figures"]["model"]
+    assert [side["side"] for side in found] == sides
+    shapes = linear_shapes(decode.config_of("bench-512", 64))
+    weights = sum(rows * columns for rows, columns in shapes)
+    rest = 2 * 64 * 512 + 3 * 512  # embeddings and head, norms
+    assert found[0]["num_bytes"] == 4 * (weights + rest)
+    assert found[1]["num_bytes"] == weights // 2 + weights // 32 + 2 * rest
+    assert found[2]["num_bytes"] == weights * 3 // 8 + weights // 64 + 2 * rest
+    for side in found:
+        assert [(row["threads"], row["batch"]) for row in side["rows"]] == [(1, 1), (2, 1), (2, 2)]
+        assert all(row["first_token_s"] > 0 and row["token_s"] > 0 for row in side["rows"])
+        assert side["batches_left_out"] == [] and side["peak_bytes"] > side["num_bytes"]
+    last = json.loads(printed.splitlines()[-1])
+    dense, _, int4 = found
+    assert last["tokens_per_s_at_1"]["int4"] == round(1 / int4["rows"][1]["token_s"], 3)
+    ratios = [dense["rows"][at]["token_s"] / int4["rows"][at]["token_s"] for at in (0, 1)]
+    (target,) = json.loads((tmp_path / "d.json").read_text())["targets"]
+    assert target["measured"] == pytest.approx(min(ratios)) and target["promised"] == ">= 2.5"
+    assert ElementTree.parse(tmp_path / "d.svg").getroot() is not None
+
+
+def test_batches_beyond_the_seconds_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "answer", lambda model, batch: {"token_s": 1.0})
+    task = {
+        "side": "bfloat16", "shape": "tiny", "vocab_size": 64, "threads": [1], "batches": [1, 2],
+        "budget_s": 0.0,
+    }  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        found = decode.measure(task)
+    finally:
+        torch.set_num_threads(before)
+    assert found["rows"] == [] and found["batches_left_out"] == [1, 2]
+
+
+def test_a_side_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(whole_model, "run_logged", lambda *given: 1)
+    options = Namespace(
+        model="tiny", model_sides=["int4"], model_batches=[1], vocabulary=8, side_seconds=1.0,
+        workdir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(TwofourError, match=r"int4: ended with exit code 1; see .*decode-int4.log"):
+        whole_model.measure_model(options, 1)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--device", "cuda", "--kinds", "float32"], "--kinds float32: on a GPU use some of: bfl"),
-        (["--shapes", "9b"], "--shapes 9b: write 8b, 70b or ROWSxCOLUMNS"),
+        (["--shapes", "9b"], "--shapes 9b: write 8b, 70b, ROWSxCOLUMNS or none"),
         (["--shapes", "8x12"], "columns must be a multiple of 8"),
         (["--batches", "0"], "--batches 0: write numbers of tokens"),
+        (["--model", "9b"], "--model 9b: use none, or one of llama-3.1-8b"),
+        (["--model-sides", "int3"], "--model-sides int3: use some of dense float32"),
+        (["--model-batches", "x"], "--model-batches x: write numbers of prompts"),
         (["--kinds", "int3"], "--kinds int3: unknown; use one of: float32"),
     ],
 )

@@ -1,0 +1,168 @@
+"""A whole model, as `bench deploy` measures it: every side in a process, its tables and targets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.benchmarks.sides.decode import PROMPT_TOKENS, SIDES
+from jobs.benchmarks.support.arguments import add_option
+from jobs.benchmarks.support.processes import run_logged
+from jobs.benchmarks.support.random_llama import SHAPES
+from jobs.benchmarks.support.record import Chart, Table, Target, gigabytes
+from sparsify.errors import InputError, TwofourError
+
+SETTINGS = ("model", "model_sides", "model_batches", "vocabulary", "side_seconds")
+
+NOTES = (
+    f"whole model: random weights, {PROMPT_TOKENS} prompt tokens, greedy, in transformers; each "
+    "side is a process of its own; seconds to the first token, and the median of those to the 12 "
+    "further ones",
+    "whole model: embeddings and head are dense in every side, bfloat16 but for dense float32; "
+    "batches that did not fit --side-seconds are left out and named in the record; with one "
+    "thread batch 1 alone",
+    "peak memory is the process's with Python and torch (0.4 GB), and with making the weights",
+)
+
+_DENSE = ("dense float32", "dense bfloat16")
+
+_PROMISED = 2.5
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Options of the whole model."""
+    shapes = f"shape of the whole model, or none: {', '.join(SHAPES)}"
+    add_option(parser, "--model", "llama-3.2-1b", shapes)
+    sides = f"its sides: {', '.join(SIDES)}"
+    add_option(parser, "--model-sides", list(SIDES), sides, nargs="+", metavar="SIDE")
+    batches = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    add_option(parser, "--model-batches", batches, "prompts at once", nargs="+", metavar="N")
+    add_option(parser, "--vocabulary", 128256, "its tokens")
+    add_option(parser, "--side-seconds", 20.0, "for its batches, in each side")
+
+
+def check_model(options: Namespace) -> None:
+    """Refuse what cannot be read, before anything is measured.
+
+    Raises:
+        InputError: a shape, side or batch that is not known.
+    """
+    if options.model not in ("none", *SHAPES):
+        raise InputError(f"--model {options.model}: use none, or one of {', '.join(SHAPES)}")
+    if unknown := [side for side in options.model_sides if side not in SIDES]:
+        raise InputError(f"--model-sides {unknown[0]}: use some of {', '.join(SIDES)}")
+    for text in options.model_batches:
+        if not str(text).isdigit() or int(text) < 1:
+            raise InputError(f"--model-batches {text}: write numbers of prompts, such as 1 16")
+
+
+def measure_model(options: Namespace, num_threads: int) -> list[dict[str, Any]]:
+    """What every side measured, one process after another; see `sides.decode.measure`.
+
+    Raises:
+        TwofourError: a side failed; its log is named.
+    """
+    found = []
+    for side in options.model_sides:
+        print(f"{options.model}, {side}", flush=True)
+        place = options.workdir / f"decode-{side.replace(' ', '-')}"
+        out, log = place.with_suffix(".json"), place.with_suffix(".log")
+        out.unlink(missing_ok=True)
+        task = {
+            "side": side, "shape": options.model, "vocab_size": options.vocabulary,
+            "threads": sorted({1, num_threads}), "budget_s": options.side_seconds,
+            "batches": sorted({int(batch) for batch in options.model_batches}),
+        }  # fmt: skip
+        module = "jobs.benchmarks.sides.decode"
+        words = [sys.executable, "-m", module, json.dumps(task), str(out)]
+        code = run_logged(words, log, {"OMP_NUM_THREADS": str(num_threads)})
+        if code or not out.is_file():
+            raise TwofourError(f"{side}: ended with exit code {code}; see {log}")
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    return found
+
+
+def model_tables(found: list[dict[str, Any]]) -> list[Table]:
+    """Decoding by batch, and one prompt in detail."""
+    tables = [_speed_table(found)]
+    for threads in sorted({row["threads"] for side in found for row in side["rows"]}):
+        lines = []
+        for side in found:
+            row = _row(side, threads, 1)
+            if row is None:
+                continue
+            ratio = _ratio(found, row)
+            lines.append((
+                side["side"], f"{1e3 * row['first_token_s']:.0f}", f"{1e3 * row['token_s']:.1f}",
+                f"{1 / row['token_s']:.2f}", "–" if ratio is None else f"{ratio:.2f}",
+                gigabytes(side["num_bytes"]), gigabytes(side["peak_bytes"]),
+            ))  # fmt: skip
+        headings = (
+            f"whole model, 1 prompt, {threads} thread(s)", "first token ms", "next ms", "tokens/s",
+            "ratio", "weights", "peak memory",
+        )  # fmt: skip
+        if lines:
+            tables.append(Table(headings, lines))
+    return tables
+
+
+def _speed_table(found: list[dict[str, Any]]) -> Table:
+    """Tokens a second of all prompts together, by batch, with the most threads."""
+    most, batches = _most_threads(found), _batches(found)
+    lines = []
+    for side in found:
+        cells = [_rate(_row(side, most, batch)) for batch in batches]
+        lines.append((side["side"], *("–" if cell is None else f"{cell:.1f}" for cell in cells)))
+    name = f"tokens/s, {most} thread(s)"
+    return Table((name, *(f"batch {batch}" for batch in batches)), lines)
+
+
+def model_chart(found: list[dict[str, Any]]) -> Chart:
+    """Tokens a second by batch."""
+    most, batches = _most_threads(found), _batches(found)
+    curves: dict[str, Sequence[float | None]] = {
+        str(side["side"]): [_rate(_row(side, most, batch)) for batch in batches] for side in found
+    }
+    return Chart("Tokens a second of a whole model", "prompts at once", batches, curves)
+
+
+def model_targets(found: list[dict[str, Any]]) -> list[Target]:
+    """What was promised of INT4 decoding, at the worst number of threads."""
+    side = next((side for side in found if side["side"] == "int4"), None)
+    rows = [row for row in side["rows"] if row["batch"] == 1] if side else []
+    ratios = [ratio for row in rows if (ratio := _ratio(found, row)) is not None]
+    if not ratios:
+        return []
+    what = "whole model, int4, batch 1: least ratio over the faster dense type"
+    return [Target.at_least(what, _PROMISED, min(ratios))]
+
+
+def _ratio(found: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
+    """Seconds of the faster dense type to a further token, over these; None without one."""
+    dense = [
+        other["token_s"]
+        for side in found
+        if side["side"] in _DENSE and (other := _row(side, row["threads"], row["batch"]))
+    ]
+    return min(dense) / row["token_s"] if dense else None
+
+
+def _row(side: dict[str, Any], threads: int, batch: int) -> dict[str, Any] | None:
+    wanted = (threads, batch)
+    rows = (row for row in side["rows"] if (row["threads"], row["batch"]) == wanted)
+    return next(rows, None)
+
+
+def _rate(row: dict[str, Any] | None) -> float | None:
+    return None if row is None else row["batch"] / row["token_s"]
+
+
+def _most_threads(found: list[dict[str, Any]]) -> int:
+    return max(row["threads"] for side in found for row in side["rows"])
+
+
+def _batches(found: list[dict[str, Any]]) -> list[int]:
+    return sorted({row["batch"] for side in found for row in side["rows"]})
