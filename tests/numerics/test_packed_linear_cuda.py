@@ -406,6 +406,7 @@ class TestCompiled:
         assert len(products) == 8 and len(loads) == num_loads
         assert max(loads) < min(products), "loads sank to their uses: too few are in flight"
         assert len(body) / 64 <= most_instructions
+        assert not re.search(r"\b(LDS|STS|SHFL|STSM)\b", "\n".join(body)), "values change lanes"
         used = set(
             re.findall(r"elementwise_inline_asm.*tensor<256x\w+, (#\w+)>", made.asm["ttgir"])
         )

@@ -56,7 +56,9 @@ def run(options: Namespace, shapes: list[tuple[int, int]], batches: list[int]) -
     torch.manual_seed(options.seed)
     card = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    errors = worst_errors(options.kinds)
+    errors = worst_errors(options.kinds)  # cut tiles; then narrow and wide layers' warps
+    errors += worst_errors(options.kinds, 1024, 4096, tokens=(1, 16, 64))
+    errors += worst_errors(options.kinds, 14368, 2048, tokens=(1, 16, 64))
     worst = max(errors, key=lambda row: row["error"])
     print(f"largest error: {worst}", flush=True)
     choices = Choices(options.workdir / "choices", card, versions, may_copy=True)

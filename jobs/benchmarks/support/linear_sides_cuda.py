@@ -203,8 +203,8 @@ def worst_errors(
                 exact_TO = x_TI.double() @ weight_OI.T
                 error = (output_TO.double() - exact_TO).norm() / exact_TO.norm()
                 found.append({
-                    "kind": kind, "group_size": size, "zeros": has_zeros, "tokens": number,
-                    "error": float(error),
+                    "kind": kind, "rows": rows, "columns": columns, "group_size": size,
+                    "zeros": has_zeros, "tokens": number, "error": float(error),
                 })  # fmt: skip
     return found
 

@@ -117,8 +117,10 @@ def _cusparselt(
     """As torch.sparse.to_sparse_semi_structured does it: inputs padded to 8 tokens."""
     padded_TI = functional.pad(inputs_TI, (0, 0, 0, -len(inputs_TI) % 8))
     bias_O = None if bias_O is None else bias_O.to(inputs_TI.dtype)
-    product_OT = torch._cslt_sparse_mm(copies[0], padded_TI.T, bias=bias_O)
-    return product_OT.T[: len(inputs_TI)].contiguous()
+    product_TO = torch._cslt_sparse_mm(
+        copies[0], padded_TI.T, bias=bias_O, transpose_result=True
+    )  # written row by row of the tokens
+    return product_TO[: len(inputs_TI)]
 
 
 def _has_cusparselt(problem: Problem) -> bool:
