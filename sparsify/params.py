@@ -185,6 +185,11 @@ class QuantParams:
                 "channel, or null"
             )
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the unquantised model is followed beside the quantised one."""
+        return self.method == "gptq" and self.teacher_share > 0
+
 
 @dataclass
 class LossWeights:

@@ -23,3 +23,9 @@ class QuantizeConfig(QuantParams):
     """calibration rows per forward on one worker; changes memory and speed only"""
     skip: list[str] = option([])
     """glob patterns of pruned layers whose values stay as they are, such as [*.down_proj]"""
+    reduction: str = option("fast", one_of=("fast", "fixed"))
+    """order of sums over workers: fast, or fixed (same bits with 1, 2, 4 or 8 workers)"""
+    activations: str = option("auto", one_of=("auto", "device", "host", "disk"), speed_only=True)
+    """where hidden states wait between blocks: auto, device, host or disk"""
+    checkpoint_every_blocks: int = option(1, low=1, speed_only=True)
+    """blocks between two states that a killed run can resume from"""

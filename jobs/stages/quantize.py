@@ -32,18 +32,17 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
-    from jobs.workers.quantize import quantize_on_worker  # both cost torch
-    from sparsify.formats.verify import check_packed
+    from jobs.workers.quantize import check_result, quantize_on_worker  # costs torch
 
     packed = writer.folder / "packed"
     payload = {
         "config": context.worker_config, "sparse": context.models.sparse("quantize"),
-        "folder": packed,
+        "folder": packed, "scratch": writer.scratch,
     }  # fmt: skip
     layers = context.cluster.run_workers(
         "quantize", quantize_on_worker, payload, writer.train_storage
     )
-    gate = check_packed(packed)
+    gate = check_result(packed)
     settings = context.config.quantize
     results = evaluate.score(context, {f"recovered_{settings.scheme}": packed}, "quantize")
     return {
@@ -74,4 +73,5 @@ def check(config: Config, models: Models) -> None:
 STAGE = Stage(
     "quantize", "the sparse model in few bits, packed and scored", identity, run, check=check,
     makes=lambda _: {"packed": "packed"}, is_end=True,
+    resumes="continues after the last block whose state is on disk",
 )  # fmt: skip

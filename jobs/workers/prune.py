@@ -18,6 +18,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
+from jobs.workers.placement import placement
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -26,7 +27,7 @@ from jobs.workers.prune_inputs import (
     wanted_rotation_steps,
 )
 from sparsify.calibration.hidden_states import Memory, Placement
-from sparsify.calibration.layers import InputOrder, passes_ahead
+from sparsify.calibration.layers import InputOrder, SolverNeeds, passes_ahead
 from sparsify.comm import Comm
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
@@ -69,11 +70,6 @@ def layer_metrics(report: dict[str, Any], method: str) -> dict[str, float]:
     found = {name: report[name] for name in _FIGURES if report.get(name) is not None}
     found |= {f"seconds/{phase}": s for phase, s in (report.get("seconds") or {}).items()}
     return {f"prune/{method}/{name}": float(value) for name, value in found.items()}
-
-
-_ROOM_ON_GPU = 0.4  # of the free memory that hidden states may take; the rest is for the solver
-
-_ROOM_ON_HOST = 0.5
 
 
 class Pruning:
@@ -240,36 +236,15 @@ class Pruning:
         return self._config.prune.overlap and can
 
     def _placement(self, method: Method) -> Placement:
-        """Where hidden states go: as asked for, or where there is room for them.
-
-        On the device, where a pass over a block's layers one by one also holds forwards: for them
-        a Llama keeps the hidden states twice more and its widest activation. What the dense model
-        does ahead takes a model's hidden states once more, with a teacher six times.
-        """
+        """Where hidden states go: as asked for, or where there is room for them."""
         asked = self._config.prune.activations
         if asked != "auto":
             return asked  # type: ignore[return-value]
-        config = read_config(self._dense).get_text_config()
-        bytes_per_feature = (
-            self._rows.num_tokens / self._context.world_size
-            * DTYPES[self._config.model.dtype].itemsize * (2 if method.needs_teacher else 1)
+        needs = SolverNeeds(teacher=method.needs_teacher, order=self._order(method.name))
+        return placement(
+            self._context, self._config, self._dense, self._rows.num_tokens, needs,
+            self._passes_ahead(method),
         )  # fmt: skip
-        states = bytes_per_feature * config.hidden_size
-        widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        held = 2 * states + bytes_per_feature * widest
-        if self._order(method.name) != "layer":
-            held = 0
-        if self._passes_ahead(method):
-            held += 3 * states if method.needs_teacher else states
-        workers_here = max(1, self._context.world_size // self._config.cluster.num_nodes)
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers_here
-        if self._context.device == "cuda":
-            free, _ = torch.cuda.mem_get_info()
-            if states + held <= _ROOM_ON_GPU * free:
-                return "device"
-        elif states + held <= _ROOM_ON_HOST * available:
-            return "device"
-        return "host" if states <= _ROOM_ON_HOST * available else "disk"
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
         """Say which layers have seen too little data."""

@@ -1,8 +1,9 @@
-"""On every worker: quantise the sparse model's layers; rank 0 packs them."""
+"""On every worker: quantise the sparse model's layers block by block; rank 0 packs them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,37 +12,74 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.quantize import QuantizeConfig
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
+from jobs.workers.placement import placement
+from sparsify.calibration.hidden_states import Memory, Placement
+from sparsify.calibration.layers import SolverNeeds
 from sparsify.comm import Comm
-from sparsify.formats.kinds.packed import save_packed_folder
-from sparsify.formats.verify import masks_of
-from sparsify.models.load import load_pair
-from sparsify.quantization import quantize_model
+from sparsify.formats.kinds.packed import Fragments, publish_fragments, save_packed_folder
+from sparsify.formats.source import masks_of_source, open_source
+from sparsify.formats.verify import check_packed
+from sparsify.models.blocks import reason_to_hold_whole
+from sparsify.models.load import load_pair, load_tokenizer
+from sparsify.quantization.quantize import quantize_checkpoint, quantize_model
+from sparsify.quantization.schemes import get_scheme
 
 
 def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """On every worker: quantise the model block by block; rank 0 writes the packed folder.
+    """On every worker: quantise the model block by block, each from where it was left; rank 0
+    writes the packed folder.
 
     Returns:
         The layers' reports as plain values.
     """
     torch.set_num_threads(context.num_threads)
-    config, folder = payload["config"], payload["folder"]
+    config, sparse, folder = payload["config"], payload["sparse"], payload["folder"]
     settings: QuantizeConfig = config.quantize
-    comm = Comm.distributed() if context.world_size > 1 else Comm.single()
-    model, tokenizer = load_pair(payload["sparse"], config.model.dtype, context.device)
-    masks, pattern = masks_of(payload["sparse"], model, config.prune.pattern, config.prune.skip)
+    is_fixed = settings.reduction == "fixed"
+    comm = Comm.distributed(is_fixed) if context.world_size > 1 else Comm.single(is_fixed)
+    tokenizer = load_tokenizer(sparse)
     rows, warning = load_rows(
         config.data, "calibration", tokenizer, settings.num_samples, config.run.seed
     )
     if warning:
         context.warn(warning)
-    result = quantize_model(
-        model, rows, masks, settings, skip=settings.skip, comm=comm, batch_size=settings.batch_size,
-        on_block=lambda done, total: context.progress(done, total, f"blocks, {settings.method}"),
-    )  # fmt: skip
-    if context.rank == 0:
-        with disk_errors(folder):
-            save_packed_folder(
-                folder, model, tokenizer, masks, pattern, result.layers, payload["sparse"]
-            )
-    return [asdict(report) for report in result.reports]
+    source = open_source(sparse, config.model.dtype)
+    masks, pattern = masks_of_source(source, config.prune.pattern, config.prune.skip)
+    common: dict[str, Any] = {
+        "comm": comm, "skip": settings.skip,
+        "on_block": lambda done, total: context.progress(done, total, f"blocks, {settings.scheme}"),
+    }  # fmt: skip
+    if (reason := reason_to_hold_whole(sparse)) is not None:
+        context.warn(
+            f"quantize: the whole model is held in memory and is not resumable by blocks, because "
+            f"{reason}"
+        )
+        model, _ = load_pair(sparse, config.model.dtype, context.device)
+        result = quantize_model(
+            model, rows, masks, settings, batch_size=settings.batch_size, **common
+        )
+        if context.rank == 0:
+            with disk_errors(folder):
+                save_packed_folder(folder, model, tokenizer, masks, pattern, result.layers, sparse)
+        return [asdict(report) for report in result.reports]
+    needs = SolverNeeds(teacher=settings.has_teacher, order="layer")
+    where: Placement = settings.activations  # type: ignore[assignment]
+    if settings.activations == "auto":
+        where = placement(context, config, sparse, rows.num_tokens, needs)
+    memory = Memory(settings.batch_size, config.model.dtype, context.device, where)
+    scratch = payload["scratch"] / "blocks"
+    with disk_errors(payload["scratch"]):
+        reports = quantize_checkpoint(
+            sparse, scratch, rows, masks, pattern, settings, memory=memory,
+            checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
+        )  # fmt: skip
+        if context.rank == 0:
+            scheme = get_scheme(settings.scheme)
+            fragments = Fragments(scratch, lambda width: scheme.stored_as(settings, width))
+            publish_fragments(folder, source, masks, pattern, tokenizer, fragments)
+    return [asdict(report) for report in reports]
+
+
+def check_result(folder: Path) -> dict[str, int]:
+    """On the driver: whether every pruned weight of what was written is zero; its counts."""
+    return check_packed(folder)

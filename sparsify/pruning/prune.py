@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.accumulate import TargetShares
-from sparsify.calibration.batches import lanes_of
+from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
 from sparsify.calibration.timing import PhaseTimer, Progress
@@ -33,7 +33,7 @@ from sparsify.masks.storage import bits_digest, mask_from_bits, mask_to_bits, sa
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, ShardWriter
 from sparsify.pattern import Pattern, check_divides
-from sparsify.pruning.progress import LayerReport, PruneState
+from sparsify.pruning.progress import LayerReport
 
 Existing = Literal["ignore", "keep", "extend"]
 
@@ -167,37 +167,27 @@ def prune_checkpoint(
     """
     source = BlocksOnDisk(path, memory.dtype, memory.device)
     run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock)
-    mine = sum(map(len, lanes_of(rows, comm, memory.batch_size)))
-    state = PruneState(out, comm, len(source.blocks), sum(comm.gather_objects(mine)))
-    store = HiddenStateStore(
-        memory.activations, memory.device, out / "streams", comm.rank, comm.world_size
-    )
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
-    def finish(index: int, block: nn.Module) -> None:
+    def write(index: int, block: nn.Module) -> list[LayerReport]:
         bits, reports = run.take_block()
         with run.timer.measure("write"):
             if writer is not None:
                 writer.write_block(index, f"{source.list_name}.{index}.", block)
                 shapes = {report.name: report.shape for report in reports}
                 save_mask_bits(out / f"masks-{index + 1:05d}.safetensors", bits, shapes)
-            if (index + 1) % checkpoint_every_blocks == 0 or index + 1 == len(source.blocks):
-                if index + 1 < len(source.blocks):
-                    store.commit(index + 1)
-                state.commit(index + 1, reports, store)
-            else:
-                state.keep(reports)
-        if on_block is not None:
-            on_block(index + 1, len(source.blocks))
+        return reports
 
-    if on_block is not None and state.num_done:
-        on_block(state.num_done, len(source.blocks))
-    if state.num_done < len(source.blocks):
-        run.walk(rows, memory, finish, store, state.num_done)
+    walk = CheckpointWalk(
+        out, len(source.blocks), rows, comm, memory, "prune", checkpoint_every_blocks, on_block
+    )
+    found = walk.run(
+        lambda store, first, finish: run.walk(rows, memory, finish, store, first), write, run.timer
+    )
     if writer is not None:
         writer.finish(source)
     comm.barrier()
-    return PruneResult(layers=state.reports())
+    return PruneResult(layers=[LayerReport.from_dict(layer) for layer in found])
 
 
 class _Run:

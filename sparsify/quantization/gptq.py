@@ -29,6 +29,9 @@ of one segment.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -40,22 +43,62 @@ from sparsify.quantization.scales import groups, search_scales
 from sparsify.quantization.schemes import Grid
 
 
-def gptq(
-    target_OI: Tensor,
-    keep_OI: Tensor,
-    hessian_II: Tensor,
-    cross_II: Tensor | None,
-    grid: Grid,
-    group_size: int,
-    params: QuantParams,
-    name: str,
-) -> tuple[Levels, float]:
-    """Levels with the least error of the layer's outputs that a greedy pass and a descent find.
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a layer's inputs, for all rows of its weight and of those that share them.
 
     The columns of a group are visited by descending diagonal of the Hessian: those that matter
     most are rounded first, while there are most columns left to make up for it. The mask is
     fixed and scales belong to whole groups, so any order within a group is legal; with one scale
     for each channel this is GPTQ's act-order.
+    """
+
+    order_I: Tensor
+    damped_II: Tensor
+    """the damped Hessian in that order"""
+    upper_II: Tensor
+    """upper triangular U, the inverse of the damped Hessian = U^T U"""
+    gap_II: Tensor | None
+    """mean of (y - x) x^T in that order, y the inputs in the unquantised model"""
+    damping: float
+    """that was used"""
+
+    @classmethod
+    def of(
+        cls, hessian_II: Tensor, cross_II: Tensor | None, group_size: int, damping: float,
+        name: str,
+    ) -> Self:  # fmt: skip
+        """Factor a Hessian.
+
+        Args:
+            hessian_II: mean of x x^T.
+            cross_II: mean of y x^T; None: y = x.
+            group_size: columns that share a scale.
+            damping: see `QuantParams`.
+            name: layer, for messages.
+
+        Raises:
+            SingularHessianError: see `hessian.inverse_factor`.
+        """
+        diagonal_I = hessian_II.diagonal()
+        order_I = torch.cat(
+            [
+                start + diagonal_I[start:stop].argsort(descending=True, stable=True)
+                for start, stop in groups(len(diagonal_I), group_size)
+            ]
+        )
+        ordered_II = hessian_II[order_I][:, order_I]
+        factor = inverse_factor(ordered_II, damping, name)
+        gap_II = None if cross_II is None else (cross_II - hessian_II)[order_I][:, order_I]
+        damped_II = _damped(ordered_II, factor)
+        return cls(order_I, damped_II, factor.upper_II, gap_II, factor.damping)
+
+
+def gptq(
+    target_OI: Tensor, keep_OI: Tensor, inputs: Inputs, grid: Grid, group_size: int,
+    params: QuantParams,
+) -> Levels:  # fmt: skip
+    """Levels with the least error of the layer's outputs that a greedy pass and a descent find.
 
     With inputs y in the unquantised model where x arrives now, |W y - T x|^2 is least for
     T = W + W (G - H) H^-1, G the mean of y x^T. The target goes part of the way: all of it would
@@ -64,39 +107,21 @@ def gptq(
     Args:
         target_OI: float32 or float64, 0 where pruned.
         keep_OI: bool, True = survives.
-        hessian_II: mean of x x^T.
-        cross_II: mean of y x^T; None: y = x.
+        inputs: of the layer.
         grid: of the levels.
         group_size: columns that share a scale.
         params: numbers.
-        name: layer, for messages.
-
-    Returns:
-        What the weight was rounded to, and the damping that was used.
-
-    Raises:
-        SingularHessianError: see `hessian.inverse_factor`.
     """
-    diagonal_I = hessian_II.diagonal()
-    order_I = torch.cat(
-        [
-            start + diagonal_I[start:stop].argsort(descending=True, stable=True)
-            for start, stop in groups(len(diagonal_I), group_size)
-        ]
-    )
-    ordered_II = hessian_II[order_I][:, order_I]
+    order_I, dtype = inputs.order_I, target_OI.dtype
+    upper_II = inputs.upper_II.to(dtype)
     target_OI, keep_OI = target_OI[:, order_I], keep_OI[:, order_I]
-    factor = inverse_factor(ordered_II, params.damping, name)
-    damped_II = _damped(ordered_II, factor).to(target_OI.dtype)
-    upper_II = factor.upper_II.to(target_OI.dtype)
-    if cross_II is not None:
-        gap_II = (cross_II - hessian_II)[order_I][:, order_I].to(target_OI.dtype)
-        shift_OI = target_OI @ gap_II @ upper_II.T @ upper_II
+    if inputs.gap_II is not None:
+        shift_OI = target_OI @ inputs.gap_II.to(dtype) @ upper_II.T @ upper_II
         target_OI = target_OI + params.teacher_share * shift_OI
-    problem = Problem(target_OI, keep_OI, damped_II, grid, group_size, params)
+    problem = Problem(target_OI, keep_OI, inputs.damped_II.to(dtype), grid, group_size, params)
     levels = _eliminate(problem, upper_II)
     refine_(levels, problem)
-    return levels._replace(levels_OI=levels.levels_OI[:, order_I.argsort()]), factor.damping
+    return levels._replace(levels_OI=levels.levels_OI[:, order_I.argsort()])
 
 
 def _damped(hessian_II: Tensor, factor: InverseFactor) -> Tensor:

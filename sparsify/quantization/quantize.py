@@ -1,4 +1,4 @@
-"""Quantise a whole pruned model, block by block: the walk, the processes' shares, the reports.
+"""Quantise a whole pruned model, block by block: in memory, or a checkpoint of any size from disk.
 
 The mathematics of one weight is in `sparsify.quantization.weight`.
 Shape suffixes: O output features (rows), I input features (columns), R this process's rows.
@@ -8,24 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hessian import row_energies
-from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears, skipped_linears
-from sparsify.calibration.timing import Progress
+from sparsify.calibration.moments import InputMoments
+from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
-from sparsify.models.blocks import BlocksInMemory
+from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk
 from sparsify.models.isolation import check_isolation
-from sparsify.packed.layer import Codes
+from sparsify.packed.layer import Codes, pack_layer
 from sparsify.params import QuantParams
+from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized, dequantize
-from sparsify.quantization.weight import quantize_weight
+from sparsify.quantization.gptq import Inputs
+from sparsify.quantization.weight import inputs_of, quantize_rows
+from sparsify.tensors import METADATA, write_tensors
 
 
 @dataclass
@@ -79,8 +85,9 @@ def quantize_model(
         model: a transformers decoder.
         rows: calibration rows without padding, the same on all processes.
         keep_masks: layer name -> bool (O, I), True = survives.
-        params: method and numbers. Hessians are collected for rtn too: the report needs them.
-        comm: the processes that take part.
+        params: scheme, method and numbers. Hessians are collected for rtn too: the report needs
+            them.
+        comm: the processes that take part; with `is_fixed`, their number does not matter.
         batch_size: rows per forward.
         skip: glob patterns of layers to leave as they are.
         on_block: called as on_block(blocks done, blocks in all).
@@ -92,43 +99,191 @@ def quantize_model(
 
     Cost: that of `walk_blocks` and of `quantize_weight` per layer.
     """
-    result = QuantResult()
-    left_out = _left_out(model, keep_masks, skip)
-    if rows.is_joined:
-        check_isolation(model)
-
-    def solve(layer: Layer) -> None:
-        quantized, report = _quantize_layer(layer, keep_masks[layer.name], params, comm)
-        result.layers[layer.name] = quantized
-        result.reports.append(report)
-
     source = BlocksInMemory(model)
+    run = _Run(source, keep_masks, params, comm, skip)
+    result = QuantResult()
 
-    def report(index: int, _: nn.Module) -> None:
+    def finish(index: int, _: nn.Module) -> None:
+        layers, reports = run.take_block()
+        result.layers.update(layers)
+        result.reports += reports
         if on_block is not None:
             on_block(index + 1, len(source.blocks))
 
-    has_teacher = params.method == "gptq" and params.teacher_share > 0
-    walk_blocks(
-        source, rows, solve, comm=comm, memory=Memory(batch_size), skip=left_out,
-        needs=SolverNeeds(teacher=has_teacher, order="layer"), progress=Progress(report),
-    )  # fmt: skip
+    run.walk(rows, Memory(batch_size), finish)
     return result
+
+
+def quantize_checkpoint(
+    path: str | Path,
+    out: Path,
+    rows: TokenRows,
+    keep_masks: Mapping[str, Tensor],
+    pattern: Pattern,
+    params: QuantParams,
+    *,
+    comm: Comm,
+    memory: Memory,
+    skip: Sequence[str] = (),
+    checkpoint_every_blocks: int = 1,
+    on_block: Callable[[int, int], None] | None = None,
+) -> list[QuantLayerReport]:
+    """`quantize_model` for a checkpoint of any size, one block in memory at a time, resumably.
+
+    `out` receives `fragment-*.safetensors` with the packed layers of each block, and the reports;
+    while it is being made, also the hidden states before the block that is next. Called again with
+    the same arguments after a kill, it resumes there, and the fragments that come out are byte for
+    byte those of an undisturbed run.
+
+    Args:
+        path: model folder; see `models.blocks.BlocksOnDisk`.
+        out: folder for fragments and state, on a disk that all processes see.
+        keep_masks: as `quantize_model`; each is read when its layer is quantised.
+        pattern: of the masks.
+        memory: where blocks and hidden states are held.
+        checkpoint_every_blocks: blocks between two states that a killed run can resume from.
+        rows, params, comm, skip, on_block: see `quantize_model`.
+
+    Returns:
+        Reports of all layers, those of an earlier call's blocks among them.
+
+    Raises:
+        InputError: also when the checkpoint cannot be read block by block, or `out` holds
+            something else.
+        PatternViolationError: a pruned weight is not zero.
+        The rest as `quantize_model`.
+
+    Cost: that of `quantize_model`, plus reading the checkpoint once. Memory: two blocks, their
+    moments, and the hidden states unless they are on disk.
+    """
+    source = BlocksOnDisk(path, memory.dtype, memory.device)
+    run = _Run(source, keep_masks, params, comm, skip)
+
+    def write(index: int, block: nn.Module) -> list[QuantLayerReport]:
+        layers, reports = run.take_block()
+        if comm.rank == 0:
+            tensors: dict[str, Tensor] = {}
+            for name, found in layers.items():
+                _, parts = pack_layer(name, found.weight_OI, keep_masks[name], pattern, found.codes)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            write_tensors(out / fragment(index), tensors, METADATA)
+        return reports
+
+    walk = CheckpointWalk(
+        out, len(source.blocks), rows, comm, memory, "quantize", checkpoint_every_blocks, on_block
+    )
+    found = walk.run(
+        lambda store, first, finish: run.walk(rows, memory, finish, store, first), write,
+        PhaseTimer(),
+    )  # fmt: skip
+    comm.barrier()
+    return [QuantLayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in found]
+
+
+def fragment(index: int) -> str:
+    """Name of the file with a block's packed layers."""
+    return f"fragment-{index + 1:05d}.safetensors"
+
+
+class _Run:
+    """One scheme on one model: quantises layers as the walk hands them out, and takes notes."""
+
+    def __init__(
+        self, source: Blocks, keep_masks: Mapping[str, Tensor], params: QuantParams, comm: Comm,
+        skip: Sequence[str],
+    ) -> None:  # fmt: skip
+        self._source = source
+        self._keep_masks = keep_masks
+        self._params = params
+        self._comm = comm
+        self._left_out = _left_out(source.model, keep_masks, skip)
+        self._layers: dict[str, Quantized] = {}
+        self._reports: list[QuantLayerReport] = []
+        self._known: tuple[InputMoments, Inputs] | None = None
+
+    def walk(
+        self, rows: TokenRows, memory: Memory, on_block: Callable[[int, nn.Module], None],
+        store: HiddenStateStore | None = None, first_block: int = 0,
+    ) -> None:  # fmt: skip
+        """Visit the blocks from `first_block` on."""
+        if rows.is_joined:
+            check_isolation(self._source.model)
+        walk_blocks(
+            self._source, rows, self._solve, comm=self._comm, memory=memory, skip=self._left_out,
+            needs=SolverNeeds(teacher=self._params.has_teacher, order="layer"), store=store,
+            first_block=first_block, progress=Progress(on_block),
+        )  # fmt: skip
+
+    def take_block(self) -> tuple[dict[str, Quantized], list[QuantLayerReport]]:
+        """Codes and reports since the last call."""
+        layers, reports = self._layers, self._reports
+        self._layers, self._reports, self._known = {}, [], None
+        return layers, reports
+
+    def _solve(self, layer: Layer) -> None:
+        """Solve this process's rows, gather all of them into the module, and measure the damage."""
+        comm, hessian_II = self._comm, layer.moments.hessian_II
+        weight_OI = layer.module.weight.data
+        num_rows, num_columns = weight_OI.shape
+        keep_OI = self._keep_masks[layer.name]
+        if keep_OI.shape != weight_OI.shape:
+            raise InputError(
+                f"mask of layer {layer.name}: shape {tuple(keep_OI.shape)}, the weight has "
+                f"{(num_rows, num_columns)}; masks and model are of different runs"
+            )
+        share, inputs = comm.row_slice(num_rows), self._inputs_of(layer)
+        before_RI = weight_OI[share].to(hessian_II.dtype)
+        mine = _join(
+            [
+                quantize_rows(
+                    weight_OI[lane], keep_OI[lane].to(weight_OI.device), inputs, self._params,
+                    layer.name,
+                )
+                for lane in comm.lanes(num_rows)
+            ]
+        )  # fmt: skip
+        change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
+        energies = torch.stack(
+            [row_energies(rows_RI, hessian_II).sum() for rows_RI in (change_RI, before_RI)]
+        ).double()
+        comm.all_reduce_(energies)
+        error, total = energies.tolist()
+        codes = _of_all(mine.codes, lambda part: comm.gather_rows(part, num_rows)())
+        weight_OI.copy_(dequantize(codes, weight_OI.dtype))
+        on_cpu = _of_all(codes, Tensor.cpu)
+        self._layers[layer.name] = Quantized(on_cpu, weight_OI.cpu().clone(), mine.damping)
+        self._reports.append(
+            QuantLayerReport(
+                name=layer.name,
+                block=layer.block,
+                shape=(num_rows, num_columns),
+                num_tokens=layer.moments.num_tokens,
+                error=error,
+                relative_error=error / total if total > 0 else 0.0,
+                damping=mine.damping,
+            )
+        )
+
+    def _inputs_of(self, layer: Layer) -> Inputs | None:
+        """What gptq knows of the layer's inputs; computed once for layers that share them."""
+        moments, params = layer.moments, self._params
+        if params.method != "gptq":
+            return None
+        if self._known is None or self._known[0] is not moments:
+            self._known = None  # before the next one takes its memory
+            found = inputs_of(moments.hessian_II, moments.cross_II, params, layer.name)
+            self._known = moments, found
+        return self._known[1]
 
 
 def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence[str]) -> list[str]:
     """Names of the layers without a mask and of those that are to be skipped, after checking that
     every mask has its layer."""
-    layers = {name: module for _, name, module in prunable_linears(model)}
-    for name, keep_mask_OI in keep_masks.items():
-        if name not in layers:
+    layers = [name for _, name, _ in prunable_linears(model)]
+    known = set(layers)
+    for name in keep_masks:
+        if name not in known:
             raise InputError(f"mask of layer {name}: the model has no such linear layer in a block")
-        expected = tuple(layers[name].weight.shape)
-        if tuple(keep_mask_OI.shape) != expected:
-            raise InputError(
-                f"mask of layer {name}: shape {tuple(keep_mask_OI.shape)}, the weight has "
-                f"{expected}; masks and model are of different runs"
-            )
     if not keep_masks:
         raise InputError("quantize: no layer has a keep mask, so there is nothing to quantise")
     skipped = skipped_linears(model, skip, "quantize.skip")
@@ -138,49 +293,35 @@ def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence
     return left_out
 
 
-def _quantize_layer(
-    layer: Layer, keep_mask_OI: Tensor, params: QuantParams, comm: Comm
-) -> tuple[Quantized, QuantLayerReport]:
-    """Solve this process's rows, gather all of them into the module, and measure the damage."""
-    hessian_II = layer.moments.hessian_II
-    weight_OI = layer.module.weight.data
-    num_rows, num_columns = weight_OI.shape
-    share = comm.row_slice(num_rows)
-    before_RI = weight_OI[share].to(hessian_II.dtype)
-    keep_RI = keep_mask_OI[share].to(weight_OI.device)
-    mine = quantize_weight(
-        weight_OI[share], keep_RI, hessian_II, params, layer.name, layer.moments.cross_II
+def _join(parts: list[Quantized]) -> Quantized:
+    """Rows one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.codes.zeros_OG for part in parts if part.codes.zeros_OG is not None]
+    codes = Codes(
+        _cat([part.codes.values_OI for part in parts]),
+        _cat([part.codes.scales_OG for part in parts]),
+        parts[0].codes.scheme,
+        _cat(zeros) if zeros else None,
     )
-    change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
-    energies = torch.stack(
-        [row_energies(rows_RI, hessian_II).sum() for rows_RI in (change_RI, before_RI)]
-    ).double()
-    comm.all_reduce_(energies)
-    error, total = energies.tolist()
-    codes = _gather(mine.codes, num_rows, comm)
-    weight_OI.copy_(dequantize(codes, weight_OI.dtype))
-    report = QuantLayerReport(
-        name=layer.name,
-        block=layer.block,
-        shape=(num_rows, num_columns),
-        num_tokens=layer.moments.num_tokens,
-        error=error,
-        relative_error=error / total if total > 0 else 0.0,
-        damping=mine.damping,
-    )
-    on_cpu = replace(
-        codes, values_OI=codes.values_OI.cpu(), scales_OG=codes.scales_OG.cpu(),
-        zeros_OG=None if codes.zeros_OG is None else codes.zeros_OG.cpu(),
-    )  # fmt: skip
-    return Quantized(on_cpu, weight_OI.cpu().clone(), mine.damping), report
+    return Quantized(codes, torch.cat([part.weight_OI for part in parts]), parts[0].damping)
 
 
-def _gather(codes: Codes, num_rows: int, comm: Comm) -> Codes:
-    """The codes of all processes' rows."""
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Also of float8, which torch does not concatenate everywhere."""
+    return torch.cat([part.view(_plain(part)) for part in parts]).view(parts[0].dtype)
 
-    def whole(part: Tensor) -> Tensor:
-        as_bytes = part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part
-        return comm.gather_rows(as_bytes, num_rows)().view(part.dtype)
 
-    zeros_OG = None if codes.zeros_OG is None else whole(codes.zeros_OG)
-    return Codes(whole(codes.values_OI), whole(codes.scales_OG), codes.scheme, zeros_OG)
+def _of_all(codes: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
+    """The same codes, every tensor changed as bytes or numbers that all of torch knows."""
+
+    def changed(part: Tensor) -> Tensor:
+        return change(part.view(_plain(part))).view(part.dtype)
+
+    zeros_OG = None if codes.zeros_OG is None else changed(codes.zeros_OG)
+    values_OI, scales_OG = changed(codes.values_OI), changed(codes.scales_OG)
+    return replace(codes, values_OI=values_OI, scales_OG=scales_OG, zeros_OG=zeros_OG)
+
+
+def _plain(part: Tensor) -> torch.dtype:
+    return torch.uint8 if part.dtype == torch.float8_e4m3fn else part.dtype

@@ -1,6 +1,7 @@
 """One weight to codes of any scheme: by GPTQ with refinement, or each weight to its nearest.
 
-Shape suffixes: O output features (rows), I input features (columns), G groups of columns.
+Shape suffixes: O output features (rows), I input features (columns), G groups of columns, R some of
+the rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from sparsify.errors import InputError, NonFiniteError
 from sparsify.packed.layer import Codes
 from sparsify.params import QuantParams
 from sparsify.quantization.codes import Quantized, dequantize, per_column
-from sparsify.quantization.gptq import gptq
+from sparsify.quantization.gptq import Inputs, gptq
 from sparsify.quantization.levels import Levels
 from sparsify.quantization.scales import groups, search_scales
 from sparsify.quantization.schemes import Grid, get_scheme
@@ -47,27 +48,44 @@ def quantize_weight(
     Cost: gptq 2/3 I^3 for the factor, O I^2 for the elimination and for each sweep, O I
     num_scale_steps for the scales; float32 copies of the weight, four (I, I) matrices.
     """
-    scheme = get_scheme(params.scheme)
-    grid, num_columns = scheme.grid(params), weight_OI.shape[1]
-    group_size = scheme.group_size_of(params, num_columns)
-    working_dtype = torch.promote_types(weight_OI.dtype, torch.float32)
-    target_OI = weight_OI.detach().to(working_dtype).masked_fill(~keep_mask_OI, 0.0)
-    _check_range(name, target_OI, grid)
-    damping = None
-    if params.method == "rtn":
-        levels = _round_to_nearest(target_OI, keep_mask_OI, grid, group_size, params)
-    else:
+    inputs = None
+    if params.method == "gptq":
         assert hessian_II is not None, "gptq needs the Hessian"
-        moments = hessian_II, cross_II
-        levels, damping = gptq(target_OI, keep_mask_OI, *moments, grid, group_size, params, name)
-    zeros_OG = levels.zeros_OG
-    zeros_OI = None if zeros_OG is None else per_column(zeros_OG, group_size, num_columns)
+        inputs = inputs_of(hessian_II, cross_II, params, name)
+    return quantize_rows(weight_OI, keep_mask_OI, inputs, params, name)
+
+
+def inputs_of(
+    hessian_II: Tensor, cross_II: Tensor | None, params: QuantParams, name: str
+) -> Inputs:
+    """What gptq wants to know of a layer's inputs; arguments and errors as `quantize_weight`."""
+    size = get_scheme(params.scheme).group_size_of(params, len(hessian_II))
+    return Inputs.of(hessian_II, cross_II, size, params.damping, name)
+
+
+def quantize_rows(
+    weight_RI: Tensor, keep_RI: Tensor, inputs: Inputs | None, params: QuantParams, name: str
+) -> Quantized:
+    """`quantize_weight` of rows whose inputs are known; None of rtn, which ignores them."""
+    scheme = get_scheme(params.scheme)
+    grid, num_columns = scheme.grid(params), weight_RI.shape[1]
+    group_size = scheme.group_size_of(params, num_columns)
+    working_dtype = torch.promote_types(weight_RI.dtype, torch.float32)
+    target_RI = weight_RI.detach().to(working_dtype).masked_fill(~keep_RI, 0.0)
+    _check_range(name, target_RI, grid)
+    if inputs is None:
+        levels = _round_to_nearest(target_RI, keep_RI, grid, group_size, params)
+    else:
+        levels = gptq(target_RI, keep_RI, inputs, grid, group_size, params)
+    zeros_RG = levels.zeros_OG
+    zeros_RI = None if zeros_RG is None else per_column(zeros_RG, group_size, num_columns)
     codes = Codes(
-        grid.stored(levels.levels_OI, zeros_OI), levels.scales_OG.to(grid.scale_dtype),
+        grid.stored(levels.levels_OI, zeros_RI), levels.scales_OG.to(grid.scale_dtype),
         scheme.stored_as(params, num_columns),
-        None if zeros_OG is None else zeros_OG.to(torch.uint8),
+        None if zeros_RG is None else zeros_RG.to(torch.uint8),
     )  # fmt: skip
-    return Quantized(codes, dequantize(codes, weight_OI.dtype), damping)
+    damping = None if inputs is None else inputs.damping
+    return Quantized(codes, dequantize(codes, weight_RI.dtype), damping)
 
 
 def _check_range(name: str, target_OI: Tensor, grid: Grid) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,10 +26,11 @@ from sparsify.formats.sparse_folder import read_sparsity, write_sparsity
 from sparsify.formats.verify import check_packed
 from sparsify.packed.folder import INDEX, PackedFolder
 from sparsify.packed.layer import Codes, pack_layer
-from sparsify.packed.layout import Contents, Layer
+from sparsify.packed.layout import Contents, Layer, Scheme
 from sparsify.packed.writer import GIGABYTE, PackedWriter
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
+from sparsify.tensors import tensor_names
 
 NAME = "sparse-packed"
 
@@ -41,6 +43,7 @@ def write_packed(
     folder: Path, source: Source, masks: Mapping[str, Tensor], pattern: Pattern,
     tokenizer: PreTrainedTokenizerBase, shard_bytes: int,
     codes_of: Callable[[str], Codes | None] = lambda _: None,
+    fragments: Fragments | None = None,
 ) -> None:  # fmt: skip
     """Write a packed folder, layer by layer.
 
@@ -53,6 +56,7 @@ def write_packed(
         tokenizer: saved beside it.
         shard_bytes: a file holds at most so much, or one layer.
         codes_of: layer name -> what its weights were rounded to; None stores values.
+        fragments: layers that are packed already.
 
     Raises:
         PatternViolationError: a group is too full, or a pruned weight is not zero: the first layer,
@@ -71,13 +75,71 @@ def write_packed(
         if layer == name or layer not in wanted:
             writer.add({name: source.tensor(name)})
             continue
-        weight_OI, codes = source.tensor(name), codes_of(layer)
-        layers[layer], parts = pack_layer(layer, weight_OI, masks[layer], pattern, codes)
+        if fragments is not None and layer in fragments:
+            size: tuple[int, int] = source.shape(name)  # type: ignore[assignment]
+            layers[layer] = Layer(size, fragments.scheme_of(size[1]), pattern)
+            parts = fragments.parts(layer)
+        else:
+            weight_OI, codes = source.tensor(name), codes_of(layer)
+            layers[layer], parts = pack_layer(layer, weight_OI, masks[layer], pattern, codes)
         writer.add({f"{layer}.{part}": tensor for part, tensor in parts.items()})
     config = Contents(pattern, layers).to_dict()
     tokenizer.save_pretrained(folder)
     source.save_config(folder, config)
     writer.finish(config)
+
+
+class Fragments:
+    """Packed layers in files of a folder, each read when it is asked for.
+
+    Args:
+        folder: with what `quantization.quantize_checkpoint` left there.
+        scheme_of: columns of a layer -> how it is stored.
+    """
+
+    def __init__(self, folder: Path, scheme_of: Callable[[int], Scheme]) -> None:
+        self.scheme_of = scheme_of
+        self._files: dict[str, dict[str, Path]] = {}
+        for path in sorted(folder.glob("fragment-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in tensor_names(file):
+                    layer, _, part = name.rpartition(".")
+                    self._files.setdefault(layer, {})[part] = path
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._files
+
+    def parts(self, layer: str) -> dict[str, Tensor]:
+        """Tensors of a layer by the last part of their names, in the order of `Layer.parts`."""
+        found = {}
+        for part, path in sorted(self._files[layer].items()):
+            with safe_open(path, framework="pt") as file:
+                found[part] = file.get_tensor(f"{layer}.{part}")
+        return found
+
+
+def publish_fragments(
+    folder: Path, source: Source, masks: Mapping[str, Tensor], pattern: Pattern,
+    tokenizer: PreTrainedTokenizerBase, fragments: Fragments,
+) -> None:  # fmt: skip
+    """`write_packed` of a model whose layers were packed block by block, and the sparsity.json of
+    it; layers that are in no fragment are packed as values.
+
+    Cost: memory for a shard and a layer.
+    """
+    write_packed(
+        folder, source, masks, pattern, tokenizer, SHARD_BYTES, fragments=fragments
+    )  # fmt: skip
+    _describe(folder, masks, pattern, source.folder)
+
+
+def _describe(folder: Path, masks: Mapping[str, Tensor], pattern: Pattern, made_from: Path) -> None:
+    """Write sparsity.json, with the provenance of the model that it was made from."""
+    before = read_sparsity(made_from) or {}
+    carry_rotation(made_from, folder)
+    write_sparsity(
+        folder, masks, str(pattern), before.get("method", "given"), before.get("provenance", {})
+    )
 
 
 def save_packed_folder(
@@ -102,11 +164,7 @@ def save_packed_folder(
     if lost := sorted(found.keys() - set(masks)):
         raise InputError(f"pack: layer {lost[0]} has no mask; the parts are of unlike runs")
     write_packed(folder, source, masks, pattern, tokenizer, shard_bytes, found.get)
-    before = read_sparsity(made_from) or {}
-    carry_rotation(made_from, folder)
-    write_sparsity(
-        folder, masks, str(pattern), before.get("method", "given"), before.get("provenance", {})
-    )
+    _describe(folder, masks, pattern, made_from)
 
 
 def _write(export: Export) -> list[Written]:

@@ -1,0 +1,121 @@
+"""A walk over a checkpoint of any size, written block by block, that continues after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsify.calibration.batches import lanes_of
+from sparsify.calibration.hidden_states import HiddenStateStore, Memory
+from sparsify.calibration.timing import PhaseTimer
+from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
+from sparsify.files import write_json
+
+_PROGRESS = "progress.json"
+
+Walk = Callable[[HiddenStateStore, int, Callable[[int, nn.Module], None]], None]
+"""walks from a block on: (hidden states before it, its index, called after each block)"""
+
+Write = Callable[[int, nn.Module], Sequence[Any]]
+"""writes a solved block, whole or not at all, on rank 0; returns its layers' reports"""
+
+
+@dataclass(frozen=True)
+class CheckpointWalk:
+    """What is walked, who walks it, and how often it can be taken up again."""
+
+    out: Path
+    """folder for state, on a disk that all processes see"""
+    num_blocks: int
+    rows: TokenRows
+    comm: Comm
+    memory: Memory
+    group: str
+    """of the options, for messages: prune or quantize"""
+    every: int = 1
+    """blocks between two states that a killed run can resume from"""
+    on_block: Callable[[int, int], None] | None = None
+    """called as on_block(blocks done, blocks in all)"""
+
+    def run(self, walk: Walk, write: Write, timer: PhaseTimer) -> list[dict[str, Any]]:
+        """Walk the blocks that are not done yet.
+
+        Returns:
+            Reports of all layers as plain values, those of an earlier call's blocks among them.
+
+        Raises:
+            InputError: `out` holds another model's state, or one of rows cut into other batches.
+            The rest as `walk`.
+        """
+        comm, total = self.comm, self.num_blocks
+        mine = sum(map(len, lanes_of(self.rows, comm, self.memory.batch_size)))
+        state = _State(self, sum(comm.gather_objects(mine)))
+        store = HiddenStateStore(
+            self.memory.activations, self.memory.device, self.out / "streams", comm.rank,
+            comm.world_size,
+        )  # fmt: skip
+
+        def finish(index: int, block: nn.Module) -> None:
+            reports = write(index, block)
+            with timer.measure("write"):
+                state.keep(reports)
+                if (index + 1) % self.every == 0 or index + 1 == total:
+                    if index + 1 < total:
+                        store.commit(index + 1)
+                    state.commit(index + 1, store)
+            if self.on_block is not None:
+                self.on_block(index + 1, total)
+
+        if self.on_block is not None and state.num_done:
+            self.on_block(state.num_done, total)
+        if state.num_done < total:
+            walk(store, state.num_done, finish)
+        return state.layers
+
+
+class _State:
+    """How far the walk is: blocks done, and their reports."""
+
+    def __init__(self, walk: CheckpointWalk, num_batches: int) -> None:
+        out, num_blocks = walk.out, walk.num_blocks
+        self._path = out / _PROGRESS
+        self._comm = walk.comm
+        self._sizes = {"num_blocks": num_blocks, "num_batches": num_batches}
+        out.mkdir(parents=True, exist_ok=True)
+        self.layers: list[dict[str, Any]] = []
+        self.num_done = 0
+        if self._comm.rank == 0 and self._path.is_file():
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            if found["num_blocks"] != num_blocks:
+                raise InputError(
+                    f"{out}: holds {found['num_blocks']} blocks, the model has {num_blocks}; use "
+                    "another folder"
+                )
+            if found["num_batches"] != num_batches:
+                raise InputError(
+                    f"{out}: started with the rows cut into {found['num_batches']} batches, now "
+                    f"into {num_batches}; resume with the {walk.group}.batch_size (and, with few "
+                    "rows, the number of workers) that it was started with"
+                )
+            self.num_done, self.layers = found["num_done"], found["layers"]
+        self.num_done, self.layers = self._comm.gather_objects((self.num_done, self.layers))[0]
+
+    def keep(self, reports: Sequence[Any]) -> None:
+        """Add a block's reports to the next commit."""
+        self.layers += [asdict(report) for report in reports]
+
+    def commit(self, num_done: int, store: HiddenStateStore) -> None:
+        """Everything up to here is on the disk on every process: say so, then clean up."""
+        self._comm.barrier()
+        if self._comm.rank == 0:
+            value = {"num_done": num_done, **self._sizes, "layers": self.layers}
+            write_json(self._path, value)
+            store.drop(keep_block=num_done)
+        self._comm.barrier()
