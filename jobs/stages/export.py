@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from conf.schema import Config
 from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
-from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 
 
@@ -38,16 +36,4 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     return dict(context.cluster.run_tasks("export", export_on_worker, [payload], "exports")[0])
 
 
-def check(config: Config, models: Models) -> None:
-    """Require a quantised model, or one to come, that each format of such models can hold.
-
-    Raises:
-        InputError: there is none, or it cannot.
-    """
-    if "compressed-tensors" in config.export.formats:
-        from jobs.workers.checks import check_compressed  # costs torch
-
-        check_compressed(config, models)
-
-
-STAGE = Stage("export", "folders to load, serve and share", identity, run, check=check)
+STAGE = Stage("export", "folders to load, serve and share", identity, run)

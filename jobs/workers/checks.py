@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str
     _check_prompt(config, model, tokenizer)
     for folder in sparse:
         _check_same_words(folder, shapes_of(folder), dense, model)
+    if "export" in config.stages and "compressed-tensors" in config.export.formats:
+        check_compressed(config, models)
     num_rows = model.get_input_embeddings().weight.shape[0]
     for name, _ in read_as_text(data, "distill" in config.stages):
         source_state(name)
@@ -143,7 +146,7 @@ def check_compressed(config: Config, models: Models) -> None:
     """
     model = shapes_of(models.dense)
     if "quantize" in config.stages:
-        layers = _to_quantize(config, model)
+        layers: Mapping[str, Layer] = _to_quantize(config, model)
     else:
         made = models.made.get("quantize")
         layers = packed_layers(made["packed"] if made else models.sparse("export"))

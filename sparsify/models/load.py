@@ -41,7 +41,7 @@ from sparsify.models.stored import (
     places_in,
 )
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
-from sparsify.packed.folder import PackedFolder, dense_tensors, open_packed
+from sparsify.packed.folder import PackedFolder, open_packed
 from sparsify.packed.layout import Contents, is_packed_config
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before a model is loaded
@@ -284,7 +284,8 @@ def load_model(
     if packed is not None:  # from memory, which the class takes, and Auto... does not
         config = read_config(folder)
         kind, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
-        given = {"config": config, "state_dict": dense_tensors(packed, DTYPES[dtype])}
+        tensors = {name: packed.dense(name, DTYPES[dtype]) for name in packed.shapes()}
+        given = {"config": config, "state_dict": tensors}
     try:
         with quiet_transformers():
             loaded: Any = kind.from_pretrained(

@@ -360,11 +360,6 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(content.data).hexdigest()
 
 
-def dense_tensors(folder: PackedFolder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the model as a dense one has it; errors as `PackedFolder.tensor`."""
-    return {name: folder.dense(name, dtype) for name in folder.shapes()}
-
-
 def _digest_of_index(index: Mapping[str, Any]) -> str:
     metadata = {key: value for key, value in index["metadata"].items() if key != "sha256"}
     return digest_of({**index, "metadata": metadata})

@@ -37,6 +37,7 @@ def _prune(args: Args, name: str) -> None:
     args.refuse(uneven, "sparsity_profile", "owl_m", "owl_lmbda")
     args.refuse("it is pruned at once here, not step by step", "init_sparsity", "update_frequency")
     args.refuse("it is pruned before training starts", "start", "end")
+    args.refuse("quantising is a modifier of its own, GPTQModifier", "quantize")
     args.drop("it decides memory alone", "offload_hessians")
     args.drop("inputs are taken from every linear layer", "target_ids")
     args.take("leave_enabled")

@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_table)
-_Loader.add_multi_constructor("!", _Loader.construct_tagged)  # type: ignore[no-untyped-call]
+_Loader.add_multi_constructor("!", _Loader.construct_tagged)
 
 
 def _empty() -> Table:

@@ -58,7 +58,7 @@ quantization_stage:
         group_0:
           weights: {num_bits: 4, type: "int", symmetric: true, strategy: "channel"}
           targets: ["Linear"]
-""".replace("      quantize: false\n", "")
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -91,7 +91,7 @@ def test_three_stages_of_the_llama_recipes(
     }  # fmt: skip
     (warning,) = recipe.warnings
     assert warning == (
-        "line 29: GPTQModifier.sequential_update=False is left out: blocks are quantised one after "
+        "line 30: GPTQModifier.sequential_update=False is left out: blocks are quantised one after "
         "another"
     )
     config = load_config("prune", [f"run.recipe={path}", "prune.damping=0.05", "model.path=x"])

@@ -17,7 +17,7 @@ from conf.options.export import ExportConfig
 from conf.options.quantize import QuantizeConfig
 from conf.options.run import RunConfig
 from conf.schema import Config
-from jobs.stages.export import check
+from jobs.workers.checks import check_compressed
 from jobs.workers.export import export_on_worker
 from sparsify.errors import InputError
 from sparsify.formats.kinds.compressed_tensors import check_fused, plan_of, write_compressed
@@ -254,14 +254,17 @@ def test_the_stage_refuses_before_the_work(tmp_path: Path, tiny_model_dir: Path)
     """By the options alone where the model is to be quantised, else by what is there."""
     export = ExportConfig(formats=["compressed-tensors"])
     config = replace(Config(), export=export, stages=["prune", "quantize", "export"])
-    check(replace(config, quantize=QuantizeConfig(group_size=32)), models(tiny_model_dir))
+    check_compressed(
+        replace(config, quantize=QuantizeConfig(group_size=32)), models(tiny_model_dir)
+    )
     with pytest.raises(InputError, match="groups of 48 for 64 columns") as caught:
-        check(replace(config, quantize=QuantizeConfig(group_size=48)), models(tiny_model_dir))
+        check_compressed(
+            replace(config, quantize=QuantizeConfig(group_size=48)), models(tiny_model_dir)
+        )
     message(caught)
     config = replace(config, stages=["export"], run=RunConfig(from_="runs/earlier"))
     with pytest.raises(InputError, match="no layer is quantised; add quantize to stages"):
-        check(config, models(tiny_model_dir))
+        check_compressed(config, models(tiny_model_dir))
     nf4 = packed_with(tmp_path / "nf4", tiny_model_dir, Scheme("nf4", 4, 64))
     with pytest.raises(InputError, match="is NF4"):
-        check(config, models(tiny_model_dir, packed=nf4))
-    check(replace(config, export=ExportConfig()), models(tiny_model_dir))
+        check_compressed(config, models(tiny_model_dir, packed=nf4))

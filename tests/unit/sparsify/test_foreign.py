@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conf.options.export import ExportConfig
+from conf.schema import Config
+from jobs.workers.export import export_on_worker
 from sparsify.errors import InputError
 from sparsify.formats.kinds.compressed_tensors import write_compressed
 from sparsify.formats.source import masks_of_source, open_source
@@ -444,3 +449,26 @@ def test_codes_without_scales_or_a_group_are_refused(tmp_path: Path, llama: Path
     with pytest.raises(InputError, match="no group of config_groups is of this layer") as caught:
         check_checkpoint(tmp_path / "fp8")
     message(caught)
+
+
+@pytest.mark.parametrize("kind", ["marlin 4", "old place"])
+def test_an_orphaned_checkpoint_is_exported(tmp_path: Path, llama: Path, kind: str) -> None:
+    """To the packed format and to dense tensors, by the stage itself; nothing of the old format is
+    left in config.json."""
+    folder, expected = checkpoint(tmp_path / "model", llama, kind)
+    config = replace(Config(), export=ExportConfig(formats=["dense", "packed"]))
+    payload = {
+        "config": config, "name": "given", "source": folder, "dense": llama, "results": [],
+        "folder": tmp_path / "out", "packed": None,
+    }  # fmt: skip
+    context: Any = SimpleNamespace(num_threads=1)
+    found = export_on_worker(context, payload)
+    assert {gate["num_violations"] for gate in found["gate"].values()} == {0}
+    for name in ("sparse", "sparse-packed"):
+        model = load_model(tmp_path / "out" / name)
+        for layer, weight in expected.items():
+            written = model.get_submodule(layer).weight
+            assert torch.equal(written, torch.from_numpy(weight).float()), (name, layer)
+        said = json.loads((tmp_path / "out" / name / "config.json").read_bytes())
+        assert "sparsity_config" not in said
+        assert said.get("quantization_config", {}).get("quant_method", "twofour") == "twofour"
