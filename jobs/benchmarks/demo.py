@@ -15,7 +15,7 @@ from jobs.benchmarks.support.arguments import settings_of
 from jobs.benchmarks.support.commands import markdown_table, summary_of
 from jobs.benchmarks.support.record import Outcome, Table
 from jobs.reporting import units
-from jobs.reporting.deployed import conditions, generation_rows, layer_rows, writing_of
+from jobs.reporting.deployed import generation_rows, layer_rows, where_of, writing_of
 from jobs.reporting.results import find_result
 from sparsify.errors import InputError
 from sparsify.files import written_whole
@@ -25,6 +25,8 @@ SUMMARY = "what `make demo` measured, as a record, and the README's part made fr
 EXAMPLES = ("demo --output README.md --save",)
 
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+
+_BUSY = ", beside much other work: all times here are too long"
 
 _MOST_CHARACTERS = 84  # of a text in the table
 
@@ -39,6 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     run = "folder of the finished run (default: %(default)s)"
     default = Path("runs/embedded-2-4-twofour")
     parser.add_argument("--run", type=Path, dest="folder", default=default, help=run)
+    busy = "the machine did other work meanwhile: the page says so beside the times"
+    parser.add_argument("--busy", action="store_true", help=busy)
     page = f"Markdown file with the marks '{BEGIN}' and '{END}', such as README.md"
     parser.add_argument("--output", type=Path, dest="markdown", metavar="FILE.md", help=page)
 
@@ -57,6 +61,7 @@ def run(options: Namespace) -> Outcome:
         ) from None
     figures = {key: value for key, value in summary.items() if key != "layers"}
     figures["run"] = {**figures["run"], "dir": str(options.folder)}
+    figures["was_busy"] = options.busy
     if figures.get("recovery"):
         figures["recovery"] = {**figures["recovery"], "steps": len(figures["recovery"]["steps"])}
     if figures.get("quantization"):
@@ -66,7 +71,7 @@ def run(options: Namespace) -> Outcome:
     tables = [_results(figures), *filter(None, [_speed(figures), _texts(figures)])]
     threads = (figures.get("speed") or {}).get("num_threads", 1)
     return Outcome(
-        figures["run"]["device"], threads, settings_of(options), figures, tables,
+        figures["run"]["device"], threads, settings_of(options, "busy"), figures, tables,
         notes=list(_NOTES),
     )  # fmt: skip
 
@@ -90,29 +95,44 @@ def put_between(path: Path, text: str) -> None:
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The part of the README: quality and sizes, speed, and what the models write."""
-    parts = [markdown_table(_results(figures)).strip()]
-    run, speed = figures["run"], figures.get("speed")
-    parts.append(
+    """The part of the README: quality and sizes, what is faster, and what the models write."""
+    run = figures["run"]
+    busy = _BUSY if figures.get("was_busy") else ""
+    said = [
         f"`make demo` made this in {run['duration_s']:.0f} s with {run['num_workers']} processes "
-        f"({run['device'].upper()}). Size: of the packed form; of this tiny model's dense file a "
-        "good part are embeddings."
-    )
-    if speed and (table := _speed(figures)):
-        rows = {row["name"]: row for row in generation_rows(speed)}
-        said = ", ".join(f"{n} {units.significant(r['tokens_per_s'])}" for n, r in rows.items())
-        parts.append(
-            "Faster: not this model, whose layers are read faster than they are called "
-            f"({said} tokens/s), but the layers of a large one, on the same machine "
-            f"({conditions(speed)} inputs; one token through {speed['layer']['rows']} × "
-            f"{speed['layer']['columns']}, random weights):"
-        )
-        parts.append(markdown_table(table).strip())
-    if (table := _texts(figures)) is not None:
+        f"({run['device'].upper()}){busy}. Size: of the packed form; of this tiny model's dense "
+        "file a good part are embeddings.",
+        *_faster(figures.get("speed")),
+    ]
+    parts = [markdown_table(_results(figures)).strip()]
+    if (texts := _texts(figures)) is not None:
         written = writing_of(figures) or {}
-        parts.append(f"What the models write, {written['manner']}. {written['remark']}".strip())
-        parts.append(markdown_table(table).strip())
+        said.append(f"What the models write, {written['manner']}. {written['remark']}".strip())
+        parts += [" ".join(said), markdown_table(texts).strip()]
+    else:
+        parts.append(" ".join(said))
     return "\n\n".join(parts) + "\n"
+
+
+def _faster(speed: dict[str, Any] | None) -> list[str]:
+    """One sentence on the model's own speed and on a large layer's; none where it was not timed."""
+    if not speed or not speed.get("layer"):
+        return []
+    rates = [
+        f"{row['name']} {units.significant(row['tokens_per_s'])}" for row in generation_rows(speed)
+    ]
+    layer = speed["layer"]
+    times = [
+        f"{row['name']} {units.ratio(row['times_dense'])}"
+        for row in layer_rows(layer)
+        if not row["name"].startswith("dense")
+    ]
+    return [
+        f"Faster: not this model, whose layers take longer to call than to read "
+        f"({', '.join(rates)} tokens/s), but a layer of {layer['rows']} × {layer['columns']} as "
+        f"large models have, on the same machine ({where_of(speed)}): {', '.join(times)} of the "
+        "faster dense type."
+    ]
 
 
 def _results(figures: dict[str, Any]) -> Table:

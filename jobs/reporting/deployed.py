@@ -68,13 +68,17 @@ def name_of_timed(name: str) -> str:
     return _FOLDERS.get(name, name)
 
 
-def conditions(speed: dict[str, Any]) -> str:
-    """With what it was measured: '1 thread, float32'."""
-    threads = speed.get("num_threads")
+def where_of(speed: dict[str, Any]) -> str:
+    """On what it was measured: '1 thread', or the name of a GPU."""
     if speed.get("device") not in (None, "cpu"):
-        return f"{speed['device']}, {speed.get('dtype')}"
-    plural = "thread" if threads == 1 else "threads"
-    return f"{units.count(threads)} {plural}, {speed.get('dtype')}"
+        return str(speed["device"])
+    threads = speed.get("num_threads")
+    return f"{units.count(threads)} {'thread' if threads == 1 else 'threads'}"
+
+
+def conditions(speed: dict[str, Any]) -> str:
+    """With what the models were measured: '1 thread, float32'."""
+    return f"{where_of(speed)}, {speed.get('dtype')}"
 
 
 def generation_rows(speed: dict[str, Any]) -> list[Row]:

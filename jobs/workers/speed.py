@@ -106,7 +106,7 @@ def _generation_s(models: dict[str, PreTrainedModel]) -> dict[str, dict[str, flo
 @torch.inference_mode()
 def _write_s(model: PreTrainedModel, num_tokens: int) -> float:
     """Seconds in which so many tokens follow a prompt, the likeliest ones."""
-    width = model.get_input_embeddings().weight.shape[0]
+    width = model.config.get_text_config().vocab_size
     ids_1T = torch.arange(_PROMPT_TOKENS, device=model.device)[None] % width
     config = GenerationConfig(
         max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, use_cache=True,

@@ -6,12 +6,16 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.sides.decode import PROMPT_TOKENS, SIDES
+import torch
+
+from jobs.benchmarks import sides
+from jobs.benchmarks.sides.decode import NEW_TOKENS, PROMPT_TOKENS, SIDES, config_of
 from jobs.benchmarks.support.arguments import add_option
 from jobs.benchmarks.support.processes import run_logged
-from jobs.benchmarks.support.random_llama import SHAPES
+from jobs.benchmarks.support.random_llama import SHAPES, write_checkpoint
 from jobs.benchmarks.support.record import Chart, Table, Target, gigabytes
 from sparsify.errors import InputError, TwofourError
 
@@ -24,6 +28,8 @@ NOTES = (
     "whole model: embeddings and head are dense in every side, bfloat16 but for dense float32; "
     "batches that did not fit --side-seconds are left out and named in the record; with one "
     "thread batch 1 alone",
+    "vLLM (--vllm-python), where it was measured: a dense model, bfloat16, no compiled graphs; a "
+    "token's seconds are a mean; its settings are its own",
     "peak memory is the process's with Python and torch (0.4 GB), and with making the weights",
 )
 
@@ -36,12 +42,14 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     """Options of the whole model."""
     shapes = f"shape of the whole model, or none: {', '.join(SHAPES)}"
     add_option(parser, "--model", "llama-3.2-1b", shapes)
-    sides = f"its sides: {', '.join(SIDES)}"
-    add_option(parser, "--model-sides", list(SIDES), sides, nargs="+", metavar="SIDE")
+    names = f"its sides: {', '.join(SIDES)}"
+    add_option(parser, "--model-sides", list(SIDES), names, nargs="+", metavar="SIDE")
     batches = [1, 2, 4, 8, 16, 32, 64, 128, 256]
     add_option(parser, "--model-batches", batches, "prompts at once", nargs="+", metavar="N")
     add_option(parser, "--vocabulary", 128256, "its tokens")
     add_option(parser, "--side-seconds", 20.0, "for its batches, in each side")
+    python = "Python of an environment with vLLM for CPUs, to measure it too"
+    add_option(parser, "--vllm-python", None, python, metavar="PATH")
 
 
 def check_model(options: Namespace) -> None:
@@ -54,6 +62,9 @@ def check_model(options: Namespace) -> None:
         raise InputError(f"--model {options.model}: use none, or one of {', '.join(SHAPES)}")
     if unknown := [side for side in options.model_sides if side not in SIDES]:
         raise InputError(f"--model-sides {unknown[0]}: use some of {', '.join(SIDES)}")
+    python = options.vllm_python
+    if python is not None and not Path(python).is_file():
+        raise InputError(f"--vllm-python {python}: no such file; name an environment's bin/python")
     for text in options.model_batches:
         if not str(text).isdigit() or int(text) < 1:
             raise InputError(f"--model-batches {text}: write numbers of prompts, such as 1 16")
@@ -69,20 +80,57 @@ def measure_model(options: Namespace, num_threads: int) -> list[dict[str, Any]]:
     for side in options.model_sides:
         print(f"{options.model}, {side}", flush=True)
         place = options.workdir / f"decode-{side.replace(' ', '-')}"
-        out, log = place.with_suffix(".json"), place.with_suffix(".log")
-        out.unlink(missing_ok=True)
         task = {
             "side": side, "shape": options.model, "vocab_size": options.vocabulary,
             "threads": sorted({1, num_threads}), "budget_s": options.side_seconds,
             "batches": sorted({int(batch) for batch in options.model_batches}),
         }  # fmt: skip
         module = "jobs.benchmarks.sides.decode"
-        words = [sys.executable, "-m", module, json.dumps(task), str(out)]
-        code = run_logged(words, log, {"OMP_NUM_THREADS": str(num_threads)})
-        if code or not out.is_file():
-            raise TwofourError(f"{side}: ended with exit code {code}; see {log}")
-        found.append(json.loads(out.read_text(encoding="utf-8")))
+        words = [sys.executable, "-m", module]
+        found.append(_run_side(side, words, task, place, {"OMP_NUM_THREADS": str(num_threads)}))
+    if options.vllm_python is None:
+        print(
+            "vLLM: left out; --vllm-python names the Python of an environment with it", flush=True
+        )
+    else:
+        found.append(_measure_vllm(options, num_threads))
     return found
+
+
+def _measure_vllm(options: Namespace, num_threads: int) -> dict[str, Any]:
+    """vLLM on a dense bfloat16 model of the same shape, without its compiler: it takes minutes."""
+    folder = options.workdir / f"decode-{options.model}-{options.vocabulary}"
+    if not folder.is_dir():
+        config = config_of(options.model, options.vocabulary)
+        write_checkpoint(folder, config, 0, torch.bfloat16)
+    print(f"{options.model}, vLLM", flush=True)
+    task = {
+        "folder": str(folder.absolute()), "dtype": "bfloat16", "threads": num_threads,
+        "batches": sorted({int(batch) for batch in options.model_batches}),
+        "budget_s": options.side_seconds, "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS, "vocab_size": options.vocabulary,
+    }  # fmt: skip
+    script = Path(sides.__file__).with_name("vllm_decode.py")
+    environment = {
+        "OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "",
+    }  # fmt: skip
+    words = [str(options.vllm_python), str(script)]
+    return _run_side("vLLM", words, task, options.workdir / "decode-vllm", environment)
+
+
+def _run_side(
+    name: str, words: list[str], task: dict[str, Any], place: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    """What a side's process wrote; its output is in a log."""
+    out, log = place.with_suffix(".json"), place.with_suffix(".log")
+    out.unlink(missing_ok=True)
+    code = run_logged([*words, json.dumps(task), str(out)], log, environment)
+    if code or not out.is_file():
+        raise TwofourError(f"{name}: ended with exit code {code}; see {log}")
+    measured: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return measured
 
 
 def model_tables(found: list[dict[str, Any]]) -> list[Table]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -34,6 +35,14 @@ def plan(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return describe_plan(load_config("prune", [*small, *text, *words]))
 
     return describe
+
+
+def test_words_that_leave_no_room_for_more_are_refused(plan: Callable) -> None:
+    assert plan("evaluate.prompt=the cat")
+    with pytest.raises(InputError) as error:
+        plan("evaluate.prompt=" + "cat " * 2000)
+    assert re.match(r"evaluate.prompt: has \d+ tokens and the model \d+ positions", message(error))
+    assert plan("stages=[prune]", "evaluate.prompt=" + "cat " * 2000), "nothing is written"
 
 
 def test_a_plan_writes_nothing(plan: Callable, tmp_path: Path) -> None:

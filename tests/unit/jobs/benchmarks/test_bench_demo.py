@@ -14,7 +14,7 @@ from tests.unit.jobs.test_report import make_summary
 
 
 def options(folder: Path, markdown: Path | None = None) -> Namespace:
-    return Namespace(folder=folder, markdown=markdown)
+    return Namespace(folder=folder, markdown=markdown, busy=False)
 
 
 @pytest.fixture
@@ -37,13 +37,22 @@ def test_the_part_is_put_between_the_marks_and_nothing_else(finished: Path, tmp_
     for line in (
         "| recovered_int4 | 8.83 | – | 0.250 | 631 kB | 5.30× |",
         "| dense | 7.10 | – | 0 | 3.35 MB | – |",
-        "| times the faster dense | 0.62× | 1.00× | 5.00× |",
         "| wanda | 19.26 | – | 0.981 | 3.35 MB | – |",
         "| model | goes on after `` def main( `` |",
         "| dense | `` argv):  # dense <b> ⏎ pass `` |",
     ):
         assert f"\n{line}\n" in text, line
+    assert "(1 thread): 2:4 INT4 5.00× of the faster dense type." in text
+    assert "(dense 250, 2:4 INT4 200 tokens/s)" in text
     assert "`make demo` made this in 402 s with 2 processes (CPU)" in text
+
+
+def test_times_beside_other_work_are_said_to_be_too_long(finished: Path) -> None:
+    given = options(finished)
+    given.busy = True
+    assert "all times here are too long" in demo.markdown(demo.run(given).figures)
+    given.busy = False
+    assert "too long" not in demo.markdown(demo.run(given).figures)
 
 
 def test_a_run_without_speed_or_texts(finished: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from pathlib import Path
@@ -127,11 +128,51 @@ def test_batches_beyond_the_seconds_are_named(monkeypatch: pytest.MonkeyPatch) -
     assert found["rows"] == [] and found["batches_left_out"] == [1, 2]
 
 
+def test_vllm_is_run_by_its_own_python(tmp_path: Path, capsys: Any) -> None:
+    options = Namespace(
+        model="tiny", model_sides=[], model_batches=["4", "1"], vocabulary=1024, side_seconds=9.0,
+        workdir=tmp_path, vllm_python=None,
+    )  # fmt: skip
+    assert whole_model.measure_model(options, 2) == []
+    assert "vLLM: left out; --vllm-python names" in capsys.readouterr().out
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options.vllm_python = str(python)
+    (found,) = whole_model.measure_model(options, 2)
+    assert found["side"] == "vLLM 0.0, dense bfloat16"
+    assert [(row["threads"], row["batch"]) for row in found["rows"]] == [(2, 1), (2, 4)]
+    assert all(0 < row["token_s"] < row["first_token_s"] + 9 for row in found["rows"])
+    assert found["num_bytes"] > 2 * 2 * 1024 * 64  # embeddings and head of the folder
+
+
+FAKE_VLLM = """
+import json, os, time
+from pathlib import Path
+from types import SimpleNamespace
+
+__version__ = "0.0"
+SamplingParams = SimpleNamespace
+
+
+class LLM:
+    def __init__(self, model, dtype, **options):
+        assert json.loads((Path(model) / "config.json").read_text())["hidden_size"] == 64
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert all(len(prompt["prompt_token_ids"]) == 32 for prompt in prompts)
+        assert sampling.max_tokens == sampling.min_tokens
+        time.sleep(0.01 * sampling.max_tokens)
+"""
+
+
 def test_a_side_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(whole_model, "run_logged", lambda *given: 1)
     options = Namespace(
         model="tiny", model_sides=["int4"], model_batches=[1], vocabulary=8, side_seconds=1.0,
-        workdir=tmp_path,
+        workdir=tmp_path, vllm_python=None,
     )  # fmt: skip
     with pytest.raises(TwofourError, match=r"int4: ended with exit code 1; see .*decode-int4.log"):
         whole_model.measure_model(options, 1)
@@ -146,6 +187,7 @@ def test_a_side_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["--batches", "0"], "--batches 0: write numbers of tokens"),
         (["--model", "9b"], "--model 9b: use none, or one of llama-3.1-8b"),
         (["--model-sides", "int3"], "--model-sides int3: use some of dense float32"),
+        (["--vllm-python", "/none"], "--vllm-python /none: no such file; name an environment's"),
         (["--model-batches", "x"], "--model-batches x: write numbers of prompts"),
         (["--kinds", "int3"], "--kinds int3: unknown; use one of: float32"),
     ],
