@@ -163,7 +163,8 @@ class QuantParams:
     """what weights are rounded to: one file of sparsify/quantization/schemes"""
     group_size: int | None = option(None, low=PER_CHANNEL)
     """columns of a row that share a scale, pruned ones counted; the last group may be short; -1 for
-    one scale a channel; null: as the scheme has it"""
+    one scale a channel; null: 128 for int4, 64 for nf4, a quarter of that in rows of fewer than
+    eight such groups, and one scale a channel for others"""
     symmetric: bool = True
     """False: a zero point for each group, of int4 and int8"""
     damping: float = option(0.01, low=0)

@@ -266,7 +266,9 @@ def test_single_precision_takes_the_same_decisions():
 def test_weight_is_its_codes_and_scales(dtype):
     weight, hessian = layer()
     keep = mask_of(weight, "2:4")
-    got = quantize_weight(weight.to(dtype), keep, hessian.float(), QuantParams(), "layer")
+    got = quantize_weight(
+        weight.to(dtype), keep, hessian.float(), QuantParams(group_size=128), "layer"
+    )
     assert got.weight_OI.dtype == dtype
     for row in range(8):
         scale = got.codes.scales_OG[row, 0].double()

@@ -165,6 +165,14 @@ def test_one_scale_a_channel_orders_all_columns():
     assert torch.equal(permuted.codes.values_OI, channel.codes.values_OI[:, order])
 
 
+def test_narrow_rows_have_smaller_groups_unless_told_otherwise():
+    scheme = get_scheme("int4")
+    sizes = {columns: scheme.group_size_of(QuantParams(), columns) for columns in (1023, 1024)}
+    assert sizes == {1023: 32, 1024: 128}
+    assert scheme.group_size_of(QuantParams(group_size=128), 256) == 128
+    assert get_scheme("int8").group_size_of(QuantParams(scheme="int8"), 256) == 256
+
+
 def test_the_scheme_says_what_engines_do_with_activations():
     assert get_scheme("w8a8").stored_as(QuantParams(), 64).activations == "int8"
     assert get_scheme("fp8").stored_as(QuantParams(), 64) == Scheme("fp8", activations="fp8")

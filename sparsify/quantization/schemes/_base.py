@@ -19,6 +19,8 @@ from sparsify.errors import InputError
 from sparsify.packed.layout import Scheme
 from sparsify.params import PER_CHANNEL, QuantParams
 
+_MANY_GROUPS = 8
+
 _SMALLEST_SHARE = 0.5  # of the widest scale, that the search still tries
 
 
@@ -89,7 +91,8 @@ class QuantScheme:
     bits: int | None = None
     """of a code, for types that say so"""
     group_size: int = PER_CHANNEL
-    """columns that share a scale unless told otherwise"""
+    """columns that share a scale unless told otherwise; a quarter of it in rows of fewer than eight
+    such groups, in which a scale for so many costs too much (docs/quantization.md)"""
     has_groups: bool = False
     """whether it can be told otherwise"""
     can_be_asymmetric: bool = False
@@ -120,7 +123,10 @@ class QuantScheme:
 
     def group_size_of(self, params: QuantParams, num_columns: int) -> int:
         """Columns of a row that share a scale, all of them for one scale a channel."""
-        size = self.group_size if params.group_size is None else params.group_size
+        size = params.group_size
+        if size is None:
+            is_narrow = num_columns < _MANY_GROUPS * self.group_size
+            size = self.group_size // 4 if is_narrow else self.group_size
         return num_columns if size == PER_CHANNEL else size
 
     def stored_as(self, params: QuantParams, num_columns: int) -> Scheme:
