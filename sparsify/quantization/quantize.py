@@ -24,7 +24,6 @@ from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk
-from sparsify.models.isolation import check_isolation
 from sparsify.packed.layer import Codes, pack_layer
 from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
@@ -93,8 +92,8 @@ def quantize_model(
         on_block: called as on_block(blocks done, blocks in all).
 
     Raises:
-        InputError: no masks, or a mask without a layer or of another shape; the model cannot keep
-            the documents of a row apart; see also `walk.walk_blocks` and `quantize_weight`.
+        InputError: no masks, or a mask without a layer or of another shape; see also
+            `walk.walk_blocks` and `quantize_weight`.
         NonFiniteError, SingularHessianError, CalibrationError: see `walk.walk_blocks`.
 
     Cost: that of `walk_blocks` and of `quantize_weight` per layer.
@@ -206,8 +205,6 @@ class _Run:
         store: HiddenStateStore | None = None, first_block: int = 0,
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
-        if rows.is_joined:
-            check_isolation(self._source.model)
         walk_blocks(
             self._source, rows, self._solve, comm=self._comm, memory=memory, skip=self._left_out,
             needs=SolverNeeds(teacher=self._params.has_teacher, order="layer"), store=store,

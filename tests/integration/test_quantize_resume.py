@@ -69,7 +69,9 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calibration() -> TokenRows:
     generator = torch.Generator().manual_seed(1)
-    return TokenRows.whole(torch.randint(0, 64, (12, 32), generator=generator))
+    ids = torch.randint(0, 64, (12, 32), generator=generator)
+    positions = torch.cat([torch.arange(13), torch.arange(19)])  # two documents a row
+    return TokenRows(ids, positions.expand(12, 32).contiguous())
 
 
 def quantize_to(
