@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--path", "auto", f"auto, torch, {', '.join(PATHS)}")
     clock = "wall, or work of all threads: less disturbed where much else runs"
     add_option(parser, "--clock", "wall", clock, choices=["wall", "work"])
-    add_option(parser, "--repeats", 7, "rounds; the median counts")
+    add_option(parser, "--repeats", 5, "rounds; the median counts")
     add_option(parser, "--seed", 0, "random weights and inputs")
     add_model_arguments(parser)
 
