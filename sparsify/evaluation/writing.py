@@ -62,7 +62,8 @@ def write_text(
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(manner.seed)
-        written: Any = model.generate(
+        generate: Any = model.generate  # transformers types it as a tensor
+        written = generate(
             ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=config
         )
     # The words that follow depend on those before in some tokenizers (a leading space).
