@@ -137,8 +137,8 @@ class RayCluster:
             if self._local is not None and self._local.lost is not None:
                 raise ClusterLostError(self._local.lost)
         check_signals()
-        if future.exception() is not None and self._local is not None and self._local.check():
-            raise ClusterLostError(self._local.lost)  # the reason of whatever else went wrong
+        if future.exception() and self._local and (lost := self._local.check()):
+            raise ClusterLostError(lost)  # the reason of whatever else went wrong
         return future.result()
 
     def _start(self, address: str | None) -> None:

@@ -63,9 +63,7 @@ def write_text(
     with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(manner.seed)
         generate: Any = model.generate  # transformers types it as a tensor
-        written = generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=config
-        )
+        written = generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=config)
     # The words that follow depend on those before in some tokenizers (a leading space).
     prompt = str(tokenizer.decode(prompt_ids, skip_special_tokens=True))
     whole = str(tokenizer.decode(written[0], skip_special_tokens=True))

@@ -131,7 +131,8 @@ def test_manage_parses(where: Page, command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "command"), commands_of(r"python -m (?!jobs\.(?:bench|forecast|manage)\b|jobs\.<)\S+")
+    ("where", "command"),
+    commands_of(r"python -m (?!jobs\.(?:bench|forecast|manage)\b|jobs\.<|vllm\.)\S+"),
 )
 def test_command_names_a_job_and_its_words_parse(where: Page, command: str) -> None:
     module, *words = shlex.split(re.sub(r"\$\(.*\)", "PATH", command))[2:]

@@ -116,7 +116,7 @@ def test_a_ray_that_has_died_is_the_reason_of_whatever_went_wrong(
 ) -> None:
     stop = threading.Event()
     cluster = ray_backend.RayCluster(ClusterSpec(), "run", tmp_path, lambda _: None)
-    lost = "Ray's raylet (process 7) on this machine has died"
+    lost = "Ray's raylet (process 7) on this machine has died; run the same command again"
     cluster._local = SimpleNamespace(lost=None, check=lambda: lost)
 
     def fail() -> None:

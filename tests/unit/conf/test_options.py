@@ -127,7 +127,8 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
     assert {"distill.batch_size", "prune.damping", "quantize.scheme"} <= set(deciding)
     assert set(whole) - set(deciding) == {
         "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
-        "evaluate.batch_size", "quantize.batch_size",
+        "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
+        "quantize.checkpoint_every_blocks",
         *(f"distill.{name}" for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
             "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
@@ -497,7 +498,7 @@ def test_default_run_dir(stages: list[str], path: str, from_: str | None, expect
 
 def test_to_dict_uses_the_names_people_write() -> None:
     run = to_dict(Config(run=RunConfig(from_="x")))["run"]
-    assert run == {"dir": None, "from": "x", "seed": 0, "redo": [], "until": None}
+    assert run == {"dir": None, "from": "x", "seed": 0, "redo": [], "until": None, "recipe": None}
 
 
 ABSURD: dict[str, list[Any]] = {

@@ -65,7 +65,7 @@ def export(
         "config": config, "name": "recovered", "source": source, "dense": dense, "folder": to,
         "results": [], "packed": packed,
     }  # fmt: skip
-    context: Any = SimpleNamespace(num_threads=1)
+    context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     return export_on_worker(context, payload)
 
 

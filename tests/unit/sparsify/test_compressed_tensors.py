@@ -232,7 +232,7 @@ def test_the_stage_writes_it_in_files_of_any_size(
         "config": config, "name": "recovered", "source": packed, "dense": tiny_model_dir,
         "folder": tmp_path, "results": [], "packed": None,
     }  # fmt: skip
-    context: Any = SimpleNamespace(num_threads=1)
+    context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     found = export_on_worker(context, payload)
     (folder,) = tmp_path.iterdir()
     assert found["gate"].keys() == {folder.name} == {"compressed-w4a16"}

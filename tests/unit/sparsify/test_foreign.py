@@ -461,7 +461,7 @@ def test_an_orphaned_checkpoint_is_exported(tmp_path: Path, llama: Path, kind: s
         "config": config, "name": "given", "source": folder, "dense": llama, "results": [],
         "folder": tmp_path / "out", "packed": None,
     }  # fmt: skip
-    context: Any = SimpleNamespace(num_threads=1)
+    context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     found = export_on_worker(context, payload)
     assert {gate["num_violations"] for gate in found["gate"].values()} == {0}
     for name in ("sparse", "sparse-packed"):
