@@ -20,7 +20,6 @@ class ExportConfig:
     """type of the exported weights: float32, bfloat16 or float16; null = as trained"""
     shard_size_gb: float = option(5.0, above=0)
     """a weight file holds at most so many GB, or one tensor"""
-
     max_timed_gb: float = option(4.0, low=0)
     """how fast the folders answer is timed for dense weights up to so many GB"""
 

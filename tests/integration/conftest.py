@@ -100,6 +100,7 @@ def small(tiny_model_dir: Path, text_file: Path) -> list[str]:
         "evaluate.num_tokens=1024",
         "quantize.num_samples=8",
         "quantize.group_size=32",
+        "export.max_timed_gb=0",
         "tracker.wandb=off",
         "cluster.executor=plain",
     ]

@@ -60,7 +60,7 @@ def sparse(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def export(
     source: Path, dense: Path, to: Path, packed: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    config = replace(Config(), export=ExportConfig(**options))
+    config = replace(Config(), export=ExportConfig(**{"max_timed_gb": 0.0, **options}))
     payload = {
         "config": config, "name": "recovered", "source": source, "dense": dense, "folder": to,
         "results": [], "packed": packed,
@@ -78,7 +78,9 @@ def test_the_quantised_folder_is_named_by_its_bits(
     sparse: Path, tiny_model_dir: Path, tmp_path: Path, bits: int | None
 ) -> None:
     quantized = None if bits is None else sparse / f"int{bits}"
-    found = export(sparse / "model", tiny_model_dir, tmp_path, quantized)
+    max_gb = 4.0 if bits == 4 else 0.0
+    found = export(sparse / "model", tiny_model_dir, tmp_path, quantized, max_timed_gb=max_gb)
+    assert (found["speed"] is not None) == (bits == 4)
     folders = {path.name for path in tmp_path.iterdir()}
     expected = {"sparse", "sparse-packed"} | ({f"int{bits}-packed"} if bits else set())
     assert folders == expected == found["gate"].keys()

@@ -226,7 +226,8 @@ def test_the_stage_writes_it_in_files_of_any_size(
 ) -> None:
     packed = folders["W4A16 float32"] / "packed"
     config = replace(
-        Config(), export=ExportConfig(formats=["compressed-tensors"], shard_size_gb=2e-5)
+        Config(),
+        export=ExportConfig(formats=["compressed-tensors"], shard_size_gb=2e-5, max_timed_gb=0.0),
     )
     payload = {
         "config": config, "name": "recovered", "source": packed, "dense": tiny_model_dir,

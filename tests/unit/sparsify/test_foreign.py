@@ -456,7 +456,7 @@ def test_an_orphaned_checkpoint_is_exported(tmp_path: Path, llama: Path, kind: s
     """To the packed format and to dense tensors, by the stage itself; nothing of the old format is
     left in config.json."""
     folder, expected = checkpoint(tmp_path / "model", llama, kind)
-    config = replace(Config(), export=ExportConfig(formats=["dense", "packed"]))
+    config = replace(Config(), export=ExportConfig(["dense", "packed"], max_timed_gb=0.0))
     payload = {
         "config": config, "name": "given", "source": folder, "dense": llama, "results": [],
         "folder": tmp_path / "out", "packed": None,
