@@ -73,6 +73,10 @@ class Page:
         """Type into a field."""
         found = f"document.querySelector({json.dumps(selector)})"
         self.wait(f"(e => e && (e.focus(), true))({found})")
+        self.insert(text)
+
+    def insert(self, text: str) -> None:
+        """Type where the cursor is, over what is selected there."""
         self._call("Input.insertText", text=text)
 
     def save(self, path: Path) -> None:

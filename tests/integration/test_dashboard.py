@@ -129,15 +129,30 @@ def check_pages(page: Page, said: str) -> None:
     page.open(f"{url}/#/jobs/{job}")
     page.wait(r"/distill: \d+\/8000 steps, loss/.test(document.body.innerText)")  # its log
     page.click("h4", "Task Table")
-    page.type("input[value='10']", "000")  # 10,000 lines, not 10
+    lengthen(page, 10_000)
     for pattern in (r"\tprune \d+\/\d+\t", r"\tdistill 1\/1\t", r"\tdistill \d+\/8000\t"):
         page.wait(f"/{pattern}/.test(document.body.innerText)")
     assert "Board.drain" not in page.text
     page.open(f"{url}/#/actors")
-    page.type("input[value='10']", "0")
+    lengthen(page, 100)
     page.wait_for(f"progress of {RUN}")
     page.open(f"{url}/api/train/v2/runs/v1")  # Ray has no page for it
     page.wait_for(f'"name":"{RUN} distill"')
+
+
+def lengthen(page: Page, num_lines: int) -> None:
+    """Have a table show so many lines in place of ten; what is typed while it is drawn anew is
+    lost."""
+    fields = "[...document.querySelectorAll('input')]"
+    for _ in range(30):
+        if page.ask(f"{fields}.some(e => Number(e.value) === {num_lines})"):
+            return
+        if page.ask(
+            f"(e => !!e && (e.focus(), e.select(), true))({fields}.find(e => e.value === '10'))"
+        ):
+            page.insert(str(num_lines))
+        time.sleep(1)
+    pytest.fail("the table stays short")
 
 
 def check_panels(command: Command, folder: Path) -> None:
