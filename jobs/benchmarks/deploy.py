@@ -22,6 +22,7 @@ from jobs.benchmarks.support import deploy_cuda
 from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
 from jobs.benchmarks.support.device import use_device
 from jobs.benchmarks.support.linear_sides import Side, dense_int4, dense_linear, packed
+from jobs.benchmarks.support.linear_tables import mean_ratios, ratio_table, shape_of
 from jobs.benchmarks.support.record import Chart, Outcome, Table, Target
 from jobs.benchmarks.support.whole_model import (
     NOTES,
@@ -189,18 +190,12 @@ def summarise(
     tables = []
     for threads in sorted({row["threads"] for row in measured}):
         some = [row for row in measured if row["threads"] == threads]
-        tables += [_ratio_table(some, batches, threads), _memory_table(some, batches[0], threads)]
-    targets = [*_targets(measured), *model_targets(whole)]
-    names = list(dict.fromkeys(row["side"] for row in measured))
-    curves: dict[str, Sequence[float | None]] = {
-        name: [
-            statistics.geometric_mean(
-                row["ratio"] for row in measured if (row["side"], row["batch"]) == (name, batch)
-            )
-            for batch in batches
+        tables += [
+            ratio_table(some, batches, f"ratio, {threads} thread(s)"),
+            _memory_table(some, batches[0], threads),
         ]
-        for name in names
-    }
+    targets = [*_targets(measured), *model_targets(whole)]
+    curves: dict[str, Sequence[float | None]] = {**mean_ratios(measured, batches)}
     chart = Chart(
         "Speed over the faster of torch's float32 and bfloat16 (mean over shapes and threads)",
         "tokens at once", batches, curves,
@@ -227,21 +222,11 @@ def summarise(
     )  # fmt: skip
 
 
-def _ratio_table(rows: list[dict[str, Any]], batches: list[int], threads: int) -> Table:
-    """How many times faster than dense each side is, by batch."""
-    by_key = {(_shape(row), row["side"], row["batch"]): row["ratio"] for row in rows}
-    lines = [
-        (f"{shape}, {side}", *(f"{by_key[shape, side, batch]:.2f}" for batch in batches))
-        for shape, side in dict.fromkeys((_shape(row), row["side"]) for row in rows)
-    ]
-    return Table((f"ratio, {threads} thread(s)", *(f"batch {b}" for b in batches)), lines)
-
-
 def _memory_table(rows: list[dict[str, Any]], batch: int, threads: int) -> Table:
     """Time, bytes a second, and their share of the read-only loop's."""
     lines = [
         (
-            f"{_shape(row)}, {row['side']}", f"{1e3 * row['median_s']:.3f}",
+            f"{shape_of(row)}, {row['side']}", f"{1e3 * row['median_s']:.3f}",
             f"{row['num_bytes'] / 1e6:.1f}", f"{row['bytes_per_s'] / 1e9:.1f}",
             f"{100 * row['share']:.0f} %", f"{row['ratio']:.2f}",
         )
@@ -269,10 +254,6 @@ def _targets(rows: list[dict[str, Any]]) -> list[Target]:
             what = f"{kind}, batch 1 to {_MOST_BATCH}: least ratio"
             targets.append(Target.at_least(what, 1.0, least))
     return targets
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return f"{row['rows']} x {row['columns']}"
 
 
 def _cache_bytes() -> int:

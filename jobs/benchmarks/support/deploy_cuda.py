@@ -18,6 +18,7 @@ from jobs.benchmarks.support.linear_sides_cuda import (
     sides_of,
     worst_errors,
 )
+from jobs.benchmarks.support.linear_tables import mean_ratios, ratio_table, shape_of
 from jobs.benchmarks.support.record import Chart, Outcome, Table, Target
 from sparsify.errors import InputError
 from sparsify.kernels.cuda.choice import Choices, use
@@ -116,16 +117,7 @@ def summarise(
 ) -> Outcome:
     """Tables of ratios by batch and of memory at the smallest; targets; a chart."""
     batches = sorted({row["batch"] for row in measured})
-    names = list(dict.fromkeys(row["side"] for row in measured))
-    curves: dict[str, Any] = {
-        name: [
-            statistics.geometric_mean(
-                row["ratio"] for row in measured if (row["side"], row["batch"]) == (name, batch)
-            )
-            for batch in batches
-        ]
-        for name in names
-    }
+    curves: dict[str, Any] = {**mean_ratios(measured, batches)}
     chart = Chart(
         "Speed over cuBLAS bfloat16 (mean over shapes)", "tokens at once", batches, curves
     )
@@ -135,26 +127,17 @@ def summarise(
         "targets_met": sum(target.is_met for target in targets),
         "targets": len(targets),
     }
-    tables = [_ratio_table(measured, batches), _memory_table(measured, batches[0])]
+    tables = [ratio_table(measured, batches, "ratio"), _memory_table(measured, batches[0])]
     figures = {"layers": measured}
     return Outcome(
         "cuda", num_threads, settings, figures, tables, targets, list(_NOTES), chart, summary
     )
 
 
-def _ratio_table(rows: list[dict[str, Any]], batches: list[int]) -> Table:
-    by_key = {(_shape(row), row["side"], row["batch"]): row["ratio"] for row in rows}
-    lines = [
-        (f"{shape}, {side}", *(f"{by_key[shape, side, batch]:.2f}" for batch in batches))
-        for shape, side in dict.fromkeys((_shape(row), row["side"]) for row in rows)
-    ]
-    return Table(("ratio", *(f"batch {batch}" for batch in batches)), lines)
-
-
 def _memory_table(rows: list[dict[str, Any]], batch: int) -> Table:
     lines = [
         (
-            f"{_shape(row)}, {row['side']}", f"{1e6 * row['median_s']:.1f}",
+            f"{shape_of(row)}, {row['side']}", f"{1e6 * row['median_s']:.1f}",
             f"{row['num_bytes'] / 1e6:.1f}", f"{row['bytes_per_s'] / 1e9:.0f}",
             f"{100 * row['share']:.0f} %", f"{row['ratio']:.2f}",
         )
@@ -191,16 +174,12 @@ def _targets(rows: list[dict[str, Any]]) -> list[Target]:
         if every:
             what = f"{kind}, every batch: least ratio to cuBLAS"
             targets.append(Target.at_least(what, 1.0, min(every)))
-    dense = {_shape(row): row["median_s"] for row in rows
+    dense = {shape_of(row): row["median_s"] for row in rows
              if (row["side"], row["batch"]) == ("dense int4", 1)}  # fmt: skip
-    ours = {_shape(row): row["median_s"] for row in rows
+    ours = {shape_of(row): row["median_s"] for row in rows
             if (row["side"], row["batch"]) == ("int4", 1)}  # fmt: skip
     ratios = [dense[shape] / ours[shape] for shape in dense.keys() & ours.keys()]
     if ratios:
         what = "int4, batch 1: least ratio to torch's dense INT4"
         targets.append(Target.at_least(what, 1.0, min(ratios)))
     return targets
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return f"{row['rows']} x {row['columns']}"
