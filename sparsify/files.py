@@ -74,21 +74,32 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, in_folder: bool = False) -> Iterator[Path]:
     """Write a file or a folder so that `path` is what it was or the whole new one.
+
+    Args:
+        path: the name that it takes.
+        in_folder: have a writer that makes files of its own beside the one it is told do so in a
+            folder, which the next attempt removes with everything in it.
 
     Yields:
         A path beside `path` to write to. When the block ends it is flushed to the disk and takes
         the name; when the block fails `path` stays as it was, and what was written lies there until
         the next attempt. A folder's name must be free, and its files are the caller's to flush.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
+    place = path.with_name(f".{path.name}.tmp")
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    temporary = place
+    if in_folder:
+        place.mkdir()
+        temporary = place / path.name
     yield temporary
     fsync(temporary)
     temporary.replace(path)
+    if in_folder:
+        place.rmdir()
     fsync(path.parent)
 
 

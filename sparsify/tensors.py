@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,8 +23,13 @@ def tensor_names(file: safe_open) -> list[str]:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all; the same tensors give the same bytes."""
-    with written_whole(path) as temporary:
+    # safetensors writes to `.tmpXXXXXX` beside the file it is told, which a kill would leave there,
+    # and lets nobody but its owner read it: others serve and evaluate what a job has written.
+    with written_whole(path, in_folder=True) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
 
 
 class Shards:
