@@ -83,6 +83,8 @@ class _Process:
     ending: Interrupted | None = None
     """what ends the command; raised, but a library may have swallowed it"""
     is_abandoned = False
+    after: Callable[[], None] | None = None
+    """called before an abandoned process ends"""
 
 
 _Before = dict[signal.Signals, tuple[Any, Any]]
@@ -168,9 +170,14 @@ def end_if_asked() -> None:
         raise Interrupted(_Process.asked)
 
 
-def abandon() -> None:
-    """Have `end_process` wait for nothing: threads of this process may hang for ever."""
+def abandon(after: Callable[[], None] | None = None) -> None:
+    """Have `end_process` wait for nothing: threads of this process may hang for ever.
+
+    Args:
+        after: called by `end_process`, when the command has said all it has to say.
+    """
     _Process.is_abandoned = True
+    _Process.after = after or _Process.after
 
 
 def end_process(code: int) -> NoReturn:
@@ -179,6 +186,8 @@ def end_process(code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        if _Process.after is not None:
+            _Process.after()
         os._exit(code)
     sys.exit(code)
 

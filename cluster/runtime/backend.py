@@ -101,20 +101,21 @@ class RayCluster:
         are left to the end of this process.
         """
         is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        is_lost = False
+        is_lost, after = False, None
         if self._local is not None:
             is_lost = self._local.check() is not None
             self._local.is_ending()
+            after = self._local.has_spoken
         is_abandoned = is_interrupted or is_lost
         if self._export is not None:
             self._export.end(wait=not is_abandoned)
         try:
             if is_abandoned:
-                abandon()
+                abandon(after)
             else:
                 self._call(ray.shutdown)
         except KeyboardInterrupt:
-            abandon()
+            abandon(after)
             raise
         finally:
             self._thread.shutdown(wait=False)

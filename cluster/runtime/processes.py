@@ -151,8 +151,16 @@ class LocalRay:
         )
 
     def is_ending(self) -> None:
-        """Watch no more: from here on Ray's processes end because they are asked to."""
+        """Watch no more: from here on Ray's processes end because they are asked to.
+
+        A Ray that was lost may still end this process before it has said so: `has_spoken` then.
+        """
         self._stop.set()
+        if self.lost is None:
+            self.has_spoken()
+
+    def has_spoken(self) -> None:
+        """This process has said why it ends: nothing is left for the program beside it."""
         self._last_words.end()
 
     def look(self) -> None:

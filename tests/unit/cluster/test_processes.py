@@ -36,6 +36,11 @@ if kind == "killed":
     os.kill(os.getpid(), 9)
 raylet.kill()
 raylet.wait()
+if kind in ("ended while it ends its Ray", "lost, and says so"):
+    assert local.check()
+    local.is_ending()
+if kind == "lost, and says so":
+    local.has_spoken()
 os._exit(1)
 """
 
@@ -188,7 +193,9 @@ def test_a_dead_raylet_is_noticed_and_the_rest_ended(tmp_path: Path) -> None:
             child.wait()
 
 
-@pytest.mark.parametrize("kind", ["ended", "speaks", "killed"])
+@pytest.mark.parametrize(
+    "kind", ["ended", "ended while it ends its Ray", "speaks", "lost, and says so", "killed"]
+)
 def test_what_the_run_cannot_say_itself_is_said(tmp_path: Path, kind: str) -> None:
     shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
     run = subprocess.run(
@@ -199,8 +206,11 @@ def test_what_the_run_cannot_say_itself_is_said(tmp_path: Path, kind: str) -> No
     if kind == "killed":
         os.kill(pid, signal.SIGKILL)
     wanted = f"error: Ray's raylet (process {pid}) on this machine has died, as happens when"
-    assert (run.stderr.startswith(wanted) and run.stderr.count("\n") == 1) == (kind == "ended")
-    assert run.stderr.strip() == "" or kind == "ended"
+    if kind.startswith("ended"):
+        assert run.stderr.startswith(wanted)
+        assert run.stderr.count("\n") == 1
+    else:
+        assert run.stderr.strip() == ""
 
 
 def test_an_ended_process_began_never() -> None:
