@@ -96,9 +96,9 @@ def run(options: Namespace) -> Outcome:
     num_threads = use_device(options)
     torch.manual_seed(options.seed)
     shapes, batches = _shapes(options.shapes), _batches(options.batches)
+    check_model(options)
     if options.device == "cuda":
         return deploy_cuda.run(options, shapes, batches)
-    check_model(options)
     for kind in options.kinds:
         if kind not in KINDS:
             raise InputError(f"--kinds {kind}: unknown; use one of: {', '.join(KINDS)}")

@@ -136,9 +136,12 @@ class _Cuda:
         return dtype in cuda.DTYPES and (not is_float or kind == cuda.DTYPES[dtype])
 
     def prepare(self, layer: Layer, kind: str, parts: Parts) -> Parts:
-        """See `cuda.layout`."""
+        """See `cuda.layout`; waits for it: kernels may read a weight before their turn."""
         size = layer.scheme.group_size or 0
-        return Parts(*cuda_layout.prepare(kind, layer.shape[1], size, *parts))
+        prepared = Parts(*cuda_layout.prepare(kind, layer.shape[1], size, *parts))
+        if prepared.weight.is_cuda:
+            torch.cuda.current_stream(prepared.weight.device).synchronize()
+        return prepared
 
     def restore(self, layer: Layer, kind: str, parts: Parts) -> Parts:
         """See `cuda.layout`."""

@@ -161,7 +161,9 @@ class Rig:
         deadline = time.monotonic() + seconds
         while not is_there():  # type: ignore[operator]
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not within {seconds} s: {what}")
+                hosts = self.slurm("sinfo", "-h", "-N", "-o", "%N %T %E")
+                queue = self.slurm("squeue", "-h", "-o", "%i %T %r")
+                raise TimeoutError(f"not within {seconds} s: {what}; {hosts!r}, {queue!r}")
             time.sleep(0.5)
 
     def cut(self, host: str, is_cut: bool = True) -> None:

@@ -306,8 +306,12 @@ class TestOnGpu:
         gram.add_gram_(total, inputs.cuda())
         gram.add_cross_(cross, inputs[:, :200].cuda(), inputs.cuda())
         found = gram.mirror_upper_(total).cpu().double()
-        torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
-        torch.testing.assert_close(cross.cpu().double(), exact[:200], rtol=0, atol=1e-3)
+        # Products of 16-bit numbers are exact; a Hopper's tensor cores cut the sums instead of
+        # rounding them: off by 5e-6 of the inputs' norms on an H200, by 1e-6 in float32.
+        norms = inputs.double().norm(dim=0)
+        most = 1e-5 * norms[:, None] * norms
+        assert ((found - exact).abs() <= most).all()
+        assert ((cross.cpu().double() - exact[:200]).abs() <= most[:200]).all()
 
     def test_full_precision_is_used_where_tf32_is_allowed_outside(self) -> None:
         inputs = torch.randn(512, 128, generator=torch.Generator().manual_seed(0))

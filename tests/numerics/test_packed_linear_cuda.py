@@ -225,7 +225,7 @@ EXPAND = [
     ("int8", 16, 300, 128, True), ("float8", 40, 256, 0, False), ("int4", 33, 516, 32, False),
     ("int4", 16, 256, 0, True), ("nf4", 16, 300, 64, False),
 ]  # fmt: skip
-NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 8
+NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 12
 
 
 @interpreted
@@ -264,16 +264,20 @@ class TestInterpreted:
             output = decode.decode(inputs, packed.prepared, None, kind, 16, 0, torch.float32)
             assert torch.equal(output.double(), inputs.double() @ packed.dense().double().T)
 
-    @pytest.mark.parametrize("rows", [16, 14336])
-    def test_row_tiles_and_warps(self, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As wide layers have them: two row tiles a warp; and more warps than steps divide."""
-        monkeypatch.setattr(decode, "plan", lambda *_: (1, 2, 2) if rows > 16 else (2, 1, 4))
-        packed = Packed("int4", 64 if rows > 16 else 16, 768, 128)
-        inputs = torch.randn(3, 768).bfloat16()
-        output = decode.decode(
-            inputs, packed.prepared, None, "int4", packed.rows, 128, torch.float32
-        )
-        packed.check(output, inputs, None)
+    @pytest.mark.parametrize(
+        "plan", [(1, 2, 2, 1, 2, False), (2, 1, 1, 4, 1, True), (1, 1, 2, 2, 4, True)]
+    )
+    @pytest.mark.parametrize("case", [("int4", 128, 768), ("float8", 0, 300)], ids=str)
+    def test_row_tiles_and_warps(
+        self, plan: Any, case: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Several row tiles and warps; warps that do not divide the steps; inputs arranged."""
+        monkeypatch.setattr(decode, "plan_of", lambda *_: decode.Plan(*plan))
+        kind, size, columns = case
+        packed = Packed(kind, 64, columns, size)
+        inputs, bias = torch.randn(3, columns).bfloat16(), torch.randn(64)
+        output = decode.decode(inputs, packed.prepared, bias, kind, 64, size, torch.float32)
+        packed.check(output, inputs, bias)
 
     @pytest.mark.parametrize(("kind", "rows", "columns", "size", "zeros"), EXPAND)
     def test_dense_rows_have_the_bits_of_the_reader(
@@ -330,7 +334,8 @@ class TestInterpreted:
             linear_sides_cuda, "packed_linear",
             lambda x, v, p, s, z, *rest: linear.linear(x, Prepared(v, p, s, z), *rest),
         )  # fmt: skip
-        found = linear_sides_cuda.worst_errors(["float8"], 24, 300, "cpu", tokens=(1, 3))
+        case = linear_sides_cuda.Case("float8", 0, False, 24, 300, (1, 3))
+        found = linear_sides_cuda.errors_of(case, "cpu")
         assert [row["tokens"] for row in found] == [1, 3]
         assert all(0 < row["error"] < 5e-3 for row in found)
 
@@ -408,11 +413,11 @@ class TestCompiled:
         assert len(body) / 64 <= most_instructions
         assert not re.search(r"\b(LDS|STS|SHFL|STSM)\b", "\n".join(body)), "values change lanes"
         used = set(
-            re.findall(r"elementwise_inline_asm.*tensor<256x\w+, (#\w+)>", made.asm["ttgir"])
+            re.findall(r"elementwise_inline_asm.*tensor<128x\w+, (#\w+)>", made.asm["ttgir"])
         )
         layouts = dict(re.findall(r"^(#\w+) = #ttg\.(.*)$", made.asm["ttgir"], re.MULTILINE))
         assert {layouts[name] for name in used} == {
-            "blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [8], order = [0]}>"
+            "blocked<{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [4], order = [0]}>"
         }
 
     @pytest.mark.parametrize("wide", [{"N": 2, "R": 2}, {"N": 8}])
@@ -450,14 +455,17 @@ def compiled(arch: int, **given: Any) -> Any:
     constants = {
         "IS_HALF": False, "HAS_ROW_SCALES": not width and given["KIND"] != "bfloat16",
         "HAS_ZEROS": False, "HAS_BIAS": True, "CUTS_COLUMNS": False, "CUTS_STEPS": False, "N": 1,
-        "R": 1, "W": 8, "FIRST": sparse_product_ptx(0, False),
+        "R": 1, "ROW_WARPS": 1, "STEP_WARPS": 4, "U": 1, "IS_ARRANGED": False,
+        "OVERLAPS": arch >= 90,
+        "FIRST": sparse_product_ptx(0, False),
         "SECOND": sparse_product_ptx(1, False), **given,
     }  # fmt: skip
     pointers = {"inputs_ptr": "*i32", "values_ptr": "*i32", "positions_ptr": "*i32",
                 "scales_ptr": "*i32" if width else "*fp32", "zeros_ptr": "*i16",
                 "bias_ptr": "*bf16", "output_ptr": "*bf16"}  # fmt: skip
     sizes = ("num_tokens", "num_rows", "num_columns", "num_steps")
-    return compile_for(arch, decode_kernel, pointers, sizes, constants, 8)
+    num_warps = constants["ROW_WARPS"] * constants["STEP_WARPS"]
+    return compile_for(arch, decode_kernel, pointers, sizes, constants, num_warps)
 
 
 def compile_for(

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from jobs.benchmarks.support import whole_model_cuda
 from jobs.benchmarks.support.arguments import settings_of
 from jobs.benchmarks.support.linear_sides_cuda import (
     Side,
     copy_bytes_per_s,
     elapsed_s,
+    errors_of_all,
     read_bytes_per_s,
     recorded,
     sides_of,
-    worst_errors,
 )
 from jobs.benchmarks.support.linear_tables import mean_ratios, ratio_table, shape_of
 from jobs.benchmarks.support.record import Chart, Outcome, Table, Target
@@ -24,6 +25,8 @@ from sparsify.errors import InputError
 from sparsify.kernels.cuda.choice import Choices, use
 from sparsify.kernels.cuda.layout import KINDS
 from sparsify.kernels.triton_jit import require_triton, triton
+
+_MODEL = ("model", "model_sides", "model_batches", "vocabulary")
 
 _PROMISED_RATIO = {"bfloat16": (1.5, 1.4), "int4": (4.0, 3.0)}
 """of cuBLAS's time over this, at batch 1 and 16"""
@@ -39,7 +42,6 @@ _NOTES = (
     "only reads 2 GiB reaches in the same run",
     "up to 16 tokens packed layers run the fused kernel; beyond, the way that was measured to be "
     "the fastest, with a copy of the weight where it takes one not to be slower than dense",
-    "layers alone: --model is measured on a CPU only",
 )
 
 
@@ -57,10 +59,8 @@ def run(options: Namespace, shapes: list[tuple[int, int]], batches: list[int]) -
     torch.manual_seed(options.seed)
     card = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    errors = worst_errors(options.kinds)  # cut tiles; then narrow and wide layers' warps
-    errors += worst_errors(options.kinds, 1024, 4096, tokens=(1, 16, 64))
-    errors += worst_errors(options.kinds, 14368, 2048, tokens=(1, 16, 64))
-    worst = max(errors, key=lambda row: row["error"])
+    errors = errors_of_all(options.kinds) if shapes else []
+    worst = max(errors, key=lambda row: row["error"], default=None)
     print(f"largest error: {worst}", flush=True)
     choices = Choices(options.workdir / "choices", card, versions, may_copy=True)
     use(choices)
@@ -74,12 +74,18 @@ def run(options: Namespace, shapes: list[tuple[int, int]], batches: list[int]) -
             measured += _measure(sides, rows, columns, batch, options.repeats, read_rate)
         del sides
         torch.cuda.empty_cache()
-    settings = settings_of(options, "shapes", "batches", "kinds", "repeats", "seed")
+    settings = settings_of(options, "shapes", "batches", "kinds", "repeats", "seed", *_MODEL)
     settings |= {"card": card, **versions, "cuda": torch.version.cuda}
     outcome = summarise(measured, settings, torch.get_num_threads())
-    outcome.targets.insert(
-        0, Target.at_most("largest error of any kind", _MOST_ERROR, worst["error"])
-    )
+    if options.model != "none":
+        whole = whole_model_cuda.measure_model(options)
+        outcome.tables += whole_model_cuda.model_tables(whole)
+        outcome.targets += whole_model_cuda.model_targets(whole)
+        outcome.notes.append(whole_model_cuda.NOTE)
+        outcome.figures["model"] = whole
+    if worst is not None:
+        what = "largest error of any kind"
+        outcome.targets.insert(0, Target.at_most(what, _MOST_ERROR, worst["error"]))
     outcome.figures |= {
         "errors": errors, "read_bytes_per_s": read_rate, "copy_bytes_per_s": copy_rate,
         "choices": [list(row) for row in choices.rows()],
@@ -127,7 +133,9 @@ def summarise(
         "targets_met": sum(target.is_met for target in targets),
         "targets": len(targets),
     }
-    tables = [ratio_table(measured, batches, "ratio"), _memory_table(measured, batches[0])]
+    tables = []
+    if measured:
+        tables = [ratio_table(measured, batches, "ratio"), _memory_table(measured, batches[0])]
     figures = {"layers": measured}
     return Outcome(
         "cuda", num_threads, settings, figures, tables, targets, list(_NOTES), chart, summary

@@ -8,9 +8,12 @@ rows, I columns, T tokens, G groups of 128 columns.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +36,8 @@ _CALIBRATION_BYTES = 2**31
 _TYPES = {"int4": "int", "int8": "int", "nf4": "nf4", "float8": "fp8"}
 
 _BITS = {"int4": 4, "int8": 8, "nf4": 4}
+
+_WHOLE_TILES = ((1024, 4096), (14368, 2048))
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,10 @@ def sides_of(
         )
     }
     if columns % 128 == 0 and rows % 16 == 0:
-        packed, scales_GO2 = _int4_weight(rows, columns)
+        int4, packed, scales_GO2 = torch_int4(rows, columns)
         sides["dense int4"] = _copied(
             packed.nbytes + scales_GO2.nbytes, least_bytes,
-            lambda: _int4_call(packed.clone(), scales_GO2.clone()),
+            lambda: _int4_call(int4, packed.clone(), scales_GO2.clone()),
         )  # fmt: skip
     for kind in kinds:
         size = GROUP_SIZE if kind in ("int8", "int4", "nf4") else 0
@@ -102,16 +107,24 @@ def _dense_call(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: functional.linear(x, weight_OI)
 
 
-def _int4_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """torch's dense INT4 (tinygemm): codes, and scale and zero of 128 columns in bfloat16."""
+def torch_int4(rows: int, columns: int) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """torch's dense INT4 (tinygemm), random: the call, codes, scale and zero of 128 columns."""
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
     packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
     groups = columns // GROUP_SIZE
-    return packed, torch.rand(groups, rows, 2, device="cuda", dtype=torch.bfloat16)
+    scales_GO2 = torch.rand(groups, rows, 2, device="cuda", dtype=torch.bfloat16)
+
+    def call(x: Tensor, packed: Tensor, scales_GO2: Tensor) -> Tensor:
+        output: Tensor = torch.ops.aten._weight_int4pack_mm(x, packed, GROUP_SIZE, scales_GO2)
+        return output
+
+    return call, packed, scales_GO2
 
 
-def _int4_call(packed: Tensor, scales_GO2: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP_SIZE, scales_GO2)
+def _int4_call(
+    call: Callable[..., Tensor], packed: Tensor, scales_GO2: Tensor
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: call(x, packed, scales_GO2)
 
 
 def _packed_call(
@@ -176,37 +189,60 @@ def random_prepared(
     )  # fmt: skip
 
 
-def worst_errors(
-    kinds: list[str], rows: int = 200, columns: int = 1100, device: str = "cuda",
-    tokens: tuple[int, ...] = (1, 2, 7, 8, 13, 16, 64, 200),
-) -> list[dict[str, Any]]:  # fmt: skip
-    """How far packed layers are from float64, over all kinds, group sizes and numbers of tokens.
+@dataclass(frozen=True)
+class Case:
+    """A packed layer whose products are held against float64."""
+
+    kind: str
+    group_size: int
+    has_zeros: bool
+    rows: int = 200
+    columns: int = 1100
+    tokens: tuple[int, ...] = (1, 2, 7, 8, 13, 16, 64, 200)
+
+
+def cases_of(kinds: list[str]) -> list[Case]:
+    """Every kind, size of groups and number of tokens: cut tiles, then narrow and wide layers'."""
+    found = []
+    for kind in kinds:
+        groups = [(0, False)]
+        if kind in _BITS:
+            groups += [(size, False) for size in (32, 64, 128, 256)]
+        if kind in ("int4", "int8"):
+            groups += [(64, True), (0, True)]
+        for group in groups:
+            found.append(Case(kind, *group))
+            found += [Case(kind, *group, *shape, (1, 16, 64)) for shape in _WHOLE_TILES]
+    return found
+
+
+def errors_of(case: Case, device: str = "cuda") -> list[dict[str, Any]]:
+    """How far a packed layer's products are from float64, for each number of tokens.
 
     The weight is unpacked by the reader of packed folders, in PyTorch. An error is the norm of the
     difference over that of the result; bfloat16 results alone are rounded by 1.7e-3.
     """
+    kind, size, rows, columns = case.kind, case.group_size, case.rows, case.columns
+    layer, parts = random_parts(kind, rows, columns, size, case.has_zeros, device)
+    weight_OI = unpack_layer(layer, parts, torch.float32).double()
+    names = ("weight", "weight_indices", "weight_scales", "weight_zeros")
+    prepared = prepare(kind, columns, size, *(parts.get(name) for name in names))  # type: ignore[arg-type]
     found = []
-    for kind in kinds:
-        cases = [(0, False)]
-        if kind in _BITS:
-            cases += [(size, False) for size in (32, 64, 128, 256)]
-        if kind in ("int4", "int8"):
-            cases += [(64, True), (0, True)]
-        for size, has_zeros in cases:
-            layer, parts = random_parts(kind, rows, columns, size, has_zeros, device)
-            weight_OI = unpack_layer(layer, parts, torch.float32).double()
-            names = ("weight", "weight_indices", "weight_scales", "weight_zeros")
-            prepared = prepare(kind, columns, size, *(parts.get(name) for name in names))  # type: ignore[arg-type]
-            for number in tokens:
-                x_TI = torch.randn(number, columns, device=device).bfloat16()
-                output_TO = packed_linear(x_TI, *prepared, None, [], "", kind, rows, size)
-                exact_TO = x_TI.double() @ weight_OI.T
-                error = (output_TO.double() - exact_TO).norm() / exact_TO.norm()
-                found.append({
-                    "kind": kind, "rows": rows, "columns": columns, "group_size": size,
-                    "zeros": has_zeros, "tokens": number, "error": float(error),
-                })  # fmt: skip
+    for number in case.tokens:
+        x_TI = torch.randn(number, columns, device=device).bfloat16()
+        output_TO = packed_linear(x_TI, *prepared, None, [], "", kind, rows, size)
+        exact_TO = x_TI.double() @ weight_OI.T
+        error = (output_TO.double() - exact_TO).norm() / exact_TO.norm()
+        found.append({**asdict(case), "tokens": number, "error": float(error)})
     return found
+
+
+def errors_of_all(kinds: list[str]) -> list[dict[str, Any]]:
+    """The same of all cases, in processes side by side: the most of it is compiling kernels."""
+    cases = cases_of(kinds)
+    num_processes = min(len(cases), max(1, (os.cpu_count() or 1) - 2), 12)
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        return list(itertools.chain.from_iterable(pool.map(errors_of, cases)))
 
 
 def recorded(side: Side, inputs_TI: Tensor) -> torch.cuda.CUDAGraph:

@@ -87,7 +87,7 @@ def measure_model(options: Namespace, num_threads: int) -> list[dict[str, Any]]:
         }  # fmt: skip
         module = "jobs.benchmarks.sides.decode"
         words = [sys.executable, "-m", module]
-        found.append(_run_side(side, words, task, place, {"OMP_NUM_THREADS": str(num_threads)}))
+        found.append(run_side(side, words, task, place, {"OMP_NUM_THREADS": str(num_threads)}))
     if options.vllm_python is None:
         print(
             "vLLM: left out; --vllm-python names the Python of an environment with it", flush=True
@@ -117,13 +117,17 @@ def _measure_vllm(options: Namespace, num_threads: int) -> dict[str, Any]:
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "",
     }  # fmt: skip
     words = [str(options.vllm_python), str(script)]
-    return _run_side("vLLM", words, task, options.workdir / "decode-vllm", environment)
+    return run_side("vLLM", words, task, options.workdir / "decode-vllm", environment)
 
 
-def _run_side(
+def run_side(
     name: str, words: list[str], task: dict[str, Any], place: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """What a side's process wrote; its output is in a log."""
+    """What a side's process wrote; its output is in a log.
+
+    Raises:
+        TwofourError: it failed; the log is named.
+    """
     out, log = place.with_suffix(".json"), place.with_suffix(".log")
     out.unlink(missing_ok=True)
     code = run_logged([*words, json.dumps(task), str(out)], log, environment)

@@ -17,6 +17,22 @@ def fence() -> tl.tensor:
     )
 
 
+@jit
+def start_next() -> tl.tensor:
+    """Lets the next kernel start when all programs of this one have: it waits for what it needs."""
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def wait_for_inputs() -> tl.tensor:
+    """What earlier kernels wrote can be read from here on; at once where they have ended."""
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 def sparse_product_ptx(selector: int, is_half: bool) -> str:
     """`sparse_product` of the tile that the selector names, for bfloat16 or float16."""
     kind = "f16" if is_half else "bf16"

@@ -13,9 +13,15 @@ import pytest
 import torch
 
 from jobs import bench
-from jobs.benchmarks import deploy
-from jobs.benchmarks.sides import decode
-from jobs.benchmarks.support import deploy_cuda, linear_sides, linear_sides_cuda, whole_model
+from jobs.benchmarks import deploy, shares
+from jobs.benchmarks.sides import decode, decode_cuda
+from jobs.benchmarks.support import (
+    deploy_cuda,
+    linear_sides,
+    linear_sides_cuda,
+    whole_model,
+    whole_model_cuda,
+)
 from jobs.benchmarks.support.random_llama import SHAPES, linear_shapes
 from jobs.benchmarks.support.record import Chart
 from jobs.reporting.chart_file import chart_file
@@ -264,6 +270,60 @@ def test_figures_of_a_gpu_become_tables_and_targets() -> None:
     assert met["int4, batch 1: least ratio to torch's dense INT4"][0] == pytest.approx(0.8)
     assert outcome.tables[0].rows[-1] == ("4096 x 4096, int4", "5.00", "5.00")
     assert outcome.summary["ratio_at_1"]["int4"] == pytest.approx(10**0.5, abs=1e-3)
+
+
+def test_without_layers_there_is_no_table_of_them() -> None:
+    outcome = deploy_cuda.summarise([], {}, 1)
+    assert (outcome.tables, outcome.targets) == ([], [])
+
+
+def test_a_whole_model_on_a_gpu_becomes_a_table_and_targets() -> None:
+    sides = (("dense bfloat16", 6e-3, 12e-3), ("bfloat16", 4e-3, 10e-3), ("int4", 2e-3, 12e-3))
+    found = [
+        {"side": side, "num_bytes": 10**9,
+         "rows": [{"batch": 1, "token_s": at_1}, {"batch": 16, "token_s": at_16}]}
+        for side, at_1, at_16 in sides
+    ]  # fmt: skip
+    (table,) = whole_model_cuda.model_tables(found)
+    assert [row[1:3] for row in table.rows] == [
+        ("6.00 (1.00x)", "12.00 (1.00x)"), ("4.00 (1.50x)", "10.00 (1.20x)"),
+        ("2.00 (3.00x)", "12.00 (1.00x)"),
+    ]  # fmt: skip
+    assert [target.is_met for target in whole_model_cuda.model_targets(found)] == [True, False]
+    assert whole_model_cuda.model_targets(found[1:]) == []
+
+
+@pytest.mark.parametrize("side", ["dense bfloat16", "bfloat16", "int4"])
+def test_the_step_that_becomes_a_graph_answers_as_the_model_does(side: str) -> None:
+    model = decode_cuda.build(side, "bench-512", 1024, "cpu").float()
+    steps = decode_cuda.Steps(model, 2)
+    answered = [steps.ids_B1.clone()]
+    for _ in range(3):
+        steps.once()
+        answered.append(steps.ids_B1.clone())
+    ids_BT = torch.randint(0, 1024, (2, 32), generator=torch.Generator().manual_seed(2))
+    for found_B1 in answered:
+        with torch.no_grad():
+            best_B1 = model(ids_BT).logits[:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(found_B1, best_B1)
+        ids_BT = torch.cat([ids_BT, best_B1], 1)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 64])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 256), (200, 1100), (4096, 14336), (28672, 512)])
+def test_shares_divide_the_weight(kind: str, tokens: int, rows: int, columns: int) -> None:
+    chosen, *others = shares.plans_of(kind, rows, columns, tokens)
+    assert 8 * chosen.token_tiles >= tokens > 4 * (chosen.token_tiles - 1)
+    for plan in (chosen, *others):
+        assert -(-rows // 16) % (plan.row_tiles * plan.row_warps) == 0
+        assert plan.row_warps * plan.step_warps <= 16
+        assert plan.step_warps * plan.unrolled_steps < 2 * -(-columns // 256)
+
+
+def test_shares_without_a_gpu_are_refused(capsys: Any) -> None:
+    assert bench.main(["shares"]) == 2
+    assert capsys.readouterr().err.startswith("error: shares: there is no GPU here")
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "float8", "int4", "nf4"])
