@@ -30,14 +30,16 @@ from tests.integration.slurm_runs import (
 
 pytestmark = pytest.mark.slow
 
+# As Slurm has it where nobody sets it: Ray is the first to miss a host.
+_SLURMD_TIMEOUT_S = 300
+
 # Ray gives a machine up after half a minute instead of more than one.
 SOONER = {"RAY_health_check_failure_threshold": "2"}
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    # As Slurm has it where nobody sets it: Ray is the first to miss a host.
-    with rig_of_tests(tmp_path_factory.getbasetemp(), slurmd_timeout_s=300) as started:
+    with rig_of_tests(tmp_path_factory.getbasetemp(), _SLURMD_TIMEOUT_S) as started:
         yield started
 
 
@@ -48,6 +50,8 @@ def both_hosts_free(rig: Rig) -> Iterator[None]:
     for host in HOSTS:
         rig.cut(host, False)
     rig.slurm("scancel", "--user=root")
+    # Hosts that Slurm gave up are asked again only minutes later, unless it reads its file anew.
+    rig.slurmd_timeout(_SLURMD_TIMEOUT_S)
     rig.wait_for("both hosts to be idle", rig.is_idle, 120)
 
 
@@ -146,7 +150,7 @@ def test_cut_links_lose_and_repeat_nothing(
     run.wait_for("Slurm to notice", lambda: run.state() == "PENDING", 240)
     assert "waiting" in run.manage("status")
     rig.cut("tfn0", False)
-    rig.slurmd_timeout(300)
+    rig.slurmd_timeout(_SLURMD_TIMEOUT_S)
     rig.wait_for("the host in Slurm", rig.is_idle, 120)
     rig.slurm("scontrol", "update", f"JobId={run.record['id']}", "StartTime=now+15")
     run.wait_for("its second start", lambda: "attempt 2" in run.log)
@@ -177,6 +181,7 @@ def test_host_that_never_comes_back(
          "cluster.start_timeout_s=120", *TWO_HOSTS],
     )  # fmt: skip
     run.wait_for("blocks", lambda: blocks_of(run) >= 2)
+    rig.slurmd_timeout(1200)  # a host that is away for longer than usual is missed by Ray alone
     rig.cut("tfn1")
     try:
         run.wait_for("the queue", lambda: "goes back into the queue" in run.log, 400)
