@@ -35,6 +35,9 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
 }
 
+_OF_WORKERS = ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "MALLOC_MMAP_THRESHOLD_")
+"""of these, what a worker's own process reads; the others are the raylet's and the head's"""
+
 _NOT_SHIPPED = ("/.git", "/.venv", "/runs", "/tests", "/docs", "/.mypy_cache", "/.ruff_cache")
 
 _WAIT_S = 10.0
@@ -67,7 +70,12 @@ def start_ray(spec: ClusterSpec, run_name: str, root: Path, address: str | None)
         "job_config": ray.job_config.JobConfig(metadata={"job_name": run_name}),
     }
     if address:
-        options["runtime_env"] = {"working_dir": str(root), "excludes": list(_NOT_SHIPPED)}
+        options["runtime_env"] = {
+            "working_dir": str(root),
+            "excludes": list(_NOT_SHIPPED),
+            # That Ray was started elsewhere, and its workers have none of this environment.
+            "env_vars": {key: os.environ[key] for key in _OF_WORKERS},
+        }
         options["address"] = address
     else:
         cores = os.cpu_count() or 1

@@ -64,11 +64,7 @@ def open_blocks(
     if is_split:
         reason = reason_to_hold_whole(path)
         if reason is None:
-            source = BlocksOnDisk(path, dtype, context.device, with_head=True)
-            for module in source.model.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = buffer.to(context.device)
-            return source
+            return BlocksOnDisk(path, dtype, context.device, with_head=True)
         context.warn(f"{path}: {reason}; {why_whole} splits it after it was loaded whole")
     return BlocksInMemory(load_model(path, dtype, context.device))
 
@@ -204,8 +200,9 @@ def load_student(
     settings = config.distill
     is_moving, is_dense = settings.moving_share > 0, settings.moving_start == "dense"
     path, turns = (dense, rotation) if is_dense else (folder, None)
-    # Split weights have the type of the arithmetic from the start, rotations are folded in float32.
-    dtype = "bfloat16" if split.is_needed and settings.precision == "bf16" else "float32"
+    # Weights have the type of the arithmetic from the start, of which DeepSpeed makes its masters:
+    # float32 would only take twice the memory of host and GPU. Rotations are folded in float32.
+    dtype = "bfloat16" if settings.precision == "bf16" else "float32"
     if turns is None:
         source = open_blocks(path, dtype, context, split.is_needed, "distill.zero_stage=3")
     else:

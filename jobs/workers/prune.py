@@ -18,7 +18,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
-from jobs.workers.placement import placement
+from jobs.workers.placement import agreed, placement
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -206,7 +206,6 @@ class Pruning:
             return result
         memory = replace(memory, activations=self._placement(method))
         if self._passes_ahead(method) and memory.activations != "device":
-            # Each worker may decide for itself: the others need not know.
             context.warn(
                 f"prune: no prune.overlap for {name}: the device has no room for what the dense "
                 "model does ahead; use fewer calibration rows or more workers"
@@ -241,10 +240,11 @@ class Pruning:
         if asked != "auto":
             return asked  # type: ignore[return-value]
         needs = SolverNeeds(teacher=method.needs_teacher, order=self._order(method.name))
-        return placement(
+        own = placement(
             self._context, self._config, self._dense, self._rows.num_tokens, needs,
             self._passes_ahead(method),
         )  # fmt: skip
+        return agreed(self._comm, own)
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
         """Say which layers have seen too little data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.quantize import QuantizeConfig
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
-from jobs.workers.placement import placement
+from jobs.workers.placement import agreed, placement
 from sparsify.calibration.hidden_states import Memory, Placement
 from sparsify.calibration.layers import SolverNeeds
 from sparsify.comm import Comm
@@ -65,13 +66,14 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     needs = SolverNeeds(teacher=settings.has_teacher, order="layer")
     where: Placement = settings.activations  # type: ignore[assignment]
     if settings.activations == "auto":
-        where = placement(context, config, sparse, rows.num_tokens, needs)
+        where = agreed(comm, placement(context, config, sparse, rows.num_tokens, needs))
     memory = Memory(settings.batch_size, config.model.dtype, context.device, where)
     scratch = payload["scratch"] / "blocks"
     with disk_errors(payload["scratch"]):
         reports = quantize_checkpoint(
             sparse, scratch, rows, masks, pattern, settings, memory=memory,
-            checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
+            checkpoint_every_blocks=settings.checkpoint_every_blocks, clock=time.monotonic,
+            **common,
         )  # fmt: skip
         if context.rank == 0:
             scheme = get_scheme(settings.scheme)

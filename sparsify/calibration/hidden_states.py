@@ -100,7 +100,8 @@ class HiddenStateStore:
         key = (model, batch)
         if key in self._held:
             return self._held[key].to(self._device, non_blocking=True)
-        return load_file(self._files[key], device=str(self._device))[_name(*key)]
+        # Through the CPU: safetensors takes "cuda" for the first GPU, whichever is this process's.
+        return load_file(self._files[key])[_name(*key)].to(self._device)
 
     def commit(self, block: int) -> None:
         """Bring the states before `block` to the disk; earlier blocks' files stay until `drop`."""

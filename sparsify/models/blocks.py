@@ -120,6 +120,9 @@ class BlocksOnDisk:
         outside = [name for name in self.rest_names() if name not in unused]
         self._assign(self._read(outside))
         self.model.tie_weights()
+        for module in self.model.modules():  # made from the config, on the CPU: masks, angles
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self._device)
         check_finite(folder, self.model, dtype)
         check_stored(folder, {n: self._places[n] for n in sorted(unused)}, DTYPES[dtype])
         self.model.eval()

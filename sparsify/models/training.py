@@ -56,11 +56,18 @@ def evenly_spread(num_items: int, num_chosen: int) -> list[int]:
     return [(2 * i + 1) * num_items // (2 * num_chosen) for i in range(num_chosen)]
 
 
+_MOST_VERSIONS = 32
+
+
 def compile_layers(model: nn.Module) -> None:
     """torch.compile every decoder block by itself, in place; parameters keep their names.
 
     Blocks are alike, so the first one's code serves all of them. The whole model at once would
-    break its graph at ZeRO's hooks.
+    break its graph at ZeRO's hooks. A student and its teacher share a block's code, in versions
+    with and without gradients, recomputed or not, of one document or several: more than the 8 after
+    which torch runs what is left uncompiled.
     """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_VERSIONS)
     for block in find_blocks(model)[1]:
         torch.nn.Module.compile(block)

@@ -151,7 +151,8 @@ def prune_checkpoint(
         out: folder for the result, on a disk that all processes see.
         rows, method, pattern, params, comm, layers, on_block, clock: see `prune_model`.
         memory: where blocks and hidden states are held.
-        checkpoint_every_blocks: blocks between two states that a killed run can resume from.
+        checkpoint_every_blocks: blocks between two states that a killed run can resume from; with
+            `clock` at least so many, and as many as keep their writing to a twentieth of the time.
 
     Returns:
         Reports of all layers, those of an earlier call's blocks among them; no masks (see `out`).
@@ -179,8 +180,9 @@ def prune_checkpoint(
         return reports
 
     walk = CheckpointWalk(
-        out, len(source.blocks), rows, comm, memory, "prune", checkpoint_every_blocks, on_block
-    )
+        out, len(source.blocks), rows, comm, memory, "prune", checkpoint_every_blocks, on_block,
+        clock,
+    )  # fmt: skip
     found = walk.run(
         lambda store, first, finish: run.walk(rows, memory, finish, store, first), write, run.timer
     )

@@ -125,6 +125,7 @@ def quantize_checkpoint(
     memory: Memory,
     skip: Sequence[str] = (),
     checkpoint_every_blocks: int = 1,
+    clock: Callable[[], float] | None = None,
     on_block: Callable[[int, int], None] | None = None,
 ) -> list[QuantLayerReport]:
     """`quantize_model` for a checkpoint of any size, one block in memory at a time, resumably.
@@ -140,7 +141,7 @@ def quantize_checkpoint(
         keep_masks: as `quantize_model`; each is read when its layer is quantised.
         pattern: of the masks.
         memory: where blocks and hidden states are held.
-        checkpoint_every_blocks: blocks between two states that a killed run can resume from.
+        checkpoint_every_blocks, clock: as `prune_checkpoint`.
         rows, params, comm, skip, on_block: see `quantize_model`.
 
     Returns:
@@ -169,8 +170,9 @@ def quantize_checkpoint(
         return reports
 
     walk = CheckpointWalk(
-        out, len(source.blocks), rows, comm, memory, "quantize", checkpoint_every_blocks, on_block
-    )
+        out, len(source.blocks), rows, comm, memory, "quantize", checkpoint_every_blocks, on_block,
+        clock,
+    )  # fmt: skip
     found = walk.run(
         lambda store, first, finish: run.walk(rows, memory, finish, store, first), write,
         PhaseTimer(),

@@ -6,6 +6,8 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -112,3 +114,18 @@ def test_what_answers_without_being_a_ray_is_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("address", ["auto", "local", "ray://host:10001"])
 def test_other_forms_are_left_to_ray(address: str) -> None:
     check_address(address, wait_s=0.0)
+
+
+def test_workers_of_a_ray_that_is_joined_get_what_was_set_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That Ray was started by somebody else: nothing of this process's environment is there."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: asked.update(options))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "12345")
+    monkeypatch.delenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", raising=False)
+    spec: Any = SimpleNamespace(num_workers=2, cpus_per_worker=1.0)
+    start.start_ray(spec, "run", tmp_path, "10.0.0.1:6379")
+    assert asked["runtime_env"]["env_vars"] == {
+        "MALLOC_MMAP_THRESHOLD_": "12345", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    }  # fmt: skip

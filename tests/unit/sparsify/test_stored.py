@@ -14,6 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from sparsify.errors import InputError
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.masks.select import keep_mask_from_scores
+from sparsify.models import blocks
 from sparsify.models.blocks import BlocksOnDisk, ShardWriter, reason_to_hold_whole, stored_of
 from sparsify.models.load import load_model
 from sparsify.models.masked import apply_masks_
@@ -207,3 +208,22 @@ def test_packed_folders_keep_a_head_of_its_own_and_find_what_is_no_number(
     model.lm_head.weight.data[0, 0] = float("inf")
     with pytest.raises(InputError, match=r"1 of 1536 values of lm_head\.weight are NaN or inf"):
         load_model(pack(tmp_path / "bad"))
+
+
+def test_buffers_made_from_the_config_are_on_the_device_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-Neo's causal mask is a buffer of each attention, and nothing else moves it."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, attention_types=[[["global", "local"], 1]],
+        num_heads=2, intermediate_size=32, max_position_embeddings=32, window_size=8,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(blocks, "check_finite", lambda *_: None)  # there are no values there
+    source = BlocksOnDisk(tmp_path, device="meta")
+    found = dict(source.model.named_buffers())
+    assert any("attention" in name for name in found)
+    assert {buffer.device.type for buffer in found.values()} == {"meta"}
