@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+from conf.options.prune import PruneConfig
+from conf.options.quantize import QuantizeConfig
 from conf.schema import PlanJobConfig
 from jobs.planning.calibration import Calibration, Load, read_calibration
 from jobs.planning.choices import PLACEMENTS, Recovery
@@ -26,6 +28,7 @@ from sparsify.costs.deploy import (
     kv_cache_bytes,
     serving_bytes,
 )
+from sparsify.costs.layout import Pruning
 from sparsify.costs.memory import MemoryUse, pruning_memory, whole_memory
 from sparsify.costs.seconds import (
     forward_seconds,
@@ -100,32 +103,48 @@ def _use(memory: MemoryUse, machine: Machine) -> dict[str, Any]:
 
 
 def _pruning(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> dict[str, Any]:
-    found = {}
-    for method in methods_of(config):
-        setup = pruning_of(config, machine, method, shape)
-        memory = pruning_memory(shape, setup)
-        place = "device"
-        if memory.total > machine.memory_bytes and config.prune.activations == "auto":
-            place, memory = "host", pruning_memory(shape, replace(setup, on_device=False))
-        found[method] = {**_use(memory, machine), "activations": place}
-    return found
+    return {
+        method: _walk(pruning_of(config, machine, method, shape), machine, shape, config.prune)
+        for method in methods_of(config)
+    }
+
+
+def _walk(
+    setup: Pruning, machine: Machine, shape: ModelShape, options: PruneConfig | QuantizeConfig
+) -> dict[str, Any]:
+    """Memory of a walk block by block; on the host wait the states that the device cannot hold."""
+    memory, place = (
+        pruning_memory(shape, setup),
+        "device" if setup.on_device else options.activations,
+    )
+    if memory.total > machine.memory_bytes and options.activations == "auto":
+        place, memory = "host", pruning_memory(shape, replace(setup, on_device=False))
+    return {**_use(memory, machine), "activations": place}
+
+
+def _quantizing_of(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> Pruning:
+    """How the walk of the stage quantize is laid out: SparseGPT's, with options of its own."""
+    options = config.quantize
+    return replace(
+        pruning_of(config, machine, "sparsegpt", shape), order="layer", rotation_steps=0,
+        num_samples=options.num_samples, batch_size=options.batch_size,
+        needs_teacher=options.has_teacher, on_device=options.activations in ("auto", "device"),
+    )  # fmt: skip
 
 
 def _whole(
     config: PlanJobConfig, machines: dict[str, Machine], shape: ModelShape
 ) -> dict[str, Any]:
-    """Memory of the stages that load whole models in every worker."""
+    """Memory of scoring, which loads whole models in every worker, and of quantising."""
     width, length = 4 if config.model.dtype == "float32" else 2, config.data.sequence_length
     found = {}
     if "evaluate" in config.stages:
         memory = whole_memory(shape, 2, width, config.evaluate.batch_size * length)
         found["evaluate"] = _use(memory, machines["evaluate"])
     if "quantize" in config.stages:
-        memory = whole_memory(shape, 1, width, config.quantize.batch_size * length)
         machine = machines["quantize"]
-        states = 2.0 * width * config.quantize.num_samples * length * shape.hidden_size
-        parts = {**memory.parts, "logits": 0.0, "waiting activations": states / machine.num_workers}
-        found["quantize"] = _use(MemoryUse(parts, memory.moment), machine)
+        setup = _quantizing_of(config, machine, shape)
+        found["quantize"] = _walk(setup, machine, shape, config.quantize)
     return found
 
 
@@ -227,8 +246,7 @@ def _time(
         one_s = forward_seconds(shape, tokens, length, rates["evaluate"])
         seconds["evaluate"] = forwards * one_s
     if "quantize" in config.stages:
-        setup = replace(pruning_of(config, machines["quantize"], "sparsegpt", shape),
-                        num_samples=config.quantize.num_samples)  # fmt: skip
+        setup = _quantizing_of(config, machines["quantize"], shape)
         seconds["quantize"] = total(quantizing_seconds(shape, setup, rates["quantize"]))
     if "export" in config.stages:
         seconds["export"] = 3 * 2.0 * shape.num_parameters / rates["export"].disk

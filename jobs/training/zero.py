@@ -47,8 +47,8 @@ def deepspeed_config(config: DistillConfig, world_size: int, uses_gpu: bool) -> 
         # A step with a non-finite gradient is left out, in every stage; the loop counts it.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # What gradients are in while they are summed over workers: 32 of them in bfloat16 are off by
-        # 0.7 % of the gradient, in float32 by 0.2 %, for twice the bytes in every micro batch (a
+        # What gradients are in while they are summed over workers: of 32, a sum in bfloat16 is off
+        # by 0.7 % of the gradient, in float32 by 0.2 %, for twice the bytes in every micro batch (a
         # ring of bfloat16 gradients, simulated).
         "communication_data_type": config.precision,
         # AdamW of torch, with a gate in front: as elementwise as the ones DeepSpeed has tried.

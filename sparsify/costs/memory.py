@@ -233,7 +233,7 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
 
 
 def whole_memory(shape: ModelShape, num_models: int, width: int, tokens: int) -> MemoryUse:
-    """What scoring or quantising holds: whole models, and one forward with all its logits.
+    """What scoring holds: whole models, and one forward with all its logits.
 
     Args:
         shape: of the models.

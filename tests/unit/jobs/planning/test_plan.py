@@ -42,6 +42,18 @@ def unused(command: str) -> Config:
     raise AssertionError(command)
 
 
+def test_quantising_goes_block_by_block_and_waits_on_the_host_where_it_has_to() -> None:
+    """70B on one card that could not hold the model."""
+    words = ["model.path=llama-2-70b", "cluster.num_workers=1"]
+    found = make_plan(plan_config(*words), unused)["whole"]["quantize"]
+    assert found["fits"]
+    assert found["bytes"] < 40e9 < 140e9
+    assert found["activations"] == "host"
+    assert found["host_bytes"] == pytest.approx(512 * 2048 * 8192 * 2 * 2)
+    asked = make_plan(plan_config(*words, "quantize.activations=disk"), unused)
+    assert asked["whole"]["quantize"]["activations"] == "disk"
+
+
 def test_the_plan_has_every_part_and_reads_well() -> None:
     found = make_plan(plan_config("plan.price=2"), unused)
     json.dumps(found, allow_nan=False)
