@@ -35,9 +35,10 @@ quick: $(READY)
 # Integration tests come one after another: they look for Ray's workers on this machine to kill them,
 # and each starts two of its own.
 all-tests: quick-tests
-	$(PYTEST) -m "not slow" tests/integration
+	$(PYTEST) -m "not slow" --durations=12 tests/integration
 
-# On a real Slurm of two hosts (root): cut links, a second user, bad nodes, dependent jobs; 30 minutes.
+# On a real Slurm of two hosts (root): time limits, cut links, a second user, bad nodes, dependent jobs;
+# 40 minutes.
 slow-tests: $(READY)
 	TWOFOUR_NEED_SLURM=1 $(PYTEST) -m slow tests/integration
 

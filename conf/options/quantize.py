@@ -15,6 +15,9 @@ class QuantizeConfig(QuantParams):
     scheme: str = option(QuantParams.scheme, one_of=SCHEMES)
     """int4, int8 (W8A16), w8a8 (int8, as engines run it with int8 activations), fp8 (e4m3) or nf4:
     one file of sparsify/quantization/schemes"""
+    one_pass: bool = option(False)
+    """quantise each layer as soon as it is pruned, in the walk of the stage prune and with its
+    calibration rows; not with a recovery between the two"""
     num_samples: int = option(256, low=1)
     """calibration rows (of data.sequence_length tokens)"""
     damping: float = option(QuantParams.damping, above=0, high=1)

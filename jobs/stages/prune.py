@@ -9,6 +9,7 @@ from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.models import Models
 from jobs.runs.stage import Stage
+from sparsify.errors import InputError
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -18,6 +19,7 @@ def identity(context: StageContext) -> dict[str, Any]:
     return {
         "config": {
             **context.settings("prune"),
+            **(context.settings("quantize") if config.quantize.one_pass else {}),
             "model.dtype": config.model.dtype,
             "data": {k: v for k, v in data.items() if k != "train"},
             "run.seed": config.run.seed,
@@ -57,9 +59,16 @@ def check(config: Config, models: Models) -> None:
         InputError: a layer's inputs are no multiple of the group's length; or the cluster's cards
             have no room.
     """
-    from jobs.workers.checks import check_prune  # costs torch
+    from jobs.workers.checks import check_prune, check_quantize  # costs torch
 
     check_prune(config, models.dense)
+    if config.quantize.one_pass:
+        check_quantize(config, models.dense)
+        if ":" not in config.prune.pattern or config.prune.pattern.startswith("unstructured"):
+            raise InputError(
+                f"quantize.one_pass=true: layers are packed as they are quantised, which takes a "
+                f"pattern N:M, not prune.pattern={config.prune.pattern}"
+            )
 
 
 STAGE = Stage(

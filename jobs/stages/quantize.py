@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from conf.schema import Config
-from jobs.runs.artifact import StageWriter
+from jobs.runs.artifact import StageWriter, read_whole
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 from jobs.stages import evaluate
+from sparsify.errors import InputError
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -32,19 +33,28 @@ def identity(context: StageContext) -> dict[str, Any]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Quantise on all workers, check the packed file's zeros, score the model read back from it."""
-    from jobs.workers.quantize import check_result, quantize_on_worker  # costs torch
+    from jobs.workers.quantize import (  # costs torch
+        check_result,
+        publish_on_worker,
+        quantize_on_worker,
+    )
 
+    settings, sparse = context.config.quantize, context.models.sparse("quantize")
     packed = writer.folder / "packed"
     payload = {
-        "config": context.worker_config, "sparse": context.models.sparse("quantize"),
-        "folder": packed, "scratch": writer.scratch,
+        "config": context.worker_config, "sparse": sparse, "folder": packed,
+        "scratch": writer.scratch, "codes": sparse.parent / "codes",
     }  # fmt: skip
-    layers = context.cluster.run_workers(
-        "quantize", quantize_on_worker, payload, writer.train_storage
-    )
+    if settings.one_pass:
+        context.cluster.run_tasks("quantize", publish_on_worker, [payload], "models")
+        layers = _rounded(read_whole(sparse.parent)["metrics"])
+    else:
+        layers = context.cluster.run_workers(
+            "quantize", quantize_on_worker, payload, writer.train_storage
+        )
     gate = check_result(packed)
-    settings = context.config.quantize
-    results = evaluate.score(context, {f"recovered_{settings.scheme}": packed}, "quantize")
+    name = f"{'one_pass' if settings.one_pass else 'recovered'}_{settings.scheme}"
+    results = evaluate.score(context, {name: packed}, "quantize")
     return {
         "results": results,
         "gate": gate,
@@ -59,15 +69,49 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     }
 
 
+def _rounded(pruned: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reports of layers that were quantised while they were pruned, as quantising has them."""
+    return [
+        {
+            **{key: layer[key] for key in ("name", "block", "shape", "num_tokens", "damping")},
+            "error": layer["rounding_error"],
+            "relative_error": _share(layer["rounding_error"], layer["error"])
+            * layer["relative_error"],
+        }
+        for layer in pruned["layers"]
+        if layer.get("rounding_error") is not None
+    ]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
 def check(config: Config, models: Models) -> None:
-    """Require options that the scheme has, and globs that name layers.
+    """Require options that the scheme has, globs that name layers, and in one pass a pruning that
+    quantises.
 
     Raises:
-        InputError: it has not, or one names none.
+        InputError: one is missing.
     """
     from jobs.workers.checks import check_quantize  # costs torch
 
     check_quantize(config, models.dense)
+    if not config.quantize.one_pass:
+        return
+    if "distill" in config.stages:
+        raise InputError(
+            "quantize.one_pass=true: a recovery would change the weights that are quantised while "
+            "they are pruned; leave distill out of stages, or one_pass"
+        )
+    if "prune" in config.stages:
+        return
+    name, folder = models.latest("quantize")
+    if not (folder.parent / "codes").is_dir() or name not in models.made.get("prune", {}):
+        raise InputError(
+            f"quantize.one_pass=true: {folder} was not quantised while it was pruned; add prune to "
+            "stages, or leave one_pass out"
+        )
 
 
 STAGE = Stage(

@@ -29,6 +29,7 @@ from jobs.workers.prune_inputs import (
 from sparsify.calibration.hidden_states import Memory, Placement
 from sparsify.calibration.layers import InputOrder, SolverNeeds, passes_ahead
 from sparsify.comm import Comm
+from sparsify.errors import InputError
 from sparsify.formats.basis import carry_rotation, rotation_facts
 from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
 from sparsify.formats.verify import check_files
@@ -46,6 +47,8 @@ from sparsify.models.save import save_model
 from sparsify.models.stored import check_stored
 from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
+from sparsify.pruning.one_pass import FOLDER as CODES
+from sparsify.pruning.one_pass import OnePass
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from sparsify.tensors import tensor_names
@@ -109,6 +112,11 @@ class Pruning:
         self._held_rows = rows[len(rows) - num_held :]
         if warning:
             context.warn(warning)
+        if self._reason is not None and config.quantize.one_pass:
+            raise InputError(
+                f"quantize.one_pass=true: the model cannot be read block by block, because "
+                f"{self._reason}; quantise it in a walk of its own"
+            )
         if self._reason is not None:
             context.warn(
                 f"prune: the whole model is held in memory and is not resumable by blocks, because "
@@ -162,7 +170,10 @@ class Pruning:
             self.seconds_ahead += found["seconds"]
             self.seconds_ahead += sum(sum(layer.seconds.values()) for layer in first.layers)
             layers = replace(layers, skip=[*layers.skip, *self.dense_layers])
-        result = self._prune(name, dense, folder, layers, on_block)
+        quantiser = None
+        if is_main and self._config.quantize.one_pass:
+            quantiser = OnePass(self._config.quantize, self._config.quantize.skip)
+        result = self._prune(name, dense, folder, layers, on_block, quantiser)
         if is_main:
             self._warn_of(result.layers)
         for number, report in enumerate(result.layers):
@@ -180,7 +191,7 @@ class Pruning:
 
     def _prune(
         self, name: str, dense: Path, folder: Path, layers: LayerChoice,
-        on_block: Callable[[int, int], None],
+        on_block: Callable[[int, int], None], one_pass: OnePass | None = None,
     ) -> PruneResult:  # fmt: skip
         """One walk over the model, block by block from the disk where that is possible."""
         settings, context, method = self._config.prune, self._context, get_method(name)
@@ -213,7 +224,7 @@ class Pruning:
             memory = replace(memory, overlap=False)
         return prune_checkpoint(
             dense, folder, *args, memory=memory,
-            checkpoint_every_blocks=settings.checkpoint_every_blocks, **common,
+            checkpoint_every_blocks=settings.checkpoint_every_blocks, one_pass=one_pass, **common,
         )  # fmt: skip
 
     def _check_weights(self) -> None:
@@ -272,6 +283,10 @@ class Pruning:
             if path.is_file() and not path.name.startswith(("masks-", "progress", ".")):
                 _link(path, folder / path.name)
         merge_masks(sorted(source.glob("masks-*.safetensors")), folder / MASKS)
+        for path in sorted((source / CODES).glob("*.safetensors")):
+            codes = folder.parent / CODES
+            codes.mkdir(exist_ok=True)
+            _link(path, codes / path.name)
         self._tokenizer.save_pretrained(folder)
         dense_sha256 = model_fingerprint(self._dense)
         if name == self._config.prune.method and self._rotated is not None:

@@ -82,6 +82,24 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
     return [asdict(report) for report in reports]
 
 
+def publish_on_worker(context: WorkerContext, payload: dict[str, Any]) -> None:
+    """One task: the packed folder of a model whose layers were quantised while it was pruned.
+
+    Args:
+        payload: config, sparse, folder (to make), and codes, the folder with the packed layers.
+    """
+    torch.set_num_threads(context.num_threads)
+    config, sparse = payload["config"], payload["sparse"]
+    settings: QuantizeConfig = config.quantize
+    scheme = get_scheme(settings.scheme)
+    source = open_source(sparse, config.model.dtype)
+    masks, pattern = masks_of_source(source, config.prune.pattern, config.prune.skip)
+    fragments = Fragments(payload["codes"], lambda width: scheme.stored_as(settings, width))
+    with disk_errors(payload["folder"]):
+        tokenizer = load_tokenizer(sparse)
+        publish_fragments(payload["folder"], source, masks, pattern, tokenizer, fragments)
+
+
 def check_result(folder: Path) -> dict[str, int]:
     """On the driver: whether every pruned weight of what was written is zero; its counts."""
     return check_packed(folder)

@@ -48,6 +48,9 @@ class LayerReport:
     """share of the largest hundredth of each row, by absolute value, that survived"""
     keep_mask_sha256: str
     """of the layer's mask, see `masks.mask_digest`"""
+    rounding_error: float | None = None
+    """what of the error came with quantising the pruned weights Z in the same walk:
+    tr((Z - Q) H (Z - Q)^T); None without"""
     seconds: dict[str, float] = field(default_factory=dict)
     """time by phase; what was done for the block as a whole is divided over its layers"""
 

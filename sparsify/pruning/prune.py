@@ -33,6 +33,7 @@ from sparsify.masks.storage import bits_digest, mask_from_bits, mask_to_bits, sa
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, ShardWriter
 from sparsify.pattern import Pattern, check_divides
+from sparsify.pruning.one_pass import OnePass
 from sparsify.pruning.progress import LayerReport
 
 Existing = Literal["ignore", "keep", "extend"]
@@ -136,6 +137,7 @@ def prune_checkpoint(
     memory: Memory,
     layers: LayerChoice | None = None,
     checkpoint_every_blocks: int = 1,
+    one_pass: OnePass | None = None,
     on_block: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] | None = None,
 ) -> PruneResult:
@@ -153,6 +155,8 @@ def prune_checkpoint(
         memory: where blocks and hidden states are held.
         checkpoint_every_blocks: blocks between two states that a killed run can resume from; with
             `clock` at least so many, and as many as keep their writing to a twentieth of the time.
+        one_pass: quantises each layer as soon as it is pruned; the weights are then those of its
+            codes, and `out` has the packed layers too (`one_pass.FOLDER`).
 
     Returns:
         Reports of all layers, those of an earlier call's blocks among them; no masks (see `out`).
@@ -167,16 +171,22 @@ def prune_checkpoint(
     unless they are on disk; with `overlap` a third block and what the dense model has in it.
     """
     source = BlocksOnDisk(path, memory.dtype, memory.device)
-    run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock)
+    run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock, one_pass)
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
     def write(index: int, block: nn.Module) -> list[LayerReport]:
         bits, reports = run.take_block()
         with run.timer.measure("write"):
             if writer is not None:
-                writer.write_block(index, f"{source.list_name}.{index}.", block)
+                prefix = f"{source.list_name}.{index}."
+                writer.write_block(index, prefix, block)
                 shapes = {report.name: report.shape for report in reports}
                 save_mask_bits(out / f"masks-{index + 1:05d}.safetensors", bits, shapes)
+                if one_pass is not None:
+                    masks = {name: (bits[name], shape) for name, shape in shapes.items()}
+                    one_pass.write(out, index, prefix, block, masks, pattern)
+            if one_pass is not None:
+                one_pass.forget()
         return reports
 
     walk = CheckpointWalk(
@@ -197,7 +207,7 @@ class _Run:
 
     def __init__(
         self, source: Blocks, method: Method, pattern: Pattern, params: PruneParams, comm: Comm,
-        layers: LayerChoice, clock: Callable[[], float] | None,
+        layers: LayerChoice, clock: Callable[[], float] | None, one_pass: OnePass | None = None,
     ) -> None:  # fmt: skip
         if layers.existing not in EXISTING:
             raise InputError(f"prune.existing={layers.existing}: use one of {', '.join(EXISTING)}")
@@ -209,6 +219,9 @@ class _Run:
         self._pattern = pattern
         self._params = params
         self._comm = comm
+        self._one_pass = one_pass
+        if one_pass is not None:
+            one_pass.check(source.model)
         self._choice = layers
         self._order = layers.order or method.order
         if self._order == "dense" and method.needs_teacher:
@@ -270,7 +283,10 @@ class _Run:
         with self.timer.measure("gather"):
             weights = self._comm.gather_rows(solution.weight_OI, num_rows)
             keep_masks = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
-        self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks)
+        rounding = None
+        if self._one_pass is not None:
+            rounding = self._one_pass.finish(layer, self._comm, num_rows)
+        self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks, rounding)
 
     def _wait_for_pending(self) -> None:
         """Put the layer that was solved last into its module, if it is not there yet."""
@@ -280,7 +296,7 @@ class _Run:
 
     def _finish(
         self, layer: Layer, solution: Solution, sums: Tensor, weights: Callable[[], Tensor],
-        keep_masks: Callable[[], Tensor],
+        keep_masks: Callable[[], Tensor], rounding: float | None,
     ) -> None:  # fmt: skip
         """Take over the rows of all processes, and report."""
         weight_OI = layer.module.weight.data
@@ -309,6 +325,7 @@ class _Run:
                 condition=factor.condition if factor is not None else None,
                 large_kept=num_large_kept / num_large,
                 keep_mask_sha256=bits_digest(bits, (num_rows, num_columns)),
+                rounding_error=rounding,
             )
         )
 
@@ -329,10 +346,11 @@ class _Run:
                 allowed_RI,
                 is_mask_fixed=self._choice.existing == "keep",
             )
-            solutions.append(self._method.solve(problem, self._pattern, self._params))
+            solutions.append(self._rounded(layer, self._method.solve(problem, self._pattern,
+                                                                     self._params)))  # fmt: skip
         if not solutions:
             empty_RI = weight_OI[:0]
-            return Solution(empty_RI, empty_RI.bool(), None, 0)
+            return self._rounded(layer, Solution(empty_RI, empty_RI.bool(), None, 0))
         if len(solutions) == 1:
             return solutions[0]
         return Solution(
@@ -341,6 +359,10 @@ class _Run:
             solutions[0].damping,
             solutions[0].num_dead_columns,
         )
+
+    def _rounded(self, layer: Layer, solution: Solution) -> Solution:
+        """With the values of its codes, where the walk quantises too."""
+        return solution if self._one_pass is None else self._one_pass.solve(layer, solution)
 
 
 def _energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:

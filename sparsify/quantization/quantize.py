@@ -232,7 +232,7 @@ class _Run:
             )
         share, inputs = comm.row_slice(num_rows), self._inputs_of(layer)
         before_RI = weight_OI[share].to(hessian_II.dtype)
-        mine = _join(
+        mine = joined(
             [
                 quantize_rows(
                     weight_OI[lane], keep_OI[lane].to(weight_OI.device), inputs, self._params,
@@ -247,9 +247,8 @@ class _Run:
         ).double()
         comm.all_reduce_(energies)
         error, total = energies.tolist()
-        codes = _of_all(mine.codes, lambda part: comm.gather_rows(part, num_rows)())
-        weight_OI.copy_(dequantize(codes, weight_OI.dtype))
-        on_cpu = _of_all(codes, Tensor.cpu)
+        on_cpu = gathered(mine.codes, comm, num_rows)
+        weight_OI.copy_(dequantize(on_cpu, weight_OI.dtype))
         self._layers[layer.name] = Quantized(on_cpu, weight_OI.cpu().clone(), mine.damping)
         self._reports.append(
             QuantLayerReport(
@@ -292,7 +291,12 @@ def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence
     return left_out
 
 
-def _join(parts: list[Quantized]) -> Quantized:
+def gathered(codes: Codes, comm: Comm, num_rows: int) -> Codes:
+    """Codes of all processes' rows, on the CPU, from those of this one's."""
+    return _of_all(codes, lambda part: comm.gather_rows(part, num_rows)().cpu())
+
+
+def joined(parts: list[Quantized]) -> Quantized:
     """Rows one below the other."""
     if len(parts) == 1:
         return parts[0]

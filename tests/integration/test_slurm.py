@@ -76,6 +76,7 @@ def test_two_hosts_give_what_one_gives_beside_another_job(
         assert steps_of(job.run_dir) == steps_of(two.run_dir)
 
 
+@pytest.mark.slow  # five minutes of waiting for Slurm's timers
 def test_time_limit_and_cancel_save_and_nothing_is_repeated(
     rig: Rig, words: list[str], tmp_path: Path
 ) -> None:

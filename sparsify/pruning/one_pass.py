@@ -1,0 +1,135 @@
+"""Layers that are quantised as soon as they are pruned, in the same walk.
+
+The layers behind are then calibrated on what the quantised ones put out, as in a walk of its own
+over the pruned model, and the hidden states, the Hessians and the blocks on disk are had once.
+What cannot be between the two is a recovery.
+Shape suffixes: O output features (rows), I input features, R rows of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from sparsify.calibration.hessian import row_energies
+from sparsify.calibration.layers import Layer, skipped_linears
+from sparsify.calibration.moments import InputMoments
+from sparsify.comm import Comm
+from sparsify.masks.storage import mask_from_bits
+from sparsify.methods import Solution
+from sparsify.packed.layer import Codes, pack_layer
+from sparsify.params import QuantParams
+from sparsify.pattern import Pattern
+from sparsify.quantization.codes import Quantized
+from sparsify.quantization.gptq import Inputs
+from sparsify.quantization.quantize import fragment, gathered, joined
+from sparsify.quantization.weight import inputs_of, quantize_rows
+from sparsify.tensors import METADATA, write_tensors
+
+FOLDER = "codes"
+"""of a pruning's folder: its layers as they are packed, a file a block"""
+
+
+class OnePass:
+    """The quantiser of one walk that prunes.
+
+    Args:
+        params: scheme, method and numbers.
+        skip: glob patterns of pruned layers whose values stay as they are.
+    """
+
+    def __init__(self, params: QuantParams, skip: Sequence[str] = ()) -> None:
+        self._params = params
+        self._skip = skip
+        self._skipped: set[str] = set()
+        self._known: tuple[InputMoments, Inputs] | None = None
+        self._parts: list[Quantized] = []
+        self._energy: Tensor | None = None
+        self._codes: dict[str, Codes] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Look for the layers to be skipped.
+
+        Raises:
+            InputError: a glob names none.
+        """
+        self._skipped = skipped_linears(model, self._skip, "quantize.skip")
+
+    def solve(self, layer: Layer, solution: Solution) -> Solution:
+        """Some rows of a layer with the values that their codes stand for.
+
+        Its target are the pruned weights, which make up for those that are gone; what rounding
+        costs goes to the surviving ones.
+
+        Raises:
+            NonFiniteError, InputError, SingularHessianError: see `quantize_weight`.
+        """
+        if layer.name in self._skipped:
+            return solution
+        found = quantize_rows(
+            solution.weight_OI, solution.keep_mask_OI, self._inputs_of(layer), self._params,
+            layer.name,
+        )  # fmt: skip
+        hessian_II = layer.moments.hessian_II
+        change_RI = (solution.weight_OI - found.weight_OI).to(hessian_II.dtype)
+        energy = row_energies(change_RI, hessian_II).sum().double()
+        self._energy = energy if self._energy is None else self._energy + energy
+        self._parts.append(found)
+        return replace(solution, weight_OI=found.weight_OI)
+
+    def finish(self, layer: Layer, comm: Comm, num_rows: int) -> float | None:
+        """Gather the codes of all processes' rows; called once a layer, on every process.
+
+        Returns:
+            tr((Z - Q) H (Z - Q)^T), what rounding the pruned weights Z costs; None where the layer
+            is skipped.
+        """
+        if layer.name in self._skipped:
+            return None
+        parts, energy = self._parts, self._energy
+        self._parts, self._energy = [], None
+        assert energy is not None, "every process solves rows of a layer, if none of them"
+        comm.all_reduce_(energy)
+        self._codes[layer.name] = gathered(joined(parts).codes, comm, num_rows)
+        return float(energy)
+
+    def write(
+        self, folder: Path, index: int, prefix: str, block: nn.Module,
+        bits: Mapping[str, tuple[Tensor, tuple[int, int]]], pattern: Pattern,
+    ) -> None:  # fmt: skip
+        """Write the packed layers of a block, and forget their codes.
+
+        Args:
+            folder: of the pruning; they go to `FOLDER` of it.
+            index: of the block.
+            prefix: of the names of its layers.
+            block: with the values of the codes.
+            bits: layer name -> its mask as bits, and its shape.
+            pattern: of the masks.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, codes in self._codes.items():
+            module = block.get_submodule(name.removeprefix(prefix))
+            weight_OI: Tensor = module.weight.data.cpu()  # type: ignore[assignment]
+            keep_OI = mask_from_bits(*bits[name])
+            _, parts = pack_layer(name, weight_OI, keep_OI, pattern, codes)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        (folder / FOLDER).mkdir(exist_ok=True)
+        write_tensors(folder / FOLDER / fragment(index), tensors, METADATA)
+
+    def forget(self) -> None:
+        """Forget a block's codes and inputs."""
+        self._codes, self._known = {}, None
+
+    def _inputs_of(self, layer: Layer) -> Inputs | None:
+        """What gptq knows of the layer's inputs; computed once for layers that share them."""
+        moments, params = layer.moments, self._params
+        if params.method != "gptq":
+            return None
+        if self._known is None or self._known[0] is not moments:
+            self._known = None  # before the next one takes its memory
+            self._known = moments, inputs_of(moments.hessian_II, None, params, layer.name)
+        return self._known[1]
