@@ -37,8 +37,8 @@ quick: $(READY)
 all-tests: quick-tests
 	$(PYTEST) -m "not slow" --durations=12 tests/integration
 
-# On a real Slurm of two hosts (root): time limits, cut links, a second user, bad nodes, dependent jobs;
-# 40 minutes.
+# On a real Slurm of two hosts (root): time limits, sweeps, cut links, a second user, bad nodes, dependent
+# jobs; 50 minutes.
 slow-tests: $(READY)
 	TWOFOUR_NEED_SLURM=1 $(PYTEST) -m slow tests/integration
 

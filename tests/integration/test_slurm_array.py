@@ -31,6 +31,7 @@ def record(run_dir: Path) -> dict:
     return json.loads((run_dir / ".cluster" / "job.json").read_text())
 
 
+@pytest.mark.slow  # ten minutes of one job after another
 def test_sweep_is_one_array(
     rig: Rig, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
