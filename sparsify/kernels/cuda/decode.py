@@ -129,7 +129,7 @@ class Plan(NamedTuple):
 
 
 # Least row tiles -> row tiles of a warp, row warps, step warps, steps at once. Each is the fastest,
-# or within 5 % of it, of 20 to 40 that were timed on an H200 at the shapes of Llama 3.1 8B and 70B,
+# or within 11 % of it, of 20 to 40 that were timed on an H200 at shapes of Llama 3.1 8B and 70B,
 # weights in memory and not in a cache, in graphs (docs/kernels.md). "wide" values have 16 bits.
 _SHARES: dict[tuple[str, int], dict[int, tuple[int, int, int, int]]] = {
     ("wide", 1): {0: (1, 1, 8, 2), 128: (1, 2, 4, 2), 512: (1, 2, 2, 2)},
