@@ -156,11 +156,14 @@ class _Start:
         with self._group():
             return guarded(context, self._work, self._payload)
 
-    def run_forked(self, line: connection.Connection, slot: int) -> None:
-        """Run it in a forked process, which ends without what the driver does at its end."""
+    def run_forked(self, line: connection.Connection, slot: int, driver: int) -> None:
+        """Run it in a process forked by `driver`; it ends without what the driver does at its end.
+
+        `driver` comes from before the fork: it may be gone before the first line runs here.
+        """
         code = 1
         with contextlib.suppress(BaseException):  # told over the line already
-            Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+            Thread(target=_end_with, args=(driver,), daemon=True).start()
             for number in (signal.SIGINT, signal.SIGUSR1):  # the driver's, who tells its workers
                 signal.signal(number, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -236,7 +239,9 @@ class _Group:
     def _fork(self, index: int, start: _Start) -> None:
         ours, theirs = connection.Pipe(duplex=False)
         slot = self._free.pop()
-        process = get_context("fork").Process(target=start.run_forked, args=(theirs, slot))
+        process = get_context("fork").Process(
+            target=start.run_forked, args=(theirs, slot, os.getpid())
+        )
         process.start()
         theirs.close()
         self._alive[ours] = (index, slot, process)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ClusterError, WorkFailedError
-from cluster.plain import PlainCluster
+from cluster.plain import PlainCluster, _Start
 from cluster.spec import ClusterSpec
 from jobs.runs.folder import run_lock
 from sparsify.errors import InputError
@@ -125,6 +126,22 @@ def test_workers_do_not_outlive_a_killed_driver() -> None:
     driver.wait()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
+
+
+def _sleep(context: Any, payload: float) -> None:
+    time.sleep(payload)
+
+
+def test_a_worker_whose_driver_died_before_it_began_ends() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    start = _Start(ClusterSpec(executor="plain"), "wait", 0, 1, _sleep, 600, None)
+    ours, theirs = Pipe(duplex=False)
+    worker = get_context("fork").Process(target=start.run_forked, args=(theirs, 0, gone.pid))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == 1
+    ours.close()
 
 
 def test_a_folder_is_free_when_the_workers_of_a_killed_command_have_ended(tmp_path: Path) -> None:
