@@ -27,5 +27,11 @@ class Executor(Protocol):
     def run_workers(self, name: str, work: Work, payload: Any, storage: Path) -> Any:
         """Run `work(context, payload)` on every worker of a group; what it returned on rank 0."""
 
-    def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
-        """Run `work(context, payload)` for each payload, `what` in the plural; results in order."""
+    def run_tasks(
+        self, name: str, work: Work, payloads: Sequence[Any], what: str, steps: int | None = None
+    ) -> list[Any]:  # fmt: skip
+        """Run `work(context, payload)` for each payload; results in order.
+
+        `what`, in the plural, is what the progress counts: the tasks, or with `steps` as many to a
+        task, which the work tells by `context.progress(done, steps)`.
+        """

@@ -23,6 +23,7 @@ from typing import Any
 
 from cluster.errors import ClusterError, WorkFailedError
 from cluster.executor import OnEvent
+from cluster.runtime.tasks import TaskProgress
 from cluster.runtime.worker import POLL_S, Work, WorkerContext, guarded, is_peer_loss
 from cluster.spec import ClusterSpec
 
@@ -96,10 +97,12 @@ class PlainCluster:
         size, port = self.spec.num_workers, _free_port()
         starts = [_Start(self.spec, name, rank, size, work, payload, port) for rank in range(size)]
         if size == 1:
-            return self._run_here(starts[0])
+            return self._run_here(starts[0], self._on_event)
         return _Group(starts, size, self._on_event).results()[0]
 
-    def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
+    def run_tasks(
+        self, name: str, work: Work, payloads: Sequence[Any], what: str, steps: int | None = None
+    ) -> list[Any]:  # fmt: skip
         """Run `work(context, payload)` for each payload, at most one per worker; results in order.
 
         As `RayCluster.run_tasks`, but a lost worker ends the work.
@@ -107,28 +110,27 @@ class PlainCluster:
         Raises:
             WorkFailedError: a task raised, or its worker was lost.
         """
-        starts = [_Start(self.spec, name, 0, 1, work, payload, None) for payload in payloads]
-
-        def count(num_done: int) -> None:
-            event = {"kind": "progress", "name": name, "done": num_done, "total": len(starts)}
-            self._on_event({**event, "text": what})
-
+        progress = TaskProgress(self._on_event, name, what, len(payloads), steps)
+        starts = [
+            _Start(self.spec, name, 0, 1, work, payload, None, index)
+            for index, payload in enumerate(payloads)
+        ]
         if self.spec.num_workers == 1:
             results = []
-            for start in starts:
-                results.append(self._run_here(start))
-                count(len(results))
+            for index, start in enumerate(starts):
+                results.append(self._run_here(start, progress.take))
+                progress.end(index)
             return results
-        return _Group(starts, self.spec.num_workers, self._on_event, count).results()
+        return _Group(starts, self.spec.num_workers, progress.take, progress.end).results()
 
-    def _run_here(self, start: _Start) -> Any:
+    def _run_here(self, start: _Start, on_event: OnEvent) -> Any:
         told: list[dict[str, str]] = []
 
         def send(event: dict[str, Any]) -> None:
             if event["kind"] == "failure":
                 told.append(_as_failure(event))
             else:
-                self._on_event(event)
+                on_event(event)
 
         try:
             return start.run(send)
@@ -143,15 +145,15 @@ class _Start:
 
     def __init__(
         self, spec: ClusterSpec, name: str, rank: int, size: int, work: Work, payload: Any,
-        port: int | None,
+        port: int | None, task: int | None = None,
     ) -> None:  # fmt: skip
         self._spec, self._name, self._rank, self._size = spec, name, rank, size
-        self._work, self._payload, self._port = work, payload, port
+        self._work, self._payload, self._port, self._task = work, payload, port, task
 
     def run(self, send: OnEvent) -> Any:
         """Run it in this process."""
         context = WorkerContext(
-            _Line(send), self._name, self._rank, self._size, self._spec, self._size
+            _Line(send), self._name, self._rank, self._size, self._spec, self._size, self._task
         )
         with self._group():
             return guarded(context, self._work, self._payload)
@@ -203,7 +205,7 @@ class _Group:
         starts: one per process.
         most: processes at a time.
         on_event: called with what is no failure and no result.
-        on_done: called with the number of results so far, at each.
+        on_done: called with the place of each whose result has come.
     """
 
     def __init__(
@@ -258,9 +260,10 @@ class _Group:
             if event["kind"] == "failure":
                 self._failures.append(_as_failure(event))
             elif event["kind"] == "result":
-                self._results[self._alive[line][0]] = event["value"]
+                index = self._alive[line][0]
+                self._results[index] = event["value"]
                 if self._on_done is not None:
-                    self._on_done(len(self._results))
+                    self._on_done(index)
             else:
                 self._on_event(event)
         return bool(ready)

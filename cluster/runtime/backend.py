@@ -28,6 +28,7 @@ from cluster.runtime.hosts import wait_for_hosts, wait_for_resources
 from cluster.runtime.processes import LocalRay
 from cluster.runtime.restarts import Restarts
 from cluster.runtime.start import check_address, check_this_machine, start_ray
+from cluster.runtime.tasks import TaskProgress
 from cluster.runtime.worker import Work, WorkerContext, guarded, is_peer_loss
 from cluster.spec import ClusterSpec
 
@@ -47,8 +48,9 @@ def _train_loop(loop_config: dict[str, Any]) -> None:
         ray.get(board.finish.remote(loop_config["number"], result))
 
 
-def _task(board: Any, name: str, spec: ClusterSpec, work: Work, payload: Any) -> Any:
-    return guarded(WorkerContext(BoardLine(board), name, 0, 1, spec), work, payload)
+def _task(board: Any, name: str, spec: ClusterSpec, work: Work, payload: Any, index: int) -> Any:
+    context = WorkerContext(BoardLine(board), name, 0, 1, spec, task=index)
+    return guarded(context, work, payload)
 
 
 class RayCluster:
@@ -252,7 +254,9 @@ class RayCluster:
             attempt += 1
             self._warn(name, f"{lost}; {reason}")
 
-    def run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
+    def run_tasks(
+        self, name: str, work: Work, payloads: Sequence[Any], what: str, steps: int | None = None
+    ) -> list[Any]:  # fmt: skip
         """Run `work(context, payload)` for each payload as Ray tasks; results in order.
 
         At most one per worker of the spec runs at a time, whatever else the cluster has. A task
@@ -263,15 +267,19 @@ class RayCluster:
             work: a module-level function.
             payloads: one per task.
             what: the unit that the progress counts, in the plural.
+            steps: how many of them a task is, where it tells how far it is; None: it is one.
 
         Raises:
             WorkFailedError: a task raised, or its worker kept dying.
             ClusterLostError: the Ray of this machine has died.
         """
-        found: list[Any] = self._call(self._run_tasks, name, work, payloads, what)
+        progress = TaskProgress(self._on_event, name, what, len(payloads), steps)
+        found: list[Any] = self._call(self._run_tasks, name, work, payloads, what, progress)
         return found
 
-    def _run_tasks(self, name: str, work: Work, payloads: Sequence[Any], what: str) -> list[Any]:
+    def _run_tasks(
+        self, name: str, work: Work, payloads: Sequence[Any], what: str, progress: TaskProgress
+    ) -> list[Any]:  # fmt: skip
         board, _ = self._cleared_board()
         # A GPU's memory is free again only when the process that used it has ended.
         remote = ray.remote(max_calls=1)(_task) if self.spec.uses_gpu else ray.remote(_task)
@@ -290,9 +298,11 @@ class RayCluster:
                     max_retries=0,  # losses are counted here, and said
                     label_selector=self._elsewhere(),
                 )
-                pending[options.remote(board, name, self.spec, work, payloads[index])] = index
+                pending[options.remote(board, name, self.spec, work, payloads[index], index)] = (
+                    index
+                )
 
-        with Watch(board, self._on_event):
+        with Watch(board, progress.take):
             start()
             while pending:
                 ready, _ = ray.wait(list(pending), num_returns=1)
@@ -304,9 +314,7 @@ class RayCluster:
                     self._check_loss(name, what, losses[index], error, pending)
                     waiting.append(index)
                 else:
-                    done = len(payloads) - len(pending) - len(waiting)
-                    event = {"kind": "progress", "name": name, "done": done, "text": what}
-                    self._on_event({**event, "total": len(payloads)})
+                    progress.end(index)
                 start()
         return results
 

@@ -52,9 +52,10 @@ class WorkerContext:
 
     def __init__(
         self, line: Line, name: str, rank: int, world_size: int, spec: ClusterSpec,
-        local_world_size: int = 1,
+        local_world_size: int = 1, task: int | None = None,
     ) -> None:  # fmt: skip
         self.name = name
+        self.task = task  # its number among those of its call; None: a worker of a group
         self.rank = rank
         self.world_size = world_size
         self.local_world_size = local_world_size  # workers on this node
@@ -83,7 +84,8 @@ class WorkerContext:
             percent = (total, done // (total / 100) if total else 100.0)
             is_news, self._last_shown = percent != self._last_shown, percent
             label = f"{self.name} {done:g}/{total:g}" if is_news else ""
-            self._line.post({**event, "text": text}, label)
+            task = {} if self.task is None else {"task": self.task}
+            self._line.post({**event, "text": text, **task}, label)
 
     def metrics(self, values: dict[str, Any], step: int | None = None) -> None:
         """Send figures to the run's tracker (rank 0 only)."""

@@ -32,3 +32,19 @@ class QuantizeConfig(QuantParams):
     """where hidden states wait between blocks: auto, device, host or disk"""
     checkpoint_every_blocks: int = option(1, low=1, speed_only=True)
     """blocks between two states that a killed run can resume from"""
+
+    def unused(self) -> list[str]:
+        """Options that were set and that have no effect, as `quantize.NAME=VALUE`.
+
+        They are of a walk of its own, and `one_pass` has none.
+        """
+        names = _OF_OWN_WALK if self.one_pass else ()
+        default = QuantizeConfig()
+        found = {name: getattr(self, name) for name in names}
+        return [f"quantize.{n}={v}" for n, v in found.items() if v != getattr(default, n)]
+
+
+_OF_OWN_WALK = (
+    "num_samples", "teacher_share", "batch_size", "reduction", "activations",
+    "checkpoint_every_blocks",
+)  # fmt: skip

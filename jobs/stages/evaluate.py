@@ -41,8 +41,8 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[str, dict[str, Any]]:
     """Perplexity, KL to the dense model, top-1 agreement and a text of each model folder.
 
-    Every model's rows are shared by as many Ray tasks as there are workers; the shares' sums are
-    added in a fixed order.
+    The rows are shared by as many tasks as there are workers, each of which scores all models; the
+    shares' sums are added in a fixed order.
 
     Args:
         context: the run.
@@ -54,17 +54,14 @@ def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[s
     shares = context.config.cluster.num_workers
     payloads = [
         {
-            "config": context.worker_config, "dense": context.models.dense, "folder": folder,
-            "share": share, "shares": shares, "says": place == share == 0,
+            "config": context.worker_config, "dense": context.models.dense,
+            "folders": list(folders.values()), "share": share, "shares": shares,
         }
-        for place, folder in enumerate(folders.values())
         for share in range(shares)
     ]  # fmt: skip
-    parts = context.cluster.run_tasks(stage, score_share, payloads, "shares of held-out rows")
-    return {
-        name: total(parts[index * shares : (index + 1) * shares])
-        for index, name in enumerate(folders)
-    }
+    what = "shares of held-out rows"
+    parts = context.cluster.run_tasks(stage, score_share, payloads, what, len(folders))
+    return {name: total(of_model) for name, *of_model in zip(folders, *parts, strict=True)}
 
 
 STAGE = Stage("evaluate", "perplexity of every model so far", identity, run, may_extend=True)

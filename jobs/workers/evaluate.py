@@ -1,4 +1,4 @@
-"""On every worker: a share of the held-out rows, scored with one model, and what that writes."""
+"""On every worker: a share of the held-out rows, scored with every model, and what these write."""
 
 from __future__ import annotations
 
@@ -18,30 +18,38 @@ from sparsify.evaluation.writing import OPENING_TOKENS, Manner, write_text
 from sparsify.models.load import check_sequence_length, load_model, load_pair
 
 
-def score_share(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any]:
-    """One task: score one model on every `shares`-th held-out row; the first also writes.
+def score_share(context: WorkerContext, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """One task: score every model on each `shares`-th held-out row; the first also writes.
+
+    The dense model is loaded once, the others come and go one after another beside it.
 
     Returns:
-        `sums`, an `EvalSums` as plain values, and `writing`: prompt, text and how it was written,
-        or None.
+        For each of the payload's folders `sums`, an `EvalSums` as plain values, and `writing`:
+        prompt, text and how it was written, or None.
     """
     torch.set_num_threads(context.num_threads)
-    config = payload["config"]
+    config, folders = payload["config"], payload["folders"]
     dense, tokenizer = load_pair(payload["dense"], config.model.dtype, context.device)
     check_sequence_length(dense.config, config.data.sequence_length)
     num_rows = config.evaluate.num_tokens // config.data.sequence_length
     rows, warning = load_rows(config.data, "heldout", tokenizer, num_rows, config.run.seed)
-    if warning and payload["says"]:  # once for all shares of all models
+    is_first = payload["share"] == 0
+    if warning and is_first:  # once for all shares
         context.warn(warning)
     rows = rows[payload["share"] :: payload["shares"]]
-    if len(rows) == 0:
-        return {"sums": asdict(EvalSums()), "writing": None}
-    model = load_model(payload["folder"], config.model.dtype, context.device)
-    sums = evaluate_rows(model, rows, config.evaluate.batch_size, dense)
-    writing = None
-    if payload["share"] == 0 and config.evaluate.num_new_tokens:
-        writing = _writing(model, tokenizer, config, rows)
-    return {"sums": asdict(sums), "writing": writing}
+    parts = []
+    for folder in folders:
+        sums, writing = EvalSums(), None
+        if len(rows):
+            is_dense = folder == payload["dense"]
+            model = dense if is_dense else load_model(folder, config.model.dtype, context.device)
+            sums = evaluate_rows(model, rows, config.evaluate.batch_size, dense)
+            if is_first and config.evaluate.num_new_tokens:
+                writing = _writing(model, tokenizer, config, rows)
+            del model  # before the next one takes its memory
+        parts.append({"sums": asdict(sums), "writing": writing})
+        context.progress(len(parts), len(folders))
+    return parts
 
 
 def _writing(

@@ -173,6 +173,11 @@ class Pruning:
         quantiser = None
         if is_main and self._config.quantize.one_pass:
             quantiser = OnePass(self._config.quantize, self._config.quantize.skip)
+            if unused := self._config.quantize.unused():
+                self._context.warn(
+                    f"quantize.one_pass=true: the walk is that of prune, with its rows and its "
+                    f"options; {', '.join(unused)} has no effect"
+                )
         result = self._prune(name, dense, folder, layers, on_block, quantiser)
         if is_main:
             self._warn_of(result.layers)

@@ -96,8 +96,8 @@ def evaluate_rows(
             cannot keep the documents of a row apart.
         NonFiniteError: NaN or infinity in the logits; names the first row.
 
-    Cost: one forward pass per model; beyond the logits of one batch, at most 1024 x vocabulary
-    float32 values a few times over.
+    Cost: one forward pass per model, one in all where `dense` is `model`; beyond the logits of one
+    batch, at most 1024 x vocabulary float32 values a few times over.
     """
     if not rows.has_next_NT.any():
         raise InputError(
@@ -112,7 +112,9 @@ def evaluate_rows(
     with evaluating(*models):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size].to(model.device)
-            logits = [run_model(m, batch).logits for m in models]
+            logits = [run_model(model, batch).logits]
+            if dense is not None:  # the dense model itself has nothing to add
+                logits.append(logits[0] if dense is model else run_model(dense, batch).logits)
             sums = sums + _score_batch(logits, batch, start)
     return sums
 

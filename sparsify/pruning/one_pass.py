@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.layers import Layer, skipped_linears
-from sparsify.calibration.moments import InputMoments
 from sparsify.comm import Comm
 from sparsify.masks.storage import mask_from_bits
 from sparsify.methods import Solution
@@ -24,9 +23,8 @@ from sparsify.packed.layer import Codes, pack_layer
 from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
-from sparsify.quantization.gptq import Inputs
 from sparsify.quantization.quantize import fragment, gathered, joined
-from sparsify.quantization.weight import inputs_of, quantize_rows
+from sparsify.quantization.weight import KnownInputs, quantize_rows
 from sparsify.tensors import METADATA, write_tensors
 
 FOLDER = "codes"
@@ -45,7 +43,7 @@ class OnePass:
         self._params = params
         self._skip = skip
         self._skipped: set[str] = set()
-        self._known: tuple[InputMoments, Inputs] | None = None
+        self._inputs = KnownInputs(params)
         self._parts: list[Quantized] = []
         self._energy: Tensor | None = None
         self._codes: dict[str, Codes] = {}
@@ -69,11 +67,11 @@ class OnePass:
         """
         if layer.name in self._skipped:
             return solution
-        found = quantize_rows(
-            solution.weight_OI, solution.keep_mask_OI, self._inputs_of(layer), self._params,
-            layer.name,
-        )  # fmt: skip
         hessian_II = layer.moments.hessian_II
+        inputs = self._inputs.of(hessian_II, None, layer.name)
+        found = quantize_rows(
+            solution.weight_OI, solution.keep_mask_OI, inputs, self._params, layer.name
+        )
         change_RI = (solution.weight_OI - found.weight_OI).to(hessian_II.dtype)
         energy = row_energies(change_RI, hessian_II).sum().double()
         self._energy = energy if self._energy is None else self._energy + energy
@@ -122,14 +120,5 @@ class OnePass:
 
     def forget(self) -> None:
         """Forget a block's codes and inputs."""
-        self._codes, self._known = {}, None
-
-    def _inputs_of(self, layer: Layer) -> Inputs | None:
-        """What gptq knows of the layer's inputs; computed once for layers that share them."""
-        moments, params = layer.moments, self._params
-        if params.method != "gptq":
-            return None
-        if self._known is None or self._known[0] is not moments:
-            self._known = None  # before the next one takes its memory
-            self._known = moments, inputs_of(moments.hessian_II, None, params, layer.name)
-        return self._known[1]
+        self._codes = {}
+        self._inputs.forget()

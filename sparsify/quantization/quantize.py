@@ -17,7 +17,6 @@ from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears, skipped_linears
-from sparsify.calibration.moments import InputMoments
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
@@ -28,8 +27,7 @@ from sparsify.packed.layer import Codes, pack_layer
 from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized, dequantize
-from sparsify.quantization.gptq import Inputs
-from sparsify.quantization.weight import inputs_of, quantize_rows
+from sparsify.quantization.weight import KnownInputs, quantize_rows
 from sparsify.tensors import METADATA, write_tensors
 
 
@@ -200,7 +198,7 @@ class _Run:
         self._left_out = _left_out(source.model, keep_masks, skip)
         self._layers: dict[str, Quantized] = {}
         self._reports: list[QuantLayerReport] = []
-        self._known: tuple[InputMoments, Inputs] | None = None
+        self._inputs = KnownInputs(params)
 
     def walk(
         self, rows: TokenRows, memory: Memory, on_block: Callable[[int, nn.Module], None],
@@ -216,7 +214,8 @@ class _Run:
     def take_block(self) -> tuple[dict[str, Quantized], list[QuantLayerReport]]:
         """Codes and reports since the last call."""
         layers, reports = self._layers, self._reports
-        self._layers, self._reports, self._known = {}, [], None
+        self._layers, self._reports = {}, []
+        self._inputs.forget()
         return layers, reports
 
     def _solve(self, layer: Layer) -> None:
@@ -230,7 +229,8 @@ class _Run:
                 f"mask of layer {layer.name}: shape {tuple(keep_OI.shape)}, the weight has "
                 f"{(num_rows, num_columns)}; masks and model are of different runs"
             )
-        share, inputs = comm.row_slice(num_rows), self._inputs_of(layer)
+        share = comm.row_slice(num_rows)
+        inputs = self._inputs.of(hessian_II, layer.moments.cross_II, layer.name)
         before_RI = weight_OI[share].to(hessian_II.dtype)
         mine = joined(
             [
@@ -261,17 +261,6 @@ class _Run:
                 damping=mine.damping,
             )
         )
-
-    def _inputs_of(self, layer: Layer) -> Inputs | None:
-        """What gptq knows of the layer's inputs; computed once for layers that share them."""
-        moments, params = layer.moments, self._params
-        if params.method != "gptq":
-            return None
-        if self._known is None or self._known[0] is not moments:
-            self._known = None  # before the next one takes its memory
-            found = inputs_of(moments.hessian_II, moments.cross_II, params, layer.name)
-            self._known = moments, found
-        return self._known[1]
 
 
 def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence[str]) -> list[str]:

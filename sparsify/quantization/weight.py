@@ -63,6 +63,27 @@ def inputs_of(
     return Inputs.of(hessian_II, cross_II, size, params.damping, name)
 
 
+class KnownInputs:
+    """What gptq knows of layers' inputs, computed once for layers in a row that share them."""
+
+    def __init__(self, params: QuantParams) -> None:
+        self._params = params
+        self._known: tuple[Tensor, Inputs] | None = None
+
+    def of(self, hessian_II: Tensor, cross_II: Tensor | None, name: str) -> Inputs | None:
+        """`inputs_of` those of a layer, by the identity of their Hessian; None of rtn."""
+        if self._params.method != "gptq":
+            return None
+        if self._known is None or self._known[0] is not hessian_II:
+            self._known = None  # before the next one takes its memory
+            self._known = hessian_II, inputs_of(hessian_II, cross_II, self._params, name)
+        return self._known[1]
+
+    def forget(self) -> None:
+        """Give their memory back."""
+        self._known = None
+
+
 def quantize_rows(
     weight_RI: Tensor, keep_RI: Tensor, inputs: Inputs | None, params: QuantParams, name: str
 ) -> Quantized:

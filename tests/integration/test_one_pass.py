@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
@@ -19,7 +18,7 @@ from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
 from sparsify.pruning.one_pass import FOLDER, OnePass
 from sparsify.pruning.prune import prune_checkpoint
-from tests.integration.recoveries import warm_context
+from tests.integration.recoveries import exit_codes
 
 
 def prune_to(dense: Path, out: Path, comm: Comm) -> None:
@@ -31,11 +30,8 @@ def prune_to(dense: Path, out: Path, comm: Comm) -> None:
     )  # fmt: skip
 
 
-def worker(rank: int, world_size: int, dense: str, folder: str) -> None:
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+def worker(rank: int, dense: str, folder: str) -> None:
     prune_to(Path(dense), Path(folder) / "two", Comm.distributed(is_fixed=True))
-    dist.destroy_process_group()
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -46,17 +42,8 @@ def digests(out: Path) -> dict[str, str]:
 def test_a_fixed_order_writes_the_same_files_on_two_processes(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    processes = warm_context()
-    started = [
-        processes.Process(target=worker, args=(rank, 2, str(tiny_model_dir), str(tmp_path)))
-        for rank in range(2)
-    ]
-    for process in started:
-        process.start()
+    assert exit_codes(2, worker, str(tiny_model_dir), str(tmp_path)) == [0, 0]
     prune_to(tiny_model_dir, tmp_path / "one", Comm.single(is_fixed=True))
-    for process in started:
-        process.join(300)
-        assert process.exitcode == 0
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
     assert any(name.startswith("fragment") for name in digests(tmp_path / "one"))
 
@@ -74,8 +61,11 @@ def test_the_stages_leave_one_model_in_two_forms(run_job, small, tmp_path: Path)
     refused = run_job("prune", *words, "stages=[prune]", "quantize.scheme=nf4",
                       "quantize.symmetric=false")  # fmt: skip
     assert refused.returncode == 2
-    done = run_job("prune", *words, "stages=[prune,evaluate,quantize,export]")
+    done = run_job(
+        "prune", *words, "stages=[prune,evaluate,quantize,export]", "quantize.reduction=fixed"
+    )
     assert done.returncode == 0, done.stderr
+    assert "quantize.num_samples=8, quantize.reduction=fixed has no effect" in done.stderr
     packed = PackedFolder(run / "quantize" / "packed")
     pruned = open_source(run / "prune" / "twofour", "float32")
     for name in packed.shapes():

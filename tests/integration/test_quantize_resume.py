@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,7 +31,7 @@ from sparsify.pattern import Pattern
 from sparsify.quantization import quantize_model
 from sparsify.quantization.quantize import quantize_checkpoint
 from sparsify.quantization.schemes import get_scheme
-from tests.integration.recoveries import warm_context
+from tests.integration.recoveries import exit_codes, warm_context
 
 NUM_KILLS = 6
 NUM_BLOCKS = 6
@@ -187,29 +186,17 @@ def test_another_batch_size_cannot_continue(sparse, tmp_path) -> None:
         quantize_to(sparse, tmp_path / "out", batch_size=3)
 
 
-def worker(rank: int, world_size: int, sparse: str, folder: str) -> None:
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+def worker(rank: int, sparse: str, folder: str) -> None:
     fixed = Comm.distributed(is_fixed=True)
     quantize_to(Path(sparse), Path(folder) / "two", fixed)
     quantize_to(Path(sparse), Path(folder) / "fp8", fixed, FP8)
-    dist.destroy_process_group()
 
 
 def test_a_fixed_order_writes_the_same_files_on_two_processes(sparse, tmp_path) -> None:
-    processes = warm_context()
-    started = [
-        processes.Process(target=worker, args=(rank, 2, str(sparse), str(tmp_path)))
-        for rank in range(2)
-    ]
-    for process in started:
-        process.start()
+    assert exit_codes(2, worker, str(sparse), str(tmp_path)) == [0, 0]
     fixed = Comm.single(is_fixed=True)
     quantize_to(sparse, tmp_path / "one", fixed)
     quantize_to(sparse, tmp_path / "fp8-one", fixed, FP8)
-    for process in started:
-        process.join(300)
-        assert process.exitcode == 0
     assert digests(tmp_path / "two") == digests(tmp_path / "one")
     assert digests(tmp_path / "fp8") == digests(tmp_path / "fp8-one")
     assert len(digests(tmp_path / "one")) == NUM_BLOCKS

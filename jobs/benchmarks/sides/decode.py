@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from jobs.benchmarks.support.device import peak_bytes
-from jobs.benchmarks.support.random_llama import SHAPES, random_model
+from jobs.benchmarks.support.random_llama import SHAPES, random_model, with_linears
 from jobs.workers.speed import random_packed
 from sparsify.packed.layout import Layer, Scheme
 from sparsify.pattern import Pattern
@@ -89,28 +89,13 @@ def build(side: str, config: LlamaConfig) -> PreTrainedModel:
     if side in ("dense float32", "dense bfloat16"):
         dtype = torch.float32 if side.endswith("32") else torch.bfloat16
         return random_model(config, 0, dtype, "cpu")
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-        model.to(torch.bfloat16)
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-            own: nn.Module
-            if side == "dense int4":
-                own = DenseInt4(*shape)
-            else:
-                own = random_packed(Layer(shape, SCHEMES[side], Pattern.parse("2:4")))
-            model.model.layers.set_submodule(name, own)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.is_meta:
-                made = torch.empty(weight.shape, dtype=weight.dtype).normal_(0.0, 0.02)
-                made = torch.ones_like(made) if weight.ndim == 1 else made
-                module.register_parameter(name, nn.Parameter(made, requires_grad=False))
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    ready: PreTrainedModel = model.eval()
-    return ready
+
+    def layer(size: tuple[int, int]) -> nn.Module:
+        if side == "dense int4":
+            return DenseInt4(*size)
+        return random_packed(Layer(size, SCHEMES[side], Pattern.parse("2:4")))
+
+    return with_linears(config, layer, "cpu")
 
 
 @torch.inference_mode()

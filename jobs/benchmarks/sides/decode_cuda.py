@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama import modeling_llama
 
 from jobs.benchmarks.sides.decode import PROMPT_TOKENS, SCHEMES, config_of
 from jobs.benchmarks.support.linear_sides_cuda import elapsed_s, torch_int4
-from jobs.benchmarks.support.random_llama import random_model
+from jobs.benchmarks.support.random_llama import random_model, with_linears
 from jobs.workers.speed import random_packed
-from sparsify.integrations.linear import PackedLinear
 from sparsify.packed.layout import Layer
 from sparsify.pattern import Pattern
 
@@ -55,31 +54,16 @@ def build(side: str, shape: str, vocab_size: int, device: str) -> PreTrainedMode
     config = config_of(shape, vocab_size)
     if side == "dense bfloat16":
         return random_model(config, 0, torch.bfloat16, device)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-        model.to(torch.bfloat16)
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, nn.Linear):
-            size = (module.out_features, module.in_features)
-            own: nn.Module
-            with torch.device(device):
-                if side == "dense int4":
-                    own = DenseInt4(*size)
-                else:
-                    own = random_packed(Layer(size, SCHEMES[side], Pattern.parse("2:4")))
-            if isinstance(own, PackedLinear):
-                own.arrange(device, torch.bfloat16)
-            model.model.layers.set_submodule(name, own)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.is_meta:
-                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-                made.normal_(0.0, 0.02) if weight.ndim > 1 else made.fill_(1.0)
-                module.register_parameter(name, nn.Parameter(made, requires_grad=False))
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    ready: PreTrainedModel = model.eval()
-    return ready
+
+    def layer(size: tuple[int, int]) -> nn.Module:
+        with torch.device(device):
+            if side == "dense int4":
+                return DenseInt4(*size)
+            packed = random_packed(Layer(size, SCHEMES[side], Pattern.parse("2:4")))
+        packed.arrange(device, torch.bfloat16)
+        return packed
+
+    return with_linears(config, layer, device)
 
 
 def compile_small_parts() -> None:

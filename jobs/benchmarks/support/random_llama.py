@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sparsify.data.rows import TokenRows
@@ -110,6 +111,35 @@ def random_model(
             else:
                 weight.normal_(0.0, _SCALE, generator=generator)
     return model.eval()
+
+
+def with_linears(
+    config: LlamaConfig, make: Callable[[tuple[int, int]], nn.Module], device: str
+) -> PreTrainedModel:
+    """A random bfloat16 model whose blocks have a layer of `make` for each linear one.
+
+    Args:
+        config: of the model, which is never dense as a whole.
+        make: from (rows, columns) to what stands there, on `device`.
+        device: of all else.
+    """
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            own = make((module.out_features, module.in_features))
+            model.model.layers.set_submodule(name, own)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                made.normal_(0.0, _SCALE) if weight.ndim > 1 else made.fill_(1.0)
+                module.register_parameter(name, nn.Parameter(made, requires_grad=False))
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig, seed: int, dtype: torch.dtype) -> None:

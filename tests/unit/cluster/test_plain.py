@@ -56,6 +56,25 @@ def square(context: Any, payload: int) -> int:
     return payload * payload
 
 
+def three_steps(context: Any, payload: int) -> int:
+    for step in range(payload):
+        context.progress(step + 1, 3)
+        time.sleep(0.3)  # else the second is not said
+    return payload
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_steps_of_tasks_add_up(num_workers: int) -> None:
+    events: Events = []
+    with cluster(num_workers, events) as plain:
+        assert plain.run_tasks("steps", three_steps, [3, 1, 2], "shares", 3) == [3, 1, 2]
+    told = [event for event in events if event["kind"] == "progress"]
+    assert all(event["total"] == 9 and event["text"] == "shares" for event in told)
+    done = [event["done"] for event in told]
+    assert done == sorted(done) and done[-1] == 9
+    assert {1, 2} <= set(done), "before the first has ended"
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_results_of_tasks_come_in_their_order(num_workers: int) -> None:
     events: Events = []

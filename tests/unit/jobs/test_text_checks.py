@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,22 +119,40 @@ def test_a_source_is_looked_at_once_until_its_files_change(tmp_path: Path, monke
     assert texts.fingerprint("train") not in prints
 
 
-def test_scores_on_less_text_than_was_asked_for_say_so(tmp_path: Path, tiny_model_dir) -> None:
+def test_scores_on_less_text_than_was_asked_for_say_so(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.jsonl", STORIES)
     given = config(path, "prune", "evaluate", heldout_share=0.2)
     given.evaluate.num_tokens = 100_000
+    copy = Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+    loaded: list[Path] = []
+    for name in ("load_pair", "load_model"):
+        true = getattr(evaluate, name)
+        monkeypatch.setattr(
+            evaluate, name, lambda *given, true=true: loaded.append(given[0]) or true(*given)
+        )
     said: list[str] = []
-    worker: Any = SimpleNamespace(num_threads=1, device="cpu", warn=said.append)
+    told: list[tuple[int, int]] = []
+    worker: Any = SimpleNamespace(
+        num_threads=1, device="cpu", warn=said.append, progress=lambda *how: told.append(how)
+    )
+    folders = [tiny_model_dir, copy, copy]
     parts = [
         evaluate.score_share(
             worker,
-            {"config": given, "dense": tiny_model_dir, "folder": tiny_model_dir, "share": share,
-             "shares": 2, "says": says},
+            {"config": given, "dense": tiny_model_dir, "folders": folders, "share": share,
+             "shares": 2},
         )
-        for share, says in ((0, True), (1, False))
+        for share in (0, 1)
     ]  # fmt: skip
-    assert parts[1]["writing"] is None, "one share writes for all"
-    writing = evaluate.total(parts)["writing"]
+    assert loaded == [tiny_model_dir, copy, copy] * 2, "the dense model once for all"
+    assert told == [(1, 3), (2, 3), (3, 3)] * 2
+    assert all(part["writing"] is None for part in parts[1]), "one share writes for all"
+    itself, other, again = (evaluate.total(of_model) for of_model in zip(*parts, strict=True))
+    assert itself == other == again, "its own forward serves the dense model twice"
+    assert itself["kl"] == 0 and itself["top1_agreement"] == 1
+    writing = itself["writing"]
     assert writing["text"] and writing["prompt"].startswith("Story")
     assert {key: writing[key] for key in ("num_tokens", "temperature", "seed")} == {
         "num_tokens": 48, "temperature": 0.7, "seed": given.run.seed,
