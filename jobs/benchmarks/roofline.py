@@ -1,0 +1,243 @@
+"""What pruning costs on a GPU that is not there: the code as it runs, counted, by a card's rates.
+
+Some blocks of a model of the shape are pruned on a stand-in (`support.stand_in_gpu`), and the whole
+model is worked out from them as `bench model` does. With `--device cuda` the same is measured
+beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jobs.benchmarks import model as measured_model
+from jobs.benchmarks.support.arguments import (
+    add_calibration,
+    add_device,
+    add_option,
+    add_shape,
+    settings_of,
+)
+from jobs.benchmarks.support.device import use_device
+from jobs.benchmarks.support.random_llama import (
+    block_num_weights,
+    check_blocks,
+    llama_config,
+    random_model,
+    random_rows,
+)
+from jobs.benchmarks.support.record import Outcome, Table, Target
+from jobs.benchmarks.support.stand_in_gpu import DEVICE, Spent, stand_in_gpu
+from sparsify.calibration.hidden_states import Memory
+from sparsify.comm import Comm
+from sparsify.costs.cards import find_card
+from sparsify.costs.seconds import Rates, rates_of
+from sparsify.methods import PruneParams, get_method
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import LayerChoice, prune_model
+
+SUMMARY = "what a GPU would take to prune: operations, bytes, launches and waits, counted"
+
+EXAMPLES = (
+    "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
+    "roofline --shape llama-3.1-8b --card h100 --method twofour",
+)
+
+_VOCABULARY = 4096
+
+_MOST_S = {"sparsegpt": 180.0, "twofour": 240.0}
+"""of a Llama 3.1 8B with 512 rows of 2048 tokens on one H100"""
+
+_NOTES = (
+    "an operation takes the longer of its arithmetic and its bytes; the host starts one launch "
+    "after another, and a wait lets it catch up; shares of a card's data sheet as "
+    "sparsify/costs/seconds.py has them",
+    "kernels of Triton count as what support/stand_in_gpu.py says they compute",
+    "files: every weight read and written once at the rate of the run's disk, one after the other "
+    "with the rest; checkpoints of the walk take at most a twentieth of its time; baselines, "
+    "rotations, the gate and the record are not in it",
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of the command."""
+    add_shape(parser, "llama-3.1-8b")
+    add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
+    add_option(parser, "--blocks", 3, "blocks that are counted")
+    add_calibration(parser, samples=512, length=2048, batch_size=8)
+    add_option(parser, "--method", "sparsegpt", "method")
+    orders = ["auto", "layer", "block", "dense"]
+    add_option(parser, "--order", "auto", "prune.order", choices=orders)
+    add_device(parser, "cpu")
+
+
+def run(options: Namespace) -> Outcome:
+    """Count some blocks, and measure them where there is a GPU.
+
+    Raises:
+        InputError: an unknown shape, card or method, or more blocks than the shape has.
+        TwofourError: see `stand_in_gpu`.
+    """
+    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    rates = rates_of(find_card(options.card, "--card"), element_bytes=2)
+    get_method(options.method)
+    num_threads = use_device(options)
+    config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
+    print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)
+    found = count(config, options, rates)
+    typical = measured_model.typical_blocks(options.blocks)
+    spent = [sum(phases.values(), Spent()) for phases in found["phases"][typical]]
+    rest = sum(found["blocks"][typical], Spent()) - sum(spent, Spent())
+    phases = _mean(found["phases"][typical]) | {"elsewhere": rest / len(spent)}
+    block = sum(found["blocks"][typical], Spent()) / len(spent)
+    files_s = 2 * 2 * block_num_weights(config) / rates.disk
+    whole_s = num_blocks * (block["s"] + files_s)
+    figures: dict[str, Any] = {
+        "phases": phases, "block": block, "kernels": found["kernels"], "files_s": files_s,
+        "whole_model_s": whole_s,
+    }  # fmt: skip
+    measured = None
+    if options.device == "cuda":
+        measured = measured_model.measure(
+            random_model(config, options.seed, torch.bfloat16, "cuda"), options, overlap=False
+        )
+        figures["measured"] = measured
+    tables = [
+        _phase_table(phases, block, measured, typical),
+        _kernel_table(found["kernels"], options.blocks),
+    ]
+    tables.append(_whole_table(num_blocks, block["s"], files_s, measured, typical))
+    settings = settings_of(
+        options, "shape", "card", "blocks", "samples", "length", "batch_size", "method", "order",
+        "seed",
+    )  # fmt: skip
+    targets = []
+    is_target = (options.shape, options.card, options.samples, options.length) == (
+        "llama-3.1-8b", "h100", 512, 2048,
+    )  # fmt: skip
+    if is_target and options.method in _MOST_S:
+        most_s = _MOST_S[options.method]
+        targets.append(Target.at_most(f"s of {options.method}, files included", most_s, whole_s))
+    return Outcome(
+        options.device, num_threads, settings, figures, tables, targets, list(_NOTES),
+        summary={"whole_model_s": round(whole_s, 1)},
+    )  # fmt: skip
+
+
+def count(config: LlamaConfig, options: Namespace, rates: Rates) -> dict[str, Any]:
+    """Prune the blocks on the stand-in.
+
+    Returns:
+        "phases": for each block, phase -> what it took; "blocks": what each took in all; "kernels":
+        name -> launches of all blocks.
+    """
+    method, order = get_method(options.method), options.order
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    with stand_in_gpu(rates) as gpu:
+        without_data(model)
+        rotary: Any = type(model.model.rotary_emb)
+        model.model.rotary_emb = rotary(config=config).to(DEVICE)
+        rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
+        marks = [gpu.now()]
+        gpu.kernels.clear()
+        clock: Any = gpu.now
+        result = prune_model(
+            model, rows, method, Pattern.parse("2:4"), PruneParams(), comm=Comm.single(),
+            memory=Memory(options.batch_size), clock=clock,
+            layers=LayerChoice(order=None if order == "auto" else order),
+            on_block=lambda done, total: marks.append(gpu.now()),
+        )  # fmt: skip
+    phases: list[dict[str, Spent]] = []
+    for index in range(options.blocks):
+        block: dict[str, Spent] = {}
+        for layer in result.layers:
+            if layer.block == index:
+                for phase, spent in layer.seconds.items():
+                    block[phase] = block.get(phase, Spent()) + spent
+        phases.append(block)
+    blocks = [after - before for before, after in itertools.pairwise(marks)]
+    return {"phases": phases, "blocks": blocks, "kernels": dict(gpu.kernels)}
+
+
+def without_data(model: nn.Module) -> None:
+    """Give a model of the meta device parameters on the stand-in; called inside of it."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            made = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
+            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
+    model.tie_weights()  # type: ignore[operator]
+
+
+def _mean(blocks: list[dict[str, Spent]]) -> dict[str, Spent]:
+    names = dict.fromkeys(name for phases in blocks for name in phases)
+    return {
+        name: sum((phases.get(name, Spent()) for phases in blocks), Spent()) / len(blocks)
+        for name in names
+    }
+
+
+def _bound(spent: Spent) -> str:
+    bounds = {key[2:]: value for key, value in spent.items() if key.startswith("s:")}
+    if not bounds or not spent.get("s"):
+        return ""
+    name = max(bounds, key=bounds.__getitem__)
+    return f"{name} {bounds[name] / spent['s']:.0%}"
+
+
+def _phase_table(
+    phases: dict[str, Spent], block: Spent, measured: dict[str, Any] | None, typical: slice
+) -> Table:
+    rows = []
+    seconds = {} if measured is None else _mean_seconds(measured["block_phases_s"][typical])
+    ordered = sorted(phases.items(), key=lambda one: one[1].get("s", 0.0), reverse=True)
+    for name, spent in [*ordered, ("all", block)]:
+        products = spent.get("operations:half", 0.0) + spent.get("operations:attention", 0.0)
+        kinds = ("float32", "factor", "sweep")
+        singles = sum(spent.get(f"operations:{kind}", 0.0) for kind in kinds)
+        beside = seconds.get(name) if name != "all" else sum(seconds.values())
+        rows.append(
+            (
+                name, f"{spent.get('s', 0.0):.3f} s", f"{beside:.3f} s" if beside else "",
+                _bound(spent), f"{products / 1e12:.1f}",
+                f"{singles / 1e12:.2f}",
+                f"{spent.get('bytes', 0.0) / 1e9:.1f}", f"{spent.get('launches', 0.0):.0f}",
+                f"{spent.get('waits', 0.0):.0f}",
+            )
+        )  # fmt: skip
+    head = ("phase of a block", "counted", "measured", "bound by", "16-bit TFLOP", "fp32 TFLOP",
+            "GB", "launches", "waits")  # fmt: skip
+    return Table(head, rows)
+
+
+def _mean_seconds(blocks: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for phases in blocks for name in phases)
+    return {name: sum(phases.get(name, 0.0) for phases in blocks) / len(blocks) for name in names}
+
+
+def _kernel_table(kernels: dict[str, tuple[int, float]], num_blocks: int) -> Table:
+    most = sorted(kernels.items(), key=lambda one: -one[1][1])[:12]
+    rows = [
+        (name, f"{seconds / num_blocks:.3f} s", f"{times / num_blocks:.0f}")
+        for name, (times, seconds) in most
+    ]
+    return Table(("operation or kernel", "s of a block", "launches of a block"), rows)
+
+
+def _whole_table(
+    num_blocks: int, block_s: float, files_s: float, measured: dict[str, Any] | None, typical: slice
+) -> Table:
+    rows = [
+        (f"{num_blocks} blocks", f"{num_blocks * block_s:.1f} s"),
+        ("files", f"{num_blocks * files_s:.1f} s"),
+        ("whole model", f"{num_blocks * (block_s + files_s):.1f} s"),
+    ]
+    if measured is not None:
+        blocks = measured["block_s"][typical]
+        rows.append(("blocks, measured", f"{num_blocks * sum(blocks) / len(blocks):.1f} s"))
+    return Table(("", "value"), rows)

@@ -1,0 +1,102 @@
+"""Pruning counted on a stand-in for a GPU: products, launches and waits, as the shapes say."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from jobs.benchmarks import roofline
+from jobs.benchmarks.model import limits
+from jobs.benchmarks.support.op_costs import Cost
+from jobs.benchmarks.support.random_llama import llama_config
+from jobs.benchmarks.support.stand_in_gpu import DEVICE, KERNELS, Spent, StandInGpu, stand_in_gpu
+from sparsify.costs.seconds import Rates
+from sparsify.errors import TwofourError
+
+RATES = Rates(products=1e12, attention=1e12, bandwidth=1e12, link=1e12, network=1e12,
+              float32=1e11, launch_s=1e-6)  # fmt: skip
+
+
+@cache
+def counted(method: str, samples: int, batch_size: int) -> dict[str, Any]:
+    options = Namespace(
+        blocks=2, samples=samples, length=128, batch_size=batch_size, method=method, order="auto",
+        seed=0,
+    )  # fmt: skip
+    return roofline.count(llama_config("bench-512", 2, 128, 4096), options, RATES)
+
+
+def all_of(found: dict[str, Any]) -> Spent:
+    return sum(found["blocks"], Spent())
+
+
+def test_a_product_a_view_and_a_wait() -> None:
+    with stand_in_gpu(RATES) as gpu:
+        x_TI = torch.empty(10, 256, device=DEVICE, dtype=torch.bfloat16)
+        weight_OI = torch.empty(64, 256, device=DEVICE, dtype=torch.bfloat16)
+        before = gpu.now()
+        y_TO = nn.functional.linear(x_TI[:8].view(8, 256), weight_OI)
+        product = gpu.now() - before
+        assert float(y_TO.float().sum().item()) == 1.0
+        assert bool(y_TO.isfinite().all()) and not bool(y_TO.isnan().any())
+        after = gpu.now() - before
+    assert product["operations:half"] == 2 * 8 * 256 * 64
+    assert product["bytes"] == 2 * (8 * 256 + 64 * 256 + 8 * 64)
+    assert product["launches"] == 1 and product.get("waits", 0) == 0
+    assert after["waits"] == 3
+
+
+def test_the_longer_of_arithmetic_and_bytes_and_the_host_before_both() -> None:
+    assert Cost("half", 2e12, 1e12).seconds(RATES) == (2.0, "half")
+    assert Cost("half", 1e12, 2e12).seconds(RATES) == (2.0, "memory")
+    gpu = StandInGpu(RATES)
+    gpu.launch("long", Cost("half", 5e6))
+    gpu.launch("behind it", Cost("half", 5e6))
+    assert gpu.now()["s"] == pytest.approx(11e-6), "the second launch hides behind the first"
+    gpu.launch("after a wait", Cost("half", 5e6))
+    spent = gpu.now()
+    assert spent["s"] == pytest.approx(17e-6)
+    assert spent["s:launches"] == pytest.approx(2e-6)
+    assert spent["s:half"] == pytest.approx(15e-6)
+
+
+@pytest.mark.parametrize(("method", "batch_size"), [("sparsegpt", 8), ("twofour", 2)])
+def test_phases_make_up_the_blocks(method: str, batch_size: int) -> None:
+    """Held forwards of twofour, which are on threads of their own, are counted with the rest."""
+    found = counted(method, 16 if method == "sparsegpt" else 4, batch_size)
+    of_phases = sum((one for block in found["phases"] for one in block.values()), Spent())
+    assert 0.9 * all_of(found)["s"] <= of_phases["s"] <= all_of(found)["s"] * 1.000001
+    for key, value in all_of(found).items():
+        assert of_phases.get(key, 0.0) <= value * 1.000001, key
+
+
+def test_counted_operations_are_those_of_the_formulas() -> None:
+    """SparseGPT in the order of blocks: two forwards, a Gram matrix and a factor an input."""
+    found = counted("sparsegpt", 16, 8)
+    config = llama_config("bench-512", 2, 128, 4096)
+    formulas = limits(config, 16, 128, {"model": 1.0, "float32": 1.0})
+    first = found["phases"][0]
+
+    def products(phase: str) -> float:
+        return first[phase]["operations:half"] + first[phase]["operations:attention"]
+
+    assert products("forward") == pytest.approx(formulas["forward"])
+    last_layer = 2 * 16 * 128 * 512 * 1408  # before which the first pass ends
+    looked_at = products("statistics") - (formulas["statistics"] - last_layer)
+    one_row = formulas["forward"] / 16
+    assert 0 < looked_at <= 3 * one_row, "what calls what is seen on one row"
+    assert found["kernels"]["_gram_kernel"][0] == 4 * 2 * 2, "inputs, batches, blocks"
+    num_panels = sum(columns // 128 for columns in (512,) * 6 + (1408,))
+    assert found["kernels"]["_sweep_block_kernel"][0] == 2 * num_panels
+
+
+def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(KERNELS, "_gram_kernel")
+    with pytest.raises(TwofourError, match="kernel _gram_kernel is not known; add what it"):
+        counted("sparsegpt", 2, 2)
+    assert torch.ones(2).sum().item() == 2, "and numbers are numbers again"
