@@ -39,6 +39,9 @@ class Memory:
     """where a checkpoint's blocks are worked on"""
     activations: Placement = "device"
     """where its hidden states are kept between blocks, see `HiddenStateStore`"""
+    spare_bytes: float | None = None
+    """of the device, beside the hidden states, for what is kept to save work (`room.Room`); None:
+    as many as it takes if the hidden states are there too, none if they wait elsewhere"""
     overlap: bool = False
     """while layers are solved, factor the Hessians of the next ones (orders block and dense), and
     have the dense model pass the next block where it is followed (order layer with a teacher, order
