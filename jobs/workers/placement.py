@@ -1,7 +1,8 @@
-"""Where hidden states wait between blocks: as asked for, or where a worker has room for them."""
+"""Where hidden states wait between blocks, and what is left beside them for what saves work."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -9,12 +10,11 @@ import torch
 
 from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
-from sparsify.calibration.hidden_states import Placement
-from sparsify.calibration.layers import SolverNeeds
+from sparsify.calibration.hidden_states import Memory, Placement
 from sparsify.comm import Comm
 from sparsify.models.load import DTYPES, read_config
 
-_ROOM_ON_GPU = 0.4  # of the free memory that hidden states may take; the rest is for the solver
+_ROOM_ON_GPU = 0.4  # of the free memory that all of this may take; the rest is for the solver
 
 _ROOM_ON_HOST = 0.5
 
@@ -31,53 +31,84 @@ _CGROUPS = (
 version, as a container sees its own"""
 
 
-def placement(
-    context: WorkerContext, config: Config, model: Path, num_tokens: int, needs: SolverNeeds,
-    is_ahead: bool = False,
-) -> Placement:  # fmt: skip
-    """Where there is room for the hidden states of a walk.
+@dataclass(frozen=True)
+class Sizes:
+    """What the hidden states of one worker's walk take, and what they may; bytes."""
 
-    On the device, where a pass over a block's layers one by one also holds forwards: for them
-    a Llama keeps the hidden states twice more, its widest activation and, where documents share
-    rows, a mask. What the dense model does ahead takes a model's hidden states once more, with a
-    teacher six times.
+    states: float
+    ahead: float
+    """what the dense model does ahead, which is on the device with the states"""
+    on_device: float
+    on_host: float
+    is_one_memory: bool
+    """the device is the CPU"""
+
+    @property
+    def place(self) -> Placement:
+        """Where there is room for the states."""
+        if self.states + self.ahead <= self.on_device:
+            return "device"
+        return "host" if self.states <= self.on_host else "disk"
+
+    def spare(self, place: Placement) -> float:
+        """What is left on the device if the states wait at `place`."""
+        taken = 0.0
+        if place == "device":
+            taken = self.states + self.ahead
+        elif place == "host" and self.is_one_memory:
+            taken = self.states
+        return max(self.on_device - taken, 0.0)
+
+
+def walk_sizes(
+    context: WorkerContext, config: Config, model: Path, num_tokens: int, has_teacher: bool,
+    is_ahead: bool = False,
+) -> Sizes:  # fmt: skip
+    """What a walk takes on this worker, and what it may take now.
+
+    What the dense model does ahead takes a model's hidden states once more, with a teacher six
+    times.
 
     Args:
         context: this worker.
         config: of the run.
         model: folder of the model that is walked.
         num_tokens: of all calibration rows.
-        needs: of the walk's solver; `teacher` and `order` count.
+        has_teacher: whether the dense model is followed too.
         is_ahead: whether the dense model passes the next block meanwhile.
     """
     shape = read_config(model).get_text_config()
-    bytes_per_feature = (
-        num_tokens / context.world_size
-        * DTYPES[config.model.dtype].itemsize * (2 if needs.teacher else 1)
+    states = (
+        num_tokens / context.world_size * shape.hidden_size
+        * DTYPES[config.model.dtype].itemsize * (2 if has_teacher else 1)
     )  # fmt: skip
-    states = bytes_per_feature * shape.hidden_size
-    widest = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    held = 2 * states + bytes_per_feature * widest
-    if needs.order != "layer":
-        held = 0
-    elif config.data.isolate_documents:  # each held forward has its mask, (T, T) bytes a row
-        held += num_tokens / context.world_size * config.data.sequence_length
-    if is_ahead:
-        held += 3 * states if needs.teacher else states
+    ahead = (3 * states if has_teacher else states) if is_ahead else 0.0
     workers_here = max(1, context.world_size // config.cluster.num_nodes)
-    available = available_bytes() / workers_here
+    on_host = _ROOM_ON_HOST * available_bytes() / workers_here
     if context.device == "cuda":
-        if states + held <= _ROOM_ON_GPU * free_gpu_bytes():
-            return "device"
-    elif states + held <= _ROOM_ON_HOST * available:
-        return "device"
-    return "host" if states <= _ROOM_ON_HOST * available else "disk"
+        return Sizes(states, ahead, _ROOM_ON_GPU * free_gpu_bytes(), on_host, False)
+    return Sizes(states, ahead, on_host, on_host, True)
 
 
-def agreed(comm: Comm, own: Placement) -> Placement:
-    """The least roomy place of all workers: some decisions that follow have to be everyone's."""
-    found: list[Placement] = comm.gather_objects(own)
-    return max(found, key=_PLACES.index)
+def placed(comm: Comm, own: Sizes, asked: str, memory: Memory) -> Memory:
+    """The memory of a walk, one decision for all workers, by the one with the least room.
+
+    Hidden states wait on the device if they alone fit there. What is left of it goes to what the
+    model gives its blocks, which is made once for as many batches as it can be kept for, and then
+    to forwards that wait while layers are solved (`calibration.room`).
+
+    Args:
+        comm: the workers; all of them call this.
+        own: of this worker.
+        asked: where hidden states wait: device, host, disk, or auto, where there is room.
+        memory: the rest.
+    """
+    places: list[Placement] = comm.gather_objects(own.place)
+    place: Placement = (
+        max(places, key=_PLACES.index) if asked == "auto" else asked  # type: ignore[assignment]
+    )
+    spare = min(comm.gather_objects(own.spare(place)))
+    return replace(memory, activations=place, spare_bytes=spare)
 
 
 def available_bytes() -> float:

@@ -18,7 +18,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
-from jobs.workers.placement import agreed, placement
+from jobs.workers.placement import placed, walk_sizes
 from jobs.workers.prune_inputs import (
     NUM_HELD_ROWS,
     dense_layers,
@@ -26,8 +26,8 @@ from jobs.workers.prune_inputs import (
     rotated_model,
     wanted_rotation_steps,
 )
-from sparsify.calibration.hidden_states import Memory, Placement
-from sparsify.calibration.layers import InputOrder, SolverNeeds, passes_ahead
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import InputOrder, passes_ahead
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.formats.basis import carry_rotation, rotation_facts
@@ -210,6 +210,7 @@ class Pruning:
         }  # fmt: skip
         if self._reason is not None:
             model = load_model(dense, self._config.model.dtype, context.device)
+            memory = self._placed(method, memory, "device")
             result = prune_model(model, *args, memory=memory, **common)
             if context.rank == 0:
                 if not save_model(model, None, folder):
@@ -220,7 +221,7 @@ class Pruning:
                     )
                 save_masks(folder / "masks-00001.safetensors", result.keep_masks)
             return result
-        memory = replace(memory, activations=self._placement(method))
+        memory = self._placed(method, memory, settings.activations)
         if self._passes_ahead(method) and memory.activations != "device":
             context.warn(
                 f"prune: no prune.overlap for {name}: the device has no room for what the dense "
@@ -250,17 +251,13 @@ class Pruning:
         can = passes_ahead(self._order(method.name), method.needs_teacher)
         return self._config.prune.overlap and can
 
-    def _placement(self, method: Method) -> Placement:
+    def _placed(self, method: Method, memory: Memory, asked: str) -> Memory:
         """Where hidden states go: as asked for, or where there is room for them."""
-        asked = self._config.prune.activations
-        if asked != "auto":
-            return asked  # type: ignore[return-value]
-        needs = SolverNeeds(teacher=method.needs_teacher, order=self._order(method.name))
-        own = placement(
-            self._context, self._config, self._dense, self._rows.num_tokens, needs,
+        own = walk_sizes(
+            self._context, self._config, self._dense, self._rows.num_tokens, method.needs_teacher,
             self._passes_ahead(method),
         )  # fmt: skip
-        return agreed(self._comm, own)
+        return placed(self._comm, own, asked, memory)
 
     def _warn_of(self, layers: list[LayerReport]) -> None:
         """Say which layers have seen too little data."""

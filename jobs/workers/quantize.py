@@ -13,9 +13,8 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.quantize import QuantizeConfig
 from jobs.corpus.rows import load_rows
 from jobs.runs.folder import disk_errors
-from jobs.workers.placement import agreed, placement
-from sparsify.calibration.hidden_states import Memory, Placement
-from sparsify.calibration.layers import SolverNeeds
+from jobs.workers.placement import placed, walk_sizes
+from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.formats.kinds.packed import Fragments, publish_fragments, save_packed_folder
 from sparsify.formats.source import masks_of_source, open_source
@@ -63,11 +62,9 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
             with disk_errors(folder):
                 save_packed_folder(folder, model, tokenizer, masks, pattern, result.layers, sparse)
         return [asdict(report) for report in result.reports]
-    needs = SolverNeeds(teacher=settings.has_teacher, order="layer")
-    where: Placement = settings.activations  # type: ignore[assignment]
-    if settings.activations == "auto":
-        where = agreed(comm, placement(context, config, sparse, rows.num_tokens, needs))
-    memory = Memory(settings.batch_size, config.model.dtype, context.device, where)
+    own = walk_sizes(context, config, sparse, rows.num_tokens, settings.has_teacher)
+    memory = Memory(settings.batch_size, config.model.dtype, context.device)
+    memory = placed(comm, own, settings.activations, memory)
     scratch = payload["scratch"] / "blocks"
     with disk_errors(payload["scratch"]):
         reports = quantize_checkpoint(

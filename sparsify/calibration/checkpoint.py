@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -28,8 +29,9 @@ _SHORT_S = 0.25  # a state that is written faster is written whenever there is o
 Walk = Callable[[HiddenStateStore, int, Callable[[int, nn.Module], None]], None]
 """walks from a block on: (hidden states before it, its index, called after each block)"""
 
-Write = Callable[[int, nn.Module], Sequence[Any]]
-"""writes a solved block, whole or not at all, on rank 0; returns its layers' reports"""
+Take = Callable[[int, nn.Module], tuple[Sequence[Any], Callable[[], None]]]
+"""takes (index, solved block) and returns its layers' reports, and what writes all that becomes of
+it, file by file whole or not at all, when the block is gone; in another thread"""
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,17 @@ class CheckpointWalk:
     clock: Callable[[], float] | None = None
     """seconds; with it states that take long to write come more rarely (`_Pace`)"""
 
-    def run(self, walk: Walk, write: Write, timer: PhaseTimer) -> list[dict[str, Any]]:
+    def run(self, walk: Walk, take: Take, timer: PhaseTimer) -> list[dict[str, Any]]:
         """Walk the blocks that are not done yet.
+
+        A block is written while the next one is solved, and is on the disk before a state says so.
 
         Returns:
             Reports of all layers as plain values, those of an earlier call's blocks among them.
 
         Raises:
             InputError: `out` holds another model's state, or one of rows cut into other batches.
-            The rest as `walk`.
+            The rest as `walk` and what writes, which is said when the next block is done.
         """
         comm, total = self.comm, self.num_blocks
         mine = sum(map(len, lanes_of(self.rows, comm, self.memory.batch_size)))
@@ -72,14 +76,17 @@ class CheckpointWalk:
         pace = _Pace(comm, self.clock)
 
         def finish(index: int, block: nn.Module) -> None:
-            reports = write(index, block)
+            reports, write = take(index, block)
             with timer.measure("write"):
                 state.keep(reports)
+                writer.start(write)
                 if index + 1 == total:
+                    writer.wait()
                     state.commit(index + 1, store)
                 elif (index + 1) % self.every == 0 and pace.is_due():
                     with pace.measured():
                         store.commit(index + 1)
+                        writer.wait()
                         state.commit(index + 1, store)
             if self.on_block is not None:
                 self.on_block(index + 1, total)
@@ -87,8 +94,37 @@ class CheckpointWalk:
         if self.on_block is not None and state.num_done:
             self.on_block(state.num_done, total)
         if state.num_done < total:
-            walk(store, state.num_done, finish)
+            with _Writer() as writer:
+                walk(store, state.num_done, finish)
         return state.layers
+
+
+class _Writer:
+    """A thread that writes one block while the next is solved.
+
+    A context: leaving it waits for what is being written.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="finished block")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._pool.shutdown(wait=True)
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Start to write; waits for the block before, so that no more than one is held for it."""
+        self.wait()
+        self._last = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Wait until all is on the disk; raises what the writing raised."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            last.result()
 
 
 class _Pace:

@@ -2,17 +2,16 @@
 
 Layers of a block are solved one group after another, and a group's input is measured when the
 layers before it are pruned already. A forward that is paused at a group continues there once the
-group is solved, so that the calibration rows pass the block once. Where there is no room to keep
-the paused forwards of all rows, each starts again for every group and ends there: the same numbers
-for more time. The dense model's forward beside it, in which nothing changes, never pauses: it runs
-through the groups and records what it has at each. Shape suffixes: B rows, T tokens of a row, I
-input features, D hidden size.
+group is solved, so that the calibration rows pass the block once. Forwards that there is no room to
+keep start again for every group and end there: the same numbers for more time. The dense model's
+forward beside it, in which nothing changes, never pauses: it runs through the groups and records
+what it has at each. Shape suffixes: B rows, T tokens of a row, I input features, D hidden size.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -135,11 +134,11 @@ class PausableBlock:
     Args:
         block: whose layers may change while forwards are paused before them.
         groups: from `find_groups`, in order.
-        hold: True keeps every forward where it is paused, in a thread of its own of which never
-            more than one runs. False starts it again for each group.
+        hold: numbers of the batches whose forwards are kept where they are paused, each in a thread
+            of its own of which never more than one runs. The others start again for each group.
     """
 
-    def __init__(self, block: nn.Module, groups: LayerGroups, *, hold: bool) -> None:
+    def __init__(self, block: nn.Module, groups: LayerGroups, *, hold: Container[int]) -> None:
         self._block = block
         self._groups = groups
         self._hold = hold
@@ -200,7 +199,7 @@ class PausableBlock:
     def _run(self, batch: int, call: Callable[[], BlockInputs], wanted: int | None) -> _Forward:
         held = self._held.get(batch)
         forward = _Forward(call()) if held is None else held.forward
-        if held is None and self._hold:
+        if held is None and batch in self._hold:
             held = self._held[batch] = forward.held = _HeldForward(self._forward, forward)
         forward.wanted = wanted
         self._current = forward

@@ -39,6 +39,9 @@ class Memory:
     """where a checkpoint's blocks are worked on"""
     activations: Placement = "device"
     """where its hidden states are kept between blocks, see `HiddenStateStore`"""
+    spare_bytes: float | None = None
+    """of the device, beside the hidden states, for what is kept to save work (`room.Room`); None:
+    as many as it takes if the hidden states are there too, none if they wait elsewhere"""
     overlap: bool = False
     """while layers are solved, factor the Hessians of the next ones (orders block and dense), and
     have the dense model pass the next block where it is followed (order layer with a teacher, order
@@ -87,13 +90,17 @@ class HiddenStateStore:
             write_tensors(path, {_name(*key): hidden_BTD.cpu().contiguous()}, _METADATA)
             self._files[key] = path
         elif self._placement == "host" and self._device.type != "cpu":
-            held = self._held.get(key)
-            if held is None or held.shape != hidden_BTD.shape:
-                held = torch.empty(hidden_BTD.shape, dtype=hidden_BTD.dtype, pin_memory=True)
-                self._held[key] = held
-            held.copy_(hidden_BTD)
+            self._copy_to_host(key, hidden_BTD)
         else:
             self._held[key] = hidden_BTD
+
+    def _copy_to_host(self, key: tuple[str, int], hidden_BTD: Tensor) -> None:
+        """Into the batch's pinned memory, which lasts as long as the store."""
+        held = self._held.get(key)
+        if held is None or held.shape != hidden_BTD.shape:
+            held = torch.empty(hidden_BTD.shape, dtype=hidden_BTD.dtype, pin_memory=True)
+            self._held[key] = held
+        held.copy_(hidden_BTD)
 
     def get(self, model: str, batch: int) -> Tensor:
         """The batch's hidden states in `model`, on the device."""
@@ -152,6 +159,8 @@ class HiddenStateStore:
             self._files[key] = path
         elif self._placement == "device":
             self._held[key] = hidden_BTD.to(self._device, copy=True)
+        elif self._placement == "host" and self._device.type != "cpu":
+            self._copy_to_host(key, hidden_BTD)
         else:
             self._held[key] = hidden_BTD.clone()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -26,11 +25,13 @@ from torch import Tensor, nn
 from sparsify.calibration.accumulate import MomentSums
 from sparsify.calibration.batches import Batch, lanes_of
 from sparsify.calibration.block import BlockReader, DensePass, LoadedBlock
+from sparsify.calibration.dense import DenseGroups
 from sparsify.calibration.factors import assign_factors
-from sparsify.calibration.groups import GroupInputs, LayerGroups, PausableBlock, run_groups
+from sparsify.calibration.groups import LayerGroups, PausableBlock
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
 from sparsify.calibration.lookahead import Lookahead
+from sparsify.calibration.room import Room, forward_bytes
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
@@ -63,13 +64,11 @@ def walk_blocks(
             `layer.module.weight.data` in place, to the same values on all processes, at the latest
             in the next `Progress.wait_for_pending`.
         comm: the processes that take part, and whether they add up in a fixed order.
-        memory: rows at once, and whether work may be done ahead; the rest is the source's and the
-            store's.
+        memory: rows at once, what may be kept to save work, and whether work may be done ahead;
+            the rest is the source's and the store's.
         needs: what `solve` needs.
         skip: see `prunable_linears`.
-        store: keeps the hidden states between blocks; None keeps them beside the weights. If it
-            keeps them on the device, forwards too are held there while layers are solved; else
-            each starts again for every group of layers.
+        store: keeps the hidden states between blocks; None keeps them beside the weights.
         first_block: continue here; `store` then holds the hidden states before it, and earlier
             blocks are not looked at.
         progress: see there; None tells nobody.
@@ -84,11 +83,12 @@ def walk_blocks(
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
     one the first only up to the last layer; hidden states of this process's rows and the moments of
     one block in memory. Order "dense": one forward, and the same memory. Order "layer": one forward
-    (two with a teacher) where forwards are held, for which a Llama keeps its widest activation of
-    these rows, and with a teacher three times the hidden states; about two (four) and a second copy
-    of the block where they are not. The moments of one input at a time. What the dense model does
-    ahead takes one block more, and with a teacher six times the hidden states, in the order dense
-    once and the moments of a second block. Float32 is multiplied in full precision on a GPU.
+    (two with a teacher) for batches whose forwards are held (`room.forward_bytes`); about two
+    (four) and, with a teacher, a second copy of the block for the others. The moments of one input
+    at a time. What comes before the blocks is computed once for a batch if what it makes is kept,
+    else for every forward. What the dense model does ahead takes one block more, and with a teacher
+    six times the hidden states, in the order dense once and the moments of a second block. Float32
+    is multiplied in full precision on a GPU.
     """
     linears = prunable_linears(source.model, skip)
     progress = progress or Progress()
@@ -132,10 +132,17 @@ class _Walk:
         self._source = source
         self._comm = comm
         self._needs = needs
-        self._lanes = lanes_of(rows, comm, memory.batch_size)
-        self._batches = [batch for lane in self._lanes for batch in lane]
         device = _device_of(source.model)
+        self._lanes = [
+            [replace(batch, rows=batch.rows.to(device)) for batch in lane]
+            for lane in lanes_of(rows, comm, memory.batch_size)
+        ]
+        self._batches = [batch for lane in self._lanes for batch in lane]
         self._store = store or HiddenStateStore("device", device, None)
+        self._room = Room(memory, self._store)
+        self._held: set[int] = set()
+        """numbers of the batches whose forwards wait while layers are solved"""
+        self._widest = max(max(layer.weight.shape) for _, _, layer in linears)
         self._reader = BlockReader(source, linears, rows, self._batches, self._store)
         self._models = ("pruned", "dense") if needs.teacher else ("pruned",)
         self._next: Callable[[], LoadedBlock] | None = None
@@ -158,16 +165,21 @@ class _Walk:
         self._running.close()
 
     def enter(self, first_block: int) -> None:
-        """Bring the hidden states before the first block to be visited."""
+        """Bring the hidden states before the first block to be visited, and see what there is room
+        for: first of all what blocks are given, which every forward asks for."""
+        waiting: dict[int, int] = {}
         with self._timer.measure("load"):
-            if first_block > 0:
-                numbers = [batch.number for batch in self._batches]
-                self._store.restore(first_block, self._models, numbers)
-                return
-            for batch in self._batches:
-                hidden_BTD = self._reader.calls.first(batch.rows).hidden_BTD
-                for model in self._models:
+            for batch, hidden_BTD, anew in self._reader.enter(first_block, self._room):
+                # What the dense model does ahead is there already.
+                num_models = 1 if self._ahead is not None else len(self._models)
+                held = forward_bytes(hidden_BTD, self._widest, num_models, self._store)
+                waiting[batch.number] = held + anew
+                for model in self._models if first_block == 0 else ():
                     self._store.put(model, batch.number, hidden_BTD, 0)
+            if first_block > 0:
+                self._store.restore(first_block, self._models, list(waiting))
+        if self._needs.order == "layer":
+            self._held = {number for number, size in waiting.items() if self._room.take(size)}
 
     def visit(self, index: int, solve: Callable[[Layer], None]) -> nn.Module:
         """Have a block's layers solved, and bring the hidden states before the next block.
@@ -181,8 +193,8 @@ class _Walk:
             for model in self._models[:-1] if loaded.dense else self._models:
                 self._advance(loaded, model)
         elif order == "layer" and groups.is_in_order:
-            with PausableBlock(loaded.block, groups, hold=self._store.is_on_device) as pruned:
-                dense = self._dense_inputs(loaded, groups) if self._needs.teacher else None
+            with PausableBlock(loaded.block, groups, hold=self._held) as pruned:
+                dense = self._dense_groups(loaded) if self._needs.teacher else None
                 for at, names in enumerate(groups.names):
                     note = partial(self._note_group, loaded, pruned, dense, at)
                     self._solve(loaded, [names], partial(self._sum, loaded, [names], note), solve)
@@ -267,48 +279,21 @@ class _Walk:
         return self._sum(loaded, groups.names, note)
 
     def _note_group(
-        self, loaded: LoadedBlock, pruned: PausableBlock,
-        dense: Callable[[int, Batch], GroupInputs] | None, at: int, sums: MomentSums, batch: Batch,
-        weights_BT: Tensor | None,
+        self, loaded: LoadedBlock, pruned: PausableBlock, dense: DenseGroups | None, at: int,
+        sums: MomentSums, batch: Batch, weights_BT: Tensor | None,
     ) -> None:  # fmt: skip
         """Add what a group receives after the solved ones, and beside it what it does if dense."""
-        # The dense model goes first: its layers are those of the block until one is solved.
-        teacher = None if dense is None else dense(at, batch)
+        teacher = None if dense is None else dense.inputs_of(at, batch)
         call = partial(self._reader.call, loaded.index, "pruned", batch)
         sums.add_group(pruned.inputs_of(at, batch.number, call), teacher, weights_BT)
 
-    def _dense_inputs(
-        self, loaded: LoadedBlock, groups: LayerGroups
-    ) -> Callable[[int, Batch], GroupInputs]:
-        """What the dense model has at a group, for one group after another.
-
-        Where there is room, its batches pass the block once, before any layer is solved, and what
-        later groups ask for is kept. Elsewhere each passes a copy of the block for every group.
-        """
+    def _dense_groups(self, loaded: LoadedBlock) -> DenseGroups:
+        """What the dense model has at the groups; made before any of their layers is solved."""
         put = partial(self._put, "dense", loaded.index)
-        final = len(groups.names) - 1
-        if self._store.is_on_device:
-
-            def kept(at: int, batch: Batch) -> GroupInputs:
-                if loaded.dense is None:
-                    loaded.dense = self._pass_dense(loaded, put)
-                assert loaded.dense is not None
-                return loaded.dense.inputs.pop((at, batch.number))
-
-            return kept
-        twin = deepcopy(loaded.block)
-
-        def again(at: int, batch: Batch) -> GroupInputs:
-            call = self._reader.call(loaded.index, "dense", batch)
-            passed, output_BTD = run_groups(
-                twin, groups, call, with_outputs=self._needs.has_dense_outputs,
-                last=None if at == final else at,
-            )  # fmt: skip
-            if output_BTD is not None:
-                put(batch.number, output_BTD)
-            return passed[at]
-
-        return again
+        with self._timer.measure("statistics"):
+            return DenseGroups(
+                self._reader, loaded, self._batches, self._held, self._needs.has_dense_outputs, put
+            )
 
     def _pass_dense(self, loaded: LoadedBlock, put: _Put) -> DensePass | None:
         """Have the dense model pass a block before any of its layers is solved.
@@ -323,7 +308,9 @@ class _Walk:
         if groups is not None and not groups.is_in_order:
             return None
         model, with_outputs = self._models[-1], self._needs.has_dense_outputs
-        return DensePass(inputs=self._reader.pass_dense(loaded, model, with_outputs, put))
+        return DensePass(
+            inputs=self._reader.pass_dense(loaded, model, self._batches, with_outputs, put)
+        )
 
     def _load(self, index: int) -> LoadedBlock:
         """The block; if the dense model has passed it, its hidden states are after it already."""

@@ -275,6 +275,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def block_tensors(prefix: str, block: nn.Module) -> dict[str, Tensor]:
+    """A block's tensors on the CPU under their full names; they outlive its closing."""
+    return {
+        prefix + name: value.detach().cpu().contiguous()
+        for name, value in block.state_dict().items()
+    }
+
+
 class ShardWriter:
     """Writes a model folder block by block; `finish` makes it one that any loader takes.
 
@@ -288,12 +296,8 @@ class ShardWriter:
         self._num_blocks = num_blocks
         folder.mkdir(parents=True, exist_ok=True)
 
-    def write_block(self, index: int, prefix: str, block: nn.Module) -> None:
-        """Write one block's tensors; whole or absent."""
-        tensors = {
-            prefix + name: value.detach().cpu().contiguous()
-            for name, value in block.state_dict().items()
-        }
+    def write_block(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Write one block's tensors, from `block_tensors`; whole or absent."""
         write_tensors(self.folder / self._shard(index), tensors, _METADATA)
 
     def finish(self, source: BlocksOnDisk) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.data.rows import TokenRows
@@ -23,6 +24,47 @@ class BlockInputs:
     args: tuple[Any, ...]
     """positional arguments after the hidden states"""
     kwargs: dict[str, Any]
+
+
+class BlockArguments:
+    """What all blocks are given beside the hidden states for one batch, for any number of calls.
+
+    A model gives blocks of one kind the same tensors (sliding and full attention, for example, a
+    mask each), which are so held once, and known to be of one kind.
+
+    Args:
+        calls: of all blocks, in order.
+        rows: of the batch, which are there anyway.
+    """
+
+    def __init__(self, calls: Sequence[BlockInputs], rows: TokenRows) -> None:
+        self._each = [(call.args, call.kwargs) for call in calls]
+        given = [value for args, kwargs in self._each for value in (*args, *kwargs.values())]
+        leaves = list(_leaves(given))
+        self.is_constant = all(isinstance(leaf, _CONSTANT) for leaf in leaves)
+        """whether they serve any number of calls: a cache or a list may remember one"""
+        storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+        sizes = {found.data_ptr(): found.nbytes() for found in storages}
+        for there in (rows.ids_NT, rows.positions_NT):
+            sizes.pop(there.untyped_storage().data_ptr(), None)
+        self.num_bytes = sum(sizes.values())
+        """of memory that their tensors are in"""
+
+    def call(self, index: int, hidden_BTD: Tensor) -> BlockInputs:
+        """The call of block `index` for the batch, whose hidden states there are `hidden_BTD`."""
+        return BlockInputs(hidden_BTD, *self._each[index])
+
+
+_CONSTANT = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Values, and what tuples among them hold."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 class StopForward(Exception):
@@ -74,7 +116,8 @@ class BlockCalls:
     block (sliding and full attention, for example) and from batch to batch (where documents
     begin), but never depends on the hidden states themselves. So the model's forward is run with
     blocks that hand through what they get, up to the block asked for: its weights need not be
-    there, and nothing has to be kept. Meanwhile other threads can run blocks as they are.
+    there. That forward costs the embedding, masks and rotary angles, and some waits for the device;
+    `all` has one for all blocks. Meanwhile other threads can run blocks as they are.
 
     Args:
         model: a transformers decoder; what comes before the blocks must hold its weights.
@@ -105,8 +148,17 @@ class BlockCalls:
             InputError: a block is not called exactly once, in order, on the output of the one
                 before; then blocks cannot be pruned one after another.
         """
-        found = self._run(index, rows)[0]
+        found = self._run(index, rows)[-1]
         return BlockInputs(hidden_BTD, found.args, found.kwargs)
+
+    def all(self, rows: TokenRows) -> tuple[Tensor, BlockArguments]:
+        """The first block's hidden states for a batch, (B, T, D), and the arguments of all blocks.
+
+        Raises:
+            InputError: see `first` and `call`.
+        """
+        found = self._run(len(self._blocks) - 1, rows)
+        return found[0].hidden_BTD, BlockArguments(found, rows)
 
     def learn(self, block: nn.Module, rows: TokenRows) -> None:
         """See on a few rows what a block returns (a tensor, or a tuple that begins with one).
@@ -128,9 +180,10 @@ class BlockCalls:
                 stop.remove()
 
     def _run(self, index: int, rows: TokenRows) -> list[BlockInputs]:
-        """One forward that ends at block `index`, the blocks before it answering at once: its call.
+        """One forward that ends at block `index`, the blocks before it answering at once: the
+        calls of these blocks and its own.
 
-        With the number of blocks as `index` it comes to its end, and there is none.
+        With the number of blocks as `index` it comes to its end.
         """
         with self._lock:
             return self._run_alone(index, rows)
@@ -147,8 +200,8 @@ class BlockCalls:
                     f"{name}: block {at} is not called once, on the output of the block before "
                     "it; models that compute something between blocks cannot be pruned"
                 )
+            found.append(call)
             if at == index:
-                found.append(call)
                 raise StopForward
             assert self._is_known, "learn() comes before call()"
             # A new tensor each time, so that the check above knows whose output came in.
@@ -175,9 +228,9 @@ class BlockCalls:
             for block in self._blocks:
                 block.__dict__.pop("forward", None)
         num_wanted = min(index + 1, len(self._blocks))
-        if len(expected) + len(found) < num_wanted:
+        if len(found) < num_wanted:
             raise InputError(
-                f"{name}: its forward called only {len(expected)} of {num_wanted} blocks; models "
+                f"{name}: its forward called only {len(found)} of {num_wanted} blocks; models "
                 "that skip blocks cannot be pruned block by block"
             )
         return found

@@ -23,7 +23,7 @@ from sparsify.packed.layer import Codes, pack_layer
 from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
 from sparsify.quantization.codes import Quantized
-from sparsify.quantization.quantize import fragment, gathered, joined
+from sparsify.quantization.quantize import gathered, joined
 from sparsify.quantization.weight import KnownInputs, quantize_rows
 from sparsify.tensors import METADATA, write_tensors
 
@@ -94,31 +94,30 @@ class OnePass:
         self._codes[layer.name] = gathered(joined(parts).codes, comm, num_rows)
         return float(energy)
 
-    def write(
-        self, folder: Path, index: int, prefix: str, block: nn.Module,
-        bits: Mapping[str, tuple[Tensor, tuple[int, int]]], pattern: Pattern,
-    ) -> None:  # fmt: skip
-        """Write the packed layers of a block, and forget their codes.
-
-        Args:
-            folder: of the pruning; they go to `FOLDER` of it.
-            index: of the block.
-            prefix: of the names of its layers.
-            block: with the values of the codes.
-            bits: layer name -> its mask as bits, and its shape.
-            pattern: of the masks.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name, codes in self._codes.items():
-            module = block.get_submodule(name.removeprefix(prefix))
-            weight_OI: Tensor = module.weight.data.cpu()  # type: ignore[assignment]
-            keep_OI = mask_from_bits(*bits[name])
-            _, parts = pack_layer(name, weight_OI, keep_OI, pattern, codes)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        (folder / FOLDER).mkdir(exist_ok=True)
-        write_tensors(folder / FOLDER / fragment(index), tensors, METADATA)
-
-    def forget(self) -> None:
-        """Forget a block's codes and inputs."""
-        self._codes = {}
+    def take_block(self) -> dict[str, Codes]:
+        """Codes of the layers since the last call; forgets them, and the block's inputs."""
         self._inputs.forget()
+        codes, self._codes = self._codes, {}
+        return codes
+
+
+def write_codes(
+    path: Path, codes: Mapping[str, Codes], tensors: Mapping[str, Tensor],
+    bits: Mapping[str, tuple[Tensor, tuple[int, int]]], pattern: Pattern,
+) -> None:  # fmt: skip
+    """Write the packed layers of a block.
+
+    Args:
+        path: of the file.
+        codes: of the layers.
+        tensors: of the block, with the values of the codes.
+        bits: layer name -> its mask as bits, and its shape.
+        pattern: of the masks.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, found in codes.items():
+        keep_OI = mask_from_bits(*bits[name])
+        _, parts = pack_layer(name, tensors[f"{name}.weight"], keep_OI, pattern, found)
+        packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(path, packed, METADATA)

@@ -1,13 +1,17 @@
 """What pruning reports of each layer.
 
-Shape suffixes: O output features (rows of a weight), I input features.
+Shape suffixes: O output features (rows of a weight), I input features, R rows of one part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 PHASES = ("load", "statistics", "reduce", "factor", "solve", "gather", "forward", "write")
 """Parts of the time of a layer, in the order in which they happen."""
@@ -16,6 +20,8 @@ FEW_TOKENS = 20.0
 """Tokens per input column under which statistics hold too much noise to be trusted. On a small
 Llama, fitting layers to the dense model's outputs helped held-out KL at 32 tokens per column and
 did harm at 8."""
+
+_LARGE_SHARE = 0.01
 
 
 @dataclass
@@ -58,3 +64,16 @@ class LayerReport:
     def from_dict(cls, value: Mapping[str, Any]) -> LayerReport:
         """From plain values, as JSON has them."""
         return cls(**{**value, "shape": tuple(value["shape"])})
+
+
+def large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row's largest weights survived, and how many there are; float64 scalars.
+
+    Args:
+        dense_RI: rows of a weight before pruning.
+        keep_mask_RI: bool, True = survives.
+    """
+    count = max(1, math.ceil(_LARGE_SHARE * dense_RI.shape[1]))
+    largest = dense_RI.abs().float().topk(count, dim=1).indices
+    kept = keep_mask_RI.gather(1, largest).sum(dtype=torch.float64)
+    return kept, kept.new_tensor(largest.numel())

@@ -9,7 +9,6 @@ Shape suffixes: O output features (rows of a weight), I input features, R rows o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,16 +30,22 @@ from sparsify.errors import InputError
 from sparsify.masks.select import require_pattern
 from sparsify.masks.storage import bits_digest, mask_from_bits, mask_to_bits, save_mask_bits
 from sparsify.methods import Method, Problem, PruneParams, Solution
-from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, ShardWriter
+from sparsify.models.blocks import (
+    Blocks,
+    BlocksInMemory,
+    BlocksOnDisk,
+    ShardWriter,
+    block_tensors,
+)
 from sparsify.pattern import Pattern, check_divides
-from sparsify.pruning.one_pass import OnePass
-from sparsify.pruning.progress import LayerReport
+from sparsify.pruning.one_pass import FOLDER as CODES
+from sparsify.pruning.one_pass import OnePass, write_codes
+from sparsify.pruning.progress import LayerReport, large_kept
+from sparsify.quantization.quantize import fragment
 
 Existing = Literal["ignore", "keep", "extend"]
 
 EXISTING: tuple[Existing, ...] = ("ignore", "keep", "extend")
-
-_LARGE_SHARE = 0.01
 
 _NUM_PANELS = 8  # of the Hessian, where only half of it is multiplied
 
@@ -167,34 +172,38 @@ def prune_checkpoint(
         The rest as `prune_model`.
 
     Cost: that of `prune_model`, plus reading the checkpoint once, writing it once and writing the
-    hidden states at every checkpoint. Memory: two blocks, their moments, and the hidden states
-    unless they are on disk; with `overlap` a third block and what the dense model has in it.
+    hidden states at every checkpoint. Memory: two blocks, on the host also the one that is written
+    meanwhile, their moments, and the hidden states unless they are on disk; with `overlap` one
+    block more and what the dense model has in it.
     """
     source = BlocksOnDisk(path, memory.dtype, memory.device)
     run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock, one_pass)
     writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
 
-    def write(index: int, block: nn.Module) -> list[LayerReport]:
+    def take(index: int, block: nn.Module) -> tuple[list[LayerReport], Callable[[], None]]:
         bits, reports = run.take_block()
+        codes = {} if one_pass is None else one_pass.take_block()
+        if writer is None:
+            return reports, lambda: None
+        shapes = {report.name: report.shape for report in reports}
         with run.timer.measure("write"):
-            if writer is not None:
-                prefix = f"{source.list_name}.{index}."
-                writer.write_block(index, prefix, block)
-                shapes = {report.name: report.shape for report in reports}
-                save_mask_bits(out / f"masks-{index + 1:05d}.safetensors", bits, shapes)
-                if one_pass is not None:
-                    masks = {name: (bits[name], shape) for name, shape in shapes.items()}
-                    one_pass.write(out, index, prefix, block, masks, pattern)
+            tensors = block_tensors(f"{source.list_name}.{index}.", block)
+
+        def write() -> None:
+            writer.write_block(index, tensors)
+            save_mask_bits(out / f"masks-{index + 1:05d}.safetensors", bits, shapes)
             if one_pass is not None:
-                one_pass.forget()
-        return reports
+                masks = {name: (bits[name], shape) for name, shape in shapes.items()}
+                write_codes(out / CODES / fragment(index), codes, tensors, masks, pattern)
+
+        return reports, write
 
     walk = CheckpointWalk(
         out, len(source.blocks), rows, comm, memory, "prune", checkpoint_every_blocks, on_block,
         clock,
     )  # fmt: skip
     found = walk.run(
-        lambda store, first, finish: run.walk(rows, memory, finish, store, first), write, run.timer
+        lambda store, first, finish: run.walk(rows, memory, finish, store, first), take, run.timer
     )
     if writer is not None:
         writer.finish(source)
@@ -276,7 +285,7 @@ class _Run:
                 [
                     _energy(dense_RI - solution.weight_OI, hessian_II),
                     _energy(dense_RI, hessian_II),
-                    *_large_kept(dense_RI, solution.keep_mask_OI),
+                    *large_kept(dense_RI, solution.keep_mask_OI),
                 ]
             )
         self._wait_for_pending()
@@ -380,11 +389,3 @@ def _energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
         product[:, width:] *= 2
         energy += (product.mul_(change_RI[:, start:])).sum(dtype=torch.float64)
     return energy
-
-
-def _large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each row's largest weights survived, and how many there are; float64 scalars."""
-    count = max(1, math.ceil(_LARGE_SHARE * dense_RI.shape[1]))
-    largest = dense_RI.abs().float().topk(count, dim=1).indices
-    kept = keep_mask_RI.gather(1, largest).sum(dtype=torch.float64)
-    return kept, kept.new_tensor(largest.numel())

@@ -157,22 +157,24 @@ def quantize_checkpoint(
     source = BlocksOnDisk(path, memory.dtype, memory.device)
     run = _Run(source, keep_masks, params, comm, skip)
 
-    def write(index: int, block: nn.Module) -> list[QuantLayerReport]:
+    def take(index: int, block: nn.Module) -> tuple[list[QuantLayerReport], Callable[[], None]]:
         layers, reports = run.take_block()
-        if comm.rank == 0:
+
+        def write() -> None:
             tensors: dict[str, Tensor] = {}
             for name, found in layers.items():
                 _, parts = pack_layer(name, found.weight_OI, keep_masks[name], pattern, found.codes)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             write_tensors(out / fragment(index), tensors, METADATA)
-        return reports
+
+        return reports, write if comm.rank == 0 else lambda: None
 
     walk = CheckpointWalk(
         out, len(source.blocks), rows, comm, memory, "quantize", checkpoint_every_blocks, on_block,
         clock,
     )  # fmt: skip
     found = walk.run(
-        lambda store, first, finish: run.walk(rows, memory, finish, store, first), write,
+        lambda store, first, finish: run.walk(rows, memory, finish, store, first), take,
         PhaseTimer(),
     )  # fmt: skip
     comm.barrier()

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +228,37 @@ if INTERPRETED:
             torch.testing.assert_close(total[above].double(), expected[above], rtol=0, atol=1e-4)
             assert (total[16:, :16] == 1).all() and (total[32:, :32] == 1).all()
 
+        def test_gram_has_the_same_bits_in_any_order_of_tiles(self, monkeypatch: Any) -> None:
+            """Ten rows of tiles: a whole group of eight, and one that is cut short."""
+            from sparsify.kernels import _gram_triton
+
+            inputs = torch.randn(40, 150, generator=torch.Generator().manual_seed(0)).half()
+            totals = torch.ones(2, 150, 150)
+            for group, total in zip((8, 1), totals, strict=True):
+                monkeypatch.setattr(_gram_triton, "_GROUP", group)
+                _gram_triton.add_upper_(total, inputs, tile=16, step=32)
+            assert torch.equal(totals[0], totals[1])
+
+
+@pytest.mark.parametrize("num_tiles", [1, 7, 8, 9, 112])
+def test_neighbouring_tiles_of_the_gram_are_computed_at_one_time(num_tiles: int) -> None:
+    """What the 132 programs of a wave read of the inputs, in tiles; 112 is 14,336 columns."""
+    from sparsify.kernels import _gram_triton
+
+    tile_of = getattr(_gram_triton._tile_of, "fn", _gram_triton._tile_of)
+
+    def read(group: int) -> int:
+        tiles = [tile_of(program, num_tiles, group) for program in range(num_tiles**2)]
+        assert len(set(tiles)) == num_tiles**2
+        assert {tile for pair in tiles for tile in pair} == set(range(num_tiles))
+        upper = [tile for tile in tiles if tile[0] <= tile[1]]
+        waves = [upper[at : at + 132] for at in range(0, len(upper), 132)]
+        return sum(len({tile for pair in wave for tile in pair}) for wave in waves)
+
+    assert read(_gram_triton._GROUP) <= read(1)
+    if num_tiles == 112:
+        assert read(_gram_triton._GROUP) < read(1) / 3  # 1,209 where rows of tiles take 3,649
+
 
 @needs_triton
 @pytest.mark.parametrize("kernel", ["sweep", "gram"])
@@ -249,7 +281,7 @@ def test_kernels_compile_for_a_gpu(
         sizes = ["num_rows", "num_columns", "start", "error_stride"]
     else:
         function = _gram_triton._gram_kernel
-        constants = {"TILE": 128, "STEP": 64}
+        constants = {"TILE": 128, "STEP": 64, "GROUP": 8}
         pointers = {"inputs_ptr": "*bf16", "sum_ptr": "*fp32"}
         sizes = ["num_tokens", "num_columns"]
     signature = {**pointers, **dict.fromkeys(sizes, "i32"), **dict.fromkeys(constants, "constexpr")}

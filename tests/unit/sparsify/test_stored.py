@@ -15,7 +15,13 @@ from sparsify.errors import InputError
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models import blocks
-from sparsify.models.blocks import BlocksOnDisk, ShardWriter, reason_to_hold_whole, stored_of
+from sparsify.models.blocks import (
+    BlocksOnDisk,
+    ShardWriter,
+    block_tensors,
+    reason_to_hold_whole,
+    stored_of,
+)
 from sparsify.models.load import load_model
 from sparsify.models.masked import apply_masks_
 from sparsify.models.save import save_model
@@ -68,7 +74,7 @@ def written(folder: Path, source: BlocksOnDisk) -> Path:
     """What the prune stage writes of a checkpoint, nothing pruned."""
     writer = ShardWriter(folder, len(source.blocks))
     for index, block in enumerate(source.blocks):
-        writer.write_block(index, f"{source.list_name}.{index}.", block)
+        writer.write_block(index, block_tensors(f"{source.list_name}.{index}.", block))
     writer.finish(source)
     return folder
 
