@@ -225,6 +225,7 @@ def _watch_recovery(watch: Stopwatch, recovery: Any, student: Any) -> None:
     watch.watch(engine, "step", "engine around it")
     watch.watch(optimizer.base_optimizer(engine), "step", "optimizer")
     watch.watch(recovery._guard, "check", "guard")
+    watch.watch(recovery._guard, "mask_gradients", "gradient masks")
     watch.watch(recovery, "_exchange", "exchange")
     for param in student.parameters():
         hooks = param._backward_hooks or {}
