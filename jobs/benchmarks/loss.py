@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from jobs.benchmarks.sides.loss import build
+from jobs.benchmarks.sides.loss import build, difference
 from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
 from jobs.benchmarks.support.device import now_s, use_device
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
@@ -19,7 +19,10 @@ from sparsify.errors import TwofourError
 
 SUMMARY = "the loss from hidden states compared with its matrix products and with full logits"
 
-EXAMPLES = ("loss --threads 1",)
+EXAMPLES = (
+    "loss --threads 1",
+    "loss --device cuda --dtype bfloat16 --vocabulary 128256 --width 4096 --chunk 1024",
+)
 
 _TARGET_RATIO = 1.15
 
@@ -29,10 +32,15 @@ _GROWTH = 4
 
 _SIDES = ("head", "products", "naive")
 
+_TARGET_DIFFERENCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""of gradients that are rounded to these, made by one kernel or by PyTorch's operations"""
+
 _NOTES = (
     "loss: forward KL with the gradients of hidden states and head, and the figures that come with "
     "it (reverse KL, agreement); products: the same matrix products on the same chunks and types, "
     "nothing else; full logits: autograd through the logits of all tokens",
+    "without the kernel (GPU): the same loss by PyTorch's operations on whole chunks; difference: "
+    "of the two ways' gradients, relative",
     "times are the fastest of the repeats, taken in turns; on a CPU they are seconds of work of "
     "all threads, which other programs disturb less; weights and hidden states are random",
     "memory: the most that one pass took on top of its inputs, each size in a process of its own",
@@ -66,7 +74,9 @@ def run(options: Namespace) -> Outcome:
     """
     num_threads = use_device(options)
     timed = settings_of(options, "tokens", "vocabulary", "width", "chunk", "dtype", "device")
-    seconds = fastest(timed, options.repeats)
+    is_gpu = options.device == "cuda"
+    apart = difference(**timed) if is_gpu else None
+    seconds = fastest(timed, options.repeats, (*_SIDES, *(("operations",) if is_gpu else ())))
     memory = []
     for vocabulary in options.memory_vocabularies:
         for tokens in (options.memory_tokens, _GROWTH * options.memory_tokens):
@@ -81,15 +91,17 @@ def run(options: Namespace) -> Outcome:
             }
             memory.append(row)
     settings = timed | settings_of(options, "repeats", "memory_width", "memory_chunk")
-    return summarise(seconds, memory, settings, num_threads)
+    return summarise(seconds, memory, settings, num_threads, apart)
 
 
-def fastest(timed: dict[str, Any], repeats: int) -> dict[str, float]:
+def fastest(
+    timed: dict[str, Any], repeats: int, sides: tuple[str, ...] = _SIDES
+) -> dict[str, float]:
     """Least seconds of each side, the sides taking turns, after one turn that does not count."""
-    steps, device = {side: build(side, **timed) for side in _SIDES}, timed["device"]
-    taken_s: dict[str, list[float]] = {side: [] for side in _SIDES}
+    steps, device = {side: build(side, **timed) for side in sides}, timed["device"]
+    taken_s: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(repeats + 1):
-        for side in _SIDES:
+        for side in sides:
             started_s = now_s(device)
             steps[side]()
             one_s = now_s(device) - started_s
@@ -124,11 +136,14 @@ def growth(memory: list[dict[str, Any]], side: str) -> float:
 
 def summarise(
     seconds: dict[str, float], memory: list[dict[str, Any]], settings: dict[str, Any],
-    num_threads: int,
+    num_threads: int, apart: float | None = None,
 ) -> Outcome:  # fmt: skip
-    """Two tables, and the two promises."""
+    """Two tables, and the promises: two, and on a GPU that the kernel is right and no slower."""
     ratio = seconds["head"] / seconds["products"]
-    names = {"head": "loss", "products": "products alone", "naive": "full logits"}
+    names = {
+        "head": "loss", "products": "products alone", "naive": "full logits",
+        "operations": "loss without its kernel",
+    }  # fmt: skip
     times = Table(
         ("forward and backward", "time", "of products"),
         [
@@ -155,5 +170,13 @@ def summarise(
         Target.at_most("loss / products, time", _TARGET_RATIO, ratio),
         Target.at_most("growth of memory / logits", _TARGET_GROWTH, grown),
     ]
+    if apart is not None:
+        most, faster = (
+            _TARGET_DIFFERENCE[settings["dtype"]],
+            seconds["operations"] / seconds["head"],
+        )
+        figures |= {"difference": apart, "ratio_to_operations": faster}
+        targets.append(Target.at_most("difference of the kernel's gradients", most, apart))
+        targets.append(Target.at_least("time without the kernel / with it", 1.0, faster))
     device = settings["device"]
     return Outcome(device, num_threads, settings, figures, [times, peaks], targets, list(_NOTES))

@@ -19,6 +19,7 @@ from jobs.training.mask_guard import MaskGuard
 from jobs.training.pace import Pace
 from jobs.training.student import Student
 from jobs.training.teacher import TeacherModel
+from jobs.training.zero import masks_at_step
 from sparsify.costs.flops import ModelFlops
 from sparsify.data.store import TokenStore
 from sparsify.data.teacher_samples import TeacherSamples
@@ -63,7 +64,7 @@ def build_recovery(
     )  # fmt: skip
     wrapped = DistillStudent(student.model, found=student.head)
     engine = make_engine(wrapped, config.distill, context.world_size, context.device == "cuda")
-    guard = MaskGuard(engine, student.masks)
+    guard = MaskGuard(engine, student.masks, masks_at_step(config.distill))
     if student.moving is None:
         guard.clear()
     return Recovery(

@@ -9,6 +9,7 @@ does.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from jobs.training.optimizer import GatedAdamW, is_matrix
 from jobs.training.zero import TOP_LEVEL, deepspeed_config
 from jobs.training.zero_state import make_moments
 from sparsify.errors import InputError
+from sparsify.training.moving_masks import Gathered
 
 
 def check_names(config: dict[str, Any]) -> None:
@@ -108,19 +110,27 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     return engine
 
 
+def gathered(engine: Any) -> Gathered:
+    """What makes a parameter whole on every rank while its context lasts; all ranks enter it."""
+    if engine.zero_optimization_stage() < 3:
+        return lambda param: nullcontext()
+    import deepspeed  # costs seconds, and reads the environment
+
+    return lambda param: deepspeed.zero.GatheredParameters([param])
+
+
 def gathered_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     """The whole model's weights on rank 0, None elsewhere; all ranks call it.
 
     Under ZeRO-3 one parameter at a time is gathered, so no rank but the first holds the model.
     """
-    import deepspeed  # costs seconds, and reads the environment
-
     is_first = dist.get_rank() == 0
     if engine.zero_optimization_stage() < 3:
         return engine.module.state_dict() if is_first else None
     state: dict[str, torch.Tensor] = {}
+    whole = gathered(engine)
     for name, param in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([param]):
+        with whole(param):
             if is_first:
                 state[name] = param.detach().cpu().clone()
     if is_first:

@@ -20,7 +20,7 @@ from cluster.preempt import DrainWatch, Request, StopRequests
 from cluster.runtime.worker import WorkerContext
 from cluster.watchdog import Watchdog
 from conf.schema import Config
-from jobs.training import optimizer, zero_state
+from jobs.training import engine, optimizer, zero_state
 from jobs.training.batches import Batch, Batches
 from jobs.training.checkpoint import MASKS_FILE, Checkpoints, Retention
 from jobs.training.heldout import Heldout, as_metrics
@@ -34,7 +34,9 @@ from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher
 from sparsify.errors import NonFiniteError, StoppedEarlyError
 from sparsify.masks.storage import BitMasks, load_masks
+from sparsify.models.calls import run_model
 from sparsify.models.lm_head import LanguageHead
+from sparsify.models.varlen import documents_of
 from sparsify.params import LossWeights
 from sparsify.training.fragments import Checkpoint
 from sparsify.training.health import SpikeGuard, SpikePolicy
@@ -92,7 +94,8 @@ class Recovery:
         self._guard, self._moving, self._heldout = setup.guard, setup.moving, setup.heldout
         self._unknown = () if setup.teacher else _NOT_SAMPLED
         if setup.teacher is not None:
-            self._teacher, self._teacher_head = setup.teacher.base, setup.teacher.plain()
+            self._teacher = self._teacher_base = setup.teacher.base
+            self._teacher_head = setup.teacher.plain()
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
         self._checkpoints = Checkpoints(setup.scratch, retention)
@@ -240,10 +243,8 @@ class Recovery:
         hidden = weights.square_head > 0
         if sample is None and (weights.uses_teacher_logits or hidden):
             with torch.no_grad():
-                output = self._teacher(
-                    input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False,
-                    output_hidden_states=hidden,
-                )  # fmt: skip
+                documents = documents_of(self._teacher_base, rows)
+                output = run_model(self._teacher, rows, output_hidden_states=hidden, **documents)
             teacher = Teacher(output.last_hidden_state, self._teacher_head)
             states = output.hidden_states if hidden else None
         loss, values = self.engine(
@@ -283,6 +284,8 @@ class Recovery:
             verdicts.append(self._spikes.judge(step, loss, optimizer.grad_norm(self.engine)))
             return verdicts[-1].action == "ok"
 
+        if self._is_held:
+            self._guard.mask_gradients()
         optimizer.step_if(self.engine, is_sound)
         if not verdicts:  # left out by DeepSpeed: the gradient is not finite
             is_sound()
@@ -316,7 +319,7 @@ class Recovery:
         # One step at least with masks that stay, and so with zeros that are proven.
         if step < min(round(settings.moving_share * self._total), self._total - 1):
             if step and step % settings.mask_refresh_steps == 0:
-                moving.refresh()
+                moving.refresh(engine.gathered(self.engine))
             return
         moving.freeze()
         self._set_masks(moving.masks())

@@ -7,23 +7,30 @@ from typing import Any
 
 import torch
 
+from jobs.training import zero_state
 from jobs.training.zero_state import WEIGHTS, Part, masters, param_numel, slice_start
 from sparsify.errors import PatternViolationError
 from sparsify.masks.storage import BitMasks, mask_from_bits
-from sparsify.models.masked import has_alive
+from sparsify.models.masked import clear_pruned_, has_alive
 
 
 class MaskGuard:
     """Holds pruned weights at zero in the weights, the fp32 masters and both Adam moments.
 
-    Gradients are masked by hooks (`sparsify.models.masked.mask_gradients`), so nothing here should
-    ever find work: AdamW leaves a weight with zero gradient and zero moments at exactly zero. The
-    guard proves it after every step, on the parts of the copies that this rank holds. It keeps the
-    bits of those parts beside them, and unpacks one at a time.
+    Gradients are masked once a step, here, or in every backward pass by hooks
+    (`sparsify.models.masked.mask_gradients`), so the proof should never find anything: AdamW leaves
+    a weight with zero gradient and zero moments at exactly zero. It is made after every step, on
+    the parts of the copies that this rank holds. The guard keeps the bits of those parts beside
+    them, and unpacks one at a time.
+
+    Args:
+        engine: of the student.
+        masks: of its layers.
+        at_step: whether gradients are masked here (`zero.masks_at_step`).
     """
 
-    def __init__(self, engine: Any, masks: BitMasks) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, masks: BitMasks, at_step: bool = True) -> None:
+        self._engine, self._at_step = engine, at_step
         named = dict(engine.module.named_parameters())
         self._weights = {name: named[f"{name}.weight"] for name in masks}
         self._bits_of: dict[str, torch.Tensor] = {}
@@ -33,6 +40,25 @@ class MaskGuard:
     def set_masks(self, masks: BitMasks) -> None:
         """Hold other masks of the same layers from here on."""
         self._bits_of, self._parts = masks.bits, {}
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the pruned elements of the step's gradient, before the engine's step, unless hooks
+        have.
+
+        The sum over micro batches and workers is one of numbers without their pruned elements, as
+        if each had been masked by itself.
+
+        Cost: two passes over this rank's part, once a step.
+        """
+        if not self._at_step:
+            return
+        layers = {id(param): layer for layer, param in self._weights.items()}
+        for param, values, start in zero_state.gradients(self._engine, self._weights.values()):
+            stop = min(start + values.numel(), param_numel(param))
+            if stop > start:  # else this rank has padding alone
+                bits = self._part_bits((layers[id(param)], values.device, start, stop))
+                clear_pruned_(values[: stop - start], bits, start % 8)
 
     def check(self) -> None:
         """Look at every copy.

@@ -18,6 +18,7 @@ from cluster.runtime.worker import WorkerContext
 from conf.options.distill import DistillConfig
 from conf.schema import Config
 from jobs.training.engine import Partitioner
+from jobs.training.zero import masks_at_step
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError
 from sparsify.formats.verify import masks_of, own_masks
@@ -37,7 +38,7 @@ from sparsify.training.moving_masks import MovingMasks
 
 @dataclass
 class Student:
-    """A model ready for the engine: its zeros in place, its gradients masked."""
+    """A model ready for the engine: its zeros in place, and gradients masked if hooks do it."""
 
     model: Any
     head: LanguageHead
@@ -123,7 +124,9 @@ def make_student(
     recompute_layers(model, settings.recompute_share)
     moving = None
     if settings.moving_share:
-        moving = MovingMasks(model, {}, pattern, settings.mask_decay)
+        moving = MovingMasks(
+            model, {}, pattern, settings.mask_decay, has_hooks=not masks_at_step(settings)
+        )
     held: dict[str, torch.Tensor] = {}
     shapes: dict[str, Any] = {}
     found, num_kept_alive = None, 0
@@ -142,7 +145,7 @@ def make_student(
             num_kept_alive += num_alive(model, own)
         if moving is not None:
             moving.add(model, own)
-        else:
+        elif not masks_at_step(settings):
             mask_gradients(model, own)  # before ZeRO takes the parameters apart
         held.update(own.bits)
         shapes.update(own.shapes)

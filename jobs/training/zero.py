@@ -59,6 +59,15 @@ def deepspeed_config(config: DistillConfig, world_size: int, uses_gpu: bool) -> 
     }
 
 
+def masks_at_step(config: DistillConfig) -> bool:
+    """Whether gradients are masked once a step, on the part that a worker keeps of their sum.
+
+    Otherwise hooks do it in every backward pass: in ZeRO-1, which sums in the step and then takes
+    the norm, and with the optimizer in host memory, where norms are taken as gradients arrive.
+    """
+    return config.zero_stage != 1 and not config.offload_optimizer
+
+
 def _zero(config: DistillConfig, uses_gpu: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero_stage,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -127,6 +127,32 @@ def masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
         yield WEIGHTS, param.data.view(-1), 0
         for key in MOMENTS:
             yield key, outer.state[param][key].view(-1), 0
+
+
+def gradients(engine: Any, params: Iterable[Any]) -> Iterator[tuple[Any, torch.Tensor, int]]:
+    """(parameter, flat view of its gradient on this rank, offset of its first element).
+
+    Once the backward passes of a step are done, before the engine's step; what is written to the
+    views is what the norm, clipping and AdamW see. ZeRO-2 and 3 have this rank's part of the sum
+    over all workers there, without ZeRO every rank has all of it. Not for ZeRO-1, which sums in the
+    step, nor for an optimizer in host memory, which is given gradients one by one.
+    """
+    outer = engine.optimizer
+    parts: dict[int, torch.Tensor] = {}
+    if engine.zero_optimization_stage() == 3:
+        for number, group in enumerate(outer.fp16_groups):
+            held = outer.averaged_gradients[number]
+            parts.update((id(param), part) for param, part in zip(group, held, strict=True))
+    for param in params:
+        if hasattr(param, "ds_tensor"):
+            yield param, parts[id(param)].view(-1), slice_start(param)
+        elif hasattr(param, "_hp_mapping"):
+            mapping = param._hp_mapping
+            if mapping is not None:  # else no element of it is this rank's
+                part = mapping.get_lp_grad_fragment(param._index_in_param_group)
+                yield param, part.view(-1), mapping.lp_fragment_address.start
+        elif param.grad is not None:
+            yield param, param.grad.view(-1), 0
 
 
 def slice_start(param: Any) -> int:

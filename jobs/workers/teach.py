@@ -38,6 +38,7 @@ from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.sampling import draw
 from sparsify.errors import InputError
 from sparsify.formats.sparse_folder import model_fingerprint
+from sparsify.models.calls import run_model
 from sparsify.models.isolation import check_isolation
 from sparsify.models.lm_head import LanguageHead, check_head
 from sparsify.models.load import (
@@ -47,6 +48,7 @@ from sparsify.models.load import (
     load_tokenizer,
     read_config,
 )
+from sparsify.models.varlen import documents_of
 
 STATE = ".teach"
 
@@ -196,9 +198,8 @@ def _samples(
             rows = TokenRows.whole(rows.ids_NT)
         rows = rows.to(device)
         with torch.no_grad():
-            hidden_BTD = teacher.base(
-                input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False
-            ).last_hidden_state
+            found = run_model(teacher.base, rows, **documents_of(teacher.base, rows))
+            hidden_BTD = found.last_hidden_state
         for number, hidden_TD in zip(batch, hidden_BTD, strict=True):
             generator = torch.Generator(device).manual_seed(key_of("teach", facts.seed, number))
             yield draw(

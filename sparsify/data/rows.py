@@ -68,6 +68,8 @@ class TokenRows:
     """int64 token ids"""
     positions_NT: Tensor
     """int64 positions; 0 at the first token of every document and of every row"""
+    host_NT: Tensor | None = None
+    """the positions in host memory, where `to` has moved them from there and they are at hand"""
 
     @classmethod
     def whole(cls, ids_NT: Tensor) -> TokenRows:
@@ -89,7 +91,10 @@ class TokenRows:
         return len(self.ids_NT)
 
     def __getitem__(self, index: slice | Tensor) -> TokenRows:
-        return TokenRows(self.ids_NT[index], self.positions_NT[index])
+        host_NT = None
+        if self.host_NT is not None and isinstance(index, slice):
+            host_NT = self.host_NT[index]
+        return TokenRows(self.ids_NT[index], self.positions_NT[index], host_NT)
 
     def split(self, num_rows: int) -> list[TokenRows]:
         """Pieces of `num_rows` rows, the last one of what is left."""
@@ -122,7 +127,8 @@ class TokenRows:
 
     def to(self, device: torch.device | str) -> TokenRows:
         """The same rows on `device`."""
-        return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device))
+        host_NT = self.positions_NT if self.positions_NT.device.type == "cpu" else self.host_NT
+        return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device), host_NT)
 
 
 def _encoded(

@@ -63,8 +63,8 @@ def head_loss(
     Arithmetic: logits, probabilities and losses are float32 (float64 for float64 inputs), token
     losses are added in float64, the weight's gradient is summed over chunks in float32. Half
     precision on a GPU is multiplied on tensor cores into float32, for which the gradient of the
-    logits, unscaled, is rounded to the hidden states' type. On a CPU chunks, and one copy of each
-    weight, are converted to float32.
+    logits, unscaled, is rounded once to the hidden states' type. On a CPU chunks, and one copy of
+    each weight, are converted to float32.
 
     Args:
         hidden: (..., D) student hidden states, any float dtype.
@@ -86,10 +86,11 @@ def head_loss(
     Raises:
         InputError: vocabularies differ, a term lacks what it needs, or no token counts.
 
-    Cost: 2 V D operations per token for each of the student's three products and the teacher's one;
-    about five buffers of C x V float32, and V x D float32 for the weight's gradient (2.1 GB for
-    Llama 3.1 8B; on a CPU as much again for each weight in half precision). Nothing grows with
-    N x V.
+    Cost: 2 V D operations per token for each of the student's three products and the teacher's one,
+    and what `TokenTerms.differentiate_` says of the work between them; of C x V float32 on a GPU
+    two buffers and a half (two in float32), else two, and V x D float32 for the weight's gradient
+    (2.1 GB for Llama 3.1 8B; on a CPU as much again for each weight in half precision). Nothing
+    grows with N x V.
     """
     _check(head, weights, counts, teacher, targets)
     tokens = hidden.shape[:-1]
@@ -187,10 +188,21 @@ class HeadProducts:
             out_CV += bias_V.detach()
         return out_CV
 
+    def half_buffer(self, num_tokens: int) -> Tensor | None:
+        """Memory for a chunk's gradient in the type in which it is multiplied, if that is half
+        precision."""
+        if not self._is_half:
+            return None
+        return self._weight_VD.new_empty((num_tokens, len(self._weight_VD)))
+
+    def rounded(self, grad_CV: Tensor) -> Tensor:
+        """A gradient of logits in the type in which it is multiplied, once for both products."""
+        return grad_CV.to(self._weight_VD.dtype) if self._is_half else grad_CV
+
     def hidden_grad_(self, out_CD: Tensor, grad_CV: Tensor, factor: float) -> None:
-        """factor G W."""
+        """factor G W, of a gradient from `rounded`."""
         if self._is_half:
-            product = torch.mm(grad_CV.to(out_CD.dtype), self._weight_VD, out_dtype=self._dtype)
+            product = torch.mm(grad_CV, self._weight_VD, out_dtype=self._dtype)
             torch.mul(product, factor, out=out_CD)
         elif out_CD.dtype == self._dtype:
             out_CD.addmm_(grad_CV, self._weight_VD, beta=0, alpha=factor)
@@ -200,11 +212,10 @@ class HeadProducts:
     def add_weight_grad_(
         self, sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, factor: float
     ) -> None:
-        """Add factor G^T h."""
+        """Add factor G^T h, of a gradient from `rounded`."""
         if self._is_half:
-            half_VC = grad_CV.to(hidden_CD.dtype).T
             torch.addmm(
-                sum_VD, half_VC, hidden_CD, out_dtype=sum_VD.dtype, alpha=factor, out=sum_VD
+                sum_VD, grad_CV.T, hidden_CD, out_dtype=sum_VD.dtype, alpha=factor, out=sum_VD
             )
         else:
             sum_VD.addmm_(grad_CV.T, hidden_CD, alpha=factor)
@@ -225,6 +236,8 @@ class _HeadLoss(torch.autograd.Function):
             shape = (min(chunk_tokens, num_tokens), num_words)
             z_s_CV = hidden.new_empty(shape, dtype=dtype)
             z_t_CV = hidden.new_empty(shape, dtype=dtype) if other else None
+            # A bias gets the gradient's sum, which is to be that of numbers that were not rounded.
+            half_CV = None if of_bias else student.half_buffer(shape[0])
             grad_ND = torch.empty_like(student.hidden_ND) if of_hidden else None
             grad_VD = torch.zeros_like(weight_VD, dtype=dtype) if of_weight else None
             grad_V = hidden.new_zeros(num_words, dtype=dtype) if of_bias else None
@@ -236,13 +249,15 @@ class _HeadLoss(torch.autograd.Function):
                 if other and teacher and z_t_CV is not None:
                     states_CD = other.chunk(tokens)
                     taught_CV = other.logits_(z_t_CV[:num_rows], states_CD, teacher.head.bias_V)
-                terms.differentiate_(tokens, z_CV, taught_CV)
-                if grad_ND is not None:
-                    student.hidden_grad_(grad_ND[tokens], z_CV, terms.factor)
-                if grad_VD is not None:
-                    student.add_weight_grad_(grad_VD, z_CV, hidden_CD, terms.factor)
+                half = None if half_CV is None else half_CV[:num_rows]
+                slope_CV = terms.differentiate_(tokens, z_CV, taught_CV, half)
                 if grad_V is not None:
-                    grad_V.add_(z_CV.sum(0), alpha=terms.factor)
+                    grad_V.add_(slope_CV.sum(0), alpha=terms.factor)
+                slope_CV = student.rounded(slope_CV)
+                if grad_ND is not None:
+                    student.hidden_grad_(grad_ND[tokens], slope_CV, terms.factor)
+                if grad_VD is not None:
+                    student.add_weight_grad_(grad_VD, slope_CV, hidden_CD, terms.factor)
             loss, values = terms.finish()
         names += values
         grad = None if grad_ND is None else grad_ND.view(hidden.shape)

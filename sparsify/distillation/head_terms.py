@@ -7,7 +7,7 @@ N tokens of a call, C of a chunk, R of a block of a chunk, V vocabulary, K sampl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +22,17 @@ NO_TARGET = -100
 # Elements of a block per thread on a CPU: small enough for the caches. Measured with V = 32,000,
 # the whole loss took within 2 % of the same time for 2^16 to 2^20.
 _BLOCK_ELEMENTS = 1 << 17
+
+# Values per token; the kernel's first, in its order.
+_VALUES = (
+    "max_s", "top_q", "max_t", "top_p", "dot_p", "dot_q", "drift", "agrees", "target", "max_1",
+    "top_1", "sampled",
+)  # fmt: skip
+
+
+def has_kernel(logits: Tensor) -> bool:
+    """Whether one kernel makes values and gradient of a chunk, rather than PyTorch's operations."""
+    return logits.is_cuda and logits.dtype == torch.float32
 
 
 @dataclass(frozen=True)
@@ -78,18 +89,7 @@ class TokenTerms:
         self._kl, self._reverse, self._ce = (share / self._unit for share in shares)
         self.factor = self._unit * transform.scale
         """what the gradient left by `differentiate_` is multiplied by"""
-        # Values per token, in the order of their names below.
-        self._values_N = {name: like.new_zeros(num_tokens) for name in self._value_names()}
-
-    def _value_names(self) -> list[str]:
-        names = ["max_s", "top_q"]
-        if isinstance(self._teacher, HeadTransform):
-            names += ["max_t", "top_p", "dot_p", "dot_q", "drift", "agrees"]
-        elif self._teacher is not None:
-            names += ["sampled"]
-        if self._targets_N is not None:
-            names += ["target"] if self._tau == 1 else ["target", "max_1", "top_1"]
-        return names
+        self._values_KN = like.new_zeros(len(_VALUES), num_tokens)
 
     @property
     def _num_scratch(self) -> int:
@@ -97,14 +97,26 @@ class TokenTerms:
         has_second = self._targets_N is not None and self._tau != 1
         return 1 + has_teacher + has_second + (self._transform.soft_cap is not None)
 
-    def differentiate_(self, chunk: slice, z_s_CV: Tensor, z_t_CV: Tensor | None) -> None:
-        """Record a chunk's values, and turn the student's logits into their gradient / `factor`.
+    def differentiate_(
+        self, chunk: slice, z_s_CV: Tensor, z_t_CV: Tensor | None, half_CV: Tensor | None = None
+    ) -> Tensor:
+        """Record a chunk's values, and make the gradient of the student's logits / `factor`.
 
         Args:
             chunk: which tokens.
-            z_s_CV: output of the student's head before its transform; overwritten by the gradient.
+            z_s_CV: output of the student's head before its transform; overwritten.
             z_t_CV: the same of the teacher; overwritten.
+            half_CV: where the gradient may be put, rounded; None: it must not be rounded.
+
+        Returns:
+            The gradient: in `half_CV`, or in the memory of the student's logits.
+
+        Cost: on a GPU in float32 one kernel (`sparsify.kernels._head_triton`), which reads both
+        models' logits twice and writes the gradient once. Elsewhere some 20 operations on blocks
+        that stay in a CPU's caches, and four more buffers of a block.
         """
+        if has_kernel(z_s_CV):
+            return self._by_kernel_(chunk, z_s_CV, z_t_CV, half_CV)
         num_rows, num_tokens = z_s_CV.shape
         block_rows = num_rows
         if not z_s_CV.is_cuda:  # stay in the CPU's caches
@@ -115,9 +127,49 @@ class TokenTerms:
             rows = slice(start, min(start + block_rows, num_rows))
             tokens = slice(chunk.start + rows.start, chunk.start + rows.stop)
             buffers = list(scratch[:, : rows.stop - rows.start])
-            values = {name: value_N[tokens] for name, value_N in self._values_N.items()}
+            values = self._values(tokens)
             z_t_RV = None if z_t_CV is None else z_t_CV[rows]
             self._block_(tokens, z_s_CV[rows], z_t_RV, buffers, values)
+        return z_s_CV
+
+    def _values(self, tokens: slice) -> dict[str, Tensor]:
+        return dict(zip(_VALUES, self._values_KN[:, tokens], strict=True))
+
+    def _by_kernel_(
+        self, chunk: slice, u_s_CV: Tensor, u_t_CV: Tensor | None, half_CV: Tensor | None
+    ) -> Tensor:
+        """`differentiate_` by a kernel; a sample's ids are few, and are added after it."""
+        from sparsify.kernels import _head_triton  # needs Triton, which CPU builds lack
+
+        sample = self._teacher if isinstance(self._teacher, Sample) else None
+        teacher = self._teacher if isinstance(self._teacher, HeadTransform) else None
+        mass_C = None
+        if self._teacher is not None:
+            mass_C = torch.ones(len(u_s_CV), device=u_s_CV.device)
+            if self._is_taught_N is not None:
+                mass_C.mul_(self._is_taught_N[chunk])
+        grad_CV = u_s_CV if half_CV is None or sample is not None else half_CV
+        if sample is not None and mass_C is not None:
+            ids_CK = sample.ids_NK[chunk]
+            weights_CK = sample.weights_NK[chunk].float()
+            z_CK = self._transform.apply_(u_s_CV.gather(1, ids_CK))
+            sampled_C = (z_CK / self._tau).mul_(weights_CK).sum(-1)
+            self._values(chunk)["sampled"].copy_(sampled_C)
+            share_CK = weights_CK * mass_C[:, None]
+            mass_C = share_CK.sum(-1)
+        _head_triton.differentiate_(
+            u_s_CV, u_t_CV, grad_CV, self._values_KN[:, chunk], mass_C,
+            None if self._targets_N is None else self._targets_N[chunk],
+            _head_triton.Shares(
+                self._kl, self._reverse, self._ce, self._tau, astuple(self._transform),
+                astuple(teacher or HeadTransform()),
+            ),
+        )  # fmt: skip
+        if sample is not None:
+            if self._transform.soft_cap is not None:
+                share_CK.mul_(1 - (z_CK / self._transform.soft_cap).square_())
+            grad_CV.scatter_add_(1, ids_CK, share_CK.mul_(-self._kl))
+        return grad_CV
 
     def _block_(
         self, tokens: slice, z_RV: Tensor, z_t_RV: Tensor | None, buffers: list[Tensor],
@@ -187,7 +239,7 @@ class TokenTerms:
         gap_RV = torch.sub(z_RV, z_t_RV, out=buffers.pop())
         p_RV = torch.softmax(z_t_RV, -1, out=buffers.pop())
         q_RV = torch.softmax(z_RV, -1, out=z_t_RV)
-        torch.amax(p_RV, -1, out=values["top_p"])
+        torch.gather(p_RV, 1, first_R1, out=values["top_p"][:, None])
         torch.amax(q_RV, -1, out=values["top_q"])
         torch.linalg.vecdot(p_RV, gap_RV, out=values["dot_p"])
         torch.linalg.vecdot(q_RV, gap_RV, out=values["dot_q"])
@@ -208,8 +260,8 @@ class TokenTerms:
 
     def finish(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss and the unweighted terms, scalars of the logits' dtype."""
-        dtype = self._values_N["max_s"].dtype
-        values = {name: value_N.double() for name, value_N in self._values_N.items()}
+        dtype = self._values_KN.dtype
+        values = dict(zip(_VALUES, self._values_KN.double(), strict=True))
         # The largest probability is exp(max - log sum exp), so this is log sum exp.
         log_sum_N = values["max_s"] - values["top_q"].log()
         terms: dict[str, Tensor] = {}

@@ -15,7 +15,9 @@ from sparsify.data.teacher_samples import Sample
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.head_terms import TokenCounts
 from sparsify.distillation.loss import head_distillation_loss
+from sparsify.models.calls import run_model
 from sparsify.models.lm_head import Head, LanguageHead, check_head
+from sparsify.models.varlen import documents_of
 from sparsify.params import LossWeights
 
 
@@ -82,10 +84,10 @@ class DistillStudent(nn.Module):
                 term has a weight.
             teacher_states: its hidden states after every block, for SquareHead.
         """
-        output = self._base[0](
-            input_ids=rows.ids_NT, position_ids=rows.positions_NT, use_cache=False,
-            output_hidden_states=weights.square_head > 0,
-        )  # fmt: skip
+        base = self._base[0]
+        output = run_model(
+            base, rows, output_hidden_states=weights.square_head > 0, **documents_of(base, rows)
+        )
         loss = self.loss_head(
             output.last_hidden_state, rows=rows, weights=weights, counts=counts, teacher=teacher,
             states=output.hidden_states if weights.square_head else None,

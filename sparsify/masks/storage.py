@@ -66,7 +66,8 @@ def mask_from_bits(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def spread(bits: torch.Tensor, numel: int, dtype: torch.dtype, one: int) -> torch.Tensor:
     """`numel` elements of an integer dtype from their bits: 0, or `one` where the bit is set."""
-    table = _bits_of_bytes(dtype, one, bits.device)
+    made = _bits_of_bytes.__wrapped__ if torch.compiler.is_compiling() else _bits_of_bytes
+    table = made(dtype, one, bits.device)
     if dtype == torch.uint8:  # a row of the table as one word
         words = table.view(torch.int64).flatten().index_select(0, bits.int())
         return words.view(torch.uint8)[:numel]

@@ -265,29 +265,55 @@ def use_varlen(model: Any) -> None:
     base_of(model).register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
 
 
+def documents_of(base: nn.Module, rows: TokenRows) -> dict[str, Any]:
+    """What to give a base model beside `rows` so that it need not look for their documents.
+
+    Nothing for a model that does not attend by document. Without it the model copies positions from
+    a GPU to the host, which waits for all that the GPU was given before.
+
+    Args:
+        base: of a model, where its forward takes rows.
+        rows: with their positions in host memory (`TokenRows.to`), on the model's device.
+    """
+    config: Any = base.config
+    if config.get_text_config()._attn_implementation != VARLEN:
+        return {}
+    positions_NT = rows.positions_NT if rows.host_NT is None else rows.host_NT
+    return _handed_over(base, positions_NT, rows.ids_NT.device)
+
+
+def _handed_over(base: nn.Module, positions_NT: Tensor, device: torch.device) -> dict[str, Any]:
+    """Where the documents of some positions begin, as the arguments that layers hand on."""
+    found = find_documents(positions_NT.cpu())
+    wants_them = has_kernel(device, next(base.parameters()).dtype)
+    cu_seqlens_K = found.cu_seqlens_K.to(device if wants_them else "cpu")
+    return {
+        "cu_seq_lens_q": cu_seqlens_K, "cu_seq_lens_k": cu_seqlens_K,
+        "max_length_q": found.max_length, "max_length_k": found.max_length,
+    }  # fmt: skip
+
+
 def _hand_over_documents(
     base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a model's forward: find the documents once for all of its layers."""
+    """Before a model's forward: find the documents once for all of its layers, unless the caller
+    has (`documents_of`)."""
     given = [key for key in ("attention_mask", "past_key_values") if kwargs.get(key) is not None]
     if len(args) > 1 or given:
         what = ", ".join(given) or "arguments without names"
         raise InputError(
             f"{type(base).__name__}: attends by document, and was given {what}; give position_ids"
         )
+    if "cu_seq_lens_q" in kwargs:
+        return args, kwargs
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs["inputs_embeds"] if tokens is None else tokens
     num_rows, length = tokens.shape[:2]
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(length)[None]
-    found = find_documents(positions.cpu().expand(num_rows, length))
-    wants_them = has_kernel(tokens.device, next(base.parameters()).dtype)
-    cu_seqlens_K = found.cu_seqlens_K.to(tokens.device if wants_them else "cpu")
-    return args, {
-        **kwargs, "cu_seq_lens_q": cu_seqlens_K, "cu_seq_lens_k": cu_seqlens_K,
-        "max_length_q": found.max_length, "max_length_k": found.max_length,
-    }  # fmt: skip
+    found = _handed_over(base, positions.expand(num_rows, length), tokens.device)
+    return args, {**kwargs, **found}
 
 
 @dataclass(frozen=True)

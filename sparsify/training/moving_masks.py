@@ -5,7 +5,8 @@ Shapes: O output features, I input features, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from sparsify.masks.select import keep_mask_from_scores
 from sparsify.masks.storage import BitMasks, mask_from_bits, mask_to_bits
 from sparsify.models.masked import layer_weights
 from sparsify.pattern import Pattern
+
+Gathered = Callable[[Tensor], AbstractContextManager[Any]]
 
 
 class MovingMasks:
@@ -34,14 +37,18 @@ class MovingMasks:
     weights are zero, as with masks that never moved; zeroing the weights and moments is the
     caller's part.
 
-    Make it before a distributed engine takes the parameters over. Masks are taken inside the
-    layers' own forward, where the whole weight is at hand also under ZeRO-3.
+    A layer whose mask moves is a `MaskedLinear`, which reads the mask's bits from a buffer: code
+    that torch.compile makes of one block serves all, for nothing in it belongs to a layer.
+
+    Make it before a distributed engine takes the parameters over.
 
     Args:
         model: holds an nn.Linear for every name in `masks`.
         masks: layer name -> bool (O, I), where to begin.
         pattern: what the masks satisfy, and will.
         decay: weight of the pruned weights in their own gradient, >= 0.
+        has_hooks: whether hooks zero the gradients of pruned weights after `freeze`; else it is the
+            caller's part too.
 
     Raises:
         InputError: unknown names, other shapes, a weight shared by two layers, or no nn.Linear.
@@ -50,15 +57,15 @@ class MovingMasks:
     """
 
     def __init__(
-        self, model: nn.Module, masks: Mapping[str, Tensor], pattern: Pattern, decay: float
-    ) -> None:
+        self, model: nn.Module, masks: Mapping[str, Tensor], pattern: Pattern, decay: float,
+        has_hooks: bool = True,
+    ) -> None:  # fmt: skip
         self.is_frozen = False
+        self._has_hooks = has_hooks
         self._pattern, self._decay = pattern, decay
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._layers: dict[str, nn.Linear] = {}
-        self._bits: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
-        self._stale: set[str] = set()
         self.add(model, masks)
 
     def add(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -70,87 +77,94 @@ class MovingMasks:
                 "follow both; use distill.moving_share=0"
             )
         for name, weight in weights.items():
-            self._shapes[name] = tuple(weight.shape)
-            self._bits[name] = self._first[name] = mask_to_bits(masks[name].to(weight.device))
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):
                 raise InputError(
                     f"distill.moving_share: {name} is a {type(layer).__name__}, and only masks of "
                     "nn.Linear can move; use distill.moving_share=0"
                 )
-            self._layers[name] = layer
-            layer.forward = _Forward(self, name, layer)  # type: ignore[method-assign,assignment]
-            weight.register_hook(_FrozenGradient(self, name))
+            self._shapes[name], self._layers[name] = tuple(weight.shape), layer
+            self._first[name] = mask_to_bits(masks[name].to(weight.device))
+            MaskedLinear.take_over(layer, self._first[name], self._decay)
+            if self._has_hooks:
+                weight.register_hook(_FrozenGradient(self, name))
 
-    def refresh(self) -> None:
-        """Let every layer take its mask again in its next forward."""
-        self._stale = set(self._layers)
+    def refresh(self, gathered: Gathered = nullcontext) -> None:
+        """Let every layer take its mask again from its weight as it is now.
+
+        Args:
+            gathered: a context in which a weight that is split over workers is whole.
+
+        Cost: one pass over every weight, with a float32 copy of one at a time.
+        """
+        if self.is_frozen:
+            return
+        for layer in self._layers.values():
+            with gathered(layer.weight):
+                scores = layer.weight.detach().abs().float()
+                layer.mask_bits = mask_to_bits(keep_mask_from_scores(scores, self._pattern))
 
     def freeze(self) -> None:
         """Keep the masks as they are from here on; layers compute as they did before."""
-        if not self.is_frozen:
-            for layer in self._layers.values():
-                del layer.forward
         self.is_frozen = True
-        self._stale = set()
+        for layer in self._layers.values():
+            layer.__class__ = nn.Linear
 
     def thaw(self) -> None:
         """Let the masks move again: a run went back to where they did."""
-        if self.is_frozen:
-            self._stand_in()
         self.is_frozen = False
+        for layer in self._layers.values():
+            layer.__class__ = MaskedLinear
 
-    def _stand_in(self) -> None:
-        for name, layer in self._layers.items():
-            layer.forward = _Forward(self, name, layer)  # type: ignore[assignment,method-assign]
+    def _bits(self, name: str) -> Tensor:
+        bits: Tensor = self._layers[name].mask_bits  # type: ignore[assignment]
+        return bits
 
     def mask(self, name: str) -> Tensor:
         """The layer's mask as it is now, bool (O, I)."""
-        return mask_from_bits(self._bits[name], self._shapes[name])
+        return mask_from_bits(self._bits(name), self._shapes[name])
 
     def masks(self) -> BitMasks:
         """All masks as they are now, and stay in what is returned."""
-        return BitMasks(self._bits, self._shapes)
+        return BitMasks({name: self._bits(name) for name in self._layers}, self._shapes)
 
     def load(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks of a checkpoint."""
         for name, bits in BitMasks.of(masks).bits.items():
-            self._bits[name] = bits.to(self._bits[name].device)
+            self._layers[name].mask_bits = bits.to(self._bits(name).device)
 
     def share_moved(self) -> float:
         """Share of the weights kept now that were pruned when this began."""
         moved = kept = 0
-        for name in self._bits:
+        for name, first in self._first.items():
             now = self.mask(name)
-            moved += int((now & ~mask_from_bits(self._first[name], self._shapes[name])).sum())
+            moved += int((now & ~mask_from_bits(first.to(now.device), self._shapes[name])).sum())
             kept += int(now.sum())
         return moved / max(1, kept)
 
-    def bits_for(self, name: str, weight: Tensor) -> Tensor:
-        """The bits of the layer's mask, taken again from `weight` if it is due."""
-        if name in self._stale:
-            self._stale.discard(name)
-            scores = weight.detach().abs().float()
-            self._bits[name] = mask_to_bits(keep_mask_from_scores(scores, self._pattern))
-        return self._bits[name]
 
-    @property
-    def decay(self) -> float:
-        """Weight of the pruned weights in their own gradient."""
-        return self._decay
+class MaskedLinear(nn.Linear):
+    """What an nn.Linear is while its mask moves; made of one by `take_over`.
 
+    Attributes:
+        mask_bits: buffer, uint8, `mask_to_bits` of the mask; not part of the model's state.
+        decay: weight of the pruned weights in their own gradient.
+    """
 
-class _Forward:
-    """Stands in for a layer's forward while its mask moves."""
+    mask_bits: Tensor
+    decay: float
 
-    def __init__(self, moving: MovingMasks, name: str, layer: nn.Linear) -> None:
-        self._moving, self._name, self._layer = moving, name, layer
+    @classmethod
+    def take_over(cls, layer: nn.Linear, bits: Tensor, decay: float) -> None:
+        """Change the class of a layer, which keeps its parameters, hooks and place in the model."""
+        layer.register_buffer("mask_bits", bits, persistent=False)
+        layer.decay = decay  # type: ignore[assignment]
+        layer.__class__ = cls
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = self._layer.weight
-        bits = self._moving.bits_for(self._name, weight)
-        y = _MaskedLinear.apply(x, weight, bits, self._moving.decay)
-        return y if self._layer.bias is None else y + self._layer.bias
+    def forward(self, x: Tensor) -> Tensor:
+        """x (W * M)^T + b."""
+        y: Tensor = _MaskedProduct.apply(x, self.weight, self.mask_bits, self.decay)
+        return y if self.bias is None else y + self.bias
 
 
 class _FrozenGradient:
@@ -166,7 +180,7 @@ class _FrozenGradient:
         return grad.masked_fill(~self._moving.mask(self._name), 0)
 
 
-class _MaskedLinear(torch.autograd.Function):
+class _MaskedProduct(torch.autograd.Function):
     """x (W * M)^T; keeps W and the bits of the mask for backward, never the masked copy."""
 
     @staticmethod

@@ -32,36 +32,43 @@ def sparse_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def build(folder: Path, stage: int, precision: str, hooked: bool = True) -> tuple[Any, Any]:
+def build(folder: Path, stage: int, precision: str, hooked: bool | None = None) -> tuple[Any, Any]:
+    """Engine and guard; gradients masked by hooks or not, None: where the recovery has hooks."""
     from conf.options.distill import DistillConfig
     from jobs.training import engine as _engine
     from jobs.training import mask_guard
+    from jobs.training.zero import masks_at_step
     from sparsify.models.load import load_model
     from sparsify.models.masked import apply_masks_, mask_gradients
 
     model = load_model(folder).train()
     masks = load_masks(folder / "masks" / "masks.safetensors")
     apply_masks_(model, masks)
-    if hooked:
-        mask_gradients(model, masks)
     settings = DistillConfig(
         zero_stage=stage, precision=precision, weight_decay=0.1, micro_batch_size=4
     )
+    if hooked is None:
+        hooked = not masks_at_step(settings)
+    if hooked:
+        mask_gradients(model, masks)
     world_size = torch.distributed.get_world_size()
     engine = _engine.build_engine(model, settings, world_size, uses_gpu=False)
-    guard = mask_guard.MaskGuard(engine, BitMasks.of(masks))
+    guard = mask_guard.MaskGuard(engine, BitMasks.of(masks), not hooked)
     guard.clear()
     return engine, guard
 
 
-def step(engine: Any, number: int, rank: int) -> float:
-    """One optimizer step on 16 rows, whatever the number of processes."""
+def step(engine: Any, number: int, rank: int, guard: Any = None) -> float:
+    """One optimizer step on 16 rows, whatever the number of processes; a guard masks gradients."""
     generator = torch.Generator().manual_seed(number)
     rows = torch.randint(0, 300, (16, 32), generator=generator)
     rows = rows[rank :: torch.distributed.get_world_size()]
-    for ids in rows.split(4):
+    parts = rows.split(4)
+    for part, ids in enumerate(parts):
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
+        if guard is not None and part + 1 == len(parts):
+            guard.mask_gradients()
         engine.step()
     return loss.item()
 
@@ -70,10 +77,10 @@ def train_and_check(rank: int, folder: Path, stage: int, precision: str) -> None
     from jobs.training import engine as _engine
 
     engine, guard = build(folder, stage, precision)
-    first = step(engine, 0, rank)
+    first = step(engine, 0, rank, guard)
     guard.check()
     for number in range(1, 4):
-        last = step(engine, 0, rank) if number == 3 else step(engine, number, rank)
+        last = step(engine, 0 if number == 3 else number, rank, guard)
         guard.check()
     assert last < first, "it learns"
     copies = {copy for _, copy, _, _ in guard._copies()}
@@ -107,6 +114,49 @@ def test_the_guard_sees_a_mask_that_was_not_held(sparse_dir, stage) -> None:
     run(2, train_without_hooks, sparse_dir, stage)
 
 
+def mask_both_ways(rank: int, folder: Path, stage: int, precision: str) -> None:
+    from jobs.training import mask_guard, optimizer, zero_state
+    from jobs.training.zero_state import param_numel
+
+    states: list[list[torch.Tensor]] = []
+    for hooked in (True, False):
+        engine, guard = build(folder, stage, precision, hooked)
+        cleared: list[int] = []
+        real = mask_guard.clear_pruned_
+
+        def counted(values: torch.Tensor, *rest: Any, _real=real, _cleared=cleared) -> None:
+            _cleared.append(values.numel())
+            _real(values, *rest)
+
+        mask_guard.clear_pruned_ = counted
+        norms = []
+        try:
+            for number in range(2):
+                step(engine, number, rank, guard)
+                norms.append(torch.tensor(optimizer.grad_norm(engine)))
+                guard.check()
+        finally:
+            mask_guard.clear_pruned_ = real
+        fragments = zero_state.state_fragments(engine, for_saving=False)
+        states.append([*norms, *(one.values.clone() for one in fragments)])
+        if not hooked:  # of two steps with two micro-batches each
+            assert not any(param._backward_hooks for param in guard._weights.values())
+            whole = sum(param_numel(param) for param in guard._weights.values())
+            sums = torch.tensor([sum(cleared)])
+            torch.distributed.all_reduce(sums)
+            assert sums.item() == 2 * whole * (2 if stage == 0 else 1)
+            assert len(cleared) <= 2 * len(guard._weights)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision"), [case for case in CASES if case[0] != 1])
+def test_masks_once_a_step_give_the_bits_of_masks_in_every_backward(
+    sparse_dir, stage, precision
+) -> None:
+    """Norm, masters and moments; and every element is masked once, on the worker that keeps it."""
+    run(2, mask_both_ways, sparse_dir, stage, precision)
+
+
 def load(engine: Any, out: Path) -> dict[str, Any]:
     from jobs.training import zero_state
     from jobs.training.checkpoint import Checkpoints, Retention
@@ -133,7 +183,7 @@ def train_on(rank: int, folder: Path, stage: int, precision: str, out: Path, num
         again.save(number, zero_state.state_fragments(engine, True), masks, state)
         again.wait()
         torch.distributed.barrier()
-    step(engine, number, rank)
+    step(engine, number, rank, guard)
     checkpoints = Checkpoints(out, Retention(num_last=9))
     state = {"num_updates": zero_state.num_updates(engine)}
     checkpoints.save(number + 1, zero_state.state_fragments(engine, True), masks, state)

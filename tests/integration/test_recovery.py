@@ -166,14 +166,14 @@ def test_two_then_one_then_two_workers_train_on_the_same_rows(base, undisturbed,
 
 
 def poison(recovery: Any, rank: int, steps: set[int]) -> None:
-    """NaN in one element of one weight's gradient on one worker, in some steps."""
+    """NaN in four elements, two of them kept, of a weight's gradient on a worker, in some steps."""
     weight = dict(recovery.engine.module.named_parameters())["model.layers.0.mlp.up_proj.weight"]
 
     def hook(grad: torch.Tensor) -> torch.Tensor | None:
         if rank != 1 or len(recovery.curve) not in steps:
             return None
         grad = grad.clone()
-        grad.view(-1)[grad.flatten().nonzero()[0]] = float("nan")
+        grad.view(-1)[:4] = float("nan")
         return grad
 
     weight.register_hook(hook)

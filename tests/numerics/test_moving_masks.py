@@ -105,3 +105,41 @@ def test_a_weight_of_two_layers_is_refused() -> None:
     mask = keep_mask_from_scores(model[0].weight.detach().abs(), PATTERN)
     with pytest.raises(InputError, match="share one weight"):
         MovingMasks(model, {"0": mask, "1": mask}, PATTERN, 0.0)
+
+
+@pytest.mark.parametrize("num_blocks", [2, 5])
+def test_code_of_one_block_serves_all_also_after_a_refresh(num_blocks: int) -> None:
+    """Graphs that torch.compile makes do not grow with the blocks, nor when masks move."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        *(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(num_blocks))
+    )
+    masks = {
+        f"{i}.0": keep_mask_from_scores(blocks[i][0].weight.detach().abs(), PATTERN)
+        for i in range(num_blocks)
+    }
+    moving = MovingMasks(blocks, masks, PATTERN, 0.1)
+    x = torch.randn(4, 16)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    blocks(x).square().sum().backward()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert before == 2  # the first block's input needs no gradient
+    with torch.no_grad():
+        for block in blocks:
+            block[0].weight.copy_(block[0].weight.flip(1))
+    moving.refresh()
+    assert moving.share_moved() > 0
+    blocks.zero_grad()
+    blocks(x).square().sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    found = [p.grad.clone() for p in blocks.parameters()]
+    torch._dynamo.reset()
+    for block in blocks:
+        block._compiled_call_impl = None
+    blocks.zero_grad()
+    blocks(x).square().sum().backward()
+    for one, other in zip(found, blocks.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad)

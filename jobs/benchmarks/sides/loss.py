@@ -14,7 +14,7 @@ import torch
 
 from jobs.benchmarks.support.device import forget_peak, peak_bytes
 from sparsify.data.rows import chunks
-from sparsify.distillation import TokenCounts
+from sparsify.distillation import TokenCounts, head_terms
 from sparsify.distillation.head_loss import HeadProducts, Teacher, head_loss
 from sparsify.models.lm_head import Head
 from sparsify.params import LossWeights
@@ -26,8 +26,9 @@ def build(
     """One forward and backward pass of a side over random tensors.
 
     Args:
-        side: head (the loss from hidden states), naive (autograd through all logits) or products
-            (the matrix products that head makes, on the same chunks, and nothing else).
+        side: head (the loss from hidden states), operations (the same without its kernel, which
+            only a GPU has), naive (autograd through all logits) or products (the matrix products
+            that head makes, on the same chunks, and nothing else).
         tokens: N.
         vocabulary: V.
         width: D, of both models.
@@ -56,6 +57,13 @@ def build(
         loss.backward()
         return loss.detach()
 
+    def operations() -> Any:
+        kept, head_terms.has_kernel = head_terms.has_kernel, lambda logits: False
+        try:
+            return head()
+        finally:
+            head_terms.has_kernel = kept
+
     def naive() -> Any:
         with torch.no_grad():
             log_p = (states @ other.T).float().log_softmax(-1)
@@ -71,19 +79,35 @@ def build(
         z_CV, t_CV = (hidden.new_empty((chunk, vocabulary), dtype=torch.float32) for _ in range(2))
         grad_ND = torch.empty_like(hidden)
         grad_VD = torch.zeros_like(weight, dtype=torch.float32)
+        slope_CV = student.half_buffer(chunk)
+        slope_CV = z_CV if slope_CV is None else slope_CV.zero_()
         for part in chunks(tokens, chunk):
             rows = part.stop - part.start
             student.logits_(z_CV[:rows], student.chunk(part), None)
             teacher.logits_(t_CV[:rows], teacher.chunk(part), None)
-            student.hidden_grad_(grad_ND[part], z_CV[:rows], 1.0)
-            student.add_weight_grad_(grad_VD, z_CV[:rows], student.chunk(part), 1.0)
+            student.hidden_grad_(grad_ND[part], slope_CV[:rows], 1.0)
+            student.add_weight_grad_(grad_VD, slope_CV[:rows], student.chunk(part), 1.0)
         return grad_VD
+
+    steps = {"head": head, "operations": operations, "naive": naive, "products": products}
 
     def step() -> Any:
         hidden.grad = weight.grad = None
-        return {"head": head, "naive": naive, "products": products}[side]()
+        return steps[side]()
 
+    step.leaves = (hidden, weight)  # type: ignore[attr-defined]
     return step
+
+
+def difference(**timed: Any) -> float:
+    """Relative distance of the kernel's gradients from those of PyTorch's operations, on a GPU: the
+    larger one of hidden states and head."""
+    found = []
+    for side in ("head", "operations"):
+        step = build(side, **timed)
+        step()
+        found.append([leaf.grad.double() for leaf in step.leaves])  # type: ignore[attr-defined]
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
 
 
 def main(settings: dict[str, Any]) -> int:

@@ -26,6 +26,11 @@ class _Whole:
     def __init__(self, master: Tensor, state: dict[str, Tensor]) -> None:
         self._master, self._state = master, state
 
+    def get_lp_grad_fragment(self, index: int) -> Tensor:
+        """The sum of the step's gradients."""
+        assert self._master.grad is not None, "asked for after the backward passes"
+        return self._master.grad
+
     def get_hp_fragment(self, optim_state_key: str | None = None) -> Tensor:
         """The master, or a moment by its name."""
         return self._state[optim_state_key] if optim_state_key else self._master
@@ -63,6 +68,7 @@ class PlainEngine:
             self.optimizer.state[master] = {"step": count, **moments}
             if master is not param:
                 param._hp_mapping = _Whole(master, self.optimizer.state[master])  # type: ignore[attr-defined]
+                param._index_in_param_group = 0  # type: ignore[attr-defined]
         self._num_parts = config.batch_size // config.micro_batch_size
         self._num_done = 0
 

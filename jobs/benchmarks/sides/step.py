@@ -26,6 +26,7 @@ from jobs.benchmarks.support.random_llama import llama_config, random_model
 from jobs.benchmarks.support.stopwatch import Stopwatch
 from jobs.training import optimizer
 from jobs.training.build import build_recovery
+from jobs.training.engine import build_engine
 from jobs.training.loop import Recovery
 from jobs.training.pace import Pace
 from jobs.training.student import make_student, prove
@@ -200,10 +201,8 @@ def _engine(model: nn.Module, options: Namespace, settings: Any, is_gpu: bool) -
     """DeepSpeed's engine, or AdamW alone."""
     if options.engine == "plain":
         return PlainEngine(model, settings, is_gpu)
-    from jobs.training import engine  # imports DeepSpeed, which --engine plain does without
-
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-    return engine.build_engine(model, settings, 1, is_gpu)
+    return build_engine(model, settings, 1, is_gpu)
 
 
 def _store(options: Namespace, folder: Path, num_steps: int) -> Any:
@@ -226,6 +225,7 @@ def _watch_recovery(watch: Stopwatch, recovery: Any, student: Any) -> None:
     watch.watch(engine, "step", "engine around it")
     watch.watch(optimizer.base_optimizer(engine), "step", "optimizer")
     watch.watch(recovery._guard, "check", "guard")
+    watch.watch(recovery._guard, "mask_gradients", "gradient masks")
     watch.watch(recovery, "_exchange", "exchange")
     for param in student.parameters():
         hooks = param._backward_hooks or {}

@@ -17,6 +17,7 @@ from sparsify.masks.select import keep_mask_from_scores
 from sparsify.masks.storage import load_masks, mask_digest, mask_from_bits, mask_to_bits, save_masks
 from sparsify.models.masked import (
     apply_masks_,
+    clear_pruned_,
     has_alive,
     infer_masks,
     mask_gradients,
@@ -291,3 +292,16 @@ def test_unstructured_zeros_are_taken_as_they_are(tiny_model):
             check_weight(name, weight, mask, Pattern.parse(text))
     with pytest.raises(InputError, match=r"q_proj: not pruned to .*:0\.6 \(50\.00% of it"):
         infer_masks(tiny_model, Pattern.parse("unstructured:0.6"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("start", "stop"), [(0, 50), (3, 41), (8, 9), (13, 50)])
+def test_a_piece_of_a_gradient_is_cleared_as_the_whole_is(dtype, start, stop):
+    keep = random_mask(5, 10).flatten()
+    bits = mask_to_bits(keep)[start // 8 : -(-stop // 8)]
+    values = torch.randn(50).to(dtype)
+    values[~keep] = float("nan")
+    piece = values[start:stop].clone()
+    clear_pruned_(piece, bits, start % 8)
+    assert torch.equal(piece, values[start:stop].masked_fill(~keep[start:stop], 0))
+    assert not piece[~keep[start:stop]].signbit().any()

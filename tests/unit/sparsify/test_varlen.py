@@ -7,6 +7,7 @@ shapes, over a kernel of a few lines that follows the documentation. Only the ke
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -22,7 +23,7 @@ from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.student import DistillStudent
 from sparsify.errors import InputError
 from sparsify.models import varlen
-from sparsify.models.calls import first_block_alone
+from sparsify.models.calls import first_block_alone, run_model
 from sparsify.models.lm_head import check_head
 from sparsify.models.training import prepare_student, recompute_layers
 from sparsify.models.varlen import (
@@ -313,6 +314,24 @@ def test_the_documents_are_looked_for_once_per_call(on_gpu, monkeypatch):
     )
     logits(model, packed_rows())
     assert len(calls) == 1
+
+
+def test_positions_that_are_in_host_memory_are_not_copied_back(monkeypatch):
+    """Rows went to a device from which nothing can be copied; layers get what was found before."""
+    masked, model = pair("Llama")
+    rows = packed_rows().to("meta")
+    with pytest.raises(NotImplementedError):
+        rows.positions_NT.cpu()
+    assert varlen.documents_of(masked.model, rows) == {}
+    for part, lengths in zip(rows.split(1), LENGTHS, strict=True):
+        found = varlen.documents_of(model.model, part)
+        assert found["cu_seq_lens_q"].tolist() == [0, *itertools.accumulate(lengths)]
+        assert found["max_length_q"] == max(lengths)
+    given, rows = varlen.documents_of(model.model, rows), packed_rows()
+    expected = logits(model, rows)
+    monkeypatch.setattr(varlen, "find_documents", None)
+    found = run_model(model.model, rows, **given).last_hidden_state
+    assert torch.equal(model.lm_head(found), expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
