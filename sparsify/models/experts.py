@@ -61,7 +61,7 @@ class Expert(nn.Module):
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """The expert's output for its tokens, (T, D)."""
-        of = {role: self._modules[name] for role, name in self._names.items()}
+        of = {role: self.get_submodule(name) for role, name in self._names.items()}
         gate_TM = of["gate"](hidden_TD) if "gate" in of else None
         output_TD: Tensor = of["down"](self._mix(gate_TM, of["up"](hidden_TD)))
         return output_TD
@@ -167,14 +167,13 @@ def _stored_names(model: nn.Module, found: Mapping[str, Any]) -> dict[str, list[
     meaning: list[tuple[str, int, str]] = []
     for path, module in found.items():
         for name, roles in _rows(module).items():
-            places = [
-                (path, index, role) for index in range(len(module.down_proj)) for role in roles
-            ]
-            first = len(meaning)
-            meaning += places
+            numbers, first = range(len(module.down_proj)), len(meaning)
+            meaning += [(path, index, role) for index in numbers for role in roles]
             codes_F = torch.arange(first, len(meaning), device="cpu")
             marks[f"{path}.{name}"] = codes_F.view(-1, len(roles), 1)
-    names = {path: [{} for _ in module.down_proj] for path, module in found.items()}
+    names: dict[str, list[dict[str, str]]] = {
+        path: [{} for _ in module.down_proj] for path, module in found.items()
+    }
     for name, mark in _as_stored(model, marks).items():
         match = re.fullmatch(r".*\.(\d+)\.(\w+)\.weight", name)
         if match is None or mark.numel() > 1:
