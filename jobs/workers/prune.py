@@ -49,7 +49,7 @@ from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
 from sparsify.pruning.one_pass import FOLDER as CODES
 from sparsify.pruning.one_pass import OnePass
-from sparsify.pruning.progress import FEW_TOKENS, LayerReport
+from sparsify.pruning.progress import FEW_TOKENS, LayerReport, lent_remark
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
 from sparsify.tensors import tensor_names
 
@@ -269,6 +269,8 @@ class Pruning:
                 f"calibration tokens per input column, {worst.name} has "
                 f"{worst.tokens_per_column:.1f}; raise prune.num_samples or data.sequence_length"
             )
+        if said := lent_remark(layers):
+            self._context.warn(f"prune: {said}")
         dead = [layer for layer in layers if layer.num_dead_columns]
         if dead:
             worst = max(dead, key=lambda layer: layer.num_dead_columns)

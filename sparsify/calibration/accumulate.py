@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from sparsify.calibration.groups import GroupInputs
 from sparsify.calibration.hessian import HessianSum
 from sparsify.calibration.moments import InputMoments
+from sparsify.calibration.routed import Lenders, blend, dense_inputs_of
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, NonFiniteError
 from sparsify.kernels.gram import add_cross_, sum_dtype
 from sparsify.models.calls import BlockInputs, StopForward, run_block
+from sparsify.models.experts import expert_layers
 from sparsify.models.structure import linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, watch_inputs, watch_outputs
 
@@ -55,6 +57,8 @@ class _Seen:
     """layer that writes to the residual stream -> what it put out, (..., D)"""
     residuals: dict[str, list[Tensor]]
     """the same layer -> the residual stream that this was added to, (..., D)"""
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """first layer of a group in an expert -> ids of the tokens that were sent there, (T,)"""
 
 
 class MomentSums:
@@ -102,6 +106,8 @@ class MomentSums:
             if with_teacher and any(name not in self._wanted for name in group)
         }
         self._unpaired: set[str] = set()
+        known = expert_layers(block)
+        self._experts = {name: known[name] for name in self._watched if name in known}
 
     def add(
         self, call: BlockInputs, weights_BT: Tensor | None, to_end: bool = False
@@ -115,7 +121,7 @@ class MomentSums:
         """
 
         def note(name: str, value: Tensor) -> None:
-            self._add_input(name, value, weights_BT)
+            self._add_input(name, value, weights_BT, self._tokens_of(name))
             if name == self._last and not to_end:
                 raise StopForward
 
@@ -136,7 +142,7 @@ class MomentSums:
         mine, _ = self._trace(call)
         for name in self._watched:
             for value in mine.inputs.get(name, []):
-                self._add_input(name, value, weights_BT)
+                self._add_input(name, value, weights_BT, mine.tokens.get(name))
             self._add_products(name, mine, dense, weights_BT)
         return output_BTD
 
@@ -147,6 +153,8 @@ class MomentSums:
 
         def enter(name: str, value: Tensor) -> None:
             seen.inputs.setdefault(name, []).append(value)
+            if (tokens_T := self._tokens_of(name)) is not None:
+                seen.tokens[name] = tokens_T
 
         def leave(name: str, output: Tensor) -> None:
             adds.saw(name, output)
@@ -171,25 +179,34 @@ class MomentSums:
             weights_BT: how much each token counts; None: all the same.
         """
         (name,) = self._watched
-        self._add_input(name, mine.inputs, weights_BT)
+        self._add_input(name, mine.inputs, weights_BT, None)
         if teacher is not None:
             self._add_products(name, _seen_at(name, mine), _seen_at(name, teacher), weights_BT)
 
-    def _add_input(self, name: str, value: Tensor, weights_BT: Tensor | None) -> None:
-        self._sums[name].add(value, _weights_for(name, value, weights_BT))
+    def _tokens_of(self, name: str) -> Tensor | None:
+        """Of the forward that is at a group: the tokens that an expert was sent, None elsewhere."""
+        return self._experts[name].expert.tokens_T if name in self._experts else None
+
+    def _add_input(
+        self, name: str, value: Tensor, weights_BT: Tensor | None, tokens_T: Tensor | None
+    ) -> None:
+        self._sums[name].add(value, _weights_for(name, value, weights_BT, tokens_T))
 
     def _add_products(
         self, name: str, mine: _Seen, dense: _Seen, weights_BT: Tensor | None
     ) -> None:
         """Add the products of what the dense model has and a group's inputs."""
         inputs, dense_inputs = mine.inputs.get(name, []), dense.inputs.get(name, [])
+        if name in self._experts:
+            tokens = mine.tokens[name], dense.tokens[name]
+            dense_inputs = [dense_inputs_of(inputs[0], tokens[0], dense_inputs[0], tokens[1])]
         if [v.shape for v in inputs] != [v.shape for v in dense_inputs]:
             # An expert was given other tokens than in the dense model: nothing to compare.
             self._unpaired.add(name)
             return
         members = [member for member in self._members[name] if member in self._wanted]
         for call, value in enumerate(inputs):
-            weights_T = _weights_for(name, value, weights_BT)
+            weights_T = _weights_for(name, value, weights_BT, mine.tokens.get(name))
             if name in self._crosses:
                 _add_product_(self._crosses[name], dense_inputs[call], value, weights_T)
             for member in members:
@@ -251,10 +268,14 @@ class MomentSums:
         """
         unpaired = set().union(*comm.gather_objects(self._unpaired))
         found = BlockMoments({}, {})
-        for name, total in self._sums.items():
+        for total in self._sums.values():
             total.reduce(comm)
+        lenders = Lenders(self._experts, self._sums)
+        for name, total in self._sums.items():
+            num_lent = lenders.num_lent(name)
             try:
-                hessian_II = total.mean()
+                own_II = None if num_lent == total.num_columns else total.mean()
+                lent_II = lenders.mean(name, own_II) if num_lent else None
             except (NonFiniteError, CalibrationError) as error:
                 raise type(error)(f"{name}: {error}") from error
             cross_II = None
@@ -265,7 +286,13 @@ class MomentSums:
                         found.wanted[member] = _mean(sum_OI, total.weight, comm)
                 if name in self._crosses:
                     cross_II = _mean(self._crosses.pop(name), total.weight, comm)
-            found.moments[name] = InputMoments(hessian_II, total.num_tokens, cross_II)
+            hessian_II = own_II
+            if lent_II is not None:
+                hessian_II = blend(own_II, lent_II, num_lent)
+                if cross_II is not None:
+                    cross_II = blend(None if own_II is None else cross_II, lent_II, num_lent)
+            assert hessian_II is not None
+            found.moments[name] = InputMoments(hessian_II, total.num_tokens, cross_II, num_lent)
         return found
 
 
@@ -290,9 +317,13 @@ def _seen_at(name: str, found: GroupInputs) -> _Seen:
     return _Seen({name: [found.inputs]}, outputs, residuals)
 
 
-def _weights_for(name: str, value: Tensor, weights_BT: Tensor | None) -> Tensor | None:
+def _weights_for(
+    name: str, value: Tensor, weights_BT: Tensor | None, tokens_T: Tensor | None
+) -> Tensor | None:
     if weights_BT is None:
         return None
+    if tokens_T is not None:
+        weights_BT = weights_BT.flatten().to(tokens_T.device)[tokens_T]
     num_tokens = value.numel() // value.shape[-1]
     if weights_BT.numel() != num_tokens:
         raise CalibrationError(

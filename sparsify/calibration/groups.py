@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import InputError
 from sparsify.models.calls import BlockInputs, StopForward, run_block
+from sparsify.models.experts import RoutedExperts
 from sparsify.models.structure import linears_of, writers_of
 from sparsify.models.watch import ResidualAdds, watch_inputs, watch_outputs
 
@@ -67,7 +68,8 @@ def find_groups(block: nn.Module, call: BlockInputs, names: list[list[str]]) -> 
     """Whether a block's layers can be solved one group after another, and what they are added to.
 
     They cannot in a block with a list of modules inside (a mixture of experts), whose layers are
-    not called by every token, nor where the call comes to a layer not once.
+    not called by every token: of each, all groups of the block are measured in one pass, where a
+    pause before each would take hundreds. Nor can they where the call comes to a layer not once.
 
     Args:
         block: a decoder block.
@@ -75,7 +77,8 @@ def find_groups(block: nn.Module, call: BlockInputs, names: list[list[str]]) -> 
         names: from `shared_input_groups`.
     """
     linears = linears_of(block)
-    lists = [name for name, module in block.named_modules() if isinstance(module, nn.ModuleList)]
+    kinds = (nn.ModuleList, RoutedExperts)
+    lists = [name for name, module in block.named_modules() if isinstance(module, kinds)]
     counts = {name: 0 for group in names for name in group}
     has_list = any(name.startswith(f"{outer}.") for name in counts for outer in lists)
 

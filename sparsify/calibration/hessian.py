@@ -71,6 +71,19 @@ class HessianSum:
         self.num_tokens += len(inputs_TI)
         self.weight += weight
 
+    @property
+    def num_columns(self) -> int:
+        """I."""
+        return len(self._sum_II)
+
+    def empty(self) -> HessianSum:
+        """A sum of no tokens for the same inputs."""
+        return HessianSum(self.num_columns, self._sum_II.device)
+
+    def eye(self) -> Tensor:
+        """The mean of inputs that are independent and of size 1: float32 (I, I)."""
+        return torch.eye(self.num_columns, device=self._sum_II.device)
+
     def merge(self, other: HessianSum) -> None:
         """Add the sums of `other`, in place."""
         self._sum_II += other._sum_II

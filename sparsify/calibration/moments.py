@@ -24,6 +24,8 @@ class InputMoments:
     """float32 mean of y x^T over the same tokens, y being the input that the layers have in the
     dense model; None unless it was asked for, where there are no pairs of y and x, and where all
     layers have `layers.Layer.wanted_OI` instead"""
+    num_lent: int = 0
+    """of an expert that fewer tokens than input columns reach: how many `routed.Lenders` added"""
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False)
 
     def factor(self, damping: float, name: str) -> InverseFactor:

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import InputError
 from sparsify.integrations.linear import PackedLinear
+from sparsify.models.experts import unfuse_experts
 from sparsify.packed.folder import PackedFolder, write_index
 from sparsify.packed.layout import METHOD, Contents, Layer, Scheme
 from sparsify.pattern import Pattern
@@ -116,7 +117,8 @@ def put_checked_layers(model: PreTrainedModel, folder: PackedFolder) -> None:
 
 
 def put_packed_layers(model: nn.Module, contents: Contents) -> None:
-    """Replace the layers that are packed, in place, with empty ones on the meta device.
+    """Replace the layers that are packed, in place, with empty ones on the meta device. Experts
+    become linear layers first, as they are wherever this project makes a model.
 
     Raises:
         InputError: the model has no such linear layer, or one of another shape, or one that
@@ -127,6 +129,7 @@ def put_packed_layers(model: nn.Module, contents: Contents) -> None:
             f"pattern {contents.pattern}: packed layers compute N:M patterns; for this one use the "
             "dense export"
         )
+    unfuse_experts(model)
     modules = dict(model.named_modules())
     plain: dict[type, bool] = {}
     for name, layer in contents.layers.items():

@@ -204,8 +204,9 @@ def reason_to_hold_whole(path: str | Path) -> str | None:
     """Why a checkpoint cannot be read block by block, or None when it can.
 
     Its tensors must have the names and shapes of the model's own. Checkpoints that transformers
-    renames or merges while loading (some mixtures of experts) have not. Tensors that transformers
-    passes over are no reason, nor is a head of its own in a model that says it is tied.
+    renames or merges while loading have not, but for experts (`experts.unfuse_experts`). Tensors
+    that transformers passes over are no reason, nor is a head of its own in a model that says it
+    is tied.
 
     Raises:
         InputError: see `models.load.check_checkpoint`.

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
 from sparsify.files import readable, resolve_path
+from sparsify.models.experts import unfuse_experts
 from sparsify.models.foreign import KEYS, ForeignFolder, find_config
 from sparsify.models.stored import (
     Place,
@@ -159,7 +160,8 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     """The model that a folder's config.json describes, without reading weights: as transformers
-    starts it, or where the caller says so (`torch.device("meta")`) shapes alone.
+    starts it, or where the caller says so (`torch.device("meta")`) shapes alone. Its experts are
+    linear layers where checkpoints have them one by one (`experts.unfuse_experts`).
 
     Raises:
         InputError: see `read_config`; or transformers cannot build such a model here (an unknown
@@ -177,6 +179,7 @@ def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
             f"{folder / 'config.json'}: no model can be built of it ({type(error).__name__}: "
             f"{first_line(error)}); correct the field, or install what it asks for"
         ) from None
+    unfuse_experts(model)
     return model
 
 
@@ -264,7 +267,8 @@ def load_model(
 
     Returns:
         The model in evaluation mode. A head that is stored with values of its own is kept, and the
-        model's configuration says so (`models.stored.follow_weights`).
+        model's configuration says so (`models.stored.follow_weights`). Experts are linear layers,
+        as in `build_model`.
 
     Raises:
         InputError: see `check_checkpoint`; also tensors that are missing, unexpected or of the
@@ -310,6 +314,7 @@ def load_model(
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     _check_loading_info(folder, info)
     follow_weights(model)
+    unfuse_experts(model)
     check_finite(folder, model, dtype)
     return model.to(device).eval()
 

@@ -1,8 +1,9 @@
 """What a decoder is made of: its blocks, their layers, and what pruning cannot reach in them.
 
 transformers holds the experts of many families as one parameter of three dimensions (experts,
-rows, columns) instead of a list of nn.Linear. Such weights see their tokens through a router inside
-one fused operation, so that no layer input can be watched: they stay dense.
+rows, columns) instead of a list of nn.Linear. Where checkpoints hold them so too
+(`experts.unfuse_experts` takes all others apart) they stay dense: such weights see their tokens
+inside one fused operation, where no layer input can be watched.
 """
 
 from __future__ import annotations

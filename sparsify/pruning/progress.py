@@ -6,7 +6,7 @@ Shape suffixes: O output features (rows of a weight), I input features, R rows o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ Llama, fitting layers to the dense model's outputs helped held-out KL at 32 toke
 did harm at 8."""
 
 _LARGE_SHARE = 0.01
+
+_NUM_NAMED = 3
 
 
 @dataclass
@@ -57,6 +59,9 @@ class LayerReport:
     rounding_error: float | None = None
     """what of the error came with quantising the pruned weights Z in the same walk:
     tr((Z - Q) H (Z - Q)^T); None without"""
+    num_lent: int = 0
+    """of an expert that too few tokens reach: tokens that its Hessian was lent by the others, see
+    `calibration.routed.Lenders`; not in `num_tokens`"""
     seconds: dict[str, float] = field(default_factory=dict)
     """time by phase; what was done for the block as a whole is divided over its layers"""
 
@@ -77,3 +82,18 @@ def large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:
     largest = dense_RI.abs().float().topk(count, dim=1).indices
     kept = keep_mask_RI.gather(1, largest).sum(dtype=torch.float64)
     return kept, kept.new_tensor(largest.numel())
+
+
+def lent_remark(layers: Sequence[LayerReport]) -> str | None:
+    """Which experts' Hessians were partly lent, in a sentence; None: none."""
+    lent = [layer for layer in layers if layer.num_lent]
+    if not lent:
+        return None
+    names = ", ".join(f"{layer.name} ({layer.num_tokens})" for layer in lent[:_NUM_NAMED])
+    more = f" and {len(lent) - _NUM_NAMED} more" if len(lent) > _NUM_NAMED else ""
+    return (
+        f"{len(lent)} of {len(layers)} layers are in experts that fewer calibration tokens reach "
+        f"than the layer has input columns: {names}{more}; what is missing is made up from the "
+        "tokens of all experts, and in layers that read inside of an expert by the size of weights "
+        "(num_lent in the record); raise prune.num_samples or data.sequence_length"
+    )

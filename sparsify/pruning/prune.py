@@ -335,6 +335,7 @@ class _Run:
                 large_kept=num_large_kept / num_large,
                 keep_mask_sha256=bits_digest(bits, (num_rows, num_columns)),
                 rounding_error=rounding,
+                num_lent=layer.moments.num_lent,
             )
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import InputError
 from sparsify.models.calls import evaluating
+from sparsify.models.experts import expert_layers
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.watch import watch_inputs, watch_outputs
 
@@ -208,7 +209,10 @@ def _require_known(
     """InputError for a parameter that would have to be rotated and is not."""
     known = {id(p) for site in sites.norms for p in site.norm.parameters()}
     ends = (sites.embedding, sites.head)
-    for module in [*ends, *(m for block in blocks for m in linears_of(block).values())]:
+    # A router is between the stream and experts, whose layers turn with no norm's readers.
+    routed = {f"{at}.{name}" for at, block in enumerate(blocks) for name in expert_layers(block)}
+    inner = [m for name, m in linears_of(blocks).items() if name not in routed]
+    for module in [*ends, *inner]:
         known |= {id(parameter) for parameter in module.parameters()}
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, parameter in model.named_parameters():

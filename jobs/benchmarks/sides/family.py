@@ -110,7 +110,7 @@ def examine(model_type: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
             break  # nothing to go on with
     layers = found["prune"].pop("layers", None)
     if layers is not None:
-        found["dense"] = _dense_weights(dense, layers)
+        found["dense"] = _dense_weights(load_model(folder / "dense"), layers)
     return found
 
 
