@@ -8,6 +8,7 @@ beside it.
 from __future__ import annotations
 
 import itertools
+import math
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -33,10 +34,12 @@ from jobs.benchmarks.support.random_llama import (
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target
 from jobs.benchmarks.support.stand_in_gpu import DEVICE, Spent, stand_in_gpu
+from jobs.workers.placement import ROOM_ON_GPU, Sizes
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
-from sparsify.costs.cards import find_card
+from sparsify.costs.cards import Card, find_card
 from sparsify.costs.seconds import Rates, rates_of
+from sparsify.errors import InputError
 from sparsify.methods import PruneParams, get_method
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
@@ -89,7 +92,8 @@ def run(options: Namespace) -> Outcome:
     num_threads = use_device(options)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
     print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)
-    found = count(config, options, rates)
+    memory = memory_of(config, options, find_card(options.card, "--card"))
+    found = count(config, options, rates, memory)
     typical = measured_model.typical_blocks(options.blocks)
     spent = [sum(phases.values(), Spent()) for phases in found["phases"][typical]]
     rest = sum(found["blocks"][typical], Spent()) - sum(spent, Spent())
@@ -129,7 +133,24 @@ def run(options: Namespace) -> Outcome:
     )  # fmt: skip
 
 
-def count(config: LlamaConfig, options: Namespace, rates: Rates) -> dict[str, Any]:
+def memory_of(config: LlamaConfig, options: Namespace, card: Card) -> Memory:
+    """What the stage would do on an empty card: states on it, and what fits beside them is held.
+
+    Raises:
+        InputError: the hidden states alone have no room there.
+    """
+    num_models = 2 if get_method(options.method).needs_teacher else 1
+    states = 2.0 * num_models * options.samples * options.length * config.hidden_size
+    sizes = Sizes(states, 0.0, ROOM_ON_GPU * card.memory_bytes, math.inf, is_one_memory=False)
+    if sizes.place != "device":
+        raise InputError(
+            f"--samples {options.samples}: hidden states of {states / 1e9:.0f} GB have no room on "
+            f"one {card.name}; give fewer rows"
+        )
+    return Memory(options.batch_size, spare_bytes=sizes.spare("device"))
+
+
+def count(config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory) -> dict[str, Any]:
     """Prune the blocks on the stand-in.
 
     Returns:
@@ -149,7 +170,7 @@ def count(config: LlamaConfig, options: Namespace, rates: Rates) -> dict[str, An
         clock: Any = gpu.now
         result = prune_model(
             model, rows, method, Pattern.parse("2:4"), PruneParams(), comm=Comm.single(),
-            memory=Memory(options.batch_size), clock=clock,
+            memory=memory, clock=clock,
             layers=LayerChoice(order=None if order == "auto" else order),
             on_block=lambda done, total: marks.append(gpu.now()),
         )  # fmt: skip

@@ -14,7 +14,8 @@ from sparsify.calibration.hidden_states import Memory, Placement
 from sparsify.comm import Comm
 from sparsify.models.load import DTYPES, read_config
 
-_ROOM_ON_GPU = 0.4  # of the free memory that all of this may take; the rest is for the solver
+ROOM_ON_GPU = 0.4
+"""of the free memory that all of this may take; the rest is for the solver"""
 
 _ROOM_ON_HOST = 0.5
 
@@ -86,7 +87,7 @@ def walk_sizes(
     workers_here = max(1, context.world_size // config.cluster.num_nodes)
     on_host = _ROOM_ON_HOST * available_bytes() / workers_here
     if context.device == "cuda":
-        return Sizes(states, ahead, _ROOM_ON_GPU * free_gpu_bytes(), on_host, False)
+        return Sizes(states, ahead, ROOM_ON_GPU * free_gpu_bytes(), on_host, False)
     return Sizes(states, ahead, on_host, on_host, True)
 
 

@@ -15,8 +15,10 @@ from jobs.benchmarks.model import limits
 from jobs.benchmarks.support.op_costs import Cost
 from jobs.benchmarks.support.random_llama import llama_config
 from jobs.benchmarks.support.stand_in_gpu import DEVICE, KERNELS, Spent, StandInGpu, stand_in_gpu
+from sparsify.calibration.hidden_states import Memory
+from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
-from sparsify.errors import TwofourError
+from sparsify.errors import InputError, TwofourError
 
 RATES = Rates(products=1e12, attention=1e12, bandwidth=1e12, link=1e12, network=1e12,
               float32=1e11, launch_s=1e-6)  # fmt: skip
@@ -28,7 +30,8 @@ def counted(method: str, samples: int, batch_size: int) -> dict[str, Any]:
         blocks=2, samples=samples, length=128, batch_size=batch_size, method=method, order="auto",
         seed=0,
     )  # fmt: skip
-    return roofline.count(llama_config("bench-512", 2, 128, 4096), options, RATES)
+    config = llama_config("bench-512", 2, 128, 4096)
+    return roofline.count(config, options, RATES, Memory(batch_size))
 
 
 def all_of(found: dict[str, Any]) -> Spent:
@@ -93,6 +96,17 @@ def test_counted_operations_are_those_of_the_formulas() -> None:
     assert found["kernels"]["_gram_kernel"][0] == 4 * 2 * 2, "inputs, batches, blocks"
     num_panels = sum(columns // 128 for columns in (512,) * 6 + (1408,))
     assert found["kernels"]["_sweep_block_kernel"][0] == 2 * num_panels
+
+
+def test_a_card_holds_what_fits_beside_the_states() -> None:
+    config = llama_config("llama-3.1-8b", 2, 2048, 4096)
+    options = Namespace(samples=512, length=2048, batch_size=8, method="twofour")
+    card = find_card("h100", "")
+    spare = roofline.memory_of(config, options, card).spare_bytes
+    assert spare == pytest.approx(0.4 * card.memory_bytes - 2 * 2 * 512 * 2048 * 4096)
+    options.samples = 2048
+    with pytest.raises(InputError, match="--samples 2048: hidden states of 69 GB have no room"):
+        roofline.memory_of(config, options, card)
 
 
 def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
