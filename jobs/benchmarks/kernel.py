@@ -1,13 +1,15 @@
-"""The sweep over the columns of a layer, compared with the plain loop over single columns.
+"""What goes over the columns of a layer, SparseGPT's sweep and GPTQ, compared with plain loops over
+single columns.
 
 Shape suffixes: O output features (rows), I input features (columns), B columns of one block.
 """
 
 from __future__ import annotations
 
+import copy
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +17,22 @@ from torch import Tensor
 from jobs.benchmarks.support.arguments import add_device, add_option, settings_of
 from jobs.benchmarks.support.device import use_device, wall_s
 from jobs.benchmarks.support.record import Outcome, Table, Target
+from sparsify.calibration.hessian import row_energies
 from sparsify.errors import InputError
 from sparsify.kernels.sweep import sweep
+from sparsify.masks.select import keep_mask_from_scores
+from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
+from sparsify.quantization.codes import per_column
+from sparsify.quantization.gptq import Inputs, gptq
+from sparsify.quantization.levels import Levels
+from sparsify.quantization.schemes import Grid, get_scheme
 
-SUMMARY = "the sweep over a layer's columns compared with the plain column loop"
+SUMMARY = "the sweep over a layer's columns and GPTQ compared with plain column loops"
 
-EXAMPLES = ("kernel --device cuda --save",)
+EXAMPLES = ("kernel --device cuda --save", "kernel --device cuda --loops gptq --schemes int4 nf4")
+
+_T = TypeVar("_T")
 
 _TARGET_RATIO = 20.0
 
@@ -37,6 +48,8 @@ _NOTES = (
     "the reference is the loop over columns of the paper's algorithm 1 as it is commonly written, "
     "without a kernel",
     "times are the fastest of the repeats; weights and factor are random",
+    "GPTQ: all columns, the descent's sweeps included; the reference is this project's own loop in "
+    "PyTorch, which is what CPUs run; equal codes: the rest of a row changes with its first tie",
 )
 
 
@@ -48,30 +61,40 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--block-size", 128, "columns of a block")
     part = "time one block of columns, the whole layer, or both"
     add_option(parser, "--part", "both", part, choices=["block", "layer", "both"])
+    loops = "SparseGPT's sweep, GPTQ, or both"
+    add_option(parser, "--loops", "both", loops, choices=["sweep", "gptq", "both"])
+    add_option(parser, "--schemes", ["int4"], "what GPTQ rounds to", nargs="+")
     add_option(parser, "--repeats", 3, "runs; the fastest counts")
     add_option(parser, "--seed", 0, "random weights")
 
 
 def run(options: Namespace) -> Outcome:
-    """Time both sweeps on every shape, and compare their masks.
+    """Time both sides on every shape, and compare their masks and codes.
 
     Raises:
-        InputError: no GPU, or a shape that cannot be read.
+        InputError: no GPU, or a shape or a scheme that cannot be read.
     """
     num_threads = use_device(options)
     torch.backends.cuda.matmul.allow_tf32 = False
     parts = ("block", "layer") if options.part == "both" else (options.part,)
-    measured = []
+    schemes = [QuantParams(scheme=get_scheme(name).name) for name in options.schemes]
+    measured, quantized = [], []
     for name, (num_rows, num_columns) in _shapes(options.shapes).items():
-        for part in parts:
+        for part in parts if options.loops != "gptq" else ():
             columns = options.block_size if part == "block" else num_columns
             print(f"{name}: {num_rows} x {columns}", flush=True)
             figures = measure(
                 num_rows, columns, options.block_size, options.repeats, options.seed, options.device
             )
             measured.append({"layer": name, "part": part, "rows": num_rows, **figures})
+        for params in schemes if options.loops != "sweep" else ():
+            print(f"{name}: gptq, {params.scheme}", flush=True)
+            shape = (num_rows, num_columns)
+            figures = measure_gptq(shape, params, options.repeats, options.seed, options.device)
+            quantized.append({"layer": name, "rows": num_rows, **figures})
     settings = settings_of(options, "block_size", "repeats", "seed")
-    return summarise(measured, settings, options.device, num_threads)
+    outcome = summarise(measured, settings, options.device, num_threads)
+    return with_gptq(outcome, quantized) if quantized else outcome
 
 
 def measure(
@@ -102,7 +125,50 @@ def measure(
     }
 
 
-def _fastest(step: Callable[[], Tensor], repeats: int, device: str) -> tuple[float, Tensor]:
+def measure_gptq(
+    shape: tuple[int, int], params: QuantParams, repeats: int, seed: int, device: str
+) -> dict[str, Any]:
+    """Seconds of GPTQ over a random 2:4 weight with kernels and without, and how far both agree."""
+    generator = torch.Generator(device).manual_seed(seed)
+    num_columns = shape[1]
+    weight_OI = torch.randn(shape, generator=generator, device=device)
+    keep_OI = keep_mask_from_scores(weight_OI.abs(), Pattern.parse("2:4"))
+    inputs_TI = torch.randn(2 * num_columns, num_columns, generator=generator, device=device)
+    hessian_II = inputs_TI.T @ inputs_TI / len(inputs_TI)
+    scheme = get_scheme(params.scheme)
+    size, grid = scheme.group_size_of(params, num_columns), scheme.grid(params)
+    inputs = Inputs.of(hessian_II, None, size, params.damping, "layer")
+    target_OI = weight_OI.masked_fill(~keep_OI, 0.0)
+    without_kernels = copy.copy(grid)
+    without_kernels.rounding = None
+
+    def solve(grid: Grid) -> Levels:
+        return gptq(target_OI, keep_OI, inputs, grid, size, params)
+
+    ours_s, ours = _fastest(lambda: solve(grid), repeats, device)
+    theirs_s, theirs = _fastest(lambda: solve(without_kernels), repeats, device)
+    errors = [
+        float(row_energies(target_OI - _weight(found, size), hessian_II).sum(dtype=torch.float64))
+        for found in (ours, theirs)
+    ]
+    return {
+        "columns": num_columns,
+        "scheme": params.scheme,
+        "twofour_s": ours_s,
+        "column_loop_s": theirs_s,
+        "ratio": theirs_s / ours_s,
+        "code_agreement": float((ours.levels_OI == theirs.levels_OI).float().mean()),
+        "scale_agreement": float((ours.scales_OG == theirs.scales_OG).float().mean()),
+        "error_ratio": errors[0] / errors[1],
+    }
+
+
+def _weight(levels: Levels, group_size: int) -> Tensor:
+    num_columns = levels.levels_OI.shape[1]
+    return levels.levels_OI * per_column(levels.scales_OG, group_size, num_columns)
+
+
+def _fastest(step: Callable[[], _T], repeats: int, device: str) -> tuple[float, _T]:
     """Least seconds of `step`, after one run that does not count, and what it returned."""
     result, taken_s = step(), []
     for _ in range(repeats):
@@ -163,8 +229,29 @@ def summarise(
     if device == "cuda" and blocks:
         targets.append(Target.at_least("block, least ratio", _TARGET_RATIO, min(blocks)))
     figures = {"layers": measured}
-    table = Table(headings, rows)
-    return Outcome(device, num_threads, settings, figures, [table], targets, list(_NOTES))
+    tables = [Table(headings, rows)] if rows else []
+    return Outcome(device, num_threads, settings, figures, tables, targets, list(_NOTES))
+
+
+def with_gptq(outcome: Outcome, quantized: list[dict[str, Any]]) -> Outcome:
+    """Its table and targets beside those of the sweep."""
+    rows = [
+        (
+            f"{row['layer']} ({row['scheme']})", f"{row['rows']} x {row['columns']}",
+            f"{1e3 * row['twofour_s']:.1f} ms", f"{1e3 * row['column_loop_s']:.1f} ms",
+            f"{row['ratio']:.2f}", f"{100 * row['code_agreement']:.3f} %",
+            f"{row['error_ratio']:.5f}",
+        )
+        for row in quantized
+    ]  # fmt: skip
+    headings = ("GPTQ", "shape", "twofour", "column loop", "ratio", "equal codes", "error, ratio")
+    outcome.tables.append(Table(headings, rows))
+    outcome.figures["gptq"] = quantized
+    if outcome.device == "cuda":
+        least, most = min(r["ratio"] for r in quantized), max(r["error_ratio"] for r in quantized)
+        outcome.targets.append(Target.at_least("GPTQ, least ratio", _TARGET_RATIO, least))
+        outcome.targets.append(Target.at_most("GPTQ, error over that of the loop", 1.001, most))
+    return outcome
 
 
 def _shapes(texts: list[str] | None) -> dict[str, tuple[int, int]]:

@@ -12,11 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sparsify.kernels._columns_triton import MAX_COLUMNS, ROWS, column_of, pushed_right
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
-
-_ROWS = 16  # of one program
-
-_MAX_COLUMNS = 128  # of a block: what a program of 16 rows holds in registers
 
 _MAX_GRAPH_ELEMENTS = 2**24  # of the weight and of U: bounds the memory that recordings hold
 
@@ -43,7 +40,7 @@ def sweep(
         InputError: Triton is not installed.
     """
     require_triton()
-    width = min(block_size, _MAX_COLUMNS)
+    width = min(block_size, MAX_COLUMNS)
     inputs = [work_OI.contiguous(), upper_II.contiguous()]
     if allowed_OI is not None:
         inputs.append(allowed_OI.contiguous())
@@ -68,7 +65,7 @@ def _sweep_(
     keep_OI = torch.empty_like(work_OI, dtype=torch.bool)
     error_OB = work_OI.new_empty(num_rows, width)
     inverse_I = upper_II.diagonal().reciprocal()
-    grid = (triton.cdiv(num_rows, _ROWS),)
+    grid = (triton.cdiv(num_rows, ROWS),)
     for start in range(0, num_columns, width):
         stop = min(start + width, num_columns)
         if num_rows:
@@ -77,7 +74,7 @@ def _sweep_(
                 upper_II, inverse_I, num_rows, num_columns, start, width,
                 WIDTH=stop - start, N=num_kept, M=group,
                 HAS_ALLOWED=allowed_OI is not None, IS_FIXED=is_mask_fixed,
-                R=_ROWS, B=triton.next_power_of_2(width), num_warps=4,
+                R=ROWS, B=triton.next_power_of_2(width), num_warps=4,
             )  # fmt: skip
         if stop < num_columns:
             work_OI[:, stop:].addmm_(error_OB, upper_II[start:stop, stop:], alpha=-1)
@@ -104,10 +101,7 @@ def _sweep_block_kernel(
     R: tl.constexpr,
     B: tl.constexpr,
 ) -> None:
-    """Solve columns start to start + WIDTH of R rows, which stay in registers meanwhile.
-
-    A column is taken out of the tile as the sum over the tile with all other columns set to zero.
-    """
+    """Solve columns start to start + WIDTH of R rows, which stay in registers meanwhile."""
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     columns = tl.arange(0, B)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
@@ -127,7 +121,7 @@ def _sweep_block_kernel(
                 score = tl.where(allowed != 0, score, -1.0)
             num_better = tl.zeros((R, B), dtype=tl.int32)
             for k in tl.static_range(M):
-                other = tl.sum(tl.where((columns == left + k)[None, :], score, 0.0), axis=1)
+                other = column_of(score, columns, left + k)
                 wins = other[:, None] > score
                 ties = (other[:, None] == score) & (columns > left + k)[None, :]
                 num_better += (wins | ties).to(tl.int32)
@@ -139,11 +133,9 @@ def _sweep_block_kernel(
         for k in tl.static_range(M):
             column = left + k
             error = tl.where(kept != 0, 0.0, work * inverse[None, :])
-            error_R = tl.sum(tl.where((columns == column)[None, :], error, 0.0), axis=1)
-            later = (columns > column) & (columns < WIDTH)
+            error_R = column_of(error, columns, column)
             row = (start + column).to(tl.int64) * num_columns + start
-            upper = tl.load(upper_ptr + row + columns, mask=later, other=0.0)
-            work = work - error_R[:, None] * upper[None, :]
+            work = pushed_right(work, error_R, upper_ptr + row, columns, column, WIDTH)
     # No column changed after its own turn, so its error can still be told.
     error = tl.where(kept != 0, 0.0, work * inverse[None, :])
     tl.store(error_ptr + rows[:, None] * error_stride + columns[None, :], error, mask=inside)

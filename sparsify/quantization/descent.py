@@ -11,9 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from sparsify.kernels.rounding import Segment
 from sparsify.quantization.codes import per_column
 from sparsify.quantization.levels import Levels, Problem
 from sparsify.quantization.scales import groups
+from sparsify.quantization.segments import descend_, kernel_rounding, segment_width
 
 
 def refine_(levels: Levels, problem: Problem) -> None:
@@ -34,22 +36,34 @@ def refine_(levels: Levels, problem: Problem) -> None:
     for _ in range(params.num_refine_sweeps):
         before = levels_OI.clone(), scales_OG.clone()
         for group, (start, stop) in enumerate(groups(num_columns, problem.group_size)):
-            part, scales_O = slice(start, stop), scales_OG[:, group]
-            levels_OB = levels_OI[:, part]
-            step_O = _scale_step(
-                levels_OB, scales_O, residual_OI[:, part], damped_II[part, part], problem
-            )
-            scales_O += step_O
-            residual_OI.addmm_(levels_OB * step_O[:, None], damped_II[part], alpha=-1)
-            for left, right in groups(stop - start, params.block_size):
-                block = slice(start + left, start + right)
-                step_OB = _descend_(
-                    levels_OI[:, block], scales_O, levels.zeros_of(group), residual_OI[:, block],
-                    block, problem,
-                )  # fmt: skip
-                residual_OI.addmm_(step_OB, damped_II[block], alpha=-1)
+            _sweep_group_(levels, problem, residual_OI, group, slice(start, stop))
         if torch.equal(before[0], levels_OI) and torch.equal(before[1], scales_OG):
             return
+
+
+def _sweep_group_(
+    levels: Levels, problem: Problem, residual_OI: Tensor, group: int, part: slice
+) -> None:
+    """One group's scale, then its levels; the residual follows."""
+    levels_OI, scales_O, damped_II = levels.levels_OI, levels.scales_OG[:, group], problem.damped_II
+    grid, num_columns = problem.grid, part.stop - part.start
+    width = segment_width(levels_OI, grid, problem.params.block_size)
+    # A kernel that holds the whole group refits its scale as well.
+    refits = num_columns <= width and kernel_rounding(levels_OI, grid) is not None
+    if not refits:
+        levels_OB = levels_OI[:, part]
+        step_O = _scale_step(
+            levels_OB, scales_O, residual_OI[:, part], damped_II[part, part], problem
+        )
+        scales_O += step_O
+        residual_OI.addmm_(levels_OB * step_O[:, None], damped_II[part], alpha=-1)
+    for left, right in groups(num_columns, width):
+        block = slice(part.start + left, part.start + right)
+        segment = Segment(
+            residual_OI[:, block], levels_OI[:, block], problem.keep_OI[:, block],
+            damped_II[block, block], scales_O, levels.zeros_of(group),
+        )  # fmt: skip
+        residual_OI.addmm_(descend_(segment, grid, refits), damped_II[block], alpha=-1)
 
 
 def _scale_step(
@@ -68,26 +82,3 @@ def _scale_step(
     step_O = problem.grid.rounded(wanted_O.clamp(-largest, largest)) - scales_O
     # A step t lowers the objective by 2 t gain - t^2 curvature.
     return torch.where(step_O * (2 * gain_O - step_O * curvature_O) > 0, step_O, 0.0)
-
-
-def _descend_(
-    levels_OB: Tensor, scales_O: Tensor, zeros_O: Tensor | None, residual_OB: Tensor, block: slice,
-    problem: Problem,
-) -> Tensor:  # fmt: skip
-    """Give each column of a block its best level in turn, in place; returns the change of Q."""
-    damped_BB, keep_OB = problem.damped_II[block, block], problem.keep_OI[:, block]
-    levels_BO = levels_OB.T.contiguous()
-    residual_BO = residual_OB.T.contiguous()
-    keep_BO = keep_OB.T.contiguous()
-    step_BO = torch.empty_like(levels_BO)
-    for column in range(len(levels_BO)):
-        now_O = levels_BO[column].clone()
-        best_O = now_O * scales_O + residual_BO[column] / damped_BB[column, column]
-        new_O = problem.grid.nearest(best_O, scales_O, zeros_O)
-        new_O.masked_fill_(~keep_BO[column], 0.0)
-        levels_BO[column] = new_O
-        step_BO[column] = (new_O - now_O) * scales_O
-        rest = slice(column + 1, len(levels_BO))
-        residual_BO[rest].addr_(damped_BB[column, rest], step_BO[column], alpha=-1)
-    levels_OB.copy_(levels_BO.T)
-    return step_BO.T

@@ -36,11 +36,14 @@ import torch
 from torch import Tensor
 
 from sparsify.calibration.hessian import InverseFactor, inverse_factor
+from sparsify.kernels.precision import float32_products
+from sparsify.kernels.rounding import Segment
 from sparsify.params import QuantParams
 from sparsify.quantization.descent import refine_
 from sparsify.quantization.levels import Levels, Problem
 from sparsify.quantization.scales import groups, search_scales
 from sparsify.quantization.schemes import Grid
+from sparsify.quantization.segments import eliminate_, segment_width
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Inputs:
         return cls(order_I, damped_II, factor.upper_II, gap_II, factor.damping)
 
 
+@float32_products()
 def gptq(
     target_OI: Tensor, keep_OI: Tensor, inputs: Inputs, grid: Grid, group_size: int,
     params: QuantParams,
@@ -149,6 +153,7 @@ def _eliminate(problem: Problem, upper_II: Tensor) -> Levels:
     keep_IO = problem.keep_OI.T.contiguous()
     levels_IO = torch.zeros_like(work_IO)
     importance_I = problem.damped_II.diagonal()
+    width = segment_width(work_IO, grid, params.block_size)
     scales, zeros = [], []
     for start, stop in groups(len(work_IO), problem.group_size):
         part = slice(start, stop)
@@ -157,16 +162,12 @@ def _eliminate(problem: Problem, upper_II: Tensor) -> Levels:
         )
         scales.append(scales_O)
         zeros.append(zeros_O)
-        for left, right in groups(stop - start, params.block_size):
-            first, last = start + left, start + right
-            error_BO = torch.empty_like(work_IO[first:last])
-            for column in range(first, last):
-                levels_O = grid.nearest(work_IO[column], scales_O, zeros_O)
-                levels_O.masked_fill_(~keep_IO[column], 0.0)
-                levels_IO[column] = levels_O
-                error_O = (work_IO[column] - levels_O * scales_O) / upper_II[column, column]
-                error_BO[column - first] = error_O
-                rest = slice(column + 1, last)
-                work_IO[rest].addr_(upper_II[column, rest], error_O, alpha=-1)
-            work_IO[last:].addmm_(upper_II[first:last, last:].T, error_BO, alpha=-1)
+        for left, right in groups(stop - start, width):
+            block, last = slice(start + left, start + right), start + right
+            segment = Segment(
+                work_IO[block].T, levels_IO[block].T, keep_IO[block].T, upper_II[block, block],
+                scales_O, zeros_O,
+            )  # fmt: skip
+            error_OB = eliminate_(segment, grid)
+            work_IO[last:].addmm_(upper_II[block, last:].T, error_OB.T, alpha=-1)
     return Levels.of(levels_IO.T.contiguous(), scales, zeros)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.quantization.schemes import Grid
+from sparsify.quantization.segments import kernel_rounding
 
 
 def groups(num_columns: int, group_size: int) -> Iterator[tuple[int, int]]:
@@ -38,7 +39,19 @@ def search_scales(
     Returns:
         (R,) scales as they will be stored, in the weight's dtype; 0 where no kept weight needs
         another. (R,) zeros of an asymmetric grid, else None.
+
+    Raises:
+        InputError: on a GPU, and Triton is not installed.
+
+    Cost: B levels for each row and try; one kernel for float32 on a GPU, else some ten operations
+    a try.
     """
+    rounding = kernel_rounding(weight_RB, grid)
+    if rounding is not None:
+        from sparsify.kernels import _gptq_triton  # needs Triton, which CPU builds lack
+
+        tries = tuple(grid.shifted_shares(num_steps))
+        return _gptq_triton.search(weight_RB, keep_RB, importance_B, rounding, tries)
     kept_RB = weight_RB.masked_fill(~keep_RB, 0.0)
     scales_R = torch.zeros_like(kept_RB[:, 0])
     best_R = torch.full_like(scales_R, math.inf)

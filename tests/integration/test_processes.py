@@ -18,7 +18,7 @@ from tests.unit.jobs.benchmarks.test_bench_loss import SIZE
 from tests.unit.jobs.benchmarks.test_bench_step import TINY
 
 NUM_TOKENS = 2000
-KERNELS = REPOSITORY / "tests/numerics/test_kernels.py"
+KERNELS = {"test_kernels": 12, "test_gptq_kernel": 17}  # tests in the interpreter
 
 
 def test_memory_of_full_logits_is_seen_and_the_head_takes_less():
@@ -66,11 +66,13 @@ print(bench.main(words))
 
 
 @needs_triton
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_in_the_interpreter(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS),
-         "-k", "TestInterpreted"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         str(REPOSITORY / f"tests/numerics/{name}.py"), "-k", "TestInterpreted"],
         cwd=REPOSITORY, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
         timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout + done.stderr
+    is_complete = f"{KERNELS[name]} passed" in done.stdout
+    assert done.returncode == 0 and is_complete, done.stdout + done.stderr

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import InputError
+from sparsify.kernels.rounding import Rounding
 from sparsify.packed.layout import Scheme
 from sparsify.params import PER_CHANNEL, QuantParams
 
@@ -34,15 +35,21 @@ class Grid(ABC):
     has_both_signs = True
     """whether a negative scale makes other values of the levels"""
 
+    rounding: Rounding | None = None
+    """the same levels for kernels; None: GPUs too run PyTorch's operations, one column at a time"""
+
     @abstractmethod
-    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """The level nearest to each value, 0 where the scale is 0.
+    def rounder(self, scales: Tensor, zeros: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What gives the level nearest to each value, as a new tensor; 0 where the scale is 0.
 
         Args:
-            values: any shape.
-            scales: of a shape that fits.
+            scales: of a shape that fits that of the values to come.
             zeros: likewise, of an asymmetric grid; else None.
         """
+
+    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """The level nearest to each value, of any shape; see `rounder`."""
+        return self.rounder(scales, zeros)(values)
 
     @abstractmethod
     def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
@@ -57,9 +64,13 @@ class Grid(ABC):
             num_steps: number of shares.
         """
         widest_R = kept_RB.abs().amax(1) / self.highest
+        for share, _ in self.shifted_shares(num_steps):
+            yield self.rounded(widest_R * share), None
+
+    def shifted_shares(self, num_steps: int) -> Iterator[tuple[float, int]]:
+        """Of each try, the share of the widest scale and what is added to its zero point."""
         for share in shares(num_steps):
-            for signed in (share, -share) if self.has_both_signs else (share,):
-                yield self.rounded(widest_R * signed), None
+            yield from [(share, 0), (-share, 0)] if self.has_both_signs else [(share, 0)]
 
     def rounded(self, scales: Tensor) -> Tensor:
         """Scales as they will be stored, in the dtype given."""
@@ -72,9 +83,9 @@ def shares(num_steps: int) -> list[float]:
     return found
 
 
-def quotient(values: Tensor, scales: Tensor) -> Tensor:
-    """values / scales, 0 where the scale is 0."""
-    return values / torch.where(scales == 0, math.inf, scales)
+def divisors(scales: Tensor) -> Tensor:
+    """What to divide by for values in units of the scale, 0 where the scale is 0."""
+    return torch.where(scales == 0, math.inf, scales)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from sparsify.quantization.schemes._base import Grid, quotient, shares
+from sparsify.kernels.rounding import Rounding
+from sparsify.quantization.schemes._base import Grid, divisors, shares
+
+_MOVES = (0, -1, 1)  # of the zero point that fits a scale
 
 
 class SymmetricIntegers(Grid):
@@ -16,10 +20,12 @@ class SymmetricIntegers(Grid):
     def __init__(self, bits: int) -> None:
         self._lowest = -(2 ** (bits - 1))
         self.highest = 2 ** (bits - 1) - 1
+        self.rounding = Rounding("integers", self._lowest, self.highest)
 
-    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """See `Grid`."""
-        return quotient(values, scales).round_().clamp_(self._lowest, self.highest)
+    def rounder(self, scales: Tensor, zeros: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """See `Grid`; ties to even."""
+        divisor = divisors(scales)
+        return lambda values: (values / divisor).round_().clamp_(self._lowest, self.highest)
 
     def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
         """int8."""
@@ -34,12 +40,13 @@ class AsymmetricIntegers(Grid):
     def __init__(self, bits: int) -> None:
         self._top = 2**bits - 1
         self.highest = 2 ** (bits - 1)
+        self.rounding = Rounding("integers", 0, self._top, has_zeros=True)
 
-    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """See `Grid`."""
+    def rounder(self, scales: Tensor, zeros: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """See `Grid`; ties to even."""
         assert zeros is not None
-        levels = quotient(values, scales).round_()
-        return torch.minimum(torch.maximum(levels, -zeros), self._top - zeros)
+        divisor, lowest, highest = divisors(scales), -zeros, self._top - zeros
+        return lambda values: torch.clamp((values / divisor).round_(), lowest, highest)
 
     def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
         """uint8; a level of 0 is the zero point."""
@@ -53,6 +60,10 @@ class AsymmetricIntegers(Grid):
         width_R = (kept_RB.amax(1).clamp_(min=0.0) - lowest_R) / self._top
         for share in shares(num_steps):
             scales_R = self.rounded(width_R * share)
-            middle_R = quotient(-lowest_R * (1 + share) / 2, scales_R).round_()
-            for move in (0, -1, 1):
+            middle_R = (-lowest_R * (1 + share) / 2 / divisors(scales_R)).round_()
+            for move in _MOVES:
                 yield scales_R, (middle_R + move).clamp_(0, self._top)
+
+    def shifted_shares(self, num_steps: int) -> Iterator[tuple[float, int]]:
+        """See `Grid`."""
+        return product(shares(num_steps), _MOVES)

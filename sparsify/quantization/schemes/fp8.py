@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sparsify.quantization.schemes._base import Grid, QuantScheme, quotient
+from sparsify.kernels.rounding import Rounding
+from sparsify.quantization.schemes._base import Grid, QuantScheme, divisors
 
 
 class Float8Grid(Grid):
@@ -14,11 +17,17 @@ class Float8Grid(Grid):
     scale_dtype = torch.float32
     highest = torch.finfo(torch.float8_e4m3fn).max
     has_both_signs = False
+    rounding = Rounding("float8", -highest, highest, is_half=False)
 
-    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    def rounder(self, scales: Tensor, zeros: Tensor | None) -> Callable[[Tensor], Tensor]:
         """See `Grid`; ties to even. A float64 value goes through float32."""
-        clamped = quotient(values, scales).clamp_(-self.highest, self.highest).float()
-        return clamped.to(torch.float8_e4m3fn).to(values.dtype)
+        divisor = divisors(scales)
+
+        def nearest(values: Tensor) -> Tensor:
+            clamped = (values / divisor).clamp_(-self.highest, self.highest).float()
+            return clamped.to(torch.float8_e4m3fn).to(values.dtype)
+
+        return nearest
 
     def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
         """float8_e4m3fn."""

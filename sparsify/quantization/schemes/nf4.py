@@ -6,11 +6,14 @@ levels are not symmetric.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from sparsify.kernels.rounding import Rounding
 from sparsify.packed.layer import NF4
-from sparsify.quantization.schemes._base import Grid, QuantScheme, quotient
+from sparsify.quantization.schemes._base import Grid, QuantScheme, divisors
 
 
 class NormalFloats(Grid):
@@ -21,19 +24,18 @@ class NormalFloats(Grid):
     def __init__(self) -> None:
         self._levels = torch.tensor(NF4, dtype=torch.float32)
         self._bounds = (self._levels[1:].double() + self._levels[:-1].double()) / 2
+        self.rounding = Rounding("table", -1.0, 1.0, table=(*NF4, *self._bounds.tolist()))
 
-    def _places(self, ratios: Tensor) -> Tensor:
-        bounds = self._bounds.to(ratios.device, ratios.dtype)
-        return torch.bucketize(ratios.contiguous(), bounds)
-
-    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-        """See `Grid`."""
-        levels = self._levels.to(values.device, values.dtype)
-        return levels[self._places(quotient(values, scales))]
+    def rounder(self, scales: Tensor, zeros: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """See `Grid`; ties to the lower level."""
+        divisor = divisors(scales)
+        levels, bounds = (t.to(divisor.device, divisor.dtype) for t in (self._levels, self._bounds))
+        return lambda values: levels[torch.bucketize((values / divisor).contiguous(), bounds)]
 
     def stored(self, levels_OI: Tensor, zeros_OI: Tensor | None) -> Tensor:
         """uint8 places in the table."""
-        return self._places(levels_OI).to(torch.uint8)
+        bounds = self._bounds.to(levels_OI.device, levels_OI.dtype)
+        return torch.bucketize(levels_OI.contiguous(), bounds).to(torch.uint8)
 
 
 def _grid(symmetric: bool) -> Grid:

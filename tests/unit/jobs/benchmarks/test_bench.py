@@ -166,6 +166,10 @@ def test_a_run_prints_a_table_and_leaves_a_record(tmp_path, capsys) -> None:
     assert [row["part"] for row in found["figures"]["layers"]] == ["block", "layer"]
     # Both sweeps follow the same algorithm; in float32 a tie may be broken the other way.
     assert all(row["mask_agreement"] > 0.99 for row in found["figures"]["layers"])
+    # On a CPU both sides of GPTQ are the loop over columns.
+    (quantized,) = found["figures"]["gptq"]
+    assert (quantized["scheme"], quantized["columns"]) == ("int4", 16)
+    assert quantized["code_agreement"] == 1 and quantized["error_ratio"] == pytest.approx(1)
 
 
 # The record

@@ -1,0 +1,244 @@
+"""GPTQ's kernels: against the PyTorch code and the float64 oracle, and how often a GPU is called.
+
+As in `test_kernels`, Triton's interpreter runs them in a process of its own, and they are compiled
+for a GPU here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.kernels import _gptq_triton
+from sparsify.kernels.rounding import Segment
+from sparsify.params import QuantParams
+from sparsify.quantization import Quantized, descent, quantize_weight, scales, segments
+from sparsify.quantization.gptq import Inputs, gptq
+from sparsify.quantization.schemes import get_scheme
+from tests.numerics.test_kernels import needs_gpu, needs_triton
+from tests.numerics.test_packed_linear_cuda import disassembled
+from tests.numerics.test_quantize import layer, mask_of, oracle
+from tests.numerics.test_schemes import CASES, params_of, problem
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_kernels(patch: pytest.MonkeyPatch, use: bool = True) -> None:
+    """Take kernels on any device, or on none."""
+    for module in (segments, scales, descent):
+        patch.setattr(
+            module, "kernel_rounding", lambda values, grid: grid.rounding if use else None
+        )
+
+
+def plain(found: Quantized) -> list[Tensor]:
+    """Codes, scales and zeros as numbers."""
+    parts = (found.codes.values_OI, found.codes.scales_OG, found.codes.zeros_OG)
+    return [part.double() for part in parts if part is not None]
+
+
+class StandIn:
+    """In place of a kernel: one operation, the argument of this place plus 1."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *tensors, **_: tensors[self._place].add_(1)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be called for: all operations but views and new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not is_view and "empty" not in func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def launches(params: QuantParams, num_columns: int = 1024) -> float:
+    """Per 128 columns, of the elimination and all eight sweeps of the descent."""
+    weight, keep, hessian = problem(0, 2, num_columns)
+    scheme = get_scheme(params.scheme)
+    size, grid = scheme.group_size_of(params, num_columns), scheme.grid(params)
+    inputs = Inputs.of(hessian, hessian, size, params.damping, "layer")
+    with Launches() as counted:
+        gptq(weight, keep, inputs, grid, size, params)
+    return counted.count * 128 / num_columns
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [32, 64, 128, -1])
+@pytest.mark.parametrize(("scheme", "symmetric"), CASES)
+def test_at_most_100_launches_for_128_columns(
+    scheme: str, symmetric: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size != -1 and not get_scheme(scheme).has_groups:
+        size = -1
+    # The search writes scales, the elimination levels; the descent's levels never come to rest.
+    for name, place in (("search", 4), ("eliminate", 1), ("descend", 1)):
+        monkeypatch.setattr(_gptq_triton, f"_{name}_kernel", StandIn(place))
+    use_kernels(monkeypatch)
+    found = launches(QuantParams(scheme=scheme, group_size=size, symmetric=symmetric))
+    # A kernel and a product for a segment and sweep; counted: 85 in groups of 32, 25 of 128.
+    assert 2 * 9 < found <= 100
+
+
+def test_pytorch_is_called_for_every_column() -> None:
+    """What the kernels save, and that the count can tell."""
+    params = QuantParams(group_size=128, num_refine_sweeps=1)
+    assert launches(params, 256) > 128 * 2 * 7
+
+
+if INTERPRETED:
+
+    class TestInterpreted:
+        """Run by tests/integration/test_processes.py."""
+
+        @pytest.mark.parametrize("pattern", ["2:4", "dense"])
+        def test_codes_and_scales_equal_the_oracle(
+            self, pattern: str, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            use_kernels(monkeypatch)
+            weight, hessian = layer(num_rows=3)
+            keep = mask_of(weight, pattern)
+            params = QuantParams(group_size=16, num_scale_steps=8, num_refine_sweeps=0)
+            got = quantize_weight(weight.float(), keep, hessian.float(), params, "layer")
+            codes, found_scales = oracle(weight, keep, hessian, params)
+            assert torch.equal(got.codes.scales_OG, found_scales)
+            assert torch.equal(got.codes.values_OI, codes)
+
+        @pytest.mark.parametrize(("scheme", "symmetric"), CASES)
+        def test_codes_equal_those_of_pytorch(
+            self, scheme: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            """Two programs with rows left over, a short last group; or segments of one channel."""
+            weight, keep, hessian = problem(len(scheme), num_rows=18)
+            weight[2], weight[3] = 0, 1e-9
+            params = params_of(
+                scheme, symmetric, num_scale_steps=3, num_refine_sweeps=2, block_size=16
+            )
+            expected = quantize_weight(weight, keep, hessian, params, "layer")
+            rough = quantize_weight(weight, keep, hessian, replace(params, method="rtn"), "layer")
+            use_kernels(monkeypatch)
+            got = quantize_weight(weight, keep, hessian, params, "layer")
+            for mine, theirs in zip(plain(got), plain(expected), strict=True):
+                assert torch.equal(mine, theirs)
+            assert torch.equal(got.weight_OI, expected.weight_OI)
+            assert not torch.equal(plain(got)[0], plain(rough)[0])
+
+        def test_a_scale_is_refit_beside_the_kernel_where_its_group_has_several_segments(
+            self, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            weight, keep, hessian = problem(1, num_rows=4)
+            params = QuantParams(
+                group_size=24, block_size=16, num_scale_steps=3, num_refine_sweeps=2
+            )
+            expected = plain(quantize_weight(weight, keep, hessian, params, "layer"))
+            use_kernels(monkeypatch)
+            got = plain(quantize_weight(weight, keep, hessian, params, "layer"))
+            assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+        @pytest.mark.parametrize(("scheme", "symmetric"), CASES)
+        def test_every_value_gets_the_level_of_pytorch(
+            self, scheme: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            """Ties, the ends of the range, numbers near 0 of both signs; a scale of 0; pruned."""
+            grid = get_scheme(scheme).grid(params_of(scheme, symmetric))
+            assert grid.rounding is not None
+            top = max(grid.highest, 1.0)
+            powers = 2.0 ** torch.arange(-12, 9)
+            halves = torch.arange(-19, 19) / 2  # with a scale of a power of two: ties
+            some = torch.linspace(-1.2 * top, 1.2 * top, 27)
+            values = torch.cat([powers, -powers, powers * 1.0625, halves, some, torch.zeros(1)])
+            assert len(values) <= 129
+            values = torch.stack([values[:128], values[:128] * 0.5, values[:128]])
+            scales_3 = torch.tensor([1.0, 0.5, 0.0])
+            keep = torch.ones(3, 128, dtype=torch.bool)
+            keep[0, ::7] = False
+            zeros_3 = None if symmetric else torch.tensor([5.0, 0.0, grid.rounding.highest])
+            nothing = torch.full_like(values, 9.0)
+            segment = Segment(values, nothing, keep, torch.eye(128), scales_3, zeros_3)
+            error = _gptq_triton.eliminate_(segment, grid.rounding)
+            zeros = None if zeros_3 is None else zeros_3[:, None]
+            expected = grid.nearest(values, scales_3[:, None], zeros).masked_fill_(~keep, 0.0)
+            assert torch.equal(segment.levels_OB, expected)
+            assert torch.equal(error, values - expected * scales_3[:, None])
+            if scheme == "fp8":  # whose codes tell -0 from 0
+                assert torch.equal(segment.levels_OB.signbit(), expected.signbit())
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        ("search", {"KIND": 0, "LEVELS": 0, "HAS_ZEROS": True, "IS_HALF": True}),
+        ("eliminate", {"KIND": 2, "LEVELS": 16, "HAS_ZEROS": False, "IS_HALF": True}),
+        ("descend", {"KIND": 1, "LEVELS": 0, "HAS_ZEROS": False, "IS_HALF": False}),
+    ],
+)
+def test_kernels_compile_for_a_gpu(
+    kernel: str, constants: dict[str, Any], tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to machine code of compute capability 9.0; what a program holds stays in registers: the
+    stack is for the call of a division's rare cases."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function = getattr(_gptq_triton, f"_{kernel}_kernel")
+    more = {"search": {}, "eliminate": {"WIDTH": 128},
+            "descend": {"WIDTH": 128, "REFITS": True, "INNER": 16}}  # fmt: skip
+    # The elimination's weight is transposed, and the descent's is not.
+    ones = {"search": ["row_stride"], "eliminate": ["row_stride", "error_row_stride"],
+            "descend": ["column_stride", "change_column_stride"]}  # fmt: skip
+    constants = {**constants, **more[kernel], **dict.fromkeys(ones[kernel], 1), "R": 16, "B": 128}
+    types = {"keep_ptr": "*i1", "lowest": "fp32", "highest": "fp32", "largest": "fp32"}
+    names = function.arg_names
+    signature = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+                 for name in names} | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    pointers = [index for index, name in enumerate(names) if name.endswith("_ptr")]
+    source = ASTSource(
+        fn=function, signature=signature, constexprs=constants,
+        attrs={(index,): [["tt.divisibility", 16]] for index in pointers},
+    )  # fmt: skip
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    _, registers, stack, local = disassembled(made)
+    assert registers <= 255 and stack <= 32 and local == 0
+
+
+@needs_gpu
+class TestOnGpu:
+    @pytest.mark.parametrize("size", [32, 128, -1])
+    @pytest.mark.parametrize(("scheme", "symmetric"), CASES)
+    def test_nearly_all_rows_equal_those_of_pytorch(
+        self, scheme: str, symmetric: bool, size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A value near the middle of two levels that flips changes the rest of its row."""
+        if size != -1 and not get_scheme(scheme).has_groups:
+            pytest.skip("it has no groups")
+        weight, keep, hessian = (part.cuda() for part in problem(0, 200, 320))
+        params = QuantParams(scheme=scheme, group_size=size, symmetric=symmetric)
+        got = quantize_weight(weight, keep, hessian, params, "layer")
+        use_kernels(monkeypatch, False)
+        expected = quantize_weight(weight, keep, hessian, params, "layer")
+        rows = (got.weight_OI == expected.weight_OI).all(1)
+        assert rows.float().mean() > 0.9
+        assert not got.weight_OI[~keep].any()
+        errors = []
+        for found in (got, expected):
+            change = weight - found.weight_OI
+            errors.append(float(((change @ hessian) * change).sum()))
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
