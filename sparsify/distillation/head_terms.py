@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify.data.rows import TokenRows
 from sparsify.data.teacher_samples import Sample
+from sparsify.kernels import _head_triton
 from sparsify.models.lm_head import HeadTransform
 from sparsify.params import LossWeights
 
@@ -139,8 +140,6 @@ class TokenTerms:
         self, chunk: slice, u_s_CV: Tensor, u_t_CV: Tensor | None, half_CV: Tensor | None
     ) -> Tensor:
         """`differentiate_` by a kernel; a sample's ids are few, and are added after it."""
-        from sparsify.kernels import _head_triton  # needs Triton, which CPU builds lack
-
         sample = self._teacher if isinstance(self._teacher, Sample) else None
         teacher = self._teacher if isinstance(self._teacher, HeadTransform) else None
         mass_C = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.kernels import _gram_triton
 from sparsify.kernels.precision import float32_products
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -48,8 +49,6 @@ def add_gram_(sum_II: Tensor, inputs_TI: Tensor) -> None:
     panels of columns with what is on and right of them, 9/16 of the full product.
     """
     if inputs_TI.is_cuda and inputs_TI.dtype in _HALF:
-        from sparsify.kernels import _gram_triton  # needs Triton, which CPU builds lack
-
         _gram_triton.add_upper_(sum_II, inputs_TI)
         return
     inputs_TI = inputs_TI.float()

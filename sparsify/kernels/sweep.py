@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsify.kernels import _sweep_triton
 from sparsify.kernels.precision import float32_products
 from sparsify.masks.select import keep_highest, keep_top
 from sparsify.pattern import Pattern
@@ -55,8 +56,6 @@ def sweep(
     assert not (is_mask_fixed and allowed_OI is None), "a fixed mask must be given"
     with float32_products():
         if work_OI.is_cuda and work_OI.dtype == torch.float32 and pattern.m in (2, 4, 8, 16):
-            from sparsify.kernels import _sweep_triton  # needs Triton, which CPU builds lack
-
             return _sweep_triton.sweep(
                 work_OI, upper_II, pattern.n, pattern.m, block_size, allowed_OI, is_mask_fixed
             )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsify.kernels import _gptq_triton
 from sparsify.quantization.schemes import Grid
 from sparsify.quantization.segments import kernel_rounding
 
@@ -48,8 +49,6 @@ def search_scales(
     """
     rounding = kernel_rounding(weight_RB, grid)
     if rounding is not None:
-        from sparsify.kernels import _gptq_triton  # needs Triton, which CPU builds lack
-
         tries = tuple(grid.shifted_shares(num_steps))
         return _gptq_triton.search(weight_RB, keep_RB, importance_B, rounding, tries)
     kept_RB = weight_RB.masked_fill(~keep_RB, 0.0)

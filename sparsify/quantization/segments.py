@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.kernels import _gptq_triton
 from sparsify.kernels.rounding import Rounding, Segment
 from sparsify.quantization.schemes import Grid
 
@@ -53,8 +54,6 @@ def eliminate_(segment: Segment, grid: Grid) -> Tensor:
     """
     rounding = kernel_rounding(segment.values_OB, grid)
     if rounding is not None:
-        from sparsify.kernels import _gptq_triton  # needs Triton, which CPU builds lack
-
         return _gptq_triton.eliminate_(segment, rounding)
     work_BO, upper_BB, scales_O = segment.values_OB.T, segment.matrix_BB, segment.scales_O
     error_BO = torch.empty_like(work_BO)
@@ -92,8 +91,6 @@ def descend_(segment: Segment, grid: Grid, refits: bool = False) -> Tensor:
     """
     rounding = kernel_rounding(segment.values_OB, grid)
     if rounding is not None:
-        from sparsify.kernels import _gptq_triton  # needs Triton, which CPU builds lack
-
         return _gptq_triton.descend_(segment, rounding, refits)
     assert not refits, "only a kernel refits scales"
     residual_BO, levels_BO, keep_BO = (

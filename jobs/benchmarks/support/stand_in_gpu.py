@@ -27,10 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from transformers import masking_utils
 
 from jobs.benchmarks.support.op_costs import Cost, bytes_of, cost_of, tensors_of
+from sparsify.calibration import block
 from sparsify.costs.seconds import Rates
 from sparsify.errors import TwofourError
+from sparsify.kernels import _sweep_triton
+from sparsify.kernels.triton_jit import require_triton, triton
 
 DEVICE = "cuda:0"
 
@@ -219,16 +223,12 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
     that a model looks back alone, and that its documents stay apart.
 
     Raises:
+        InputError: Triton is not installed.
         TwofourError: this torch has no CUDA, and no compiler is there to make up for it.
 
     Cost: some 0.1 ms an operation, whatever its size.
     """
-    from transformers import masking_utils
-    from triton.runtime.jit import JITFunction
-
-    from sparsify.calibration import block
-    from sparsify.kernels import _sweep_triton
-
+    require_triton()
     if not torch.backends.cuda.is_built():
         _register_guard()
     gpu, fake = StandInGpu(rates), FakeTensorMode(allow_non_fake_inputs=True)
@@ -248,7 +248,7 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
             (torch.cuda, "_maybe_exchange_device", lambda _: -1),
             (torch.cuda, "set_device", enter_thread),
             (nn.functional, "scaled_dot_product_attention", gpu.attention),
-            (JITFunction, "run", run),
+            (triton.runtime.jit.JITFunction, "run", run),
             (_sweep_triton, "_MAX_GRAPH_ELEMENTS", 0),  # counted launch by launch
             (masking_utils, "is_tracing", lambda *_: False),  # else masks are made that are not
             (block, "require_causal", lambda *_: None),
