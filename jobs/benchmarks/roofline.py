@@ -48,7 +48,7 @@ SUMMARY = "what a GPU would take to prune: operations, bytes, launches and waits
 
 EXAMPLES = (
     "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
-    "roofline --shape llama-3.1-8b --card h100 --method twofour",
+    "roofline --shape llama-3.1-8b --card h100 --method twofour --samples 64",
 )
 
 _VOCABULARY = 4096

@@ -262,8 +262,8 @@ def test_disk_that_is_not_shared(
         run.wait_until_over()
         assert run.state() == "FAILED", run.log
         assert errors_in(run) == [
-            f"error: tfn1 has no {folder}/run/.cluster: run.dir must be on a disk that all nodes "
-            "see"
+            f"error: preflight: tfn1: does not have {folder}/run/.cluster/job.sh; mount the shared "
+            "disk on it, or choose a shared folder"
         ]
         nothing_left(rig, run)
     finally:

@@ -26,15 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from jobs.benchmarks.support.op_costs import Cost, bytes_of, cost_of, tensors_of
-from sparsify.calibration import block
+from sparsify.calibration import block, groups
 from sparsify.costs.seconds import Rates
 from sparsify.errors import TwofourError
 from sparsify.kernels import _sweep_triton
 from sparsify.kernels.triton_jit import require_triton, triton
+from sparsify.masks import storage
 
 DEVICE = "cuda:0"
 
@@ -233,11 +234,12 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
         _register_guard()
     gpu, fake = StandInGpu(rates), FakeTensorMode(allow_non_fake_inputs=True)
 
-    def enter_thread(_: Any) -> None:
-        """Modes are a thread's own; held forwards begin theirs with this call."""
-        if not any(isinstance(mode, StandInGpu) for mode in _get_current_dispatch_mode_stack()):
-            fake.__enter__()
-            gpu.__enter__()
+    work = groups._HeldForward._work
+
+    def work_in_modes(held: groups._HeldForward) -> None:
+        """Modes are a thread's own, and held forwards have threads."""
+        with fake, gpu:
+            work(held)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         gpu.run_triton(kernel, args, kwargs)
@@ -246,13 +248,15 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
         for owner, name, value in (
             (torch.cuda, "_exchange_device", lambda _: -1),
             (torch.cuda, "_maybe_exchange_device", lambda _: -1),
-            (torch.cuda, "set_device", enter_thread),
+            (torch.cuda, "set_device", lambda _: None),
+            (groups._HeldForward, "_work", work_in_modes),
             (nn.functional, "scaled_dot_product_attention", gpu.attention),
             (triton.runtime.jit.JITFunction, "run", run),
             (_sweep_triton, "_MAX_GRAPH_ELEMENTS", 0),  # counted launch by launch
             (masking_utils, "is_tracing", lambda *_: False),  # else masks are made that are not
             (block, "require_causal", lambda *_: None),
             (block, "require_isolation", lambda *_: None),
+            (storage, "_bits_of_bytes", storage._bits_of_bytes.__wrapped__),  # none is kept
             (FakeTensor, "numpy", _numpy),
         ):
             stack.enter_context(patch.object(owner, name, value, create=name == "numpy"))
