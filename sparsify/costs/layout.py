@@ -37,6 +37,8 @@ class Training:
     uses_kl: bool = True
     """whether the teacher's logits are made"""
     uses_gpu: bool = True
+    has_head_kernel: bool = True
+    """on a GPU, whether the losses over the vocabulary are one kernel; False: other software"""
 
     @property
     def tokens(self) -> int:

@@ -28,8 +28,11 @@ _BANDWIDTH, _LINK, _NETWORK = 0.78, 0.75, 0.75
 # kernels for a compiled Llama of 8B parameters.
 _PER_KEPT_COMPILED = 5.3  # student forward and backward and teacher forward, of what is kept
 _PER_KEPT_EAGER = 7.0
-_HEAD_PASSES = 28  # over a chunk of logits of both models, float32
-_MASK_BYTES = 17.0  # for each pruned weight's gradient and micro-batch
+# Over a chunk of logits of both models, float32: by one operation after another, or by
+# one kernel, which reads both twice and writes the gradient once in half precision.
+_HEAD_PASSES_KERNEL, _HEAD_PASSES = 5, 28
+_SCORE_PASSES = 7  # over the logits of one model that is scored
+_MASK_BYTES = 17.0  # for each pruned weight's gradient, once a step, or in hooks each micro-batch
 _ZERO_PASSES = 9.0  # over the weights' bytes: copies, division, flattening of gradients
 _ADAM_BYTES = 36.0  # for each weight: master, moments and gradient read, three of them written
 
@@ -39,7 +42,9 @@ _CHOICE_PASSES = 200.0  # over a layer: choosing its mask, and its largest weigh
 _HIDDEN = 0.7  # of the arithmetic, behind which links may work: not all of it is there at once
 
 _LAUNCH_S = 5e-6
-_GPTQ_LAUNCHES = 150.0  # for each column: the elimination and up to eight sweeps
+# For each column, the elimination and up to eight sweeps: at most 85 for 128 of them, where a layer
+# has groups (tests/numerics/test_gptq_kernel.py).
+_GPTQ_LAUNCHES = 85 / 128
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def step_seconds(
     passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
     # Without tensor cores the head's products are of float32 copies.
     of_head = rates.products if setup.uses_gpu else rates.float32 or rates.products
+    in_kernel = setup.uses_gpu and setup.has_head_kernel
     weights = width * student.num_parameters
     own = student.num_parameters / (setup.world_size if setup.zero_stage else 1)
     micro = {
@@ -134,15 +140,21 @@ def step_seconds(
         "attention": attention / rates.attention,
         "elementwise": passes * kept / rates.bandwidth,
         "head": 2.0 * heads * tokens / of_head
-        + 4.0 * _HEAD_PASSES * tokens * student.vocab_size / rates.bandwidth
-        * (1 if teacher else 0.5),
-        "gradient masks": _MASK_BYTES * student.linear_parameters / 2 * width / 2 / rates.bandwidth,
+        + 4.0 * (_HEAD_PASSES_KERNEL if in_kernel else _HEAD_PASSES)
+        * tokens * student.vocab_size / rates.bandwidth * (1 if teacher else 0.5),
+        "gradient masks": 0.0,
         "engine": (_ZERO_PASSES if setup.zero_stage else 2.0) * weights / rates.bandwidth,
     }  # fmt: skip
-    if teacher is None:
-        micro["gradient masks"] = 0.0
+    masks = 0.0
+    if teacher is not None:
+        masks = _MASK_BYTES * student.linear_parameters / 2 * width / 2 / rates.bandwidth
+    in_hooks = setup.zero_stage == 1 or setup.offload_optimizer
+    if in_hooks:
+        micro["gradient masks"] = masks
     compute = sum(micro.values())
     found = {name: setup.num_micro_batches * seconds for name, seconds in micro.items()}
+    if not in_hooks:
+        found["gradient masks"] = masks / (setup.world_size if setup.zero_stage else 1)
     found["update"] = _ADAM_BYTES * own / rates.bandwidth
     found["exchange"] = _exchange(student, teacher, setup, rates, compute)
     return found
@@ -277,12 +289,12 @@ def _solve_operations(setup: Pruning, params: tuple[int, int]) -> tuple[float, f
 def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates) -> float:
     """Seconds of scoring: one forward with the head over `tokens` tokens in rows of `length`."""
     operations = shape.flops.forward([length], True) * tokens / length
-    passes = 4.0 * _HEAD_PASSES / 4 * tokens * shape.vocab_size
+    passes = 4.0 * _SCORE_PASSES * tokens * shape.vocab_size
     return operations / rates.products + passes / rates.bandwidth
 
 
 def quantizing_seconds(shape: ModelShape, setup: Pruning, rates: Rates) -> dict[str, float]:
-    """Seconds of GPTQ with zeros kept: one walk, and a launch-bound loop over all columns."""
+    """Seconds of GPTQ with zeros kept: one walk, and the launches for its columns."""
     columns = sum(i * len(group) for group in shape.groups for _, i in group[:1])
     walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
     walk["solve"] += shape.num_blocks * columns * _GPTQ_LAUNCHES * rates.launch_s

@@ -82,7 +82,7 @@ def _speed(
     shape: ModelShape, card: str, teacher: ModelShape | None, updated_on_host: bool = False,
     **layout: Any,
 ) -> float:  # fmt: skip
-    setup = Training(element_bytes=2, gpus_per_node=8, **layout)
+    setup = Training(element_bytes=2, gpus_per_node=8, has_head_kernel=False, **layout)
     seconds = total(step_seconds(shape, teacher, setup, rates_of(cards()[card], 2)))
     if updated_on_host:
         seconds += offload_seconds(shape.num_parameters / setup.world_size)
