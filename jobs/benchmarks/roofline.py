@@ -48,7 +48,7 @@ SUMMARY = "what a GPU would take to prune: operations, bytes, launches and waits
 
 EXAMPLES = (
     "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
-    "roofline --shape llama-3.1-8b --card h100 --method twofour --samples 64",
+    "roofline --shape llama-3.1-8b --card h100 --method twofour",
 )
 
 _VOCABULARY = 4096
@@ -162,6 +162,7 @@ def count(config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory)
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
     with stand_in_gpu(rates) as gpu:
         without_data(model)
+        model.tie_weights()
         rotary: Any = type(model.model.rotary_emb)
         model.model.rotary_emb = rotary(config=config).to(DEVICE)
         rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
@@ -192,7 +193,6 @@ def without_data(model: nn.Module) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             made = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
             module.register_parameter(name, nn.Parameter(made, requires_grad=False))
-    model.tie_weights()  # type: ignore[operator]
 
 
 def _mean(blocks: list[dict[str, Spent]]) -> dict[str, Spent]:

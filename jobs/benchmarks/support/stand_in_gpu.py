@@ -258,8 +258,9 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
             (block, "require_isolation", lambda *_: None),
             (storage, "_bits_of_bytes", storage._bits_of_bytes.__wrapped__),  # none is kept
             (FakeTensor, "numpy", _numpy),
+            (FakeTensor, "__deepcopy__", _copied),
         ):
-            stack.enter_context(patch.object(owner, name, value, create=name == "numpy"))
+            stack.enter_context(patch.object(owner, name, value, create=owner is FakeTensor))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(fake)
@@ -269,6 +270,15 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
 
 def _numpy(tensor: Tensor) -> Any:
     return np.zeros(tensor.shape, dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """torch's own copies the bytes of a storage, and there are none."""
+    made = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, tensor.requires_grad)
+    memo[id(tensor)] = made
+    return made
 
 
 def _register_guard() -> None:

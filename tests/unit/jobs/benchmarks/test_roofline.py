@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_a_product_a_view_and_a_wait() -> None:
     assert product["bytes"] == 2 * (8 * 256 + 64 * 256 + 8 * 64)
     assert product["launches"] == 1 and product.get("waits", 0) == 0
     assert after["waits"] == 3
+
+
+def test_a_copy_of_a_module_is_a_module_of_its_own_and_counted() -> None:
+    """torch's own copy of a tensor without data reads memory that is not there."""
+    with stand_in_gpu(RATES) as gpu:
+        linear = nn.Linear(64, 32, device="meta")
+        roofline.without_data(linear)
+        before = gpu.now()
+        twin = deepcopy(linear)
+        spent = gpu.now() - before
+        assert isinstance(twin.weight, nn.Parameter) and twin.weight is not linear.weight
+        assert twin.weight.is_cuda and twin.weight.shape == (32, 64)
+    assert spent["launches"] == 2 and spent["bytes"] == 2 * 4 * (32 * 64 + 32)
 
 
 def test_the_longer_of_arithmetic_and_bytes_and_the_host_before_both() -> None:
