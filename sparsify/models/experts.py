@@ -26,15 +26,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
     WeightRenaming,
-    apply_renamings,
     revert_weight_conversion,
 )
 from transformers.integrations.moe import _default_apply_gate
 
-_PLAIN = {
-    "has_bias": False, "is_transposed": False, "is_concatenated": True,
-    "has_post_expert_norm": False,
-}  # fmt: skip
+_PLAIN = {"has_bias": False, "is_transposed": False, "is_concatenated": True}
 """what transformers' decorator of fused experts says of those that can be taken apart"""
 
 
@@ -156,6 +152,8 @@ def unfuse_experts(model: nn.Module) -> None:
 def _can_be_taken_apart(module: nn.Module) -> bool:
     if any(getattr(module, flag, None) is not value for flag, value in _PLAIN.items()):
         return False
+    if getattr(module, "has_post_expert_norm", False):  # transformers 5.19 does not say it
+        return False
     held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     return held == _rows(module).keys() and all(module.get_parameter(n).ndim == 3 for n in held)
 
@@ -212,7 +210,10 @@ def _take_stored_names(model: nn.Module) -> None:
     undo: Any = [c.reverse_transform() for c in plain if not isinstance(c, PrefixChange)]
     renames: dict[str, str] = {}
     for key in model.state_dict():
-        own, stored = key.split("."), apply_renamings(key, undo).split(".")
+        stored_key = key
+        for renaming in undo:
+            stored_key, _ = renaming.rename_source_key(stored_key)
+        own, stored = key.split("."), stored_key.split(".")
         if len(own) != len(stored) or own[-1] != stored[-1]:
             continue
         for depth, (word, other) in enumerate(zip(own, stored, strict=True)):
