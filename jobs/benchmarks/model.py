@@ -32,7 +32,7 @@ from jobs.benchmarks.support.random_llama import (
     random_rows,
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
-from jobs.benchmarks.support.stopwatch import phase_seconds
+from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.methods import PruneParams, get_method
@@ -220,8 +220,7 @@ def summarise(
 ) -> Outcome:
     """Tables of the phases of a block and of the whole model."""
     typical = figures["block_phases_s"][typical_blocks(settings["blocks"])]
-    names = dict.fromkeys(name for phases in typical for name in phases)
-    means = {name: sum(p.get(name, 0.0) for p in typical) / len(typical) for name in names}
+    means = mean_phases(typical)
     rows = []
     for name in sorted(means, key=means.__getitem__, reverse=True):
         limit_s = figures["limits_s"].get(name)

@@ -34,6 +34,7 @@ from jobs.benchmarks.support.random_llama import (
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target
 from jobs.benchmarks.support.stand_in_gpu import DEVICE, Spent, stand_in_gpu
+from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from jobs.workers.placement import ROOM_ON_GPU, Sizes
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
@@ -97,7 +98,7 @@ def run(options: Namespace) -> Outcome:
     typical = measured_model.typical_blocks(options.blocks)
     spent = [sum(phases.values(), Spent()) for phases in found["phases"][typical]]
     rest = sum(found["blocks"][typical], Spent()) - sum(spent, Spent())
-    phases = _mean(found["phases"][typical]) | {"elsewhere": rest / len(spent)}
+    phases = mean_phases(found["phases"][typical]) | {"elsewhere": rest / len(spent)}
     block = sum(found["blocks"][typical], Spent()) / len(spent)
     files_s = 2 * 2 * block_num_weights(config) / rates.disk
     whole_s = num_blocks * (block["s"] + files_s)
@@ -175,14 +176,10 @@ def count(config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory)
             layers=LayerChoice(order=None if order == "auto" else order),
             on_block=lambda done, total: marks.append(gpu.now()),
         )  # fmt: skip
-    phases: list[dict[str, Spent]] = []
-    for index in range(options.blocks):
-        block: dict[str, Spent] = {}
-        for layer in result.layers:
-            if layer.block == index:
-                for phase, spent in layer.seconds.items():
-                    block[phase] = block.get(phase, Spent()) + spent
-        phases.append(block)
+    phases = [
+        phase_seconds(layer for layer in result.layers if layer.block == index)
+        for index in range(options.blocks)
+    ]
     blocks = [after - before for before, after in itertools.pairwise(marks)]
     return {"phases": phases, "blocks": blocks, "kernels": dict(gpu.kernels)}
 
@@ -193,14 +190,6 @@ def without_data(model: nn.Module) -> None:
         for name, weight in list(module.named_parameters(recurse=False)):
             made = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
             module.register_parameter(name, nn.Parameter(made, requires_grad=False))
-
-
-def _mean(blocks: list[dict[str, Spent]]) -> dict[str, Spent]:
-    names = dict.fromkeys(name for phases in blocks for name in phases)
-    return {
-        name: sum((phases.get(name, Spent()) for phases in blocks), Spent()) / len(blocks)
-        for name in names
-    }
 
 
 def _bound(spent: Spent) -> str:
@@ -215,7 +204,7 @@ def _phase_table(
     phases: dict[str, Spent], block: Spent, measured: dict[str, Any] | None, typical: slice
 ) -> Table:
     rows = []
-    seconds = {} if measured is None else _mean_seconds(measured["block_phases_s"][typical])
+    seconds = {} if measured is None else mean_phases(measured["block_phases_s"][typical])
     ordered = sorted(phases.items(), key=lambda one: one[1].get("s", 0.0), reverse=True)
     for name, spent in [*ordered, ("all", block)]:
         products = spent.get("operations:half", 0.0) + spent.get("operations:attention", 0.0)
@@ -234,11 +223,6 @@ def _phase_table(
     head = ("phase of a block", "counted", "measured", "bound by", "16-bit TFLOP", "fp32 TFLOP",
             "GB", "launches", "waits")  # fmt: skip
     return Table(head, rows)
-
-
-def _mean_seconds(blocks: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for phases in blocks for name in phases)
-    return {name: sum(phases.get(name, 0.0) for phases in blocks) / len(blocks) for name in names}
 
 
 def _kernel_table(kernels: dict[str, tuple[int, float]], num_blocks: int) -> Table:

@@ -92,7 +92,7 @@ class StandInGpu(TorchDispatchMode):
 
     def now(self) -> Spent:
         """What was spent until the device is done with what it was given."""
-        self._wait("synchronise", is_asked=False)
+        self._wait(is_asked=False)
         return Spent({**self._spent, "s": self._device_s})
 
     def launch(self, name: str, cost: Cost) -> None:
@@ -111,7 +111,7 @@ class StandInGpu(TorchDispatchMode):
         self._spent["bytes"] += cost.num_bytes
         self._spent["link bytes"] += cost.link_bytes
 
-    def _wait(self, name: str, is_asked: bool = True) -> None:
+    def _wait(self, is_asked: bool = True) -> None:
         self._host_s = self._device_s = max(self._host_s, self._device_s)
         if is_asked:
             self._spent["waits"] += 1
@@ -137,13 +137,13 @@ class StandInGpu(TorchDispatchMode):
             if name in ("_to_copy", "copy_") and not all(t.is_cuda for t in (*given, *made)):
                 is_pinned = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
                 if not is_pinned:
-                    self._wait(name)
+                    self._wait()
         return out
 
     def _answer(self, name: str, tensor: Tensor) -> Any:
         """What sound data would say."""
         if tensor.is_cuda:
-            self._wait(name)
+            self._wait()
         if name == "nonzero":
             return tensor.new_empty((0, tensor.ndim), dtype=torch.int64)
         if name == "equal":

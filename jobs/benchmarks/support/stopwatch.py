@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jobs.benchmarks.support.device import now_s
@@ -64,3 +64,9 @@ class Stopwatch:
             self._open.pop()
         else:
             self._open.append(phase)
+
+
+def mean_phases(blocks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Phase -> the mean of what it took in some blocks, none in those that lack it."""
+    names = dict.fromkeys(name for phases in blocks for name in phases)
+    return {name: sum(phases.get(name, 0.0) for phases in blocks) / len(blocks) for name in names}
