@@ -13,13 +13,14 @@ PYTEST := $(BIN)/python -m pytest -q
 
 .PHONY: setup demo test quick lint all-tests quick-tests slow-tests vllm-env docs clean
 
+# All extras, for the tests need them; the README says which command needs which.
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[jobs,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[jobs,eval,finetune,curate,dev]"
 	touch $(READY)
 
 demo: $(READY)
