@@ -147,10 +147,17 @@ class PruneParams:
     descent_sweeps: int = option(3, low=0)
     """sweeps of the descent over groups of columns; 0 for none"""
     admm_iterations: int = option(10, low=0)
-    """iterations of method admm"""
+    """iterations of the search for a mask in methods admm and twofour"""
+    search_precision: str = option("auto", one_of=("auto", "float32", "half"))
+    """products of that search: half reads numbers of 11 bits on tensor cores and sums in float32;
+    auto is half on a GPU, float32 on a CPU"""
 
     def __post_init__(self) -> None:
         check_options(self, "prune")
+
+    def searches_in_half(self, on_gpu: bool) -> bool:
+        """Whether the search for a mask multiplies in half precision."""
+        return self.search_precision == "half" or (self.search_precision == "auto" and on_gpu)
 
 
 @dataclass

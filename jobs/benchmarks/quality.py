@@ -14,11 +14,21 @@ from sparsify.errors import InputError
 
 SUMMARY = "methods side by side on real models: perplexity, one-shot and recovered"
 
-EXAMPLES = ("quality --models embedded --out docs/benchmarks/quality.md",)
+EXAMPLES = (
+    "quality --models embedded --out docs/benchmarks/quality.md",
+    'quality --methods sparsegpt twofour "twofour, searched in half" --recover --repeat 1',
+)
 
 PLAIN = "twofour, not rotated"
 
-_OWN_RUN = {PLAIN: ["prune.method=twofour", "prune.rotation_steps=0", "prune.baselines=[]"]}
+HALF = "twofour, searched in half"
+
+_ALONE = ["prune.method=twofour", "prune.baselines=[]"]
+
+_OWN_RUN = {
+    PLAIN: [*_ALONE, "prune.rotation_steps=0"],
+    HALF: [*_ALONE, "prune.search_precision=half"],
+}
 """rows of the table that are no method of their own -> what their run is told"""
 
 _METHODS = (
@@ -75,7 +85,7 @@ def run(options: Namespace) -> Outcome:
         runs: dict[str, list[Path]] = {}
         for method in options.methods:
             words = _OWN_RUN.get(method)
-            run_dir = folder / (model.name if words is None else f"{model.name}-own")
+            run_dir = folder / (model.name if words is None else f"{model.name}-{_slug(method)}")
             again = [run_dir.with_name(f"{run_dir.name}-{n}") for n in range(2, options.repeat + 1)]
             if [run_dir, *again] not in runs.values():
                 commands.run_command(prune_words(model, options, run_dir, words))

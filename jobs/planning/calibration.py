@@ -139,6 +139,5 @@ def _pruning(metrics: dict[str, Any], config: Config) -> float:
     machine = machine_of(config.of_stage("prune"), 1.0)
     shape, _ = shape_of(config.model.path)
     setup = pruning_of(config, machine, metrics["method"], shape)
-    params = (config.prune.admm_iterations, config.prune.refit_iterations)
-    planned = pruning_seconds(shape, setup, machine.rates(setup.element_bytes), params)
+    planned = pruning_seconds(shape, setup, machine.rates(setup.element_bytes), config.prune)
     return _ratio(metrics["seconds"][metrics["method"]], total(planned))

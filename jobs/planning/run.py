@@ -223,14 +223,13 @@ def _time(
     width, length = 2 if config.model.dtype != "float32" else 4, config.data.sequence_length
     rates = {stage: machine.rates(width) for stage, machine in machines.items()}
     seconds: dict[str, float] = {}
-    params = (config.prune.admm_iterations, config.prune.refit_iterations)
     if "prune" in config.stages:
         seconds["prune"] = calibration.factor("prune") * sum(
             total(pruning_seconds(
                 shape,
                 replace(pruning_of(config, machines["prune"], method, shape),
                         on_device=plan["pruning"][method]["activations"] == "device"),
-                rates["prune"], params,
+                rates["prune"], config.prune,
             ))
             for method in methods_of(config)
         )  # fmt: skip

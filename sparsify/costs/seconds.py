@@ -15,6 +15,12 @@ from dataclasses import dataclass, replace
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.shapes import ModelShape, num_blocks_recomputed
+from sparsify.params import PruneParams
+
+_PARAMS = PruneParams()
+
+_SEARCHING = ("admm", "twofour")
+"""methods that search by ADMM"""
 
 _PRODUCTS = {"A100": 0.75, "L40S": 0.70, "4090": 0.80, "5090": 0.80}
 _PRODUCTS_ELSE = 0.627  # Hopper: 620 of 989.4 TFLOP/s over the products of a training step
@@ -208,7 +214,7 @@ def _exchange(
 
 
 def pruning_seconds(
-    shape: ModelShape, setup: Pruning, rates: Rates, params: tuple[int, int] = (10, 10)
+    shape: ModelShape, setup: Pruning, rates: Rates, params: PruneParams = _PARAMS
 ) -> dict[str, float]:
     """Seconds of one method's walk over the blocks, by part.
 
@@ -216,7 +222,7 @@ def pruning_seconds(
         shape: of the dense model.
         setup: how the pruning is laid out.
         rates: of a worker.
-        params: admm_iterations and refit_iterations.
+        params: of the method; its iterations and the precision of its search are read.
 
     Returns:
         Part -> seconds: forward (the rows through the blocks), statistics (sums of products of
@@ -240,14 +246,18 @@ def pruning_seconds(
             cross += 2.0 * tokens * inputs * min(outputs, inputs)
         factor += 4.0 / 3.0 * inputs**3
         solve += outputs * inputs**2 / setup.world_size
-    method = _solve_operations(setup, params)
+    products, passes = _solve_work(setup, params)
     elements = shape.linear_parameters / setup.world_size
-    slowly = method[0] + _ENERGY_PRODUCTS
+    search = 0.0
+    if setup.method in _SEARCHING and params.searches_in_half(setup.uses_gpu):
+        search = 2.0 * 2 * params.admm_iterations
+    slowly = products - search + _ENERGY_PRODUCTS
     found = {
         "forward": one_pass * _num_passes(setup, blocks),
         "statistics": blocks * (grams + cross) / rates.products if setup.needs_hessian else 0.0,
         "factor": blocks * factor / slow if setup.needs_factor else 0.0,
-        "solve": blocks * slowly * solve / slow + 4.0 * method[1] * elements / rates.bandwidth,
+        "solve": blocks * solve * (slowly / slow + search / rates.products)
+        + 4.0 * passes * elements / rates.bandwidth,
         "write": setup.element_bytes * shape.num_parameters * 2 / rates.disk,
     }
     if setup.world_size > 1:  # the sums of all workers, and the rows that others solved
@@ -272,9 +282,9 @@ def _num_passes(setup: Pruning, num_blocks: int) -> float:
     return held if setup.on_device else 2.2 * held
 
 
-def _solve_operations(setup: Pruning, params: tuple[int, int]) -> tuple[float, float]:
+def _solve_work(setup: Pruning, params: PruneParams) -> tuple[float, float]:
     """Operations for each O I^2 of a layer, and passes over its O I weights."""
-    admm, refit = params
+    admm, refit = params.admm_iterations, params.refit_iterations
     if setup.method in ("magnitude", "wanda"):
         return 0.0, _CHOICE_PASSES
     if setup.method == "twofour":

@@ -1,12 +1,14 @@
-"""In which precision a GPU multiplies float32 matrices, while a piece of code runs."""
+"""In which precision matrices of float32 are multiplied: all of it on a GPU, or halves of it."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 _lock = threading.Lock()
 
@@ -68,3 +70,32 @@ def _set(allow_tf32: bool) -> None:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if allow_tf32 else "ieee"
     else:
         torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
+
+
+def half_product(left_RI: Tensor, right_half_IC: Tensor) -> Tensor:
+    """left @ right from numbers of 11 significant bits, as many as TF32 has, summed in float32.
+
+    float16 has TF32's mantissa at twice its rate on tensor cores, and is a matter of the operands:
+    TF32 is a setting of all threads, so that what runs beside would decide the bits.
+
+    Args:
+        left_RI: float32 or float64, finite; every row is scaled to a largest value of 1, which
+            keeps it inside of float16. What is below 2^-24 of its row's largest counts as 0.
+        right_half_IC: float16, of entries that fit into it.
+
+    Returns:
+        (R, C) in the dtype of `left_RI`. A CPU multiplies the same numbers as float32: their
+        products are exact, so only the order of the sum differs from a GPU's.
+
+    Cost: one product at the rate of half precision and four passes: the left
+    matrix twice, its half and the result.
+    """
+    tiny = torch.finfo(left_RI.dtype).tiny
+    largest_R1 = torch.linalg.vector_norm(left_RI, math.inf, 1, keepdim=True).clamp_(min=tiny)
+    left_half_RI = torch.empty_like(left_RI, dtype=torch.float16)
+    torch.div(left_RI, largest_R1, out=left_half_RI)
+    if left_RI.is_cuda:
+        product_RC = torch.mm(left_half_RI, right_half_IC, out_dtype=torch.float32)
+    else:
+        product_RC = left_half_RI.float() @ right_half_IC.float()
+    return product_RC.to(left_RI.dtype).mul_(largest_R1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.kernels.precision import float32_products
+from sparsify.kernels.precision import float32_products, half_product
 from sparsify.methods._base import (
     Method,
     Problem,
@@ -35,7 +35,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
         problem: the weight, the moments, and the allowed mask if there is one. With a fixed
             mask only the refit is left.
         pattern: any; for unstructured, weights compete within their row.
-        params: damping, admm_iterations, refit_iterations.
+        params: damping, admm_iterations, search_precision, refit_iterations.
 
     Raises:
         InputError: see `check_problem`.
@@ -66,7 +66,7 @@ def search_and_refit(
     Returns:
         Z and its keep mask; no row has a larger error than Wanda's choice out of T.
     """
-    weight_OI, keep_OI = search(target_OI, damped_II, problem, pattern, params.admm_iterations)
+    weight_OI, keep_OI = search(target_OI, damped_II, problem, pattern, params)
     weight_OI = refit(weight_OI, target_OI, keep_OI, damped_II, params.refit_iterations)
     scores_OI = target_OI.abs() * damped_II.diagonal().sqrt()
     simple_mask_OI = chosen_mask(scores_OI, problem, pattern)
@@ -83,7 +83,7 @@ def search_and_refit(
 
 @float32_products()
 def search(
-    target_OI: Tensor, damped_II: Tensor, problem: Problem, pattern: Pattern, iterations: int
+    target_OI: Tensor, damped_II: Tensor, problem: Problem, pattern: Pattern, params: PruneParams
 ) -> tuple[Tensor, Tensor]:
     """Look for the mask on which tr (Z - T) H_l (Z - T)^T is small.
 
@@ -99,7 +99,9 @@ def search(
         damped_II: H_l of the same dtype, see `refit.damped_hessian`.
         problem: allowed_OI and is_mask_fixed are read.
         pattern: what P projects to.
-        iterations: 0 gives the projection of T, which is Wanda's mask.
+        params: admm_iterations, of which 0 gives the projection of T, which is Wanda's mask; and
+            search_precision, of all products but the first. A mask comes from a comparison, so
+            it can do with less than the weights that `refit` finds.
 
     Returns:
         Z D^-1 and its keep mask.
@@ -109,7 +111,8 @@ def search(
     multiplied again. Started from Z, not from the dense weight, it cannot promise to improve: the
     penalty moves Z away first.
 
-    Cost: 2 iterations + 1 products of (O, I) with (I, I); seven (O, I) matrices.
+    Cost: 2 admm_iterations + 1 products of (O, I) with (I, I); seven (O, I) matrices, and in half
+    precision half of another and of (I, I).
     """
     scale_I = damped_II.diagonal().sqrt()
     scaled_II = damped_II / scale_I / scale_I.unsqueeze(1)
@@ -120,7 +123,9 @@ def search(
     dual_OI = torch.zeros_like(dense_OI)
     product_OI = output_OI.clone()
     penalty = _PENALTY
-    for iteration in range(0 if problem.is_mask_fixed else iterations):
+    if params.searches_in_half(target_OI.is_cuda):
+        scaled_II = scaled_II.half()  # at most 1 in size: a correlation
+    for iteration in range(0 if problem.is_mask_fixed else params.admm_iterations):
         wanted_OI = (output_OI - dual_OI).add_(sparse_OI, alpha=penalty)
         _approach(dense_OI, product_OI, wanted_OI, scaled_II, penalty)
         joint_OI = torch.add(dense_OI, dual_OI, alpha=1 / penalty)
@@ -135,13 +140,17 @@ def search(
 def _approach(
     dense_OI: Tensor, product_OI: Tensor, wanted_OI: Tensor, scaled_II: Tensor, penalty: float
 ) -> None:
-    """Steps of conjugate gradients, in place, for X (A + r I) = `wanted_OI` and its product X A."""
+    """Steps of conjugate gradients, in place, for X (A + r I) = `wanted_OI` and its product X A.
+
+    With A in float16 the products are `half_product`s.
+    """
+    is_half = scaled_II.dtype == torch.float16
     residual_OI = (wanted_OI - product_OI).sub_(dense_OI, alpha=penalty)
     direction_OI = residual_OI.clone()
     size_O1 = residual_OI.square().sum(1, keepdim=True)
     tiny = torch.finfo(size_O1.dtype).tiny
     for _ in range(_CG_STEPS):
-        image_OI = direction_OI @ scaled_II
+        image_OI = half_product(direction_OI, scaled_II) if is_half else direction_OI @ scaled_II
         curvature_O1 = (direction_OI * image_OI).sum(1, keepdim=True)
         curvature_O1 += penalty * direction_OI.square().sum(1, keepdim=True)
         # A row without residual has size 0 and stays.

@@ -51,7 +51,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
         problem: the weight, `wanted_OI` or moments with `cross_II`, and the allowed mask if
             there is one.
         pattern: any.
-        params: damping, admm_iterations, refit_iterations, teacher_share, residual_share.
+        params: damping, admm_iterations, search_precision, refit_iterations, teacher_share,
+            residual_share.
 
     Raises:
         InputError, NonFiniteError, SingularHessianError: see `_target.teacher_target`.

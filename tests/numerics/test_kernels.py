@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsify.errors import InputError
 from sparsify.kernels import gram, sweep, triton_jit
-from sparsify.kernels.precision import float32_products
+from sparsify.kernels.precision import float32_products, half_product
 from sparsify.pattern import Pattern
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -176,6 +176,23 @@ def test_precision_is_set_inside_and_put_back(interface: str) -> None:
         assert cuda.fp32_precision == before
     if interface in ("older", "by name"):
         assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1.0, 1e34])
+def test_half_product_is_within_its_rounding(scale: float) -> None:
+    """Two numbers of 11 bits: at most 2^-10 of |left| |right|, row by row, of any size."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(16, 96, generator=generator) * torch.logspace(-2, 2, 16).unsqueeze(1) * scale
+    left[3] = 0.0
+    left[5, 1:] *= 1e-9  # far below the row's largest
+    right = torch.corrcoef(torch.randn(96, 300, generator=generator))
+    product = half_product(left, right.half())
+    exact = left.double() @ right.double()
+    bound = (left.double().abs() @ right.double().abs()) * 2**-10
+    assert product.dtype == torch.float32
+    assert ((product.double() - exact).abs() <= bound).all()
+    assert (product[3] == 0).all()
+    assert (product.double() - exact).abs().max() > 0, "not full precision"
 
 
 def test_without_triton_a_kernel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,14 @@ from torch import Tensor
 from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.masks.select import keep_mask_from_scores
-from sparsify.methods import Method, Problem, PruneParams, available_methods, get_method
+from sparsify.methods import (
+    Method,
+    Problem,
+    PruneParams,
+    Solution,
+    available_methods,
+    get_method,
+)
 from sparsify.methods._refit import damped_hessian, objective
 from sparsify.methods._target import teacher_target
 from sparsify.methods.admm import search
@@ -338,7 +345,9 @@ class TestAdmm:
     def test_without_iterations_the_mask_is_that_of_wanda(self) -> None:
         problem = make_problem()
         hessian = problem.hessian_II
-        _, keep = search(problem.weight_OI, hessian, problem, TWO_FOUR, 0)
+        _, keep = search(
+            problem.weight_OI, hessian, problem, TWO_FOUR, PruneParams(admm_iterations=0)
+        )
         wanda = get_method("wanda").solve(problem, TWO_FOUR, PruneParams())
         assert torch.equal(keep, wanda.keep_mask_OI)
 
@@ -346,7 +355,7 @@ class TestAdmm:
         """With the penalty grown, the values found with the mask are already near least squares."""
         problem = make_problem(num_rows=40)
         damped, target = damped_of(problem), problem.weight_OI
-        weight, keep = search(target, damped, problem, TWO_FOUR, 120)
+        weight, keep = search(target, damped, problem, TWO_FOUR, PruneParams(admm_iterations=120))
         best = objective(least_squares(target, keep, damped), target, damped).sum()
         # Measured 1.0003.
         assert objective(weight, target, damped).sum() < 1.01 * best
@@ -362,6 +371,24 @@ class TestAdmm:
 
         # Measured 0.56.
         assert error(30) < 0.65 * error(0)
+
+    @pytest.mark.parametrize("method", ["admm", "twofour"])
+    def test_half_precision_finds_a_mask_as_good(self, method: str) -> None:
+        """The search alone is in half: kept weights are refitted in full to the same rounding."""
+        problem = make_problem(num_rows=200)
+        damped, target = damped_of(problem), problem.weight_OI
+
+        def found(precision: str) -> Solution:
+            params = PruneParams(search_precision=precision)
+            return get_method(method).solve(problem, TWO_FOUR, params)
+
+        full, half = found("float32"), found("half")
+        assert torch.equal(found("auto").weight_OI, full.weight_OI), "no GPU here"
+        differ = (half.keep_mask_OI != full.keep_mask_OI).double().mean()
+        assert differ < 0.01, "near ties alone"
+        assert not torch.equal(half.weight_OI, full.weight_OI), "it would be full precision"
+        errors = [float(objective(s.weight_OI, target, damped).sum()) for s in (full, half)]
+        assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
 def test_a_teacher_brings_the_output_closer_to_the_dense_output() -> None:
