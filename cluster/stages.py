@@ -31,7 +31,9 @@ class StageSlurmSpec:
 
 @dataclass
 class StageSpec:
-    """What a stage asks for (STAGE: prune, distill, evaluate, quantize, export); null = the run's.
+    """What a stage asks for (STAGE: drop, prune, distill, evaluate, quantize, export).
+
+    null = the run's.
 
     Size and machines may be a stage's own. How work is started, who pays and what is found there
     (kind, account, modules, container) are the run's, whose stages read and write one folder.
@@ -56,6 +58,7 @@ class StageSpec:
 class StageSpecs:
     """Every stage that has workers, by its name; the others are done by the command itself."""
 
+    drop: StageSpec = field(default_factory=StageSpec)
     prune: StageSpec = field(default_factory=StageSpec)
     distill: StageSpec = field(default_factory=StageSpec)
     evaluate: StageSpec = field(default_factory=StageSpec)

@@ -24,6 +24,9 @@ def _modules(folder: str) -> tuple[str, ...]:
 METHODS = _modules("methods")
 """Pruning methods that exist: the modules of `sparsify/methods`."""
 
+RULES = _modules("dropping")
+"""Ways to choose layers to drop: the modules of `sparsify/dropping`."""
+
 SCHEMES = _modules("quantization/schemes")
 """What weights are quantised to: the modules of `sparsify/quantization/schemes`."""
 

@@ -18,13 +18,14 @@ from conf import checks as rules
 from conf.checks import Given
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig, batch_fits_workers
+from conf.options.drop import DropConfig
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
 from conf.options.model import HUB_NAME, ModelConfig
 from conf.options.plan import PlanConfig
 from conf.options.prune import PruneConfig
 from conf.options.quantize import QuantizeConfig
-from conf.options.run import STAGES, RunConfig
+from conf.options.run import STAGES, USUAL, RunConfig
 from conf.options.tracker import TrackerConfig
 from sparsify.errors import InputError
 from sparsify.params import as_list, close_match, no_duplicates
@@ -49,7 +50,7 @@ def stages_in_order(stages: Sequence[str], known: Sequence[str]) -> None:
 
 def starts_from_something(stages: Sequence[str], from_: str | None) -> None:
     """Require run.from where no stage of the run makes the sparse model."""
-    if "prune" not in stages and from_ is None:
+    if not {"drop", "prune"}.intersection(stages) and from_ is None:
         raise InputError(
             f"run.from: is required because stages={as_list(stages)} does not start with prune; "
             "give an earlier run or a model folder, for example "
@@ -83,11 +84,13 @@ ALIASES = {"from": "from_"}
 class Config:
     """A whole run of the pipeline, or of one of its stages."""
 
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """stages to run, in this order: prune, distill, evaluate, quantize, export, report"""
+    stages: list[str] = field(default_factory=lambda: list(USUAL))
+    """stages to run, in this order: drop, prune, distill, evaluate, quantize, export, report; drop
+    only where it is named"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    drop: DropConfig = field(default_factory=DropConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -104,6 +107,13 @@ class Config:
         for stage in self.stages:
             if stage in STAGED:
                 rules.half_needs_gpu(self.model.dtype, self.cluster.of_stage(stage))
+        if "drop" in self.stages:
+            self.drop.require_whole()
+            if "distill" in self.stages and self.distill.moving_start == "dense":
+                raise InputError(
+                    "distill.moving_start=dense: the dense model has layers that drop takes out; "
+                    "use distill.moving_start=given"
+                )
         if "prune" in self.stages and self.model.teacher not in (None, self.model.path):
             raise InputError(
                 f"model.teacher={self.model.teacher}: a run that prunes learns from model.path "
@@ -164,8 +174,11 @@ def default_run_dir(config: Config) -> str:
             name, _, revision = name.partition("@")
             name += f"-{revision.replace('/', '-')}" if revision else ""
         name = name.rsplit("/", 1)[-1] or "model"
+        dropped = f"-drop-{config.drop.rule}" if "drop" in config.stages else ""
+        if "prune" not in config.stages:
+            return f"runs/{name}{dropped}"
         pattern = config.prune.pattern.replace(":", "-")
-        return f"runs/{name}-{pattern}-{config.prune.method}"
+        return f"runs/{name}{dropped}-{pattern}-{config.prune.method}"
     parts = [part for part in config.run.from_.split("/") if part not in ("", ".", "..")]
     while len(parts) > 1 and parts[-1] in STAGES:
         parts.pop()

@@ -1,6 +1,7 @@
 """The pipeline: which stages there are, what they make, and running them one after another.
 
     dense model --prune--> one-shot models --distill--> recovered --quantize--> INT4
+    (drop, where it is asked for, comes first: a dense or recovered model loses layers)
          |                      |                           |                     |
          +---------evaluate-----+---------------------------+                  (scored)
                                  export: folders to load and serve; report: the page to look at
@@ -43,7 +44,9 @@ from jobs.runs.tracking import open_tracker
 PIPELINE: tuple[Stage, ...] = tuple(stages.stage(name) for name in STAGES)
 
 
-def command(name: str, summary: str, uses: str, *examples: str) -> Command:
+def command(
+    name: str, summary: str, uses: str, *examples: str, needs: str = "run.from=PATH"
+) -> Command:  # fmt: skip
     """The command that runs this pipeline, or one stage of it, as conf/<name>.yaml says.
 
     Args:
@@ -51,10 +54,11 @@ def command(name: str, summary: str, uses: str, *examples: str) -> Command:
         summary: its docstring.
         uses: the groups and options that it takes, with spaces between; '' takes all.
         examples: words of command lines that people may want to copy.
+        needs: an option that it does not run without, if it is of one stage.
     """
     return Command(
         name, Config, lambda config: run_pipeline(config, name), lambda c: describe_plan(c),
-        summary, examples, tuple(uses.split()), needs="run.from=PATH" if uses else "",
+        summary, examples, tuple(uses.split()), needs=needs if uses else "",
         compare=_compare,
     )  # fmt: skip
 

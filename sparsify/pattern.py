@@ -18,9 +18,16 @@ _FORMS = "write N:M such as 2:4, or unstructured:S with 0 < S < 1 such as unstru
 MAX_GROUP = 256
 
 
+DENSE = "dense"
+"""pattern of a model that was not pruned, such as one that only lost layers"""
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """N:M keeps n of every m consecutive input columns of each row; unstructured has n = m = 0."""
+    """N:M keeps n of every m consecutive input columns of each row; unstructured has n = m = 0.
+
+    A dense model's is the unstructured one without a zero, which every weight fits.
+    """
 
     n: int
     m: int
@@ -29,7 +36,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read "2:4", "4:8", "1:2" or "unstructured:0.5".
+        """Read "2:4", "4:8", "1:2", "unstructured:0.5" or "dense".
 
         Raises:
             InputError: any other text, or numbers that prune nothing or everything.
@@ -39,6 +46,8 @@ class Pattern:
                 f"pattern: got {text!r} instead of text (YAML reads a bare 2:4 as a number); "
                 'put it in quotes: "2:4"'
             )
+        if text == DENSE:
+            return cls(0, 0, 0.0)
         if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
             n, m = int(match[1]), int(match[2])
             if not 1 <= n < m <= MAX_GROUP:
@@ -52,6 +61,8 @@ class Pattern:
         raise InputError(f"pattern {text!r}: not a pattern; {_FORMS}")
 
     def __str__(self) -> str:
+        if not self.sparsity:
+            return DENSE
         return f"{self.n}:{self.m}" if self.is_structured else f"unstructured:{self.sparsity!r}"
 
     @property

@@ -48,6 +48,8 @@ class Shards:
         self._shard_bytes = shard_bytes
         self._held: dict[str, Tensor] = {}
         self._num_bytes = 0
+        self.total_bytes = 0
+        """of the tensors that were added"""
         self._written: list[tuple[Path, list[str]]] = []
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -61,6 +63,7 @@ class Shards:
                 held = held.clone()  # safetensors refuses views of shared memory
             self._held[name] = held
         self._num_bytes += size
+        self.total_bytes += size
 
     def finish(self) -> dict[str, str]:
         """Give the files their names; returns tensor -> file.

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
-THIN = ("prune", "distill", "evaluate", "quantize", "export", "report")
+THIN = ("drop", "prune", "distill", "evaluate", "quantize", "export", "report")
 MOST_LAZY_IMPORTS = 37
 JOBS = (*THIN[:-1], "tokenize", "teach", "plan", "preflight", "pretrain")
 

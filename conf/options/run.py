@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from sparsify.errors import InputError
 from sparsify.params import as_list, check_options, option
 
-STAGES = ("prune", "distill", "evaluate", "quantize", "export", "report")
+STAGES = ("drop", "prune", "distill", "evaluate", "quantize", "export", "report")
 """Every stage, in the only order in which stages run."""
+
+ASKED = ("drop",)
+"""stages that run only where `stages` names them"""
+
+USUAL = tuple(name for name in STAGES if name not in ASKED)
+"""the others"""
 
 
 @dataclass

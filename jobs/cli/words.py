@@ -121,7 +121,8 @@ def _fits(value: Any, type_name: str) -> bool:
     if isinstance(value, str) and value.startswith("${"):
         return True  # an interpolation: OmegaConf checks what it becomes
     if type_name == "list[str]":
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        # Numbers of a list become text; whoever wants numbers reads them from it.
+        return isinstance(value, list) and all(type(item) in (str, int) for item in value)
     if type_name == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if type_name == "int":

@@ -23,6 +23,7 @@ from jobs.reporting.comparison_charts import error_chart, time_chart
 from jobs.reporting.comparison_charts import perplexity_chart as perplexity_chart_of_runs
 from jobs.reporting.curves import curve_note, forecast_panel, recovery_panels
 from jobs.reporting.deployed import speed_of, writing_of
+from jobs.reporting.dropping import drop_section
 from jobs.reporting.pruning import pruning_sections
 from jobs.reporting.results import find_result, is_recovered, label_of, times_dense
 from jobs.reporting.svg import pct
@@ -80,6 +81,7 @@ def render_report(summary: dict[str, Any]) -> str:
         curve_note=curve_note(recovery),
         forecast=forecast_panel(recovery),
         goodput=_goodput(recovery.get("goodput") or {}),
+        dropping=drop_section(summary.get("dropping")),
         pruning=pruning_sections(summary),
         sizes=size_chart(results),
         writing=writing_of(summary),

@@ -56,6 +56,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
             for stage, duration_s in durations.items()
         ],
         "layers": metrics.get("prune", {}).get("layers", []),
+        "dropping": _dropping(metrics.get("drop")),
         "pruning": _pruning(metrics.get("prune", {})),
         "recovery": distill and _recovery(distill),
         "quantization": metrics.get("quantize", {}).get("quantization"),
@@ -91,6 +92,17 @@ def _recovery(distill: dict[str, Any]) -> dict[str, Any]:
     kept = {key: distill[key] for key in ("num_tokens", "tokens_per_s", "steps")}
     found = ("forecast", "goodput", "heldout", "teacher_float8_kl", "mask_share_moved")
     return kept | {key: distill.get(key) for key in found}
+
+
+_DROPPING = (
+    "rule", "num_layers_before", "num_layers", "dropped_layers", "dropped_sublayers", "kept_layers",
+    "num_weights_before", "num_weights", "num_rows", "num_tokens", "distances", "rounds",
+)  # fmt: skip
+
+
+def _dropping(drop: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Which layers went, and why; null without the stage."""
+    return drop and {key: drop.get(key) for key in _DROPPING}
 
 
 def _pruning(prune: dict[str, Any]) -> list[dict[str, Any]]:
@@ -131,6 +143,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
 
     scores = dict(metrics.get("evaluate", {}).get("results", {}))
     gates = {
+        **metrics.get("drop", {}).get("gate", {}),
         **metrics.get("prune", {}).get("gate", {}),
         "recovered": metrics.get("distill", {}).get("gate"),
     }
@@ -157,7 +170,9 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
                 "num_tokens": figures.get("num_tokens"),
                 "log_gap_recovered": gap,
                 **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
-                "violations": gate["num_violations"] if gate else None,
+                "violations": gate["num_violations"]
+                if gate and gate.get("num_layers", 1)
+                else None,
                 "zero_share": _zero_share(gate),
                 "writing": figures.get("writing"),
             }
@@ -178,7 +193,7 @@ def _label(name: str, context: StageContext) -> str:
         is_recovered = "distill" in context.models.made
         base = "recovered" if is_recovered else f"one-shot {context.models.method}"
         return f"{base} + {scheme.upper()}"
-    return name if name in ("dense", "recovered") else f"one-shot {name}"
+    return name if name in ("dense", "dropped", "recovered") else f"one-shot {name}"
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:

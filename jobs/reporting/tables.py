@@ -20,6 +20,7 @@ from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.deployed import conditions, generation_rows, layer_rows
 from jobs.reporting.layers import Record, by_method, drawable, linear_kind, main_method, short_kinds
 from jobs.reporting.results import is_recovered, label_of
+from sparsify.pattern import DENSE
 
 _RESULT_COLUMNS = (
     ("Perplexity", "perplexity", units.perplexity),
@@ -110,6 +111,8 @@ def results_table(summary: dict[str, Any], width: int = 80) -> Table:
     """
     pattern = str((summary.get("run") or {}).get("pattern") or "pattern")
     heading = pattern if len(pattern) <= 10 else "sparsity"  # 'unstructured:0.5' is too wide
+    if pattern == DENSE:
+        heading = "pattern"
     columns = [c for c in _RESULT_COLUMNS if width >= 76 or c[1] not in _LEFT_OUT]
     table = _table("Model", *(name for name, _, _ in columns), f"{heading}\nviolations")
     for row in summary.get("results") or []:

@@ -20,13 +20,14 @@ from jobs.reporting.results import (
     quantized_as,
     times_dense,
 )
+from sparsify.pattern import DENSE
 
 Words = list[tuple[str, str]]  # (text, tone); tone: "", "gain" or "loss"
 
 
 def _at_pattern(run: dict[str, Any]) -> str:
     """' at 2:4', ' at 50 % unstructured sparsity', or nothing when the pattern is unknown."""
-    text = str(run.get("pattern") or "")
+    text = str(run.get("pattern") or "").removeprefix(DENSE)
     kind, _, share = text.partition(":")
     if kind == "unstructured" and re.fullmatch(r"0?\.\d+", share):
         return f" at {units.percent(float(share), 0)} unstructured sparsity"
@@ -111,6 +112,8 @@ def lead(run: dict[str, Any], results: list[dict[str, Any]], recovery: dict[str,
     if one_shot is None or not is_plottable(one_shot):
         return ""
     text = f"One-shot pruning with {run.get('method')} "
+    if run.get("method") == "dropped":
+        text = "Dropping layers "
     if dense is not None and is_plottable(dense):
         text += f"took perplexity from {units.perplexity(dense['perplexity'])} "
         text += f"to {units.perplexity(one_shot['perplexity'])}"
@@ -124,7 +127,8 @@ def lead(run: dict[str, Any], results: list[dict[str, Any]], recovery: dict[str,
         also = [f"{label_of(row)}: {units.perplexity(row.get('perplexity'))}" for row in others]
         text += f" ({', '.join(also)})" if also else ""
     checked = [row for row in results if row.get("violations") is not None]
-    if checked and not any(row["violations"] for row in checked):
+    is_dense = run.get("pattern") == DENSE
+    if checked and not is_dense and not any(row["violations"] for row in checked):
         text += f". Every pruned layer holds {run.get('pattern') or 'the pattern'} exactly"
     return text + "."
 

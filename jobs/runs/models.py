@@ -13,6 +13,7 @@ from jobs.runs.stage import Stage
 from sparsify.errors import InputError
 from sparsify.files import readable
 from sparsify.formats.sparse_folder import read_sparsity
+from sparsify.pattern import DENSE
 
 
 @dataclass
@@ -27,6 +28,18 @@ class Models:
     """stage -> name -> model folder; the last name of a stage is what later ones build on"""
     method: str | None = None
     """how the sparse models were pruned"""
+    given: Path | None = None
+    """the last model of run.from, from which layers are dropped"""
+
+    @property
+    def to_drop(self) -> Path:
+        """The model that stage drop takes layers from."""
+        return self.given or self.dense
+
+    @property
+    def to_prune(self) -> Path:
+        """The model that stage prune makes sparse: the dense one, or what is left of it."""
+        return self.made["drop"]["dropped"] if "drop" in self.made else self.dense
 
     def latest(self, before: str) -> tuple[str, Path]:
         """Name and folder of the last sparse model that a stage before this one made.
@@ -45,6 +58,23 @@ class Models:
     def sparse(self, before: str) -> Path:
         """Folder of the `latest`."""
         return self.latest(before)[1]
+
+    def require_zeros(self, config: Config, stage: str) -> None:
+        """Refuse a stage that packs zeros where the model that it would get has none.
+
+        Raises:
+            InputError: the model only lost layers.
+        """
+        if "prune" in config.stages:
+            return
+        folder = self.to_drop if "drop" in config.stages else self.sparse(stage)
+        found = read_sparsity(folder) or {}
+        is_dense = folder == self.dense or found.get("pattern") == DENSE
+        if is_dense:
+            raise InputError(
+                f"{stage}: {folder} only lost layers and has no zeros to pack; its folder loads as "
+                "it is, or prune it first: add prune to stages"
+            )
 
     def all_sparse(self) -> dict[str, Path]:
         """Name -> folder of every sparse model that later stages can build on, as they came."""
@@ -69,6 +99,7 @@ class Models:
         last = len(self.stages) if until is None else self._place(until) + 1
         for stage in self.stages[:last]:
             if stage.name not in without and (run / stage.name / RECORD).is_file():
+                self.forget_descendants(stage.name)  # those of an earlier run
                 self.add(stage.name, run / stage.name)
 
     def forget_descendants(self, stage: str) -> None:
@@ -111,6 +142,7 @@ def find_models(
         own = source.resolve()
         models = _models_from(source, config, stages, again if own == run_dir.resolve() else (),
                               fetch)  # fmt: skip
+        models.given = next(reversed(_to_build_on(models)), None)
     if own != run_dir.resolve():
         models.add_run(run_dir, without=again)
     return models
@@ -149,9 +181,17 @@ def _models_from(
         return Models(source, stages)
     method = str(sparsity.get("method", "given"))
     made = {"prune": {method: source}}
+    if sparsity.get("pattern") == DENSE:
+        made = {"drop": {"dropped": source}}
     if "num_recovery_tokens" in provenance and "distill" not in config.stages:
         made = {"distill": {"recovered": source}}
     return Models(_dense_folder(dense, fetch), stages, made, method)
+
+
+def _to_build_on(models: Models) -> list[Path]:
+    """Of each stage's models the one that later stages build on, in the order of stages."""
+    stages = [stage.name for stage in models.stages if not stage.is_end]
+    return [list(models.made[name].values())[-1] for name in stages if models.made.get(name)]
 
 
 def _dense_folder(text: str, fetch: bool) -> Path:

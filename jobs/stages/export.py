@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from conf.schema import Config
 from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
+from jobs.runs.models import Models
 from jobs.runs.stage import Stage
 
 
@@ -36,4 +38,13 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     return dict(context.cluster.run_tasks("export", export_on_worker, [payload], "exports")[0])
 
 
-STAGE = Stage("export", "folders to load, serve and share", identity, run)
+def check(config: Config, models: Models) -> None:
+    """Require a model with zeros.
+
+    Raises:
+        InputError: it only lost layers.
+    """
+    models.require_zeros(config, "export")
+
+
+STAGE = Stage("export", "folders to load, serve and share", identity, run, check=check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
@@ -26,10 +27,17 @@ def identity(context: StageContext) -> dict[str, Any]:
         },
         "inputs": {
             **context.heldout_inputs(),
-            **fingerprints({"model": context.models.dense}),
+            **fingerprints(_models(context)),
             "calibration": context.source_fingerprint("calibration"),
         },
     }
+
+
+def _models(context: StageContext) -> dict[str, Path]:
+    """The model to prune, and where it lost layers the one that it is compared with."""
+    models = context.models
+    more = {} if models.to_prune == models.dense else {"dense": models.dense}
+    return {"model": models.to_prune, **more}
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
@@ -39,8 +47,8 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     settings = context.config.prune
     methods = [name for name in settings.baselines if name != settings.method] + [settings.method]
     payload = {
-        "config": context.worker_config, "dense": context.models.dense, "methods": methods,
-        "folder": writer.folder, "scratch": writer.scratch,
+        "config": context.worker_config, "dense": context.models.to_prune, "methods": methods,
+        "compared": context.models.dense, "folder": writer.folder, "scratch": writer.scratch,
     }  # fmt: skip
     figures = context.cluster.run_workers("prune", prune_on_worker, payload, writer.train_storage)
     return {

@@ -92,10 +92,11 @@ def check(config: Config, models: Models) -> None:
     quantises.
 
     Raises:
-        InputError: one is missing.
+        InputError: one is missing, or the model has no zeros.
     """
     from jobs.workers.checks import check_quantize  # costs torch
 
+    models.require_zeros(config, "quantize")
     check_quantize(config, models.dense)
     if not config.quantize.one_pass:
         return

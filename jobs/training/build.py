@@ -62,7 +62,7 @@ def build_recovery(
         store, config.distill, config.run.seed, context.rank, context.world_size,
         config.data.isolate_documents, flops, cache,
     )  # fmt: skip
-    wrapped = DistillStudent(student.model, found=student.head)
+    wrapped = DistillStudent(student.model, found=student.head, kept_layers=student.kept_layers)
     engine = make_engine(wrapped, config.distill, context.world_size, context.device == "cuda")
     guard = MaskGuard(engine, student.masks, masks_at_step(config.distill))
     if student.moving is None:

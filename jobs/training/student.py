@@ -21,13 +21,14 @@ from jobs.training.engine import Partitioner
 from jobs.training.zero import masks_at_step
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError
+from sparsify.formats.sparse_folder import kept_layers
 from sparsify.formats.verify import masks_of, own_masks
 from sparsify.masks.storage import BitMasks
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.calls import first_block_alone
 from sparsify.models.isolation import check_isolation
 from sparsify.models.lm_head import LanguageHead, check_head
-from sparsify.models.load import DTYPES, check_vocabulary, load_model, load_tokenizer
+from sparsify.models.load import DTYPES, check_vocabulary, load_model, load_tokenizer, read_config
 from sparsify.models.masked import apply_masks_, infer_block_masks, mask_gradients, num_alive
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
 from sparsify.models.varlen import choose_attention
@@ -48,6 +49,8 @@ class Student:
     """lets the masks move for a part of the run; None where they stay"""
     flops: ModelFlops | None
     """None where they cannot be counted"""
+    kept_layers: list[int] | None = None
+    """layers of the teacher that it still has; None: all of them"""
 
 
 def open_blocks(
@@ -178,6 +181,24 @@ def flops_of(model: Any, context: WorkerContext) -> ModelFlops | None:
         return None
 
 
+def layers_of_teacher(student: Path, teacher: Path) -> list[int] | None:
+    """The layers of the teacher that a student has; None where none was dropped between the two.
+
+    Raises:
+        InputError: the teacher is not the model that layers were dropped of.
+    """
+    kept = kept_layers(student)
+    num_layers = read_config(teacher).get_text_config().num_hidden_layers
+    if kept is None or num_layers == len(kept):
+        return None
+    if num_layers <= max(kept):
+        raise InputError(
+            f"model.teacher={teacher}: has {num_layers} layers, and {student} has layer "
+            f"{max(kept)} of the model that it comes from; use that one as the teacher"
+        )
+    return kept
+
+
 def load_student(
     folder: Path, dense: Path, rotation: Path | None, config: Config, context: WorkerContext,
     split: Partitioner,
@@ -221,4 +242,6 @@ def load_student(
         masks, _ = masks_of(
             folder, pruned, config.prune.pattern, config.prune.skip, may_be_dense=True
         )
-    return make_student(source, masks, pattern, config, context, split, is_cut)
+    student = make_student(source, masks, pattern, config, context, split, is_cut)
+    student.kept_layers = layers_of_teacher(folder, dense)
+    return student

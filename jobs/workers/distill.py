@@ -24,12 +24,13 @@ from jobs.training.ledger import START
 from jobs.training.loop import Recovery
 from jobs.training.pace import Pace, early_forecast
 from jobs.training.schedule import num_steps
-from jobs.training.student import load_student
+from jobs.training.student import layers_of_teacher, load_student
 from jobs.training.teacher import TeacherModel, load_teacher
 from sparsify.data.shards import MANIFEST
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
 from sparsify.data.teacher_samples import TeacherSamples
+from sparsify.errors import InputError
 from sparsify.formats.basis import carry_rotation, teacher_rotation
 from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, masks_of
@@ -50,6 +51,11 @@ def make_payload(
             teacher into the student's basis.
     """
     settings = config.distill
+    if layers_of_teacher(student, teacher) is not None and settings.moving_start == "dense":
+        raise InputError(
+            f"distill.moving_start=dense: {student} has fewer layers than the dense model; use "
+            "distill.moving_start=given"
+        )
     weight = settings.losses().peak("square_head")
     rotation = teacher_rotation(student, teacher, weight, settings.moving_start)
     return {

@@ -31,7 +31,13 @@ from sparsify.calibration.layers import InputOrder, passes_ahead
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.formats.basis import carry_rotation, rotation_facts
-from sparsify.formats.sparse_folder import MASKS, ROTATION, model_fingerprint, write_sparsity
+from sparsify.formats.sparse_folder import (
+    MASKS,
+    ROTATION,
+    facts_of_dense,
+    model_fingerprint,
+    write_sparsity,
+)
 from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
@@ -279,8 +285,11 @@ class Pruning:
                 f"calibration token, {worst.name} has {worst.num_dead_columns}"
             )
 
-    def publish(self, name: str, folder: Path) -> None:
-        """Make the stage's model folder from a method's finished blocks; rank 0 calls it."""
+    def publish(self, name: str, folder: Path, compared: Path) -> None:
+        """Make the stage's model folder from a method's finished blocks; rank 0 calls it.
+
+        `compared` is the dense model of the run: what is pruned, or what that lost layers of.
+        """
         source = self._scratch / name
         folder.mkdir(parents=True)
         for path in sorted(source.iterdir()):
@@ -292,15 +301,14 @@ class Pruning:
             codes.mkdir(exist_ok=True)
             _link(path, codes / path.name)
         self._tokenizer.save_pretrained(folder)
-        dense_sha256 = model_fingerprint(self._dense)
+        source_sha256 = model_fingerprint(self._dense)
         if name == self._config.prune.method and self._rotated is not None:
             _link(self._rotated / ROTATION, folder / ROTATION)
-            basis = rotation_facts(folder / ROTATION, dense_sha256)
+            basis = rotation_facts(folder / ROTATION, source_sha256)
         else:
             basis = carry_rotation(self._dense, folder)
         provenance = {
-            "dense_path": str(self._dense.resolve()),
-            "dense_sha256": dense_sha256,
+            **facts_of_dense(self._dense, compared, source_sha256),
             **basis,
             "num_calibration_tokens": self._rows.num_tokens,
             "seed": self._config.run.seed,
@@ -357,7 +365,7 @@ def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str
         if context.rank != 0:
             return None
         for name in payload["methods"]:
-            pruning.publish(name, payload["folder"] / name)
+            pruning.publish(name, payload["folder"] / name, payload["compared"])
     phases = {name: _seconds(reports) for name, reports in found.items()}
     seconds = {name: sum(parts.values()) for name, parts in phases.items()}
     seconds[payload["config"].prune.method] += pruning.seconds_ahead

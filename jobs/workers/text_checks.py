@@ -59,6 +59,7 @@ def _wanted_rows(config: Config) -> dict[Which, int]:
     found: dict[Which, int] = {}
     stages, prune = config.stages, config.prune
     num_samples = [prune.num_samples + (NUM_HELD_ROWS if prune.budget else 0)] * ("prune" in stages)
+    num_samples += [config.drop.rows] * ("drop" in stages and config.drop.reads_rows)
     num_samples += [config.quantize.num_samples] * ("quantize" in stages)
     if num_samples:
         found["calibration"] = max(num_samples)

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens of a row, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ class LossHead(nn.Module):
         return loss
 
 
+def states_of_layers(states: tuple[Tensor, ...], kept_layers: Sequence[int]) -> tuple[Tensor, ...]:
+    """Of a teacher's hidden states those that stand for a student's that lost layers.
+
+    Args:
+        states: as transformers gives them: the embedding's, then one per layer, the last of them
+            behind the final norm.
+        kept_layers: layers of the teacher that the student has, in order.
+
+    Returns:
+        The embedding's, those after each kept layer but the last, and the teacher's last.
+    """
+    return (states[0], *(states[1 + layer] for layer in kept_layers[:-1]), states[-1])
+
+
 class DistillStudent(nn.Module):
     """A causal language model whose forward returns the distillation loss of some rows.
 
@@ -54,20 +68,25 @@ class DistillStudent(nn.Module):
         model: the student.
         chunk_tokens: tokens whose logits exist at one time.
         found: what `check_head` said of it earlier; None: it is asked now, which takes all weights.
+        kept_layers: of a student that lost layers, those of the teacher that it still has: each of
+            its blocks is compared with that one, and the last, whose states are behind the final
+            norm, with the teacher's last. None: with the blocks of the same number.
 
     Raises:
         InputError: the model's head is not what it seems (`check_head`).
     """
 
     def __init__(
-        self, model: Any, chunk_tokens: int = CHUNK_TOKENS, found: LanguageHead | None = None
-    ) -> None:
+        self, model: Any, chunk_tokens: int = CHUNK_TOKENS, found: LanguageHead | None = None,
+        kept_layers: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         found = found or check_head(model)
         self.model = model
         self.loss_head = LossHead(found)
         self._base = (found.base,)  # in a tuple: it is inside `model`, not a second child
         self._chunk_tokens = chunk_tokens
+        self._kept_layers = kept_layers
 
     def forward(
         self, rows: TokenRows, weights: LossWeights, counts: TokenCounts | None = None,
@@ -88,6 +107,8 @@ class DistillStudent(nn.Module):
         output = run_model(
             base, rows, output_hidden_states=weights.square_head > 0, **documents_of(base, rows)
         )
+        if teacher_states is not None and self._kept_layers is not None:
+            teacher_states = states_of_layers(teacher_states, self._kept_layers)
         loss = self.loss_head(
             output.last_hidden_state, rows=rows, weights=weights, counts=counts, teacher=teacher,
             states=output.hidden_states if weights.square_head else None,

@@ -96,6 +96,32 @@ def read_sparsity(folder: Path) -> dict[str, Any] | None:
     return value
 
 
+KEPT = "kept_layers"
+"""entry of the provenance: the layers of the dense model that are left, in order"""
+
+
+def kept_layers(folder: Path) -> list[int] | None:
+    """Layers of the dense model that a model folder still has; None where none was dropped."""
+    return (read_sparsity(folder) or {}).get("provenance", {}).get(KEPT)
+
+
+def facts_of_dense(source: Path, dense: Path, source_sha256: str) -> dict[str, Any]:
+    """Entries for the provenance of a model made from `source`: which dense model it comes from.
+
+    Args:
+        source: the dense model, or what is left of it after layers were dropped.
+        dense: the dense model.
+        source_sha256: fingerprint of `source`.
+    """
+    if source == dense:
+        return {"dense_path": str(dense.resolve()), "dense_sha256": source_sha256}
+    return {
+        "dense_path": str(dense.resolve()),
+        "dense_sha256": model_fingerprint(dense),
+        KEPT: kept_layers(source),
+    }
+
+
 def write_sparsity(
     folder: Path,
     masks: Mapping[str, Any],

@@ -8,7 +8,6 @@ model, so that a model is pruned on a device, or a machine, that it does not fit
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from sparsify.models.load import (
     check_finite,
     stored_places,
 )
+from sparsify.models.save import copy_generation_config
 from sparsify.models.stored import Stored, check_stored, stored_tensors
 from sparsify.models.structure import find_blocks
 from sparsify.tensors import write_tensors
@@ -316,9 +316,7 @@ class ShardWriter:
         config.architectures = [type(source.model).__name__]
         config.dtype = DTYPES[source.dtype]
         config.save_pretrained(self.folder)
-        extra = source.folder / "generation_config.json"
-        if extra.is_file():
-            shutil.copyfile(extra, self.folder / extra.name)
+        copy_generation_config(source.folder, self.folder)
         self._write_index()
 
     def _write_index(self) -> None:

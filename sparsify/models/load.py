@@ -57,7 +57,7 @@ DTYPES = {
 
 _WEIGHTS = "model.safetensors"
 
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 
 INDEX = "model.safetensors.index.json"
 
@@ -167,7 +167,11 @@ def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
         InputError: see `read_config`; or transformers cannot build such a model here (an unknown
             activation or rope type, attention of a package that is not installed).
     """
-    config = read_config(folder)
+    return model_of(read_config(folder), str(folder / "config.json"), dtype)
+
+
+def model_of(config: PretrainedConfig, place: str, dtype: str | None = None) -> PreTrainedModel:
+    """`build_model` of a configuration, which messages call `place`."""
     kind = {} if dtype is None else {"dtype": DTYPES[dtype]}
     try:
         with quiet_transformers():
@@ -176,7 +180,7 @@ def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
             )
     except Exception as error:  # whatever the family's own code raises
         raise InputError(
-            f"{folder / 'config.json'}: no model can be built of it ({type(error).__name__}: "
+            f"{place}: no model can be built of it ({type(error).__name__}: "
             f"{first_line(error)}); correct the field, or install what it asks for"
         ) from None
     unfuse_experts(model)
@@ -310,7 +314,7 @@ def load_model(
             f"model folder {folder}: cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from None
     model, info = loaded  # a pair, because of output_loading_info
-    if packed is not None and (folder / _GENERATION).is_file():
+    if packed is not None and (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     _check_loading_info(folder, info)
     follow_weights(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from sparsify.models.load import INDEX, quiet_transformers, weight_files
+from sparsify.files import write_json
+from sparsify.models.load import GENERATION, INDEX, quiet_transformers, weight_files
 from sparsify.models.structure import find_blocks, linears_of
-from sparsify.tensors import tensor_names
+from sparsify.tensors import Shards, tensor_names
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before there is a model
     from transformers import PreTrainedModel
@@ -69,3 +71,20 @@ def _has_names_of(model: torch.nn.Module, folder: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             wanted -= set(tensor_names(file))
     return not wanted
+
+
+def finish_weights(shards: Shards, folder: Path) -> None:
+    """Give a model's weight files their names: one file, or several and their index."""
+    weight_map = shards.finish()
+    files = set(weight_map.values())
+    if len(files) == 1:
+        (folder / files.pop()).replace(folder / "model.safetensors")
+        return
+    index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+    write_json(folder / INDEX, index)
+
+
+def copy_generation_config(source: Path, target: Path) -> None:
+    """Give a model folder the generation_config.json of the one it was made from, if it has one."""
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, target / GENERATION)

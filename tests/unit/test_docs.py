@@ -450,6 +450,7 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     score = dict.fromkeys(literal_keys("workers/evaluate", "total", "kl"), 1.0)
     gate = {"num_violations": 0}
     return {
+        "drop": dict.fromkeys(literal_keys("workers/drop", "write", "num_weights"), 0),
         "prune": {
             "pattern": "2:4", "method": "wanda", "layers": [layer], "gate": {"wanda": gate},
             "seconds": {"wanda": 1.0}, "phases": {"wanda": dict.fromkeys(PHASES, 0.1)},

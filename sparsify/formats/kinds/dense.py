@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from sparsify.errors import PatternViolationError
-from sparsify.files import write_json
 from sparsify.formats.kinds._base import (
     Export,
     Format,
@@ -20,7 +19,8 @@ from sparsify.formats.kinds._base import (
 from sparsify.formats.sparse_folder import MASKS
 from sparsify.formats.verify import check_files
 from sparsify.masks.storage import save_masks
-from sparsify.models.load import INDEX, check_checkpoint
+from sparsify.models.load import check_checkpoint
+from sparsify.models.save import finish_weights
 from sparsify.models.stored import places_in
 from sparsify.tensors import Shards
 
@@ -47,17 +47,10 @@ def _write(export: Export) -> list[Written]:
 
 def _write_weights(export: Export, folder: Path) -> None:
     """One file, or several and their index."""
-    shards, total = Shards(folder, export.shard_bytes), 0
+    shards = Shards(folder, export.shard_bytes)
     for name in export.source.names():
-        tensor = export.source.tensor(name)
-        shards.add({name: tensor})
-        total += tensor.nbytes
-    weight_map = shards.finish()
-    files = set(weight_map.values())
-    if len(files) == 1:
-        (folder / files.pop()).replace(folder / "model.safetensors")
-        return
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        shards.add({name: export.source.tensor(name)})
+    finish_weights(shards, folder)
 
 
 def _compare(export: Export, folder: Path) -> None:

@@ -24,7 +24,7 @@ from cluster.stages import (
     StageSpec,
     StageSpecs,
 )
-from conf.options.run import STAGES
+from conf.options.run import STAGES, USUAL
 
 SMALL = StageSpec(num_nodes=1, num_workers=8, slurm=StageSlurmSpec(time="2:00:00", memory="64G"))
 
@@ -70,11 +70,11 @@ def test_rules_name_the_stage(asked: StageSpec, said: str) -> None:
 
 
 def test_stages_that_follow_each_other_and_ask_for_the_same_are_one_part() -> None:
-    assert SPEC.parts(STAGES) == [
+    assert SPEC.parts(USUAL) == [
         ("prune", "distill", "evaluate"), ("quantize",), ("export", "report"),
     ]  # fmt: skip
     late = dataclasses.replace(SPEC, stages=StageSpecs(quantize=SMALL, export=SMALL))
-    assert late.parts(STAGES) == [
+    assert late.parts(USUAL) == [
         ("prune", "distill", "evaluate"), ("quantize", "export", "report"),
     ]  # fmt: skip
     assert late.parts(["report"]) == [("report",)]

@@ -12,11 +12,13 @@ import pytest
 import yaml
 
 from cluster.stages import StagedClusterSpec
+from conf.options import drop
 from conf.options.data import DataConfig
+from conf.options.drop import DropConfig
 from conf.options.model import ModelConfig
 from conf.options.preflight import PreflightJobConfig
 from conf.options.pretrain import PretrainConfig
-from conf.options.run import STAGES, RunConfig
+from conf.options.run import USUAL, RunConfig
 from conf.options.teach import TeachConfig, TeachJobConfig
 from conf.options.tokenize import TokenizeConfig, TokenizeJobConfig
 from conf.options.tracker import TrackerConfig
@@ -69,6 +71,7 @@ def test_composed_config_is_the_one_of_before(name: str) -> None:
     words = [] if job == "pretrain" else [f"+cluster={cluster}"]
     words += ["run.from=runs/first"] if GOLDEN[name].get("run.from") else []
     words += ["data.train=/d"] if job == "teach" else []
+    words += ["drop.num_layers=1"] if job == "drop" else []
     is_whole = job in ("preflight", "pretrain", "teach", "tokenize")
     expected = GOLDEN[name] if is_whole else GOLDEN["prune-local"] | GOLDEN[name]
     composed = flat(to_dict(load_config(job, words)))
@@ -82,7 +85,9 @@ def test_every_command_and_cluster_is_held() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_help_shows_the_values_that_the_yaml_starts_from(job: str) -> None:
-    words = {"teach": ["data.train=/d"], "prune": []}.get(job, [FROM])
+    words = {"teach": ["data.train=/d"], "prune": [], "drop": ["drop.num_layers=1"]}.get(
+        job, [FROM]
+    )
     takes_no_model = job in ("preflight", "pretrain", "tokenize")
     config = flat(to_dict(load_config(job, [] if takes_no_model else words)))
     told = {word.partition("=")[0] for word in words}
@@ -158,10 +163,11 @@ def test_every_yaml_is_of_a_command() -> None:
 )
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     whole = job in ("prune", "plan")
-    config = load_config(job, [f"+cluster={cluster}", *([] if whole else [FROM])])
+    needed = ["drop.num_layers=1"] if job == "drop" else [FROM]
+    config = load_config(job, [f"+cluster={cluster}", *([] if whole else needed)])
     assert isinstance(config, Config)
     assert config.cluster.name == cluster
-    assert config.stages == (list(STAGES) if whole else [job])
+    assert config.stages == (list(USUAL) if whole else [job])
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
@@ -483,8 +489,11 @@ def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
 @pytest.mark.parametrize(
     ("stages", "path", "from_", "expected"),
     [
-        (list(STAGES), "embedded", None, "runs/embedded-2-4-twofour"),
-        (list(STAGES), "/models/llama/", None, "runs/llama-2-4-twofour"),
+        (list(USUAL), "embedded", None, "runs/embedded-2-4-twofour"),
+        (list(USUAL), "/models/llama/", None, "runs/llama-2-4-twofour"),
+        (["drop"], "/models/llama", None, "runs/llama-drop-angular"),
+        (["drop", "prune"], "/models/llama", None, "runs/llama-drop-angular-2-4-twofour"),
+        (["drop"], "embedded", "runs/a", "runs/a-drop"),
         (["quantize"], "embedded", "runs/a", "runs/a-quantize"),
         (["quantize"], "embedded", "./runs/a/distill/", "runs/a-quantize"),
         (["quantize", "export"], "embedded", "distill", "runs/distill-quantize-export"),
@@ -492,8 +501,58 @@ def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
     ],
 )
 def test_default_run_dir(stages: list[str], path: str, from_: str | None, expected: str) -> None:
-    config = Config(stages=stages, model=ModelConfig(path=path), run=RunConfig(from_=from_))
+    config = Config(
+        stages=stages, model=ModelConfig(path=path), run=RunConfig(from_=from_),
+        drop=DropConfig(num_layers=1),
+    )  # fmt: skip
     assert default_run_dir(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "drop.num_layers: nothing says what to drop; give one of"),
+        ({"num_layers": 1, "share": 0.5}, "drop.num_layers=1 and drop.share=0.5: more than one"),
+        ({"num_layers": 1, "layers": ["2"]}, "drop.num_layers=1 and drop.layers=[2]: more than"),
+        ({"layers": ["1", "1"]}, "drop.layers=[1,1]: must be numbers from 0 on, each once"),
+        ({"layers": ["-1"]}, "drop.layers=[-1]: must be numbers from 0 on"),
+        ({"num_layers": 1, "candidates": ["mlp"]},
+         "drop.candidates=[mlp]: has no effect with drop.rule=angular"),
+        ({"num_layers": 1, "candidates": []}, "drop.candidates=[]: nothing to choose from"),
+        ({"num_layers": 1, "rule": "deepest", "num_rows": 8},
+         "drop.num_rows=8: has no effect with drop.rule=deepest"),
+        ({"layers": ["1"], "rule": "greedy", "num_rows": 8},
+         "drop.rule=greedy and drop.num_rows=8: has no effect with drop.layers=[1]"),
+        ({"num_layers": 4}, "drop.num_layers=4: the model has 4 layers and one of them must stay"),
+        ({"layers": ["0", "1", "2", "3"]}, "drop.layers=[0,1,2,3]: the model has 4 layers and"),
+        ({"layers": ["0", "4", "5"]}, "drop.layers=[0,4,5]: the model has layers 0 to 3; leave"),
+        ({"share": 0.9}, "drop.share=0.9: the model has 4 layers and one of them must stay"),
+        ({"num_layers": 8, "rule": "greedy", "candidates": ["attention", "mlp"]},
+         "drop.num_layers=8: the model has 8 sublayers and one of them must stay"),
+    ],
+)  # fmt: skip
+def test_what_to_drop_is_said_once_and_can_be_done(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        Config(stages=["drop"], drop=DropConfig(**given)).drop.num_dropped(4)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_a_share_of_the_layers() -> None:
+    assert [DropConfig(share=share).num_dropped(8) for share in (0.01, 0.25, 0.8)] == [1, 2, 6]
+    sublayers = DropConfig(share=0.25, rule="greedy", candidates=["attention", "mlp"])
+    assert sublayers.num_dropped(8) == 4
+    assert [DropConfig().rows, DropConfig(rule="deepest").rows, DropConfig(layers=["1"]).rows] == (
+        [128, 0, 0]
+    )
+
+
+def test_rules_known_to_the_options_are_those_of_sparsify() -> None:
+    from conf.checks import RULES
+    from sparsify.dropping import PARTS, available_rules
+
+    assert set(RULES) == set(available_rules())
+    assert drop.PARTS == PARTS
 
 
 def test_to_dict_uses_the_names_people_write() -> None:
@@ -509,7 +568,7 @@ ABSURD: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("stages", [list(STAGES), ["distill"]])
+@pytest.mark.parametrize("stages", [list(USUAL), ["distill"]])
 def test_a_wrong_value_is_answered_with_its_own_name(stages: list[str]) -> None:
     """Also where it is a rule of several options that it breaks."""
     base = to_dict(Config()) | {"stages": stages}
@@ -544,3 +603,9 @@ def made_of(kind: type, plain: dict[str, Any]) -> Any:
     return kind(
         **{n: made_of(hints[n], v) if is_dataclass(hints[n]) else v for n, v in values.items()}
     )
+
+
+def test_numbers_of_layers_are_written_as_numbers() -> None:
+    config = load_config("drop", ["drop.layers=[21,3]"])
+    assert isinstance(config, Config)
+    assert config.drop.named == [21, 3]
