@@ -23,7 +23,7 @@ class DropConfig:
     """layers to drop; of sublayers (drop.candidates), how many of them"""
     share: float | None = option(None, above=0, below=1)
     """share of the layers to drop, in place of drop.num_layers; at least one"""
-    layers: list[str] = option([])
+    layers: list[int] = option([])
     """layers to drop, counted from 0, in place of a rule's choice"""
     candidates: list[str] = option(["layers"], one_of=PARTS)
     """what rule greedy chooses from: layers, attention, mlp; a sublayer is dropped by zeros in its
@@ -38,16 +38,10 @@ class DropConfig:
         if not self.candidates:
             raise InputError(f"drop.candidates=[]: nothing to choose from; use some of "
                              f"{', '.join(PARTS)}")  # fmt: skip
-        is_number = [str(layer).isdecimal() for layer in self.layers]
-        if not all(is_number) or len(set(self.named)) < len(self.layers):
+        if len(set(self.layers)) < len(self.layers) or any(layer < 0 for layer in self.layers):
             raise InputError(
                 f"drop.layers={as_list(self.layers)}: must be numbers from 0 on, each once"
             )
-
-    @property
-    def named(self) -> list[int]:
-        """`layers` as numbers."""
-        return [int(layer) for layer in self.layers]
 
     @property
     def reads_rows(self) -> bool:
@@ -93,7 +87,7 @@ class DropConfig:
             InputError: there are not so many, or nothing would be left.
         """
         if self.layers:
-            beyond = [layer for layer in self.named if layer >= num_layers]
+            beyond = [layer for layer in self.layers if layer >= num_layers]
             if beyond:
                 raise InputError(
                     f"drop.layers={as_list(self.layers)}: the model has layers 0 to "

@@ -30,7 +30,7 @@ from sparsify.errors import InputError
 
 _WIDTH = 80
 
-_TYPE_NAMES = {"list[str]": "list", "str": "text"}
+_TYPE_NAMES = {"list[str]": "list", "list[int]": "list", "str": "text"}
 
 _VERSIONED = ("torch", "transformers", "ray", "deepspeed")
 

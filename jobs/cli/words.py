@@ -33,6 +33,7 @@ _TYPE_WORDS = {
     "float": "a number such as 0.5 or 1e-4",
     "bool": "true or false",
     "list[str]": "a list in brackets such as [a,b] or []",
+    "list[int]": "a list of whole numbers in brackets such as [1,2] or []",
 }
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -110,7 +111,7 @@ def _to_hydra(option: Option, key: str, text: str) -> str:
         return f"{key}={int(value)}"  # 1e9 is a whole number, spelled shortly
     wanted = _TYPE_WORDS.get(option.type_name, "text") + (" or null" if option.optional else "")
     fix = ""
-    if option.type_name == "list[str]" and re.fullmatch(r"[\w.*/,-]+", text):
+    if option.type_name.startswith("list") and re.fullmatch(r"[\w.*/,-]+", text):
         fix = f"; write '{key}=[{text}]'"
     elif "," in text:
         fix = "; several values need --multirun"
@@ -121,8 +122,9 @@ def _fits(value: Any, type_name: str) -> bool:
     if isinstance(value, str) and value.startswith("${"):
         return True  # an interpolation: OmegaConf checks what it becomes
     if type_name == "list[str]":
-        # Numbers of a list become text; whoever wants numbers reads them from it.
-        return isinstance(value, list) and all(type(item) in (str, int) for item in value)
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if type_name == "list[int]":
+        return isinstance(value, list) and all(type(item) is int for item in value)
     if type_name == "float":
         return isinstance(value, int | float) and not isinstance(value, bool)
     if type_name == "int":

@@ -75,7 +75,7 @@ def check_drop(config: Config, source: Path) -> None:
         model = build_model(source)
     blocks = find_blocks(model)[1]
     num = settings.num_dropped(len(blocks))
-    gone = settings.named
+    gone = list(settings.layers)
     if settings.rule == "deepest" and not gone:
         task = Task(len(blocks), num, lambda: BlocksInMemory(model))
         gone = [unit.layer for unit in get_rule("deepest").choose(task).units]
@@ -133,7 +133,7 @@ class Dropping:
         settings, context = self._config.drop, self._context
         num = settings.num_dropped(self._num_layers)
         if settings.layers:
-            return Choice(tuple(Unit(layer) for layer in sorted(settings.named)))
+            return Choice(tuple(Unit(layer) for layer in sorted(settings.layers)))
         rule = get_rule(settings.rule)
         comm = Comm.distributed() if context.world_size > 1 else Comm.single()
         rows = self._rows() if rule.needs_rows else None

@@ -513,19 +513,19 @@ def test_default_run_dir(stages: list[str], path: str, from_: str | None, expect
     [
         ({}, "drop.num_layers: nothing says what to drop; give one of"),
         ({"num_layers": 1, "share": 0.5}, "drop.num_layers=1 and drop.share=0.5: more than one"),
-        ({"num_layers": 1, "layers": ["2"]}, "drop.num_layers=1 and drop.layers=[2]: more than"),
-        ({"layers": ["1", "1"]}, "drop.layers=[1,1]: must be numbers from 0 on, each once"),
-        ({"layers": ["-1"]}, "drop.layers=[-1]: must be numbers from 0 on"),
+        ({"num_layers": 1, "layers": [2]}, "drop.num_layers=1 and drop.layers=[2]: more than"),
+        ({"layers": [1, 1]}, "drop.layers=[1,1]: must be numbers from 0 on, each once"),
+        ({"layers": [-1]}, "drop.layers=[-1]: must be numbers from 0 on"),
         ({"num_layers": 1, "candidates": ["mlp"]},
          "drop.candidates=[mlp]: has no effect with drop.rule=angular"),
         ({"num_layers": 1, "candidates": []}, "drop.candidates=[]: nothing to choose from"),
         ({"num_layers": 1, "rule": "deepest", "num_rows": 8},
          "drop.num_rows=8: has no effect with drop.rule=deepest"),
-        ({"layers": ["1"], "rule": "greedy", "num_rows": 8},
+        ({"layers": [1], "rule": "greedy", "num_rows": 8},
          "drop.rule=greedy and drop.num_rows=8: has no effect with drop.layers=[1]"),
         ({"num_layers": 4}, "drop.num_layers=4: the model has 4 layers and one of them must stay"),
-        ({"layers": ["0", "1", "2", "3"]}, "drop.layers=[0,1,2,3]: the model has 4 layers and"),
-        ({"layers": ["0", "4", "5"]}, "drop.layers=[0,4,5]: the model has layers 0 to 3; leave"),
+        ({"layers": [0, 1, 2, 3]}, "drop.layers=[0,1,2,3]: the model has 4 layers and"),
+        ({"layers": [0, 4, 5]}, "drop.layers=[0,4,5]: the model has layers 0 to 3; leave"),
         ({"share": 0.9}, "drop.share=0.9: the model has 4 layers and one of them must stay"),
         ({"num_layers": 8, "rule": "greedy", "candidates": ["attention", "mlp"]},
          "drop.num_layers=8: the model has 8 sublayers and one of them must stay"),
@@ -542,7 +542,7 @@ def test_a_share_of_the_layers() -> None:
     assert [DropConfig(share=share).num_dropped(8) for share in (0.01, 0.25, 0.8)] == [1, 2, 6]
     sublayers = DropConfig(share=0.25, rule="greedy", candidates=["attention", "mlp"])
     assert sublayers.num_dropped(8) == 4
-    assert [DropConfig().rows, DropConfig(rule="deepest").rows, DropConfig(layers=["1"]).rows] == (
+    assert [DropConfig().rows, DropConfig(rule="deepest").rows, DropConfig(layers=[1]).rows] == (
         [128, 0, 0]
     )
 
@@ -608,4 +608,4 @@ def made_of(kind: type, plain: dict[str, Any]) -> Any:
 def test_numbers_of_layers_are_written_as_numbers() -> None:
     config = load_config("drop", ["drop.layers=[21,3]"])
     assert isinstance(config, Config)
-    assert config.drop.named == [21, 3]
+    assert config.drop.layers == [21, 3]
