@@ -158,3 +158,20 @@ def test_what_runs_on_the_driver_imports_nothing_heavy(module: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_dropped_stands_before_what_it_was_made_from(
+    run: Path, tiny_model_dir: Path
+) -> None:
+    """Layers dropped of a recovered model: later stages build on the smaller one alone."""
+    assert of(run, "evaluate").to_drop == run / "distill/model"
+    finish(run.parent / "new", "drop", tiny_model_dir, method="dropped")
+    models = of(run, "evaluate")
+    assert models.to_drop == run / "distill/model", "the same when the command comes again"
+    assert models.made == {"drop": {"dropped": run.parent / "new/drop/model"}}
+    for stage in ("prune", "distill", "evaluate"):
+        assert models.sparse(stage) == run.parent / "new/drop/model"
+    assert (models.dense, models.to_prune) == (tiny_model_dir, run.parent / "new/drop/model")
+    config = Config(stages=["prune"])
+    alone = find_models(config, run.parent / "none", PIPELINE)
+    assert alone.to_drop == alone.to_prune == alone.dense
