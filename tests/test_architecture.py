@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
 THIN = ("drop", "prune", "distill", "evaluate", "quantize", "export", "report")
-MOST_LAZY_IMPORTS = 37
-JOBS = (*THIN[:-1], "tokenize", "teach", "plan", "preflight", "pretrain")
+MOST_LAZY_IMPORTS = 38
+JOBS = (*THIN[:-1], "curate", "tokenize", "teach", "plan", "preflight", "pretrain")
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:

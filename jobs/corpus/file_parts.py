@@ -79,6 +79,11 @@ def cut_source(
     else:
         files = source_files(existing_path(name, BUILT_IN))
         parts = [part for file in files for part in _cut_file(file, config, part_bytes)]
+    return gathered(parts, part_bytes)
+
+
+def gathered(parts: Sequence[Part], part_bytes: int) -> list[list[Part]]:
+    """Parts, in their order, as shards of about `part_bytes` of text; larger ones stand alone."""
     shards: list[list[Part]] = []
     num_bytes = 0
     for part in parts:
@@ -107,9 +112,15 @@ def read_part(part: Part, held_out: bool | None, config: DataConfig) -> Sequence
     if part.kind in ("text", "split text"):
         text = Content(path, content.read(part.start, part.stop), part.start)
         return plain_text(text, config.separator, part.kind == "split text")
+    lines, after = part_lines(content, part)
+    return json_lines(lines, config.text_field, after)
+
+
+def part_lines(content: Content, part: Part) -> tuple[Content, str]:
+    """The lines of a file that begin in a part, and where in it counting them begins."""
     begin, end = (_next_line(content, offset) for offset in (part.start, part.stop))
-    lines = Content(path, content.read(begin, end), begin)
-    return json_lines(lines, config.text_field, f" after byte {begin}" if begin else "")
+    lines = Content(content.path, content.read(begin, end), begin)
+    return lines, f" after byte {begin}" if begin else ""
 
 
 def _cut_file(path: Path, config: DataConfig, part_bytes: int) -> list[Part]:

@@ -132,6 +132,12 @@ def render_comparison(comparison: dict[str, Any]) -> str:
     )
 
 
+def render_curation(values: dict[str, Any], command: str) -> str:
+    """The whole page of a curated corpus; `values` of `curation.page_values`."""
+    words = values.pop("words")
+    return _rendered("curation.html.j2", words, command=command, **values)
+
+
 def _rendered(template: str, words: Words, **values: Any) -> str:
     """A page by its template; `words` are its title and headline."""
     folder = resources.files("jobs.reporting")

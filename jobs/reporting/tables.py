@@ -69,7 +69,7 @@ def runs_table(comparison: dict[str, Any], width: int = 80) -> Table:
     names = short_keys(comparison)
     if not 1 <= len(names) <= _MOST_KEYS:
         names = {}
-    table = _table(*(list(names.values()) or ["Run"]), "State", *(name for name, _ in columns))
+    table = new_table(*(list(names.values()) or ["Run"]), "State", *(name for name, _ in columns))
     for column in table.columns[: len(names)]:  # words, which may be long
         column.justify, column.overflow, column.no_wrap = "left", "fold", False
         column.min_width = 4
@@ -91,7 +91,7 @@ def runs_table(comparison: dict[str, Any], width: int = 80) -> Table:
     return table
 
 
-def _table(*headings: str) -> Table:
+def new_table(*headings: str) -> Table:
     """A table whose first column gives way, and whose numbers are never cut or wrapped."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     first, *numbers = headings
@@ -114,7 +114,7 @@ def results_table(summary: dict[str, Any], width: int = 80) -> Table:
     if pattern == DENSE:
         heading = "pattern"
     columns = [c for c in _RESULT_COLUMNS if width >= 76 or c[1] not in _LEFT_OUT]
-    table = _table("Model", *(name for name, _, _ in columns), f"{heading}\nviolations")
+    table = new_table("Model", *(name for name, _, _ in columns), f"{heading}\nviolations")
     for row in summary.get("results") or []:
         violations = row.get("violations")
         table.add_row(
@@ -155,7 +155,7 @@ def pruning_table(summary: dict[str, Any]) -> Table:
     used = [
         i for i in range(len(headings)) if i == 0 or any(row[i] != units.MISSING for row in rows)
     ]
-    table = _table(*(headings[i] for i in used))
+    table = new_table(*(headings[i] for i in used))
     main = main_method(run, groups)
     for row in rows:
         cells = [Text(row[i]) for i in used]
@@ -176,7 +176,7 @@ def _worst_place(layers: list[Record]) -> str:
 
 def speed_table(speed: dict[str, Any]) -> Table:
     """One row per exported model that was timed, and one per side of the large layer."""
-    table = _table("Answering", "Weights", "First\ntoken", "Tokens/s", "Times\ndense")
+    table = new_table("Answering", "Weights", "First\ntoken", "Tokens/s", "Times\ndense")
     table.caption = f"batch 1, {conditions(speed)}"
     table.caption_justify = "left"
     for row in generation_rows(speed):
@@ -205,7 +205,7 @@ def stages_table(summary: dict[str, Any]) -> Table:
         if stage.get("status") == "ran" and units.is_finite(stage.get("duration_s"))
     ]
     total = sum(spent)
-    table = _table("Stage", "Status", "Time", "Share")
+    table = new_table("Stage", "Status", "Time", "Share")
     for stage in stages:
         seconds, ran = stage.get("duration_s"), stage.get("status") == "ran"
         known = ran and total > 0 and units.is_finite(seconds)

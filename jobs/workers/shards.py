@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.executor import Executor
 from cluster.preempt import telling
 from cluster.spec import ClusterSpec
 from jobs.runs.artifact import differences
@@ -57,9 +58,14 @@ def fill_folder(
         stack.enter_context(run_lock(folder, option))
         display = stack.enter_context(Display())
 
+        cluster: Executor | None = None
+
         def map_shards(work: Callable[..., Any], payloads: list[Any]) -> None:
-            cluster = new_cluster(spec, f"{command} {folder.name}", display.on_event)
-            with cluster_errors(), cluster:
+            nonlocal cluster
+            with cluster_errors():
+                if cluster is None:  # one for all calls
+                    new = new_cluster(spec, f"{command} {folder.name}", display.on_event)
+                    cluster = stack.enter_context(new)
                 cluster.run_tasks(command, work, payloads, "shards")
 
         def so_far() -> str:

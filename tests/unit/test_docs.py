@@ -83,9 +83,18 @@ def page(path: str) -> Page:
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = [page(path) for path in ("README.md", "CONTRIBUTING.md", *DOCS)]
 RUN_FOLDER = page("docs/run-folder.md").text
-GROUPS = [*(field.name for field in fields(Config)), "tokenize", "teach", "plan", "preflight"]
+GROUPS = [
+    *(field.name for field in fields(Config)),
+    "curate",
+    "tokenize",
+    "teach",
+    "plan",
+    "preflight",
+]
 OPTIONS = {
-    k: o for job in ("plan", "preflight", "tokenize", "teach") for k, o in job_options(job).items()
+    k: o
+    for job in ("plan", "preflight", "curate", "tokenize", "teach")
+    for k, o in job_options(job).items()
 }
 
 

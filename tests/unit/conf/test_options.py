@@ -13,6 +13,7 @@ import yaml
 
 from cluster.stages import StagedClusterSpec
 from conf.options import drop
+from conf.options.curate import CurateConfig, CurateJobConfig
 from conf.options.data import DataConfig
 from conf.options.drop import DropConfig
 from conf.options.model import ModelConfig
@@ -72,7 +73,7 @@ def test_composed_config_is_the_one_of_before(name: str) -> None:
     words += ["run.from=runs/first"] if GOLDEN[name].get("run.from") else []
     words += ["data.train=/d"] if job == "teach" else []
     words += ["drop.num_layers=1"] if job == "drop" else []
-    is_whole = job in ("preflight", "pretrain", "teach", "tokenize")
+    is_whole = job in ("curate", "preflight", "pretrain", "teach", "tokenize")
     expected = GOLDEN[name] if is_whole else GOLDEN["prune-local"] | GOLDEN[name]
     composed = flat(to_dict(load_config(job, words)))
     assert {key: composed.get(key, "gone") for key in expected} == expected
@@ -88,7 +89,7 @@ def test_help_shows_the_values_that_the_yaml_starts_from(job: str) -> None:
     words = {"teach": ["data.train=/d"], "prune": [], "drop": ["drop.num_layers=1"]}.get(
         job, [FROM]
     )
-    takes_no_model = job in ("preflight", "pretrain", "tokenize")
+    takes_no_model = job in ("curate", "preflight", "pretrain", "tokenize")
     config = flat(to_dict(load_config(job, [] if takes_no_model else words)))
     told = {word.partition("=")[0] for word in words}
     told |= {"run.dir", "run.redo"} if job == "report" else set()
@@ -159,7 +160,8 @@ def test_every_yaml_is_of_a_command() -> None:
 
 @pytest.mark.parametrize("cluster", cluster_names())
 @pytest.mark.parametrize(
-    "job", [job for job in JOBS if job not in ("preflight", "pretrain", "tokenize", "teach")]
+    "job",
+    [job for job in JOBS if job not in ("curate", "preflight", "pretrain", "tokenize", "teach")],
 )
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     whole = job in ("prune", "plan")
@@ -179,6 +181,14 @@ def test_tokenize_composes_on_every_cluster(cluster: str) -> None:
     whole = load_config("prune", [f"+cluster={cluster}"])
     assert isinstance(whole, Config)
     assert config.data == whole.data
+
+
+@pytest.mark.parametrize("cluster", cluster_names())
+def test_curate_composes_on_every_cluster(cluster: str) -> None:
+    config = load_config("curate", [f"+cluster={cluster}", "curate.shard_bytes=5"])
+    assert isinstance(config, CurateJobConfig)
+    assert config.cluster.name == cluster
+    assert config.curate == CurateConfig(shard_bytes=5)
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
