@@ -22,7 +22,7 @@ from jobs.cli.options import (
     CONF_DIR,
     Option,
     command_options,
-    presets,
+    command_presets,
     takes_presets,
     written,
 )
@@ -64,7 +64,7 @@ def render(command: Command, words: list[str]) -> str:
     lines = textwrap.wrap(command.summary.split("\n\n")[0], _WIDTH)
     lines += ["", *_wrapped(f"{start} {usage}", "  ", "      "), "", *_flag_lines()]
     if takes_presets(command):
-        lines += ["", *_preset_lines()]
+        lines += ["", *_preset_lines(command)]
     if "prune.method" in options:
         lines += ["", *_method_lines()]
     lines += [*listing, "", "EXAMPLES"]
@@ -107,9 +107,9 @@ def _flag_lines() -> list[str]:
     ]
 
 
-def _preset_lines() -> list[str]:
+def _preset_lines(command: Command) -> list[str]:
     lines = ["PRESETS (may set options of any group, see --print-config; options win)"]
-    for group, names in presets().items():
+    for group, names in command_presets(command).items():
         lines.append(f" {'+' if group == 'cluster' else ''}{group}=")
         for name in names:
             text = (CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8")

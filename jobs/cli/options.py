@@ -101,6 +101,19 @@ def presets(folders: Sequence[Path] = (CONF_DIR,)) -> dict[str, list[str]]:
     return {group: sorted(names) for group, names in sorted(found.items())}
 
 
+def command_presets(
+    command: Command, folders: Sequence[Path] = (CONF_DIR,)
+) -> dict[str, list[str]]:
+    """`presets` without those of another command."""
+    own = {job for job in JOBS if job != command.name and job not in schema_groups()}
+    return {group: names for group, names in presets(folders).items() if group not in own}
+
+
+def schema_groups() -> set[str]:
+    """Groups of options that several commands have."""
+    return {field.name for field in fields(schema.Config)}
+
+
 def cluster_names() -> list[str]:
     """Names that `+cluster=` takes."""
     return presets()["cluster"]

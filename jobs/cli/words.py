@@ -20,6 +20,7 @@ from jobs.cli.command import Command
 from jobs.cli.options import (
     Option,
     command_options,
+    command_presets,
     known_option,
     known_preset,
     one_line,
@@ -49,7 +50,7 @@ def checked_word(command: Command, word: str, folders: Sequence[Path], is_sweep:
     bare = key.lstrip("+~")
     if bare.startswith("hydra.") or set("@/") & set(bare):
         return word
-    groups = presets(folders) if takes_presets(command) else {}
+    groups = command_presets(command, folders) if takes_presets(command) else {}
     if not bare or not (equals or key.startswith("~")):
         hint = ""
         if word in command_options(command):

@@ -36,7 +36,14 @@ from conf.schema import (
 )
 from jobs.cli.command import find_command
 from jobs.cli.compose import load_config
-from jobs.cli.options import CONF_DIR, JOBS, cluster_names, job_options, presets
+from jobs.cli.options import (
+    CONF_DIR,
+    JOBS,
+    cluster_names,
+    command_presets,
+    job_options,
+    presets,
+)
 from sparsify.errors import InputError
 
 FROM = "run.from=runs/earlier"
@@ -100,7 +107,12 @@ def test_help_shows_the_values_that_the_yaml_starts_from(job: str) -> None:
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [(group, name) for group, names in presets().items() for name in names if group != "cluster"],
+    [
+        (group, name)
+        for group, names in command_presets(find_command("prune")).items()
+        for name in names
+        if group != "cluster"
+    ],
 )
 def test_preset_composes_and_says_what_it_is(group: str, name: str) -> None:
     text = (CONF_DIR / group / f"{name}.yaml").read_text(encoding="utf-8")
@@ -189,6 +201,17 @@ def test_curate_composes_on_every_cluster(cluster: str) -> None:
     assert isinstance(config, CurateJobConfig)
     assert config.cluster.name == cluster
     assert config.curate == CurateConfig(shard_bytes=5)
+
+
+@pytest.mark.parametrize("name", presets()["curate"])
+def test_presets_of_curate_are_its_alone(name: str) -> None:
+    text = (CONF_DIR / "curate" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# @package _global_\n# ")
+    config = load_config("curate", [f"curate={name}", "curate.seed=3"])
+    assert config.curate.sources
+    assert config.curate.seed == 3
+    with pytest.raises(InputError, match="curate"):
+        load_config("prune", [f"curate={name}"])
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
