@@ -145,7 +145,7 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
     assert {"distill.batch_size", "prune.damping", "quantize.scheme"} <= set(deciding)
     assert set(whole) - set(deciding) == {
         "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
-        "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
+        "drop.batch_size", "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
         "quantize.checkpoint_every_blocks",
         *(f"distill.{name}" for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
