@@ -31,9 +31,7 @@ class StageSlurmSpec:
 
 @dataclass
 class StageSpec:
-    """What a stage asks for (STAGE: drop, prune, distill, evaluate, quantize, export).
-
-    null = the run's.
+    """What a stage asks for (STAGE: any of `stages` but report); null = the run's.
 
     Size and machines may be a stage's own. How work is started, who pays and what is found there
     (kind, account, modules, container) are the run's, whose stages read and write one folder.
@@ -61,6 +59,7 @@ class StageSpecs:
     drop: StageSpec = field(default_factory=StageSpec)
     prune: StageSpec = field(default_factory=StageSpec)
     distill: StageSpec = field(default_factory=StageSpec)
+    finetune: StageSpec = field(default_factory=StageSpec)
     evaluate: StageSpec = field(default_factory=StageSpec)
     quantize: StageSpec = field(default_factory=StageSpec)
     export: StageSpec = field(default_factory=StageSpec)

@@ -21,6 +21,7 @@ from conf.options.distill import DistillConfig, batch_fits_workers
 from conf.options.drop import DropConfig
 from conf.options.evaluate import EvaluateConfig
 from conf.options.export import ExportConfig
+from conf.options.finetune import FinetuneConfig
 from conf.options.model import HUB_NAME, ModelConfig
 from conf.options.plan import PlanConfig
 from conf.options.prune import PruneConfig
@@ -49,8 +50,8 @@ def stages_in_order(stages: Sequence[str], known: Sequence[str]) -> None:
 
 
 def starts_from_something(stages: Sequence[str], from_: str | None) -> None:
-    """Require run.from where no stage of the run makes the sparse model."""
-    if not {"drop", "prune"}.intersection(stages) and from_ is None:
+    """Require run.from where no stage of the run makes a model of the dense one."""
+    if not {"drop", "prune", "finetune"}.intersection(stages) and from_ is None:
         raise InputError(
             f"run.from: is required because stages={as_list(stages)} does not start with prune; "
             "give an earlier run or a model folder, for example "
@@ -85,14 +86,15 @@ class Config:
     """A whole run of the pipeline, or of one of its stages."""
 
     stages: list[str] = field(default_factory=lambda: list(USUAL))
-    """stages to run, in this order: drop, prune, distill, evaluate, quantize, export, report; drop
-    only where it is named"""
+    """stages to run, in this order: drop, prune, distill, finetune, evaluate, quantize, export,
+    report; drop and finetune only where they are named"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -124,6 +126,9 @@ class Config:
             batch_fits_workers(self.distill, self.cluster)
             rules.one_step(Given.of("distill.num_tokens", self.distill),
                            Given.of("distill.batch_size", self.distill), length)  # fmt: skip
+        if "finetune" in self.stages:
+            self.finetune.check_teacher()
+            batch_fits_workers(self.finetune, self.cluster, "finetune")
         if {"evaluate", "quantize"}.intersection(self.stages):
             rules.one_row(Given.of("evaluate.num_tokens", self.evaluate), length)
 
@@ -176,7 +181,8 @@ def default_run_dir(config: Config) -> str:
         name = name.rsplit("/", 1)[-1] or "model"
         dropped = f"-drop-{config.drop.rule}" if "drop" in config.stages else ""
         if "prune" not in config.stages:
-            return f"runs/{name}{dropped}"
+            rest = [f"-{stage}" for stage in config.stages if stage != "drop"]
+            return f"runs/{name}{dropped}{''.join(rest)}"
         pattern = config.prune.pattern.replace(":", "-")
         return f"runs/{name}{dropped}-{pattern}-{config.prune.method}"
     parts = [part for part in config.run.from_.split("/") if part not in ("", ".", "..")]

@@ -4,6 +4,7 @@
     (drop, where it is asked for, comes first: a dense or recovered model loses layers)
          |                      |                           |                     |
          +---------evaluate-----+---------------------------+                  (scored)
+                                 finetune, where it is asked for: what was recovered learns a task
                                  export: folders to load and serve; report: the page to look at
 
 A finished stage is reused when the same command comes again; see jobs/runs/artifact.py.
@@ -267,6 +268,9 @@ def describe_plan(config: Config) -> list[str]:
             own = spec.of_stage(stage.name)
             size = "" if own.has_workers_of(spec) else f" ({_size(own)})"
             lines.append(f"  {stage.name:<9} {state:<9} {stage.result}{size}")
+            if stage.describe is not None:
+                own_config = config.of_stage(stage.name)
+                lines += [f"    {line}" for line in stage.describe(own_config, models)]
     return lines
 
 

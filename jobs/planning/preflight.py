@@ -17,7 +17,7 @@ from sparsify.errors import InputError
 _SHARE = 0.95  # of a card's memory: what is left is the allocator's
 
 
-def check_recovery(config: Config, dense: Path) -> None:
+def check_recovery(config: Config, dense: Path, has_teacher: bool = True) -> None:
     """Require that a recovery fits the cluster's card; nobody looks where it names none.
 
     Raises:
@@ -32,7 +32,7 @@ def check_recovery(config: Config, dense: Path) -> None:
         _say("distill", f"{shape.name}: what its layers keep cannot be counted without weights")
         return
     recovery = Recovery(
-        shape, None if config.distill.teacher_cache else shape, setup, machine,
+        shape, shape if has_teacher and not config.distill.teacher_cache else None, setup, machine,
         machine.rates(setup.element_bytes),
     )  # fmt: skip
     asked = recovery.choice()

@@ -18,6 +18,9 @@ from sparsify.packed.layout import packed_layers
 
 SCHEMA = 1
 
+_MADE_BY = {"finetune": "fine-tuned", "distill": "recovered"}
+"""stage -> what its model is called, the last stage first"""
+
 
 def write_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
     """Collect the records of the run's finished stages into summary.json.
@@ -36,7 +39,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         path = run_dir / stage / RECORD
         if path.is_file() and stage != "report":
             records[stage] = read_record(path.parent)
-    for stage in ("distill", "quantize"):
+    for stage in ("distill", "finetune", "quantize"):
         if stage not in context.models.made:
             records.pop(stage, None)  # made from an earlier pruning than the one there is now
     metrics = {stage: record["metrics"] for stage, record in records.items()}
@@ -146,6 +149,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
         **metrics.get("drop", {}).get("gate", {}),
         **metrics.get("prune", {}).get("gate", {}),
         "recovered": metrics.get("distill", {}).get("gate"),
+        "finetuned": metrics.get("finetune", {}).get("gate"),
     }
     if "quantize" in metrics:
         quantized = metrics["quantize"]["results"]
@@ -190,10 +194,16 @@ def _zero_share(gate: dict[str, Any] | None) -> float | None:
 def _label(name: str, context: StageContext) -> str:
     scheme = quantized_as(name)
     if scheme is not None:
-        is_recovered = "distill" in context.models.made
-        base = "recovered" if is_recovered else f"one-shot {context.models.method}"
+        made = context.models.made
+        base = next(
+            (words for stage, words in _MADE_BY.items() if stage in made),
+            f"one-shot {context.models.method}",
+        )
         return f"{base} + {scheme.upper()}"
-    return name if name in ("dense", "dropped", "recovered") else f"one-shot {name}"
+    known = {
+        "dense": "dense", "dropped": "dropped", "recovered": "recovered", "finetuned": "fine-tuned",
+    }  # fmt: skip
+    return known.get(name, f"one-shot {name}")
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:

@@ -185,6 +185,8 @@ def _models_from(
         made = {"drop": {"dropped": source}}
     if "num_recovery_tokens" in provenance and "distill" not in config.stages:
         made = {"distill": {"recovered": source}}
+    if "num_finetuning_tokens" in provenance and not {"distill", "finetune"} & {*config.stages}:
+        made = {"finetune": {"finetuned": source}}
     return Models(_dense_folder(dense, fetch), stages, made, method)
 
 

@@ -34,6 +34,8 @@ class Stage:
     """fills the writer's folder and returns metrics"""
     check: Callable[[Config, Models], None] | None = None
     """finds what is wrong with the stage's own inputs before anything is started"""
+    describe: Callable[[Config, Models], list[str]] | None = None
+    """lines for the plan of what is particular to the stage's inputs"""
     makes: Callable[[dict[str, Any]], dict[str, str]] | None = None
     """of its metrics: name -> folder in its own of every model for later stages, which build on the
     last of them"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,7 +41,8 @@ class Batches:
         rank: this worker.
         world_size: number of workers.
         isolate: whether documents of one row are kept apart; False makes each row one document.
-        flops: of student and teacher, None where they cannot be counted; no teacher's with a cache.
+        flops: of student and teacher, None where they cannot be counted; no teacher's where none
+            computes.
         cache: the teacher's samples at the store's rows, in place of the teacher; None for none.
     """
 
@@ -55,13 +56,18 @@ class Batches:
         self._rank, self._world_size = rank, world_size
         self._isolate, self._flops, self._cache = isolate, flops, cache
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether batches bring samples of a teacher."""
+        return self._cache is not None
+
     def at(self, step: int) -> Batch:
         """This worker's part of a step."""
         every = self._order.batch(step, self._size)
         numbers = every[self._rank :: self._world_size]
         rows = self._store.rows(numbers)
         if not self._isolate:
-            rows = TokenRows.whole(rows.ids_NT)
+            rows = replace(TokenRows.whole(rows.ids_NT), is_answer_NT=rows.is_answer_NT)
         counts = TokenCounts.of(rows)
         flops = 0.0
         if self._flops is not None:

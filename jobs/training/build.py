@@ -30,7 +30,7 @@ EngineMaker = Callable[[nn.Module, DistillConfig, int, bool], Any]
 
 def build_recovery(
     context: WorkerContext, config: Config, student: Student,
-    teacher: TeacherModel | TeacherSamples,
+    teacher: TeacherModel | TeacherSamples | None,
     store: TokenStore, heldout: Heldout | None, pace: Pace, scratch: Path, run_dir: Path,
     make_engine: EngineMaker = build_engine,
 ) -> Recovery:  # fmt: skip
@@ -40,7 +40,7 @@ def build_recovery(
         context: this worker.
         config: of the run.
         student: from `jobs.training.student.load_student`.
-        teacher: from `load_teacher`, or the samples that stand for it.
+        teacher: from `load_teacher`, or the samples that stand for it; None: cross-entropy alone.
         store: the training rows.
         heldout: scores on the way; None for none.
         pace: the clock.
@@ -50,7 +50,7 @@ def build_recovery(
     """
     flops: tuple[ModelFlops, ModelFlops | None] | None = None
     cache, head = None, None
-    if isinstance(teacher, TeacherSamples):
+    if teacher is None or isinstance(teacher, TeacherSamples):
         cache = teacher
         if student.flops is not None:
             flops = student.flops, None

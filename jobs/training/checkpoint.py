@@ -71,13 +71,15 @@ class Checkpoints:
     Args:
         folder: on a file system that all workers share.
         retention: what rank 0 keeps.
+        stage: for messages.
         on_phase: for tests, which interrupt there: called with the name of every phase of a write.
     """
 
     def __init__(
-        self, folder: Path, retention: Retention, *, on_phase: Callable[[str], None] | None = None
-    ) -> None:
-        self._folder = folder
+        self, folder: Path, retention: Retention, stage: str = "distill", *,
+        on_phase: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._folder, self._stage = folder, stage
         self._retention = retention
         self._on_phase = on_phase or (lambda phase: None)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -229,7 +231,7 @@ class Checkpoints:
             if step is None:
                 raise CorruptCheckpointError(
                     f"{self._folder}: no checkpoint is whole ({', '.join(asides)}); start the "
-                    "recovery over with run.redo=[distill]"
+                    f"stage over with run.redo=[{self._stage}]"
                 )
             path = self._folder / name_of(step)
             checkpoint, problem = self._tried(path)
@@ -238,7 +240,7 @@ class Checkpoints:
             found = [text for text in problems if text]
             if not found and checkpoint is not None:
                 return step, checkpoint
-            warn(f"distill: {found[0]}; going back to the checkpoint before it")
+            warn(f"{self._stage}: {found[0]}; going back to the checkpoint before it")
             if self._rank == 0:
                 aside = path.with_name(path.name + _ASIDE)
                 if aside.exists():

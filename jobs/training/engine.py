@@ -9,7 +9,9 @@ does.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.options.distill import DistillConfig
-from jobs.training.optimizer import GatedAdamW, is_matrix
+from jobs.training.optimizer import Gated, GatedAdamW, is_matrix
 from jobs.training.zero import TOP_LEVEL, deepspeed_config
 from jobs.training.zero_state import make_moments
 from sparsify.errors import InputError
@@ -88,8 +90,20 @@ class Partitioner:
         zero.Init(module=block, config_dict_or_path=settings, dtype=self._split.dtype)
 
 
-def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_gpu: bool) -> Any:
-    """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero."""
+def build_engine(
+    model: nn.Module, config: DistillConfig, world_size: int, uses_gpu: bool,
+    make_optimizer: Callable[..., Gated] | None = None,
+) -> Any:  # fmt: skip
+    """Wrap `model` in a DeepSpeed engine with AdamW, its moments made and zero.
+
+    Args:
+        model: what is trained, of which some parameters may be frozen.
+        config: options of the engine.
+        world_size: number of workers.
+        uses_gpu: whether they have GPUs.
+        make_optimizer: of groups of parameters, `lr`, `betas` and `eps`; None: torch's AdamW. All
+            others ask for ZeRO stage 0.
+    """
     deepspeed = _started(uses_gpu)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if is_matrix(p)]
@@ -97,10 +111,9 @@ def build_engine(model: nn.Module, config: DistillConfig, world_size: int, uses_
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    optimizer = GatedAdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=1e-8,
-        fused=True,
-    )  # fmt: skip
+    betas = config.beta1, config.beta2
+    make_optimizer = make_optimizer or partial(GatedAdamW, fused=True)
+    optimizer = make_optimizer(groups, lr=config.learning_rate, betas=betas, eps=1e-8)
     if config.zero_stage == 0:
         optimizer.max_grad_norm = config.max_grad_norm
     settings = deepspeed_config(config, world_size, uses_gpu)

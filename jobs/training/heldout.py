@@ -125,10 +125,10 @@ class Heldout:
         return found
 
 
-def as_metrics(scores: dict[str, dict[str, float | None]]) -> dict[str, Any]:
+def as_metrics(scores: dict[str, dict[str, float | None]], stage: str) -> dict[str, Any]:
     """Flat names for the tracker, of what there is."""
     return {
-        f"distill/heldout_{figure}/{name}": value
+        f"{stage}/heldout_{figure}/{name}": value
         for name, values in scores.items()
         for figure, value in values.items()
         if value is not None

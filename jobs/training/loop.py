@@ -62,7 +62,8 @@ class Setup:
     guard: MaskGuard
     """holds the zeros"""
     teacher: LanguageHead | None
-    """the dense model, without gradients, in its two parts; None: batches have samples"""
+    """the dense model, without gradients, in its two parts; None: batches have samples, or there
+    is no teacher"""
     moving: MovingMasks | None
     """lets the masks move for a part of the run; None where they stay"""
     masks: BitMasks
@@ -89,16 +90,19 @@ class Recovery:
         self.engine, self.masks, self.batches = setup.engine, setup.masks, setup.batches
         self.pace = setup.pace
         self._context, self._settings, self._scratch = setup.context, settings, setup.scratch
+        self._name = setup.context.name
         self._length = setup.config.data.sequence_length
         self._total = num_steps(setup.config)
         self._guard, self._moving, self._heldout = setup.guard, setup.moving, setup.heldout
-        self._unknown = () if setup.teacher else _NOT_SAMPLED
+        self._unknown: tuple[str, ...] = () if setup.teacher else _NOT_SAMPLED
+        if setup.teacher is None and not setup.batches.has_cache:
+            self._unknown = ("kl", *_NOT_SAMPLED)
         if setup.teacher is not None:
             self._teacher = self._teacher_base = setup.teacher.base
             self._teacher_head = setup.teacher.plain()
         self._losses, self._rates = settings.losses(), planned_rates(settings, self._total)
         retention = Retention(settings.keep_checkpoints, settings.milestone_every_steps)
-        self._checkpoints = Checkpoints(setup.scratch, retention)
+        self._checkpoints = Checkpoints(setup.scratch, retention, self._name)
         policy = SpikePolicy(policy=settings.on_bad_step, max_in_row=settings.max_bad_steps)
         self._spikes = SpikeGuard(policy)
         hours = settings.time_limit_hours
@@ -117,7 +121,7 @@ class Recovery:
             step, checkpoint = found
             self._restore(checkpoint)
             self._spikes.load_state_dict(checkpoint.state["spikes"])
-            self._context.say(f"distill: continues after step {step} of {self._total}")
+            self._context.say(f"{self._name}: continues after step {step} of {self._total}")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -272,7 +276,7 @@ class Recovery:
         self._is_due, save, stop, drains = (bool(flag) for flag in message[len(_FIGURES) : -3])
         if drains and self._drains.is_news(context.is_draining()):
             save, request = True, Request(True, reason=request.reason or _DRAINED)
-            context.say(f"distill: {_DRAINED}; saving, then continuing")
+            context.say(f"{self._name}: {_DRAINED}; saving, then continuing")
         values = dict(zip(_FIGURES, figures.tolist(), strict=True))
         return values, Request(save or stop, stop, request.reason)
 
@@ -292,11 +296,11 @@ class Recovery:
         verdict = verdicts[0]
         if verdict.action == "stop":
             raise NonFiniteError(
-                f"distill: {verdict.reason}; lower distill.learning_rate, look at the data of that "
-                "step, or use distill.precision=fp32"
+                f"{self._name}: {verdict.reason}; lower {self._name}.learning_rate, look at the "
+                f"data of that step, or use {self._name}.precision=fp32"
             )
         if verdict.action != "ok":
-            self._context.warn(f"distill: {verdict.reason}; its update is left out")
+            self._context.warn(f"{self._name}: {verdict.reason}; its update is left out")
         return str(verdict.action)
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
@@ -326,7 +330,9 @@ class Recovery:
         self._guard.clear()
         zero_state.refresh_weights(self.engine)
         share = moving.share_moved()
-        self._context.say(f"distill: masks stay from step {step} on; {share:.1%} of them moved")
+        self._context.say(
+            f"{self._name}: masks stay from step {step} on; {share:.1%} of them moved"
+        )
 
     def _set_masks(self, masks: BitMasks) -> None:
         self.masks = masks
@@ -347,7 +353,7 @@ class Recovery:
         assert self._heldout is not None
         scores = self._heldout.score(lambda *given: self._forward(*given)[1], self._summed)
         self.heldout_curve.append({"step": step, "scores": scores})
-        self._context.metrics(as_metrics(scores), step)
+        self._context.metrics(as_metrics(scores, self._name), step)
 
     def _should_save(self, step: int, request: Request) -> bool:
         every = self._settings.checkpoint_every_steps
@@ -375,7 +381,7 @@ class Recovery:
             self._requests.done(request)
         if request.should_stop:
             raise StoppedEarlyError(
-                f"distill: stopped after step {step} of {self._total} with a checkpoint "
+                f"{self._name}: stopped after step {step} of {self._total} with a checkpoint "
                 f"({reason[0]}); the same command continues from there"
             )
 
@@ -390,11 +396,11 @@ class Recovery:
         found = self._checkpoints.latest(self._context.warn)
         if found is None:
             raise NonFiniteError(
-                "distill: bad steps in a row before the first checkpoint; lower "
-                "distill.learning_rate or raise distill.num_warmup_steps"
+                f"{self._name}: bad steps in a row before the first checkpoint; lower "
+                f"{self._name}.learning_rate or raise {self._name}.num_warmup_steps"
             )
         step, checkpoint = found
         self._restore(checkpoint)
         self._spikes.rolled_back(checkpoint.state["spikes"])
         self._ready = None
-        self._context.say(f"distill: back to step {step}; bad steps are left out from here on")
+        self._context.say(f"{self._name}: back to step {step}; bad steps are left out from here on")

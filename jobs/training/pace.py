@@ -125,7 +125,7 @@ class Pace:
         self._context.progress(step, total, text)
         values = {k: v for k, v in figures.items() if k not in ("step", "row_crc")}
         values = {k: v for k, v in (values | speed).items() if v is not None}
-        self._context.metrics({f"distill/{k}": v for k, v in values.items()}, step)
+        self._context.metrics({f"{self._context.name}/{k}": v for k, v in values.items()}, step)
 
     def _goodput(self) -> float:
         """Share of the time since the stage first began that went into steps that count.
@@ -143,7 +143,9 @@ class Pace:
         found = forecast_of(curve, rates)
         if found.predicted is not None:
             values = {"predicted": found.predicted, "low": found.low, "high": found.high}
-            named = {f"distill/forecast_{name}": value for name, value in values.items()}
+            named = {
+                f"{self._context.name}/forecast_{name}": value for name, value in values.items()
+            }
             self._context.metrics(named, len(curve))
 
     def summary(self) -> dict[str, Any] | None:
@@ -158,7 +160,7 @@ class Pace:
 def forecast_of(curve: Sequence[dict[str, Any]], rates: Sequence[float]) -> Forecast:
     """Where the training KL of a run will end, from its steps so far."""
     sound = (one for one in curve if not one["is_skipped"])  # the others may have no figures
-    points = [(one["step"], one["kl"]) for one in sound if one["kl"] > 0]
+    points = [(one["step"], one["kl"]) for one in sound if one["kl"] and one["kl"] > 0]
     return forecast(
         [step for step, _ in points], [kl for _, kl in points], rates, num_final_steps(len(rates))
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cluster.runtime.worker import WorkerContext
-from conf.options.distill import DistillConfig
+from conf.options.training import TrainingConfig
 from conf.schema import Config
 from jobs.training.engine import Partitioner
 from jobs.training.zero import masks_at_step
@@ -74,7 +74,7 @@ def open_blocks(
 
 
 def prove(
-    source: Blocks, settings: DistillConfig, isolate: bool, context: WorkerContext
+    source: Blocks, settings: TrainingConfig, isolate: bool, context: WorkerContext
 ) -> LanguageHead:
     """Try a causal language model of which at least the first block is open.
 
@@ -201,7 +201,7 @@ def layers_of_teacher(student: Path, teacher: Path) -> list[int] | None:
 
 def load_student(
     folder: Path, dense: Path, rotation: Path | None, config: Config, context: WorkerContext,
-    split: Partitioner,
+    split: Partitioner, keeps_all: bool = False,
 ) -> Student:  # fmt: skip
     """The model to train, ready for the engine.
 
@@ -216,6 +216,7 @@ def load_student(
         config: of the run.
         context: this worker.
         split: splits the blocks over the workers; where it has to, they are read one by one.
+        keeps_all: whether the model is dense and stays so, without masks.
 
     Raises:
         InputError: masks stay, and the model has none and does not fit prune.pattern; or the model,
@@ -236,6 +237,8 @@ def load_student(
             param.data = param.data.to(DTYPES[dtype])
     check_vocabulary(source.model, load_tokenizer(path), str(path))  # type: ignore[arg-type]
     masks, pattern = own_masks(folder, config.prune.pattern)
+    if keeps_all:
+        masks = BitMasks({}, {})
     is_cut = not is_moving or (masks is not None and not is_dense)
     if masks is None and is_dense:
         pruned = load_model(folder, "float32", context.device)

@@ -93,16 +93,17 @@ def make_teacher(
     kl = None
     if settings.teacher_dtype == "float8":
         row = TokenRows(probe.ids_NT[:1, :_PROBE_TOKENS], probe.positions_NT[:1, :_PROBE_TOKENS])
-        before = _logits(teacher, row.to(context.device))
+        before = probe_logits(teacher, row.to(context.device))
         to_float8_(teacher)
-        kl = float(forward_kl(_logits(teacher, row.to(context.device)), before))
+        kl = float(forward_kl(probe_logits(teacher, row.to(context.device)), before))
     if settings.compile:
         compile_layers(teacher)
     return TeacherModel(teacher, found, flops, kl)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, row: TokenRows) -> torch.Tensor:
+def probe_logits(model: nn.Module, row: TokenRows) -> torch.Tensor:
+    """Logits (1, T, V) of one row."""
     return model(input_ids=row.ids_NT, position_ids=row.positions_NT, use_cache=False).logits
 
 

@@ -39,10 +39,7 @@ def make_moments(engine: Any) -> None:
     DeepSpeed attaches the moments to the parameters then, so that there is no first step before
     which they cannot be looked at, saved or restored.
     """
-    state = base_optimizer(engine).state
-    for flat in _flat_partitions(engine):
-        step = torch.zeros((), device=flat.device if flat.is_cuda else "cpu")
-        state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    base_optimizer(engine).make_state(_flat_partitions(engine))
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -91,8 +88,7 @@ def restore(engine: Any, checkpoint: Checkpoint, num_updates: int) -> None:
     """
     with torch.no_grad():
         checkpoint.fill(state_fragments(engine, for_saving=False))
-        for entry in base_optimizer(engine).state.values():
-            entry["step"].fill_(num_updates)
+        base_optimizer(engine).set_num_updates(num_updates)
         refresh_weights(engine)
 
 
@@ -126,7 +122,7 @@ def masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     else:  # no ZeRO, in fp32: the weights are their own masters
         yield WEIGHTS, param.data.view(-1), 0
         for key in MOMENTS:
-            yield key, outer.state[param][key].view(-1), 0
+            yield key, outer.state[param][outer.moment_names[key]].view(-1), 0
 
 
 def gradients(engine: Any, params: Iterable[Any]) -> Iterator[tuple[Any, torch.Tensor, int]]:

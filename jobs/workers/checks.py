@@ -74,7 +74,7 @@ def check_inputs(config: Config, models: Models, fetch: bool = True) -> list[str
     check_vocabulary(model, tokenizer, str(dense))
     _check_prompt(config, model, tokenizer)
     for folder in sparse:
-        _check_same_words(folder, shapes_of(folder), dense, model)
+        check_same_words(folder, shapes_of(folder), dense, model)
     if "export" in config.stages and "compressed-tensors" in config.export.formats:
         check_compressed(config, models)
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -103,7 +103,7 @@ def _check_prompt(config: Config, model: Any, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _check_same_words(folder: Path, model: Any, dense: Path, dense_model: Any) -> None:
+def check_same_words(folder: Path, model: Any, dense: Path, dense_model: Any) -> None:
     """Require that two models predict the same tokens: scores and recovery compare them."""
     widths = [one.config.get_text_config().vocab_size for one in (model, dense_model)]
     if widths[0] != widths[1]:

@@ -81,6 +81,12 @@ class AdapterTraining:
     """of a micro-batch"""
     all_linear: bool = False
     """adapters on every linear layer; else on those of attention and the last of the block"""
+    num_features: int | None = None
+    """input and output features of all layers with an adapter, where others are chosen"""
+    adapter_bytes: float = _ADAPTER_BYTES
+    """of an adapter's weight: 12 in bf16, 16 in float32, with gradient and two moments"""
+    is_recomputed: bool = True
+    """whether blocks are computed again in the backward pass"""
 
 
 def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float]:
@@ -100,14 +106,19 @@ def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float
     layers = [layer for group in shape.groups for layer in group]
     attention = [layer for group in shape.groups[:-2] for layer in group]
     chosen = layers if setup.all_linear else [*attention, *shape.groups[-1]]
-    adapters = setup.rank * shape.num_blocks * sum(rows + columns for rows, columns in chosen)
+    features = setup.num_features
+    if features is None:
+        features = shape.num_blocks * sum(rows + columns for rows, columns in chosen)
     rest = shape.num_parameters - shape.linear_parameters
     one_block = shape.kept.get(2, 0.0) / shape.num_blocks
+    kept = 2.0 * shape.num_blocks * shape.hidden_size + one_block
+    if not setup.is_recomputed:
+        kept = shape.num_blocks * one_block
     largest = max(rows * columns for rows, columns in layers)
     return {
         "weights": shape.linear_parameters * (4 + _NF4_OVERHEAD_BITS) / 8 + 2.0 * rest,
-        "adapters": _ADAPTER_BYTES * adapters,
-        "activations": setup.tokens * (2.0 * shape.num_blocks * shape.hidden_size + one_block),
+        "adapters": setup.adapter_bytes * setup.rank * features,
+        "activations": setup.tokens * kept,
         "logits": 10.0 * setup.tokens * shape.vocab_size,  # bf16, float32, its gradient
         "one layer in bf16": 2.0 * largest,
         "runtime": _WORKSPACE,

@@ -70,6 +70,8 @@ class TokenRows:
     """int64 positions; 0 at the first token of every document and of every row"""
     host_NT: Tensor | None = None
     """the positions in host memory, where `to` has moved them from there and they are at hand"""
+    is_answer_NT: Tensor | None = None
+    """bool: tokens that a model is to learn to predict, the answers of a conversation; None: all"""
 
     @classmethod
     def whole(cls, ids_NT: Tensor) -> TokenRows:
@@ -82,9 +84,12 @@ class TokenRows:
     @classmethod
     def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
         """The rows of all parts, one part after another; they must be of one length."""
+        answers = [part.is_answer_NT for part in parts if part.is_answer_NT is not None]
+        assert len(answers) in (0, len(parts)), "answers are marked in all parts or in none"
         return cls(
             torch.cat([part.ids_NT for part in parts]),
             torch.cat([part.positions_NT for part in parts]),
+            is_answer_NT=torch.cat(answers) if answers else None,
         )
 
     def __len__(self) -> int:
@@ -94,7 +99,11 @@ class TokenRows:
         host_NT = None
         if self.host_NT is not None and isinstance(index, slice):
             host_NT = self.host_NT[index]
-        return TokenRows(self.ids_NT[index], self.positions_NT[index], host_NT)
+        answers = self.is_answer_NT
+        return TokenRows(
+            self.ids_NT[index], self.positions_NT[index], host_NT,
+            None if answers is None else answers[index],
+        )  # fmt: skip
 
     def split(self, num_rows: int) -> list[TokenRows]:
         """Pieces of `num_rows` rows, the last one of what is left."""
@@ -102,18 +111,37 @@ class TokenRows:
 
     @property
     def has_next_NT(self) -> Tensor:
-        """bool (N, T): the next token of the row belongs to the same document."""
+        """bool (N, T): the next token of the row belongs to the same document, and is to be
+        learned."""
         has_next_NT = torch.zeros_like(self.positions_NT, dtype=torch.bool)
         has_next_NT[:, :-1] = self.positions_NT[:, 1:] != 0
+        if self.is_answer_NT is not None:
+            has_next_NT[:, :-1] &= self.is_answer_NT[:, 1:]
         return has_next_NT
 
     @property
     def is_taught_NT(self) -> Tensor:
         """bool (N, T): what a teacher may be compared at. It needs no next token, so unlike in
-        `has_next_NT` the last position of a row counts; the end of a document inside does not."""
+        `has_next_NT` the last position of a row counts; the end of a document inside does not.
+        Where answers are marked, what would be predicted there is not known to be one."""
         is_taught_NT = self.has_next_NT
-        is_taught_NT[:, -1] = True
+        if self.is_answer_NT is None:
+            is_taught_NT[:, -1] = True
         return is_taught_NT
+
+    @property
+    def is_used_NT(self) -> Tensor | None:
+        """bool (N, T): tokens of documents with an answer in them, not those that fill a row up;
+        None: all."""
+        if self.is_answer_NT is None:
+            return None
+        is_start_NT = self.positions_NT == 0
+        is_start_NT[:, 0] = False
+        document_NT = is_start_NT.cumsum(1)
+        num_answers_NT = torch.zeros_like(document_NT).scatter_add_(
+            1, document_NT, self.is_answer_NT.long()
+        )
+        return num_answers_NT.gather(1, document_NT) > 0
 
     @property
     def is_joined(self) -> bool:
@@ -128,7 +156,11 @@ class TokenRows:
     def to(self, device: torch.device | str) -> TokenRows:
         """The same rows on `device`."""
         host_NT = self.positions_NT if self.positions_NT.device.type == "cpu" else self.host_NT
-        return TokenRows(self.ids_NT.to(device), self.positions_NT.to(device), host_NT)
+        answers = self.is_answer_NT
+        return TokenRows(
+            self.ids_NT.to(device), self.positions_NT.to(device), host_NT,
+            None if answers is None else answers.to(device),
+        )  # fmt: skip
 
 
 def _encoded(

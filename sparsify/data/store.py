@@ -7,6 +7,10 @@ tensors:
     starts  (rows, ceil(T / 8))  uint8; token i of a row begins a document if bit i % 8 (counted
                                  from the lowest) of byte i // 8 is 1; unused bits are 0
 
+and, where the manifest says `has_answers`, the tokens that are to be learned, in the same bits:
+
+    trained (rows, ceil(T / 8))  uint8
+
 A document that does not end with its row continues in the next one, whose first token then begins
 no document.
 Shape suffixes: N rows, T tokens of a row, B bytes of a row's starts.
@@ -123,6 +127,7 @@ class TokenStore(ShardFolder[Shard]):
         self.vocab_size = int(manifest["vocab_size"])
         self.tokenizer_sha256 = str(manifest["tokenizer_sha256"])
         self._ids_type = ID_TYPES[manifest["ids"]][0]
+        self._has_answers = bool(manifest.get("has_answers"))
 
     def _shards_of(self, manifest: Mapping[str, Any]) -> list[Shard]:
         return [shard for source in self.sources for shard in source.shards]
@@ -169,15 +174,18 @@ class TokenStore(ShardFolder[Shard]):
 
         Cost: reads N T ids and N T / 8 bytes of starts; allocates 8 + 8 bytes per token.
         """
-        ids_NT, starts_NB = self._gather(indices)
+        ids_NT, starts_NB, *answers_NB = self._gather(indices)
         positions_NT = self._positions(starts_NB)
-        return TokenRows(torch.from_numpy(ids_NT), torch.from_numpy(positions_NT))
+        answers = [torch.from_numpy(self._unpacked(bits)) for bits in answers_NB]
+        return TokenRows(
+            torch.from_numpy(ids_NT), torch.from_numpy(positions_NT),
+            is_answer_NT=answers[0] if answers else None,
+        )  # fmt: skip
 
     def _layout(self, num_rows: int) -> Layout:
-        return {
-            "ids": (self._ids_type, (num_rows, self.sequence_length)),
-            "starts": ("U8", (num_rows, -(-self.sequence_length // 8))),
-        }
+        bits = ("U8", (num_rows, -(-self.sequence_length // 8)))
+        layout: Layout = {"ids": (self._ids_type, (num_rows, self.sequence_length)), "starts": bits}
+        return layout | ({"trained": bits} if self._has_answers else {})
 
     @cached_property
     def _places_T(self) -> NDArray[np.int64]:
@@ -185,12 +193,14 @@ class TokenStore(ShardFolder[Shard]):
 
     def _positions(self, starts_NB: NDArray[np.uint8]) -> NDArray[np.int64]:
         """int64 (N, T): distance from the last start; the first token of a row counts as one."""
-        is_start_NT = np.unpackbits(
-            starts_NB, axis=1, count=self.sequence_length, bitorder="little"
-        ).view(bool)
-        last_NT = np.where(is_start_NT, self._places_T, 0)
+        last_NT = np.where(self._unpacked(starts_NB), self._places_T, 0)
         np.maximum.accumulate(last_NT, axis=1, out=last_NT)
         return np.subtract(self._places_T, last_NT, out=last_NT)
+
+    def _unpacked(self, bits_NB: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """bool (N, T) of a bit for each token."""
+        length = self.sequence_length
+        return np.unpackbits(bits_NB, axis=1, count=length, bitorder="little").view(np.bool_)
 
 
 def _source_of(entry: Mapping[str, Any]) -> StoreSource:

@@ -72,28 +72,31 @@ def write_rows(
 ) -> None:
     """A whole store of rows that are there already: one source of one shard for each name.
 
-    A row's first token counts as the start of a document.
+    A row's first token counts as the start of a document. Answers are marked in all rows or none.
     """
     folder.mkdir(exist_ok=True)
+    has_answers = {rows.is_answer_NT is not None for rows in rows_of.values()} == {True}
     sources = []
     for index, (name, rows) in enumerate(rows_of.items()):
         is_start_NT = rows.positions_NT.numpy() == 0
         path, num_documents = folder / shard_name(index, 0), int(is_start_NT.sum())
-        shard = _write(path, rows.ids_NT.numpy(), is_start_NT, tokenizer, num_documents, 0)
+        answers = rows.is_answer_NT.numpy() if rows.is_answer_NT is not None else None
+        shard = _write(path, rows.ids_NT.numpy(), is_start_NT, tokenizer, num_documents, 0, answers)
         sources.append(StoreSource(name, 1.0, shard.sha256, (shard,)))
-    write_manifest(folder, tokenizer, sequence_length, sources, {})
+    write_manifest(folder, tokenizer, sequence_length, sources, {}, has_answers=has_answers)
 
 
 def _write(
     path: Path, ids_NT: NDArray[np.int64], is_start_NT: NDArray[np.bool_],
     tokenizer: PreTrainedTokenizerBase, num_documents: int, num_dropped: int,
+    is_answer_NT: NDArray[np.bool_] | None = None,
 ) -> Shard:  # fmt: skip
     ids_type = ID_TYPES[id_type(vocabulary_size(tokenizer))][1]
-    starts_NB = np.packbits(is_start_NT, axis=1, bitorder="little")
-    tensors = {
-        "ids": torch.from_numpy(ids_NT.astype(ids_type)),
-        "starts": torch.from_numpy(starts_NB),
-    }
+    tensors = {"ids": torch.from_numpy(ids_NT.astype(ids_type))}
+    for name, bits_NT in (("starts", is_start_NT), ("trained", is_answer_NT)):
+        if bits_NT is not None:
+            packed_NB = np.packbits(bits_NT, axis=1, bitorder="little")
+            tensors[name] = torch.from_numpy(packed_NB)
     write_tensors(path, tensors, {"format": FORMAT})
     return Shard(
         path.name, len(ids_NT), ids_NT.size, num_documents, num_dropped, path.stat().st_size,
@@ -108,6 +111,7 @@ def write_manifest(
     sources: Sequence[StoreSource],
     settings: Mapping[str, Any],
     warnings: Sequence[str] = (),
+    has_answers: bool = False,
 ) -> None:
     """Make a folder of shards a store.
 
@@ -118,6 +122,7 @@ def write_manifest(
         sources: with their shards, in the order in which rows are numbered.
         settings: plain values that say how it was made; part of the digest, so no paths.
         warnings: what of the sources is left out or replaced, likewise.
+        has_answers: whether the shards mark the tokens that are to be learned.
 
     Raises:
         InputError: a source has no rows.
@@ -143,6 +148,8 @@ def write_manifest(
         ],
         "settings": dict(settings),
     }
+    if has_answers:
+        manifest["has_answers"] = True
     if warnings:  # a store of whole text keeps the digest that it had before there were any
         manifest["warnings"] = list(warnings)
     shards.write_manifest(folder, manifest)

@@ -29,8 +29,9 @@ _SQUARE_HEAD_EPS = torch.finfo(torch.bfloat16).eps
 
 
 def square_head(
-    student_hidden: Sequence[torch.Tensor], teacher_hidden: Sequence[torch.Tensor]
-) -> torch.Tensor:
+    student_hidden: Sequence[torch.Tensor], teacher_hidden: Sequence[torch.Tensor],
+    is_used_BT: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """SquareHead loss: squared distance of hidden states, relative to the teacher's size, summed.
 
     sum over blocks l of mean((h_s - h_t)^2) / (mean(h_t^2) + eps), eps the machine epsilon of
@@ -40,6 +41,7 @@ def square_head(
         student_hidden: hidden states of a Hugging Face output: the embedding's first (left out of
             the sum), then one (B, T, D) tensor per block.
         teacher_hidden: the same of the teacher; gets no gradient.
+        is_used_BT: bool, the tokens that count; None: all.
 
     Returns:
         float32 scalar.
@@ -54,7 +56,10 @@ def square_head(
         )
     total = torch.zeros((), device=student_hidden[-1].device)
     for h_s, h_t in zip(student_hidden[1:], teacher_hidden[1:], strict=True):
-        target = h_t.detach().float()
+        h_t = h_t.detach()
+        if is_used_BT is not None:
+            h_s, h_t = h_s[is_used_BT], h_t[is_used_BT]
+        target = h_t.float()
         error = (h_s.float() - target).square().mean()
         total = total + error / (target.square().mean() + _SQUARE_HEAD_EPS)
     return total
@@ -76,6 +81,8 @@ def head_distillation_loss(
     The KL terms cover all T positions of a row (no target is needed), cross-entropy the first
     T - 1, both without the last position of a document that ends inside the row. SquareHead covers
     all tokens; it is a ratio of means, so over several micro-batches it is the mean of theirs.
+    Where answers are marked, the first two cover the positions before an answer's tokens, and
+    SquareHead all documents that have one.
 
     Args:
         hidden_BTD: the student's final hidden states, those its head takes.
@@ -106,7 +113,7 @@ def head_distillation_loss(
     if weights.square_head:
         assert states is not None, "SquareHead compares the states of both models"
         assert teacher_states is not None, "SquareHead compares the states of both models"
-        term = square_head(states, teacher_states)
+        term = square_head(states, teacher_states, rows.is_used_NT)
         losses.append(weights.square_head * term)
         values["square_head"] = term.detach()
     return torch.stack(losses).sum(), values

@@ -55,12 +55,19 @@ def carry_rotation(source: Path, target: Path) -> dict[str, str]:
 
 
 def teacher_rotation(
-    student: Path, teacher: Path, square_head_weight: float, moving_start: str = "given"
-) -> Path | None:
+    student: Path, teacher: Path, square_head_weight: float, moving_start: str = "given",
+    is_tuned: bool = False,
+) -> Path | None:  # fmt: skip
     """The rotation that brings the teacher into the student's basis.
 
     Wanted where hidden states of the two are compared (`distill.square_head_weight`), and where
     the student begins with the dense model's weights (`distill.moving_start=dense`).
+
+    Args:
+        student, teacher: model folders.
+        square_head_weight, moving_start: see above.
+        is_tuned: whether the teacher may be a fine-tuned copy of the model that was rotated, which
+            lies in that model's basis.
 
     Returns:
         The file; None when both are in one basis already, or neither is the case.
@@ -83,7 +90,7 @@ def teacher_rotation(
     ours, theirs = _facts_of(student), _facts_of(teacher)
     if ours == theirs:
         return None
-    if ours and model_fingerprint(teacher) == ours[_MODEL_KEY]:
+    if ours and not theirs and (is_tuned or model_fingerprint(teacher) == ours[_MODEL_KEY]):
         return _checked_file(student, ours)
     source = f"the model with fingerprint {ours[_MODEL_KEY][:12]}" if ours else "one not rotated"
     raise InputError(

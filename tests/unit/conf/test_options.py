@@ -527,6 +527,7 @@ def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
         (["drop"], "/models/llama", None, "runs/llama-drop-angular"),
         (["drop", "prune"], "/models/llama", None, "runs/llama-drop-angular-2-4-twofour"),
         (["drop"], "embedded", "runs/a", "runs/a-drop"),
+        (["finetune"], "embedded", None, "runs/embedded-finetune"),
         (["quantize"], "embedded", "runs/a", "runs/a-quantize"),
         (["quantize"], "embedded", "./runs/a/distill/", "runs/a-quantize"),
         (["quantize", "export"], "embedded", "distill", "runs/distill-quantize-export"),

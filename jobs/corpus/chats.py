@@ -1,0 +1,325 @@
+"""Records of conversations: read from wherever text is read from, recognised by their fields.
+
+The forms are those that data sets of instructions have: `messages`; `prompt` and `completion`;
+Alpaca's `instruction`, `input` and `output`; ShareGPT's `conversations`. Whatever the form, a
+record becomes a list of turns, each with a role and a content.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.corpus.builtin import BUILT_IN
+from jobs.corpus.content import Content
+from jobs.corpus.documents import Remarks
+from jobs.corpus.places import (
+    FORMATS,
+    HUB,
+    TEXT_SUFFIXES,
+    existing_path,
+    full_name,
+    kind_of,
+    source_files,
+    split_suffix,
+)
+from jobs.corpus.tables import arrow, load_hub_dataset, load_saved_dataset
+from jobs.corpus.text_files import is_dataset
+from sparsify.data.store import is_store
+from sparsify.errors import InputError, first_line
+
+TEXT = "text"
+"""the form of records that are documents, learned whole"""
+
+_NEEDED = {
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "prompt/completion": ("prompt", "completion"),
+    "Alpaca": ("instruction", "output"),
+}
+"""form -> fields that a record of it has"""
+
+_NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output")
+"""what `fields` may name"""
+
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+
+NO_ANSWER = "records without an answer, left out"
+
+Turn = dict[str, str]
+
+
+@dataclass
+class Chats:
+    """A source of conversations.
+
+    Args:
+        name: as in `data.train`.
+        fields: `NAME:COLUMN`, columns under the names that a form gives them.
+        text_field: the column of documents.
+    """
+
+    name: str
+    fields: Sequence[str] = ()
+    text_field: str = "text"
+    remarks: Remarks = field(default_factory=Remarks)
+    """what was left out, after a pass"""
+
+    def form(self) -> str:
+        """The form of the source, by its first record.
+
+        Raises:
+            InputError: it cannot be read, or its fields are none of a form.
+        """
+        names = set(BUILT_IN)
+        path = Path(self.name).expanduser()
+        if self.name in names or is_store(path):
+            return TEXT
+        full = full_name(self.name, BUILT_IN)
+        if not full.startswith(HUB) and not is_dataset(full):
+            files = source_files(existing_path(full, BUILT_IN))
+            if kind_of(files[0])[0] in TEXT_SUFFIXES:
+                return TEXT
+        for place, record in records_of(self.name):
+            return self._form_of(record, place)
+        raise InputError(f"data source {self.name}: no records in it; give a source that has some")
+
+    def __iter__(self) -> Iterator[tuple[str, list[Turn]]]:
+        """(place, turns) of every record with an answer.
+
+        Raises:
+            InputError: a record of another form than the first, or that is not what its form says;
+                or not one record with an answer.
+        """
+        self.remarks = Remarks()
+        form, count = None, 0
+        for place, record in records_of(self.name):
+            own = self._form_of(record, place)
+            form = form or own
+            if own != form:
+                raise InputError(
+                    f"{place}: {_said(own)}, and the records before it {_said(form)}; give records "
+                    "of one form, a source for each"
+                )
+            turns = _TURNS[form](self._renamed(record, place), place)
+            if not any(turn["role"] == "assistant" and turn["content"] for turn in turns):
+                self.remarks.add(NO_ANSWER, place.rpartition("/")[2])
+                continue
+            count += 1
+            yield place, turns
+        if not count:
+            raise InputError(
+                f"data source {self.name}: not one record with an answer in it; give records whose "
+                "last turn is the assistant's"
+            )
+
+    def digest(self) -> tuple[str, int]:
+        """SHA-256 (hex) of the conversations in their order, and how many there are."""
+        digest, count = hashlib.sha256(), 0
+        for _, turns in self:
+            count += 1
+            digest.update(json.dumps(turns, sort_keys=True).encode())
+        return digest.hexdigest(), count
+
+    def _form_of(self, record: Any, place: str) -> str:
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: a {type(record).__name__}, not an object with fields")
+        found = self._renamed(record, place)
+        for form, needed in _NEEDED.items():
+            if all(name in found for name in needed):
+                return form
+        if self.text_field in record and not self.fields:
+            return TEXT
+        raise InputError(
+            f"{place}: the fields {', '.join(record) or '(none)'} are of no known form; expected "
+            f"{'; '.join(' and '.join(needed) for needed in _NEEDED.values())}; or "
+            f"{self.text_field}; name yours with "
+            "finetune.fields=[prompt:COLUMN,completion:COLUMN]"
+        )
+
+    def _renamed(self, record: dict[str, Any], place: str) -> dict[str, Any]:
+        """The record under the names that `fields` give its columns."""
+        if not self.fields:
+            return record
+        found = {}
+        for entry in self.fields:
+            name, _, column = entry.partition(":")
+            if column not in record:
+                raise InputError(
+                    f"{place}: no field {column!r}, which finetune.fields names; the fields are "
+                    f"{', '.join(record) or 'none'}"
+                )
+            found[name] = record[column]
+        return found
+
+
+def check_fields(fields: Sequence[str]) -> None:
+    """Require NAME:COLUMN with names that forms have; InputError else."""
+    for entry in fields:
+        name, _, column = entry.partition(":")
+        if name not in _NAMES or not column:
+            raise InputError(
+                f"finetune.fields: {entry!r} is not NAME:COLUMN with a name of "
+                f"{', '.join(_NAMES)}; write it like [prompt:question,completion:answer]"
+            )
+
+
+def _said(form: str) -> str:
+    return "is a document of text" if form == TEXT else f"has the fields of {form}"
+
+
+# --- turns -----------------------------------------------------------------------------------
+
+
+def _content(value: Any, what: str, place: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {what} is {type(value).__name__}, not a string")
+    return value
+
+
+def _list_of(value: Any, what: str, place: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise InputError(f"{place}: {what} is not a list of turns, each with its role and content")
+    return value
+
+
+def _of_messages(record: dict[str, Any], place: str, name: str = "messages") -> list[Turn]:
+    turns = []
+    for number, turn in enumerate(_list_of(record[name], name, place), 1):
+        role = turn.get("role")
+        if not isinstance(role, str) or "content" not in turn:
+            raise InputError(
+                f"{place}: turn {number} of {name} has the fields {', '.join(turn)}; expected role "
+                "and content"
+            )
+        turns.append({"role": role, "content": _content(turn["content"], "content", place)})
+    return turns
+
+
+def _of_sharegpt(record: dict[str, Any], place: str) -> list[Turn]:
+    turns = []
+    for number, turn in enumerate(_list_of(record["conversations"], "conversations", place), 1):
+        if "from" not in turn or "value" not in turn:
+            raise InputError(
+                f"{place}: turn {number} of conversations has the fields {', '.join(turn)}; "
+                "expected from and value"
+            )
+        role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            raise InputError(
+                f"{place}: turn {number} is from {turn['from']!r}; expected one of "
+                f"{', '.join(_SHAREGPT_ROLES)}"
+            )
+        turns.append({"role": role, "content": _content(turn["value"], "value", place)})
+    return turns
+
+
+def _of_pair(record: dict[str, Any], place: str) -> list[Turn]:
+    found = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(record[name], list):
+            found += _of_messages(record, place, name)
+        else:
+            found.append({"role": role, "content": _content(record[name], name, place)})
+    return found
+
+
+def _of_alpaca(record: dict[str, Any], place: str) -> list[Turn]:
+    task = _content(record["instruction"], "instruction", place)
+    given = _content(record.get("input"), "input", place)
+    answer = _content(record["output"], "output", place)
+    return [
+        {"role": "user", "content": f"{task}\n\n{given}" if given else task},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+_TURNS: dict[str, Any] = {
+    "messages": _of_messages, "ShareGPT": _of_sharegpt, "prompt/completion": _of_pair,
+    "Alpaca": _of_alpaca,
+}  # fmt: skip
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def records_of(name: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record of a source, in order; read as they come.
+
+    Raises:
+        InputError: the source is missing or unreadable, or no format of records.
+    """
+    name = full_name(name, BUILT_IN)
+    if name.startswith(HUB) or is_dataset(name):
+        is_hub = name.startswith(HUB)
+        dataset = load_hub_dataset(name) if is_hub else load_saved_dataset(*split_suffix(name))
+        for row, record in enumerate(dataset):
+            yield f"data source {name}, row {row}", record
+        return
+    for path in source_files(existing_path(name, BUILT_IN)):
+        yield from _of_file(path)
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    kind, compression = kind_of(path)
+    if kind in (".parquet", ".arrow"):
+        yield from _of_table(path, kind)
+        return
+    if kind is None or kind in TEXT_SUFFIXES:
+        raise InputError(
+            f"data source {path}: not a format of records, and other files of the source are; "
+            f"expected {FORMATS}"
+        )
+    content = Content.of_file(path, compression)
+    text = content.text(content.begin, content.size) if kind != ".jsonl" else ""
+    if kind == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        for row in reader:
+            yield f"data source {path}, line {reader.line_num}", row
+    elif text.lstrip().startswith("["):
+        for number, record in enumerate(_parsed(text, f"data source {path}")):
+            yield f"data source {path}, item {number}", record
+    else:
+        for number, (_, line) in enumerate(content.lines(), 1):
+            if line.strip():
+                place = f"data source {path}, line {number}"
+                yield place, _parsed(line, place)
+
+
+def _parsed(text: str | bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not valid JSON ({error})") from None
+
+
+def _of_table(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    pyarrow, row = arrow(), 0
+    try:
+        if kind == ".parquet":
+            batches: Any = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+        else:
+            source = pyarrow.memory_map(str(path))
+            try:
+                batches = pyarrow.ipc.open_stream(source).read_all().to_batches(1000)
+            except pyarrow.ArrowInvalid:
+                batches = pyarrow.ipc.open_file(source).read_all().to_batches(1000)
+        for batch in batches:
+            for record in batch.to_pylist():
+                yield f"data source {path}, row {row}", record
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"data source {path}: not valid {kind[1:]} ({first_line(error)})"
+        ) from None

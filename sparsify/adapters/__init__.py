@@ -1,0 +1,1 @@
+"""Low-rank changes of linear layers, trained and merged so that every zero stays."""
