@@ -17,6 +17,7 @@ import jinja2
 
 from jobs.reporting import units
 from jobs.reporting.bars import perplexity_chart, size_chart, stage_chart
+from jobs.reporting.benchmarks import page_rows
 from jobs.reporting.comparison import columns_of, counted_states
 from jobs.reporting.comparison import label_of as label_in
 from jobs.reporting.comparison_charts import error_chart, time_chart
@@ -76,6 +77,7 @@ def render_report(summary: dict[str, Any]) -> str:
         perplexities=perplexity_chart(results, run.get("method")),
         columns=columns,
         results=rows,
+        tasks=page_rows(summary),
         recovery_note=_recovery_note(recovery),
         panels=recovery_panels(recovery),
         curve_note=curve_note(recovery),

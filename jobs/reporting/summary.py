@@ -50,6 +50,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         "schema": SCHEMA,
         "run": _run_facts(run_dir, context, metrics, sum(durations.values())),
         "results": _results(context, metrics),
+        "tasks": _tasks(metrics),
         "stages": [
             {
                 "name": stage,
@@ -172,6 +173,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
                 "kl": figures["kl"],
                 "top1_agreement": figures["top1_agreement"],
                 "num_tokens": figures.get("num_tokens"),
+                "window_tokens": figures.get("window_tokens"),
                 "log_gap_recovered": gap,
                 **sizes.get(name, {"disk_bytes": None, "packed_bytes": None}),
                 "violations": gate["num_violations"]
@@ -182,6 +184,30 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
             }
         )
     return rows
+
+
+def _tasks(metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """Scores on benchmark tasks: the evaluation's, and with them those of the quantised model.
+
+    Where the two were made with other options or tasks, the evaluation's alone count.
+    """
+    found: list[dict[str, Any]] = [
+        metrics[stage]["tasks"]
+        for stage in ("evaluate", "quantize")
+        if metrics.get(stage, {}).get("tasks")
+    ]
+    if len(found) < 2:
+        return found[0] if found else None
+    first, second = found
+    names = [[(row["section"], row["name"]) for row in one["rows"]] for one in found]
+    if first["settings"] != second["settings"] or names[0] != names[1]:
+        return first
+    rows = []
+    for row, other in zip(first["rows"], second["rows"], strict=True):
+        known = {entry["model"] for entry in row["scores"]}
+        new = [entry for entry in other["scores"] if entry["model"] not in known]
+        rows.append({**row, "scores": [*row["scores"], *new]})
+    return {**first, "rows": rows}
 
 
 def _zero_share(gate: dict[str, Any] | None) -> float | None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.harness import words
 from jobs.reporting import units
 from jobs.reporting.comparison import columns_of, short_keys
 from jobs.reporting.comparison import label_of as label_in
@@ -51,6 +52,7 @@ def summary_tables(summary: dict[str, Any], width: int) -> list[Table]:
     """The tables of a run."""
     return [
         *([results_table(summary, width)] if summary["results"] else []),
+        *([tasks_table(summary)] if summary.get("tasks") else []),
         *([pruning_table(summary)] if summary["layers"] else []),
         *([speed_table(summary["speed"])] if summary.get("speed") else []),
         stages_table(summary),
@@ -123,6 +125,27 @@ def results_table(summary: dict[str, Any], width: int = 80) -> Table:
             Text(units.count(violations), style="bold red" if violations else ""),
             style="bold" if is_recovered(row["name"]) else "",
         )
+    return table
+
+
+def tasks_table(summary: dict[str, Any]) -> Table:
+    """Benchmark tasks: a row for each task and model, and the means."""
+    tasks, names = summary["tasks"], words.labels(summary)
+    is_compared = "dense" in names and len(names) > 1
+    table = _table("Task", *(["% of dense", "Score"] if is_compared else ["Score"]))
+    for row in tasks["rows"]:
+        metric = words.metric_of(row)
+        title = words.name_of(row) + (f", {metric}" if metric else "")
+        style = "bold" if row["is_mean"] else ""
+        table.add_row(Text(title), style=style)
+        for entry in row["scores"]:
+            cells = [words.recovery_of(entry)] if is_compared else []
+            table.add_row(
+                Text(f"  {names[entry['model']]}"), *cells, words.score_of(entry), style=style
+            )
+    said = [words.partial(tasks), words.NOTE if is_compared else ""]
+    table.caption = Text(" ".join(text for text in said if text))
+    table.caption_justify = "left"
     return table
 
 

@@ -1,26 +1,30 @@
-"""Stage evaluate: every model so far on the same held-out rows, against the dense one."""
+"""Stage evaluate: every model so far on the same held-out rows and tasks, against the dense one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from jobs.runs.artifact import StageWriter
+from conf.options.evaluate import OF_TASKS
+from jobs.runs.artifact import StageWriter, read_whole
 from jobs.runs.context import StageContext, fingerprints
+from jobs.runs.folder import read_json, write_json
 from jobs.runs.stage import Stage
+from jobs.stages import tasks
 
 
 def identity(context: StageContext) -> dict[str, Any]:
     """What decides the scores."""
     return {"config": settings(context), "inputs": {**fingerprints(_models(context)),
-            "heldout": context.source_fingerprint("heldout")}}  # fmt: skip
+            "heldout": context.source_fingerprint("heldout"), **tasks.inputs(context)}}  # fmt: skip
 
 
 def settings(context: StageContext) -> dict[str, Any]:
-    """The part of the config that decides a score, for identities."""
+    """The part of the config that decides a score on text, for identities."""
     data = context.settings("data")["data"]
+    given = context.settings("evaluate")["evaluate"]
     return {
-        **context.settings("evaluate"),
+        "evaluate": {key: value for key, value in given.items() if key not in OF_TASKS},
         "run.seed": context.config.run.seed,  # of what the models write
         "model.dtype": context.config.model.dtype,
         "data": {k: v for k, v in data.items() if k != "train"},
@@ -30,12 +34,35 @@ def settings(context: StageContext) -> dict[str, Any]:
 def _models(context: StageContext) -> dict[str, Path]:
     dense = context.models.dense
     sparse = {n: path for n, path in context.models.all_sparse().items() if path != dense}
-    return {"dense": dense, **sparse}
+    known = {"dense": dense, **sparse}
+    # Where this command quantises too, that stage scores what it makes.
+    if context.config.evaluate.tasks and "quantize" not in context.config.stages:
+        known |= _quantized(context)
+    return known
+
+
+def _quantized(context: StageContext) -> dict[str, Path]:
+    """The quantised model, if there is one, by the name of its result."""
+    made = context.models.made.get("quantize")
+    if not made:
+        return {}
+    name = next(iter(read_whole(made["packed"].parent)["metrics"]["results"]))
+    return {name: made["packed"]}
 
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Score every model there is; dense first."""
-    return {"results": score(context, _models(context), "evaluate")}
+    folders = _models(context)
+    if not context.config.evaluate.tasks:
+        return {"results": score(context, folders, "evaluate")}
+    scored = writer.scratch / "results.json"  # tasks take hours: what came before them is kept
+    try:
+        results = read_json(scored, "delete it and run the same command again")
+    except FileNotFoundError:
+        results = score(context, folders, "evaluate")
+        write_json(scored, results)
+    asked = {**folders, **_quantized(context)}
+    return {"results": results, "tasks": tasks.score_tasks(context, writer, asked, "evaluate")}
 
 
 def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[str, dict[str, Any]]:
@@ -61,7 +88,14 @@ def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[s
     ]  # fmt: skip
     what = "shares of held-out rows"
     parts = context.cluster.run_tasks(stage, score_share, payloads, what, len(folders))
-    return {name: total(of_model) for name, *of_model in zip(folders, *parts, strict=True)}
+    window = context.config.data.sequence_length
+    return {
+        name: {**total(of_model), "window_tokens": window}
+        for name, *of_model in zip(folders, *parts, strict=True)
+    }
 
 
-STAGE = Stage("evaluate", "perplexity of every model so far", identity, run, may_extend=True)
+STAGE = Stage(
+    "evaluate", "perplexity of every model so far", identity, run, check=tasks.check,
+    may_extend=True, resumes="starts over, but for benchmark tasks that are answered",
+)  # fmt: skip

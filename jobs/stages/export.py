@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conf.schema import Config
+from jobs.reporting.results import quantized_as
 from jobs.reporting.summary import build_summary
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
@@ -28,10 +29,13 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
 
     models = context.models
     name, source = models.latest("export")
+    summary = build_summary(context.run_dir, context)
+    names = [row["name"] for row in summary["results"] if quantized_as(row["name"])]
     payload = {
         "config": context.worker_config, "name": name, "source": source, "dense": models.dense,
         "folder": writer.folder, "packed": None,
-        "results": build_summary(context.run_dir, context)["results"],
+        "results": summary["results"], "tasks": summary["tasks"],
+        "quantized": names[-1] if names else None,
     }  # fmt: skip
     if "quantize" in models.made:
         payload["packed"] = models.made["quantize"]["packed"]

@@ -9,7 +9,7 @@ from jobs.runs.artifact import StageWriter, read_whole
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.models import Models
 from jobs.runs.stage import Stage
-from jobs.stages import evaluate
+from jobs.stages import evaluate, tasks
 from sparsify.errors import InputError
 
 
@@ -55,7 +55,12 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     gate = check_result(packed)
     name = f"{'one_pass' if settings.one_pass else 'recovered'}_{settings.scheme}"
     results = evaluate.score(context, {name: packed}, "quantize")
+    asked = {}
+    if context.config.evaluate.tasks:
+        folders = {"dense": context.models.dense, name: packed}
+        asked = {"tasks": tasks.score_tasks(context, writer, folders, "quantize")}
     return {
+        **asked,
         "results": results,
         "gate": gate,
         "packed_bytes": sum(path.stat().st_size for path in packed.glob("*.safetensors")),
@@ -98,6 +103,7 @@ def check(config: Config, models: Models) -> None:
 
     models.require_zeros(config, "quantize")
     check_quantize(config, models.dense)
+    tasks.check(config, models)
     if not config.quantize.one_pass:
         return
     if "distill" in config.stages:

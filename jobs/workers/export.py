@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from cluster.runtime.worker import WorkerContext
+from jobs.harness.words import NOTE, card_results, manner, partial
 from jobs.runs.folder import disk_errors
 from jobs.workers.speed import measure_speed
 from sparsify.formats.basis import carry_rotation
@@ -44,9 +46,11 @@ def export_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[st
             carry_rotation(payload["source"], path)
             method = before.get("method", "given")
             write_sparsity(path, masks, str(pattern), method, provenance)
+            name = payload["quantized"] if written.is_quantized else payload["name"]
             card = model_card(
                 written, model_name(payload["dense"]), payload["results"], str(pattern),
                 provenance, described(read_sparsity(path) or {}),
+                tasks_part(payload["tasks"], name, written.name),
             )  # fmt: skip
             (path / "README.md").write_text(card, encoding="utf-8")
     sizes = {written.name: written.num_bytes for written in found}
@@ -70,9 +74,32 @@ def _public(provenance: dict[str, Any], dense: Path) -> dict[str, Any]:
     return {"dense_model": model_name(dense), **kept}
 
 
+TasksPart = tuple[str, list[str]]
+"""what a card has of benchmark tasks: lines for its front matter, and for its text"""
+
+
+def tasks_part(tasks: dict[str, Any] | None, model: str | None, folder: str) -> TasksPart:
+    """Scores of a model on benchmark tasks for its card: as the Hub reads them, and as a table.
+
+    Args:
+        tasks: of the summary; None where none were asked.
+        model: name of its result.
+        folder: name of the exported folder.
+    """
+    results, rows = card_results(tasks, str(model))
+    if tasks is None or not rows:
+        return "", []
+    index = {"model-index": [{"name": folder, "results": results}]}
+    front = yaml.safe_dump(index, sort_keys=False, allow_unicode=True) if results else ""
+    table = ["| task | metric | dense | this model | % of dense |", "|---|---|---|---|---|"]
+    table += [f"| {' | '.join(row)} |" for row in rows]
+    said = [text for text in (partial(tasks), manner(tasks), NOTE) if text]
+    return front, ["", *table, "", *said]
+
+
 def model_card(
     written: Written, dense: str, results: list[dict[str, Any]], pattern: str,
-    provenance: dict[str, Any], zeros: str | None = None,
+    provenance: dict[str, Any], zeros: str | None = None, tasks: TasksPart = ("", []),
 ) -> str:  # fmt: skip
     """A model card: what it is, how it was made, how good it is, how to load it.
 
@@ -83,10 +110,12 @@ def model_card(
         pattern: of the zeros.
         provenance: for the list at the end.
         zeros: a sentence on how much of the model they are.
+        tasks: of `tasks_part`.
     """
     what = written.what if zeros is None else f"{written.what} {zeros}"
     lines = [
-        "---", "library_name: transformers", f'tags: [sparse, "{pattern}", twofour]', "---",
+        "---", "library_name: transformers", f'tags: [sparse, "{pattern}", twofour]',
+        f"{tasks[0]}---",
         f"# {dense}, {pattern} sparse", "", what, "",
         "| model | perplexity | KL to dense |", "|---|---|---|",
     ]  # fmt: skip
@@ -96,7 +125,7 @@ def model_card(
     facts = [f"- {key}: {value}" for key, value in provenance.items()]
     lines += [
         "", "Perplexity on held-out text of the run that made it; compare only within this table.",
-        "", "```python", written.load, "```", "", "Provenance:", "", *facts,
+        *tasks[1], "", "```python", written.load, "```", "", "Provenance:", "", *facts,
         "- sparsity.json lists pattern, mask hash and kept weights of every layer.", "",
     ]  # fmt: skip
     return "\n".join(lines)

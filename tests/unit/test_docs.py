@@ -26,6 +26,8 @@ from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
 from jobs.cli.main import FLAGS, split_words
 from jobs.cli.options import JOBS, job_options, presets
+from jobs.harness.plan import Row
+from jobs.harness.results import Comparison
 from jobs.pipeline import PIPELINE
 from jobs.reporting.summary import _num_parameters, build_summary
 from jobs.runs.artifact import RECORD
@@ -448,6 +450,19 @@ def literal_keys(job: str, function: str, key: str) -> list[str]:
     return matching[0]
 
 
+def asked_tasks() -> dict[str, Any]:
+    """What a stage says of benchmark tasks: two of one document, and their mean."""
+    metric = {"score": 1.0, "stderr": None, "higher_is_better": True, "link": "mean",
+              "values": [1.0], "denominators": None}  # fmt: skip
+    result = {"num_fewshot": 0, "num_documents": 1, "dataset": ["json", None], "doc_hashes": ["a"],
+              "metrics": {"acc,none": metric}, "task": "a"}  # fmt: skip
+    of_model = {"a": result, "b": {**result, "task": "b"}}
+    rows = [Row("tasks", name, (name,)) for name in of_model]
+    table = Comparison({"dense": of_model, "wanda": of_model}, 0).table(rows)
+    settings = literal_keys("harness/results", "settings_of", "adds_bos")
+    return {"settings": dict.fromkeys([*settings, "lm_eval"], 0), "rows": table}
+
+
 def stage_metrics() -> dict[str, dict[str, Any]]:
     """Metrics of every stage, with the keys that the stages write."""
     layer = dict.fromkeys(["method", *(field.name for field in fields(LayerReport))], 0)
@@ -468,7 +483,9 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
             **recovery, "steps": [step], "gate": gate, "forecast": Forecast(9, 0, 0, 0.8).as_dict(),
             "goodput": {**goodput([], 0.0, 1.0), "seconds": dict.fromkeys(WORDS, 1.0)},
         },
-        "evaluate": {"results": {"dense": score, "wanda": score, "recovered": score}},
+        "evaluate": {
+            "results": {"dense": score, "wanda": score, "recovered": score}, "tasks": asked_tasks(),
+        },
         "quantize": {
             "results": {"recovered_int4": score}, "gate": gate, "packed_bytes": 1,
             "quantization": {**quantization, "layers": [quantized]},

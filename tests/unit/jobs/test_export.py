@@ -63,7 +63,7 @@ def export(
     config = replace(Config(), export=ExportConfig(**{"max_timed_gb": 0.0, **options}))
     payload = {
         "config": config, "name": "recovered", "source": source, "dense": dense, "folder": to,
-        "results": [], "packed": packed,
+        "results": [], "packed": packed, "tasks": None, "quantized": None,
     }  # fmt: skip
     context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     return export_on_worker(context, payload)

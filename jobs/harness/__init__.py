@@ -1,0 +1,1 @@
+"""Benchmark tasks of lm-evaluation-harness: found, asked of a model, compared between models."""
