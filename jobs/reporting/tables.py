@@ -132,7 +132,7 @@ def tasks_table(summary: dict[str, Any]) -> Table:
     """Benchmark tasks: a row for each task and model, and the means."""
     tasks, names = summary["tasks"], words.labels(summary)
     is_compared = "dense" in names and len(names) > 1
-    table = _table("Task", *(["% of dense", "Score"] if is_compared else ["Score"]))
+    table = new_table("Task", *(["% of dense", "Score"] if is_compared else ["Score"]))
     for row in tasks["rows"]:
         metric = words.metric_of(row)
         title = words.name_of(row) + (f", {metric}" if metric else "")
