@@ -147,7 +147,7 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
         "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
         "drop.batch_size", "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
         "quantize.checkpoint_every_blocks",
-        *(f"distill.{name}" for name in (
+        *(f"{group}.{name}" for group in ("distill", "finetune") for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
             "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
             "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
