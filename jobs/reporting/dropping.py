@@ -152,7 +152,8 @@ def _map(
 
 
 def _text(text: str, x: float, y: float, anchor: str, fill: str = "currentColor") -> Markup:
-    return element("text", text, x=x, y=y, text_anchor=anchor, fill=fill)
+    # A style: the page's own rule for text in drawings would win over an attribute.
+    return element("text", text, x=x, y=y, text_anchor=anchor, style=f"fill:{fill}")
 
 
 def drop_section(dropping: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -165,8 +166,8 @@ def drop_section(dropping: dict[str, Any] | None) -> dict[str, Any] | None:
     sentences = []
     if gone:
         sentences.append(
-            f"{said}: layers {', '.join(map(str, gone))} of {dropping['num_layers_before']} are "
-            f"gone, with {units.percent(share)} of the weights"
+            f"{said}: {'layer' if len(gone) == 1 else 'layers'} {', '.join(map(str, gone))} of "
+            f"{dropping['num_layers_before']} went, with {units.percent(share)} of the weights"
         )
     if dropping["dropped_sublayers"]:
         parts = ", ".join(f"{u['part']} of {u['layer']}" for u in dropping["dropped_sublayers"])
