@@ -56,7 +56,7 @@ class Here:
         num_threads: CPU threads.
     """
 
-    name, rank, world_size, local_world_size = "step", 0, 1, 1
+    name, rank, world_size, local_world_size = "distill", 0, 1, 1
 
     def __init__(self, device: str, num_threads: int) -> None:
         self.device, self.num_threads = device, num_threads

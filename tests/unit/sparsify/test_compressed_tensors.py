@@ -231,7 +231,7 @@ def test_the_stage_writes_it_in_files_of_any_size(
     )
     payload = {
         "config": config, "name": "recovered", "source": packed, "dense": tiny_model_dir,
-        "folder": tmp_path, "results": [], "packed": None,
+        "folder": tmp_path, "results": [], "tasks": None, "quantized": None, "packed": None,
     }  # fmt: skip
     context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     found = export_on_worker(context, payload)

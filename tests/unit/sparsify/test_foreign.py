@@ -459,7 +459,7 @@ def test_an_orphaned_checkpoint_is_exported(tmp_path: Path, llama: Path, kind: s
     config = replace(Config(), export=ExportConfig(["dense", "packed"], max_timed_gb=0.0))
     payload = {
         "config": config, "name": "given", "source": folder, "dense": llama, "results": [],
-        "folder": tmp_path / "out", "packed": None,
+        "folder": tmp_path / "out", "tasks": None, "quantized": None, "packed": None,
     }  # fmt: skip
     context: Any = SimpleNamespace(num_threads=1, device=torch.device("cpu"))
     found = export_on_worker(context, payload)
