@@ -90,7 +90,8 @@ def teacher_rotation(
     ours, theirs = _facts_of(student), _facts_of(teacher)
     if ours == theirs:
         return None
-    if ours and not theirs and (is_tuned or model_fingerprint(teacher) == ours[_MODEL_KEY]):
+    is_copy = is_tuned and not theirs
+    if ours and (is_copy or model_fingerprint(teacher) == ours[_MODEL_KEY]):
         return _checked_file(student, ours)
     source = f"the model with fingerprint {ours[_MODEL_KEY][:12]}" if ours else "one not rotated"
     raise InputError(

@@ -77,10 +77,10 @@ def test_scores_are_means_over_each_domain_on_any_number_of_workers(
         )
         num_ce = int(store.rows(range(8)).has_next_NT.sum())
         assert scored["cats.txt"] == {"kl": None, "ce": 6.0 / num_ce, "agreement": None}
-        assert sorted(as_metrics(scored)) == [f"distill/heldout_ce/{n}" for n in scored]
+        assert sorted(as_metrics(scored, "distill")) == [f"distill/heldout_ce/{n}" for n in scored]
     if world_size == 1:
         found = Heldout(store, 0, 1, 3, "cpu").score(forward, lambda values: values)
         rows = store.rows(range(8))
         expected = rows.ids_NT[rows.is_taught_NT].double().sum() / rows.is_taught_NT.sum()
         assert math.isclose(found["cats.txt"]["kl"], expected)
-        assert "distill/heldout_kl/cats.txt" in as_metrics(found)
+        assert "distill/heldout_kl/cats.txt" in as_metrics(found, "distill")

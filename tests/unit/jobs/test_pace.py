@@ -15,7 +15,7 @@ from jobs.training.pace import Pace, forecast_of
 
 def worker(rank: int, said: list[Any]) -> Any:
     return SimpleNamespace(
-        rank=rank, world_size=2, device="cpu", warn=said.append,
+        name="distill", rank=rank, world_size=2, device="cpu", warn=said.append,
         progress=lambda *args: said.append(args), metrics=lambda *args: said.append(args),
     )  # fmt: skip
 

@@ -39,7 +39,8 @@ def test_it_says_how_far_the_stage_is_and_what_is_finished() -> None:
 
 def test_between_stages_progress_of_the_last_one_says_nothing() -> None:
     assert so_far(["prune", "distill"], progress(16, "steps"), stage="distill") == (
-        "in evaluate; finished: prune, distill; run the same command again: evaluate starts over"
+        "in evaluate; finished: prune, distill; run the same command again: "
+        "evaluate starts over, but for benchmark tasks that are answered"
     )
 
 
