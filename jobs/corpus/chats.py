@@ -7,9 +7,7 @@ record becomes a list of turns, each with a role and a content.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,22 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from jobs.corpus.builtin import BUILT_IN
-from jobs.corpus.content import Content
 from jobs.corpus.documents import Remarks
 from jobs.corpus.places import (
-    FORMATS,
     HUB,
     TEXT_SUFFIXES,
     existing_path,
     full_name,
     kind_of,
     source_files,
-    split_suffix,
 )
-from jobs.corpus.tables import arrow, load_hub_dataset, load_saved_dataset
+from jobs.corpus.raw_records import records_of
 from jobs.corpus.text_files import is_dataset
 from sparsify.data.store import is_store
-from sparsify.errors import InputError, first_line
+from sparsify.errors import InputError
 
 TEXT = "text"
 """the form of records that are documents, learned whole"""
@@ -130,9 +125,7 @@ class Chats:
             digest.update(json.dumps(turns, sort_keys=True).encode())
         return digest.hexdigest(), count
 
-    def _form_of(self, record: Any, place: str) -> str:
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: a {type(record).__name__}, not an object with fields")
+    def _form_of(self, record: dict[str, Any], place: str) -> str:
         found = self._renamed(record, place)
         for form, needed in _NEEDED.items():
             if all(name in found for name in needed):
@@ -249,77 +242,3 @@ _TURNS: dict[str, Any] = {
     "messages": _of_messages, "ShareGPT": _of_sharegpt, "prompt/completion": _of_pair,
     "Alpaca": _of_alpaca,
 }  # fmt: skip
-
-
-# --- records ---------------------------------------------------------------------------------
-
-
-def records_of(name: str) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every record of a source, in order; read as they come.
-
-    Raises:
-        InputError: the source is missing or unreadable, or no format of records.
-    """
-    name = full_name(name, BUILT_IN)
-    if name.startswith(HUB) or is_dataset(name):
-        is_hub = name.startswith(HUB)
-        dataset = load_hub_dataset(name) if is_hub else load_saved_dataset(*split_suffix(name))
-        for row, record in enumerate(dataset):
-            yield f"data source {name}, row {row}", record
-        return
-    for path in source_files(existing_path(name, BUILT_IN)):
-        yield from _of_file(path)
-
-
-def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
-    kind, compression = kind_of(path)
-    if kind in (".parquet", ".arrow"):
-        yield from _of_table(path, kind)
-        return
-    if kind is None or kind in TEXT_SUFFIXES:
-        raise InputError(
-            f"data source {path}: not a format of records, and other files of the source are; "
-            f"expected {FORMATS}"
-        )
-    content = Content.of_file(path, compression)
-    text = content.text(content.begin, content.size) if kind != ".jsonl" else ""
-    if kind == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        for row in reader:
-            yield f"data source {path}, line {reader.line_num}", row
-    elif text.lstrip().startswith("["):
-        for number, record in enumerate(_parsed(text, f"data source {path}")):
-            yield f"data source {path}, item {number}", record
-    else:
-        for number, (_, line) in enumerate(content.lines(), 1):
-            if line.strip():
-                place = f"data source {path}, line {number}"
-                yield place, _parsed(line, place)
-
-
-def _parsed(text: str | bytes, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from None
-
-
-def _of_table(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
-    pyarrow, row = arrow(), 0
-    try:
-        if kind == ".parquet":
-            batches: Any = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-        else:
-            source = pyarrow.memory_map(str(path))
-            try:
-                batches = pyarrow.ipc.open_stream(source).read_all().to_batches(1000)
-            except pyarrow.ArrowInvalid:
-                batches = pyarrow.ipc.open_file(source).read_all().to_batches(1000)
-        for batch in batches:
-            for record in batch.to_pylist():
-                yield f"data source {path}, row {row}", record
-                row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"data source {path}: not valid {kind[1:]} ({first_line(error)})"
-        ) from None

@@ -39,6 +39,8 @@ from sparsify.files import file_sha256
 
 _BATCH_ROWS = 1000
 
+_PART_BYTES = 1 << 26  # of JSON lines in memory at a time where a source is read from end to end
+
 _RECORDS = (".parquet", ".arrow")  # of columns
 
 
@@ -120,6 +122,18 @@ def read_records(found: RecordPart, data: DataConfig) -> Iterator[tuple[str, dic
     else:
         for index, text in enumerate(read_part(part, None, data)):
             yield f"data source {path}, document {index} after {part.start}", {"text": text}
+
+
+def records_of(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, record) of every record of a source, in order; read as they come.
+
+    Raises:
+        InputError: the source is missing, or it or a record cannot be read.
+    """
+    data = DataConfig()
+    for shard in cut_records(name, data, _PART_BYTES):
+        for part in shard:
+            yield from read_records(part, data)
 
 
 def table_schema(found: RecordPart) -> Any:

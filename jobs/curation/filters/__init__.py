@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import importlib
 import math
-import pkgutil
 from collections.abc import Callable
 from functools import cache
 
 from conf.options.curate import CurateConfig
 from jobs.curation.filters._base import Against, Filter, Judge
 from sparsify.errors import InputError
+from sparsify.listing import module_names
 from sparsify.params import as_list, close_match
 
 
 @cache
 def filter_names() -> tuple[str, ...]:
     """Every filter there is."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name[0] != "_"))
+    return tuple(module_names(__name__))
 
 
 def _has_lengths(config: CurateConfig) -> bool:

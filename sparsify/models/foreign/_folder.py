@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsify.errors import InputError
+from sparsify.listing import listed
 from sparsify.models.foreign._base import SCALES, Args, Part, Reader
 from sparsify.models.foreign._config import ForeignConfig
 from sparsify.tensors import tensor_names
@@ -24,10 +23,7 @@ _COPY_AGAIN = "copy or download the file again"
 @functools.cache
 def readers() -> tuple[Reader, ...]:
     """Every reader: the modules of this folder without an underscore."""
-    package = __name__.rpartition(".")[0]
-    folder = str(Path(__file__).parent)
-    names = sorted(m.name for m in pkgutil.iter_modules([folder]) if not m.name.startswith("_"))
-    return tuple(importlib.import_module(f"{package}.{name}").READER for name in names)
+    return tuple(listed(__name__.rpartition(".")[0], "READER"))
 
 
 @dataclass(frozen=True)

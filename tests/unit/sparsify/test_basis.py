@@ -88,6 +88,19 @@ def test_a_teacher_in_another_basis_is_refused_unless_nothing_compares_hidden_st
             teacher_rotation(student, teacher, 1.0, "dense")
 
 
+def test_a_fine_tuned_copy_of_the_model_that_was_rotated_lies_in_its_basis(
+    rotated: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_model_dir, tuned)
+    config = json.loads((tuned / "config.json").read_text(encoding="utf-8"))
+    (tuned / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    assert teacher_rotation(rotated, tuned, 1.0, is_tuned=True) == rotated / ROTATION
+    turned = sparse_model(tmp_path / "turned", tuned, some_rotation(2))
+    with pytest.raises(InputError, match="lie in another basis"):
+        teacher_rotation(rotated, turned, 1.0, is_tuned=True)
+
+
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_a_damaged_rotation_is_named(rotated: Path, tiny_model_dir: Path, damage: str) -> None:
     path = rotated / ROTATION
