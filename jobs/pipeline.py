@@ -229,7 +229,7 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
     artifact = writer.commit(metrics, context.config.run.seed)
     if is_asked:
         journal.add(stage.name)
-    context.display.finish_stage(stage.name, stage.result)
+    context.display.finish_stage(stage.name, stage.told(metrics) if stage.told else stage.result)
     return artifact
 
 

@@ -147,7 +147,8 @@ class LocalRay:
         logs = "Ray's logs" if self.session is None else self.session / "logs"
         return (
             f"Ray's {name} (process {pid}) on this machine has died, as happens when memory runs "
-            f"out; see {logs}; run the same command again to continue"
+            f"out, or at its start where a machine is too busy; see {logs}; run the same command "
+            "again to continue"
         )
 
     def is_ending(self) -> None:

@@ -93,11 +93,8 @@ class DropConfig:
                     f"drop.layers={as_list(self.layers)}: the model has layers 0 to "
                     f"{num_layers - 1}; leave out {', '.join(map(str, beyond))}"
                 )
-            wanted, field, most = (
-                len(self.layers),
-                f"drop.layers={as_list(self.layers)}",
-                num_layers,
-            )
+            wanted, most = len(self.layers), num_layers
+            field = f"drop.layers={as_list(self.layers)}"
         else:
             most = num_layers * (1 if "layers" in self.candidates else len(self.candidates))
             wanted = self.num_layers or max(1, round((self.share or 0) * most))

@@ -39,6 +39,8 @@ class Stage:
     makes: Callable[[dict[str, Any]], dict[str, str]] | None = None
     """of its metrics: name -> folder in its own of every model for later stages, which build on the
     last of them"""
+    told: Callable[[dict[str, Any]], str] | None = None
+    """its outcome in a few words, of its metrics, for the display"""
     resumes: str = "starts over"
     """what it does when the same command comes again after it was interrupted"""
     is_end: bool = False

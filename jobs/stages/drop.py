@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from jobs.reporting import units
 from jobs.reporting.dropping import chart_of, standing_alone
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
@@ -70,6 +71,16 @@ def check(config: Config, models: Models) -> None:
     _worker().check_drop(config, models.to_drop)
 
 
+def told(figures: dict[str, Any]) -> str:
+    """What went, by which rule, and what it cost where that was measured."""
+    gone, parts = figures["dropped_layers"], figures["dropped_sublayers"]
+    names = [f"layer {layer}" for layer in gone] + [f"{p['part']} of {p['layer']}" for p in parts]
+    why = "as named" if figures["rule"] == "layers" else figures["rule"]
+    if rounds := figures.get("rounds"):
+        why += f", KL {units.significant(rounds[-1]['kl'])} nats per token"
+    return f"dropped {', '.join(names)} of {figures['num_layers_before']} layers ({why})"
+
+
 def _worker() -> Any:
     from jobs.workers import drop  # costs torch
 
@@ -78,6 +89,6 @@ def _worker() -> Any:
 
 STAGE = Stage(
     "drop", "the model without some of its layers", identity, run, check=check,
-    makes=lambda _: {"dropped": "model"},
+    makes=lambda _: {"dropped": "model"}, told=told,
     resumes="continues after the last choice that is on disk",
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.preempt import SignalRelay
 from conf.schema import Config
+from jobs.reporting import units
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.hub import model_folder
@@ -38,13 +39,8 @@ def identity(context: StageContext) -> dict[str, Any]:
     """What decides the fine-tuned weights."""
     student, is_dense = base_of(context.models)
     settings = context.settings("finetune", "data")
-    for name in (
-        "data",
-        "heldout",
-        "teacher",
-        "template",
-        "adapter_from",
-    ):  # what they hold is an input
+    # What they hold is an input.
+    for name in ("data", "heldout", "teacher", "template", "adapter_from"):
         settings["finetune"].pop(name)
     masks = {} if is_dense else context.given_masks(student)
     teacher = _teacher(context.config)
@@ -101,6 +97,13 @@ def check(config: Config, models: Models) -> None:
     _workers()[1].check_finetune(config, models.dense)
 
 
+def told(figures: dict[str, Any]) -> str:
+    """How far it went, and what became of the loss."""
+    first, last = figures["steps"][0], figures["steps"][-1]
+    losses = " to ".join(units.significant(step["loss"]) for step in (first, last))
+    return f"{last['step']} steps over {figures['num_rows']} rows, loss {losses}"
+
+
 def describe(config: Config, models: Models) -> list[str]:
     """Form, number and one example of the records."""
     found: list[str] = _workers()[1].describe_records(config, models.dense)
@@ -109,6 +112,6 @@ def describe(config: Config, models: Models) -> list[str]:
 
 STAGE = Stage(
     "finetune", "the model that learned a task, its zeros held", identity, run, check=check,
-    describe=describe, makes=lambda _: {"finetuned": "model"},
+    describe=describe, told=told, makes=lambda _: {"finetuned": "model"},
     resumes="continues after its last checkpoint",
 )  # fmt: skip

@@ -137,11 +137,11 @@ class Dropping:
         rule = get_rule(settings.rule)
         comm = Comm.distributed() if context.world_size > 1 else Comm.single()
         rows = self._rows() if rule.needs_rows else None
-        what = f"drop, {rule.name}"
         task = Task(
             self._num_layers, num, self.open, rows and rows[comm.row_slice(len(rows))], comm,
             settings.candidates, settings.batch_size, context.device, forward_kl,
-            scratch / _ROUNDS, lambda done, total: context.progress(done, total, what),
+            scratch / _ROUNDS,
+            lambda done, total, what: context.progress(done, total, f"{what}, {rule.name}"),
         )  # fmt: skip
         choice = rule.choose(task)
         if rows is not None:

@@ -53,8 +53,8 @@ class Task:
     """of a model's logits (B, T, V) from the full model's, the mean over their tokens"""
     state: Path | None = None
     """JSON file in which a rule keeps what it has done so far; None: it starts over"""
-    on_step: Callable[[float, float], None] = lambda done, total: None
-    """told how much of the work is done"""
+    on_step: Callable[[int, int, str], None] = lambda done, total, what: None
+    """told how much of the work is done, of how much, and what is counted"""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def final_tokens(blocks: Blocks, task: Task) -> Tensor:
             found[index].append(hidden_BTD[:, -1].cpu())
             held[at] = run_block(block, arguments.call(index, hidden_BTD)), arguments
         blocks.close(index)
-        task.on_step(index + 1, len(blocks.blocks))
+        task.on_step(index + 1, len(blocks.blocks), "blocks")
     found[-1] = [hidden_BTD[:, -1].cpu() for hidden_BTD, _ in held]
     if not batches:
         return torch.empty(len(found), 0, 1)

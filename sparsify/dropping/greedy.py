@@ -129,8 +129,9 @@ def _divergences(
             )  # fmt: skip
             kl = task.divergence(logits_BTV, full_BTV).double()
             sums[number] += kl * batch.ids_NT.numel()
-            step = (at + (number + 1) / len(units)) / len(batches)
-            task.on_step(len(dropped) + step, task.num_dropped)
+            done = at * len(units) + number + 1
+            what = f"forwards of choice {len(dropped) + 1} of {task.num_dropped}"
+            task.on_step(done, len(batches) * len(units), what)
         sums[-1] += batch.ids_NT.numel()
     task.comm.all_reduce_(sums)
     return (sums[:-1] / sums[-1]).tolist()

@@ -1,4 +1,4 @@
-"""What a run that a signal ends says: how far it was, and where the same command continues."""
+"""What a run says of its stages: how they ended, or how far they were when a signal came."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from jobs.pipeline import PIPELINE, _so_far
 from jobs.runs.display import Display
+from jobs.stages import drop
 
 ASKED = [stage for stage in PIPELINE if stage.name in ("prune", "distill", "evaluate")]
 
@@ -52,3 +53,13 @@ def test_every_stage_says_how_it_resumes(stage: Any) -> None:
 def test_after_the_last_stage_the_summary_is_left() -> None:
     done = [stage.name for stage in ASKED]
     assert so_far(done, stage="evaluate").endswith("run the same command again for the summary")
+
+
+def test_the_outcome_of_a_stage_is_said_in_figures() -> None:
+    gone = {"num_layers_before": 4, "dropped_layers": [1], "rule": "greedy",
+            "dropped_sublayers": [{"layer": 2, "part": "mlp"}], "rounds": [{"kl": 0.96612}]}  # fmt: skip
+    said = drop.STAGE.told
+    assert said is not None
+    assert said(gone) == ("dropped layer 1, mlp of 2 of 4 layers (greedy, KL 0.966 nats per token)")
+    named = {**gone, "rule": "layers", "rounds": [], "dropped_sublayers": []}
+    assert said(named) == "dropped layer 1 of 4 layers (as named)"
