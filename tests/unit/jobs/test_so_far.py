@@ -56,8 +56,10 @@ def test_after_the_last_stage_the_summary_is_left() -> None:
 
 
 def test_the_outcome_of_a_stage_is_said_in_figures() -> None:
-    gone = {"num_layers_before": 4, "dropped_layers": [1], "rule": "greedy",
-            "dropped_sublayers": [{"layer": 2, "part": "mlp"}], "rounds": [{"kl": 0.96612}]}  # fmt: skip
+    gone = {
+        "num_layers_before": 4, "dropped_layers": [1], "rule": "greedy",
+        "dropped_sublayers": [{"layer": 2, "part": "mlp"}], "rounds": [{"kl": 0.96612}],
+    }  # fmt: skip
     said = drop.STAGE.told
     assert said is not None
     assert said(gone) == ("dropped layer 1, mlp of 2 of 4 layers (greedy, KL 0.966 nats per token)")
