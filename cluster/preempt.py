@@ -48,6 +48,8 @@ class Request:
     should_save: bool = False
     should_stop: bool = False
     reason: str = ""
+    is_time_limit: bool = False
+    """whether the time is up, and nobody asked"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -285,7 +287,8 @@ class StopRequests:
         if self._deadline_s is not None:
             left_s = self._deadline_s - now_s
             if left_s <= self.reserve_s + next_step_s:
-                return Request(True, True, f"{max(0.0, left_s):.0f} s are left of the time limit")
+                left = f"{max(0.0, left_s):.0f} s are left of the time limit"
+                return Request(True, True, left, is_time_limit=True)
         if now_s - self._looked_at_s < self._poll_s:
             return Request()
         self._looked_at_s = now_s

@@ -30,6 +30,9 @@ class CurateConfig:
     fields: list[str] = option([])
     """fields of a record whose text is judged; [] finds text, messages, conversations, prompt and
     completion, instruction and output, and the like"""
+    as_messages: bool = False
+    """write conversations in one form, messages, whatever form they came in, and drop what has no
+    answer: so that sources of several forms make one for jobs.finetune"""
     min_chars: int | None = option(None, low=0)
     """fewest characters of a document"""
     max_chars: int | None = option(None, low=0)
@@ -91,6 +94,11 @@ class CurateConfig:
                     "document is kept; swap them"
                 )
         shares_of(self)
+        if self.as_messages and self.fields:
+            raise InputError(
+                f"curate.as_messages=true with curate.fields={as_list(self.fields)}: the fields of "
+                "conversations are those of their form; leave one of the two out"
+            )
         if self.mixing == "take" and self.total is not None:
             raise InputError(
                 f"curate.total={self.total}: has a meaning with curate.mixing=proportions alone; "

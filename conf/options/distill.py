@@ -87,6 +87,18 @@ class DistillConfig(TrainingConfig):
                 f"{self.teacher_placement}: a teacher in 8 bits is kept whole on every worker; "
                 "use distill.teacher_placement=replicated, or another type"
             )
+        if self.on_time_limit == "finish":
+            if self.time_limit_hours is None:
+                raise InputError(
+                    "distill.on_time_limit=finish: there is no limit; set "
+                    "distill.time_limit_hours, or leave it out"
+                )
+            if self.moving_share:
+                raise InputError(
+                    f"distill.moving_share={self.moving_share:g} with distill.on_time_limit=finish:"
+                    " masks that still move at the end would not be kept; use "
+                    "distill.on_time_limit=stop"
+                )
         if self.moving_start == "dense" and not self.moving_share:
             raise InputError(
                 "distill.moving_start=dense with distill.moving_share=0: masks that stay cut the "

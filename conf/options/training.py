@@ -80,7 +80,10 @@ class TrainingConfig:
     heldout_tokens: int = option(16_384, low=1, speed_only=True)
     """held-out tokens per source and score, at most"""
     time_limit_hours: float | None = option(None, above=0, speed_only=True)
-    """hours after which the stage stops with a checkpoint, to resume later; null = never"""
+    """hours from its first start after which the stage stops with a checkpoint; null = never"""
+    on_time_limit: str = option("stop", one_of=("stop", "finish"))
+    """then: stop, to resume later, or finish: the stage ends with the weights of that step, its
+    learning rate not yet down, and later stages go on from them"""
     time_reserve_s: float = option(60.0, low=0, speed_only=True)
     """seconds before that limit in which no step is started any more"""
     hang_after_s: float = option(120.0, above=0, speed_only=True)

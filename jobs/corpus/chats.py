@@ -1,8 +1,6 @@
 """Records of conversations: read from wherever text is read from, recognised by their fields.
 
-The forms are those that data sets of instructions have: `messages`; `prompt` and `completion`;
-Alpaca's `instruction`, `input` and `output`; ShareGPT's `conversations`. Whatever the form, a
-record becomes a list of turns, each with a role and a content.
+The forms are those of `turns`. A source has records of one of them.
 """
 
 from __future__ import annotations
@@ -26,31 +24,17 @@ from jobs.corpus.places import (
 )
 from jobs.corpus.raw_records import records_of
 from jobs.corpus.text_files import is_dataset
+from jobs.corpus.turns import Turn, form_of, forms_said, has_answer, turns_of
 from sparsify.data.store import is_store
 from sparsify.errors import InputError
 
 TEXT = "text"
 """the form of records that are documents, learned whole"""
 
-_NEEDED = {
-    "messages": ("messages",),
-    "ShareGPT": ("conversations",),
-    "prompt/completion": ("prompt", "completion"),
-    "Alpaca": ("instruction", "output"),
-}
-"""form -> fields that a record of it has"""
-
 _NAMES = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output")
 """what `fields` may name"""
 
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-}  # fmt: skip
-
 NO_ANSWER = "records without an answer, left out"
-
-Turn = dict[str, str]
 
 
 @dataclass
@@ -100,13 +84,15 @@ class Chats:
         for place, record in records_of(self.name):
             own = self._form_of(record, place)
             form = form or own
+            if own == form == TEXT:
+                raise InputError(f"{place}: {_said(TEXT)}, and conversations are wanted here")
             if own != form:
                 raise InputError(
                     f"{place}: {_said(own)}, and the records before it {_said(form)}; give records "
                     "of one form, a source for each"
                 )
-            turns = _TURNS[form](self._renamed(record, place), place)
-            if not any(turn["role"] == "assistant" and turn["content"] for turn in turns):
+            turns = turns_of(self._renamed(record, place), form, place)
+            if not has_answer(turns):
                 self.remarks.add(NO_ANSWER, place.rpartition("/")[2])
                 continue
             count += 1
@@ -126,16 +112,13 @@ class Chats:
         return digest.hexdigest(), count
 
     def _form_of(self, record: dict[str, Any], place: str) -> str:
-        found = self._renamed(record, place)
-        for form, needed in _NEEDED.items():
-            if all(name in found for name in needed):
-                return form
+        if (form := form_of(self._renamed(record, place))) is not None:
+            return form
         if self.text_field in record and not self.fields:
             return TEXT
         raise InputError(
             f"{place}: the fields {', '.join(record) or '(none)'} are of no known form; expected "
-            f"{'; '.join(' and '.join(needed) for needed in _NEEDED.values())}; or "
-            f"{self.text_field}; name yours with "
+            f"{forms_said()}; or {self.text_field}; name yours with "
             "finetune.fields=[prompt:COLUMN,completion:COLUMN]"
         )
 
@@ -168,77 +151,3 @@ def check_fields(fields: Sequence[str]) -> None:
 
 def _said(form: str) -> str:
     return "is a document of text" if form == TEXT else f"has the fields of {form}"
-
-
-# --- turns -----------------------------------------------------------------------------------
-
-
-def _content(value: Any, what: str, place: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {what} is {type(value).__name__}, not a string")
-    return value
-
-
-def _list_of(value: Any, what: str, place: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise InputError(f"{place}: {what} is not a list of turns, each with its role and content")
-    return value
-
-
-def _of_messages(record: dict[str, Any], place: str, name: str = "messages") -> list[Turn]:
-    turns = []
-    for number, turn in enumerate(_list_of(record[name], name, place), 1):
-        role = turn.get("role")
-        if not isinstance(role, str) or "content" not in turn:
-            raise InputError(
-                f"{place}: turn {number} of {name} has the fields {', '.join(turn)}; expected role "
-                "and content"
-            )
-        turns.append({"role": role, "content": _content(turn["content"], "content", place)})
-    return turns
-
-
-def _of_sharegpt(record: dict[str, Any], place: str) -> list[Turn]:
-    turns = []
-    for number, turn in enumerate(_list_of(record["conversations"], "conversations", place), 1):
-        if "from" not in turn or "value" not in turn:
-            raise InputError(
-                f"{place}: turn {number} of conversations has the fields {', '.join(turn)}; "
-                "expected from and value"
-            )
-        role = _SHAREGPT_ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            raise InputError(
-                f"{place}: turn {number} is from {turn['from']!r}; expected one of "
-                f"{', '.join(_SHAREGPT_ROLES)}"
-            )
-        turns.append({"role": role, "content": _content(turn["value"], "value", place)})
-    return turns
-
-
-def _of_pair(record: dict[str, Any], place: str) -> list[Turn]:
-    found = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        if isinstance(record[name], list):
-            found += _of_messages(record, place, name)
-        else:
-            found.append({"role": role, "content": _content(record[name], name, place)})
-    return found
-
-
-def _of_alpaca(record: dict[str, Any], place: str) -> list[Turn]:
-    task = _content(record["instruction"], "instruction", place)
-    given = _content(record.get("input"), "input", place)
-    answer = _content(record["output"], "output", place)
-    return [
-        {"role": "user", "content": f"{task}\n\n{given}" if given else task},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-_TURNS: dict[str, Any] = {
-    "messages": _of_messages, "ShareGPT": _of_sharegpt, "prompt/completion": _of_pair,
-    "Alpaca": _of_alpaca,
-}  # fmt: skip

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jobs.corpus.chats import Chats, Turn
+from jobs.corpus.chats import Chats
 from jobs.corpus.documents import Remarks
+from jobs.corpus.turns import Turn
 from sparsify.data.examples import Example
 from sparsify.errors import InputError, first_line
 

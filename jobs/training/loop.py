@@ -110,6 +110,7 @@ class Recovery:
         self._requests = StopRequests(setup.run_dir, deadline_s, settings.time_reserve_s)
         self._drains = DrainWatch()
         self._is_due = False  # by Young's formula
+        self.is_cut = False  # at the time limit, with distill.on_time_limit=finish
         self._ready: Batch | None = None
         self._ready_sums = torch.zeros(3, dtype=torch.float64)
         self._flops = 0.0
@@ -127,6 +128,7 @@ class Recovery:
         state = checkpoint.state
         zero_state.restore(self.engine, checkpoint, state["num_updates"])
         self.curve, self.heldout_curve = state["curve"], state["heldout_curve"]
+        self.is_cut = state["is_cut"]
         self.pace.resumed(len(self.curve), state["trained_s"])
         self._set_masks(load_masks(checkpoint.folder / MASKS_FILE))
         if self._moving is not None:
@@ -146,7 +148,7 @@ class Recovery:
         floor_s, pause_s = settings.hang_after_s, settings.pause_limit_s
         with Watchdog(stacks, floor_s=floor_s, start_limit_s=max(1800.0, floor_s),
                       on_hang=context.alert) as watchdog:  # fmt: skip
-            while (step := len(self.curve)) < self._total:
+            while (step := len(self.curve)) < self._total and not self.is_cut:
                 self._freeze_when_due(step)
                 with self.pace.step(step + 1):
                     figures, request = self._step(step)
@@ -168,6 +170,11 @@ class Recovery:
                         self._save(step + 1, request)
             with watchdog.allowing(pause_s):
                 self._checkpoints.wait()
+        if self.is_cut:
+            self._context.warn(
+                f"{self._name}: the time limit ends it after step {step} of {self._total}, before "
+                "the learning rate had come down"
+            )
 
     @property
     def mask_share_moved(self) -> float | None:
@@ -263,9 +270,10 @@ class Recovery:
         request = Request()
         if context.rank == 0:
             request = self._requests.poll(self.pace.step_s)
+        finishes = request.is_time_limit and self._settings.on_time_limit == "finish"
         asked = [
-            self.pace.wants_checkpoint(step + 1), request.should_save, request.should_stop,
-            self._drains.is_due(),
+            self.pace.wants_checkpoint(step + 1), request.should_save,
+            request.should_stop and not finishes, self._drains.is_due(), finishes,
         ]  # fmt: skip
         flags = torch.tensor([float(context.rank == 0 and flag) for flag in asked])
         own = torch.zeros(3, dtype=torch.float64) if ahead is None else ahead.own
@@ -273,7 +281,8 @@ class Recovery:
         message = self._summed(message).cpu()
         self._ready, self._ready_sums = ahead, message[-3:]
         figures = message[: len(_FIGURES)] / context.world_size
-        self._is_due, save, stop, drains = (bool(flag) for flag in message[len(_FIGURES) : -3])
+        flags = message[len(_FIGURES) : -3]
+        self._is_due, save, stop, drains, self.is_cut = (bool(flag) for flag in flags)
         if drains and self._drains.is_news(context.is_draining()):
             save, request = True, Request(True, reason=request.reason or _DRAINED)
             context.say(f"{self._name}: {_DRAINED}; saving, then continuing")
@@ -367,6 +376,7 @@ class Recovery:
             "trained_s": self.pace.trained_s,
             "num_updates": zero_state.num_updates(self.engine),
             "spikes": self._spikes.state_dict(), "masks_are_frozen": self._is_held,
+            "is_cut": self.is_cut,
         }  # fmt: skip
         fragments = zero_state.state_fragments(self.engine, for_saving=True)
         stall_s = self._checkpoints.save(step, fragments, self.masks, state)

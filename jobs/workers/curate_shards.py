@@ -8,7 +8,7 @@ source itself, so that no text is kept twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from conf.options.data import DataConfig
 from jobs.corpus.raw_records import RecordPart, read_records, table_schema
 from jobs.corpus.records import has_halves, whole_characters
 from jobs.corpus.tables import arrow
+from jobs.corpus.turns import conversation_of, has_answer
 from jobs.curation.fields import record_text
 from jobs.curation.filters import make_judges
 from jobs.curation.grams import shingles
@@ -36,6 +37,10 @@ from sparsify.files import file_sha256, fsync, written_whole
 EXAMPLE_CHARS = 600
 
 EMPTY = "empty"
+
+NO_ANSWER = "no answer"
+
+_AS_MESSAGES = "curate.as_messages=true"
 
 _FACTS = "facts.json"
 
@@ -142,12 +147,14 @@ def judge_shard(context: WorkerContext, task: JudgeTask) -> None:
     hashing = MinHash(config.num_hashes, config.near, config.seed) if config.near else None
     dropped: dict[str, dict[str, Any]] = {}
     totals = [0, 0, 0]
-    for number, (place, _, text) in enumerate(shard_texts(task.shard, config, task.data)):
+    for number, (place, record, text) in enumerate(shard_texts(task.shard, config, task.data)):
         num_words, reason, detail = len(text.words), None, ""
         for total, value in enumerate((1, len(text.text), num_words)):
             totals[total] += value
         if not text.text.strip():
             reason, detail = EMPTY, "no text in its fields"
+        elif config.as_messages and not has_answer(conversation_of(record, place, _AS_MESSAGES)):
+            reason, detail = NO_ANSWER, "nothing that the assistant says"
         else:
             for name, judge in judges:
                 if (drop := judge(text)) is not None:
@@ -226,7 +233,7 @@ def write_shard(context: WorkerContext, task: WriteTask) -> None:
         records = _chosen_records(task, numbers)
         with written_whole(task.out / name) as temporary:
             write = _write_jsonl if task.config.format == "jsonl" else _write_parquet
-            write(temporary, records, task.shard)
+            write(temporary, records, [] if task.config.as_messages else task.shard.parts)
         path = task.out / name
         facts = {"file": name, "documents": len(numbers), "bytes": path.stat().st_size}
         files.append({**facts, "sha256": file_sha256(path)})
@@ -235,14 +242,17 @@ def write_shard(context: WorkerContext, task: WriteTask) -> None:
 
 def _chosen_records(task: WriteTask, numbers: set[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     every = (found for part in task.shard.parts for found in read_records(part, task.data))
-    for number, found in enumerate(every):
-        if number in numbers:
-            yield found
+    for number, (place, record) in enumerate(every):
+        if number not in numbers:
+            continue
+        if task.config.as_messages:
+            record = {"messages": conversation_of(record, place, _AS_MESSAGES)}
+        yield place, record
 
 
 def _write_jsonl(
-    path: Path, records: Iterator[tuple[str, dict[str, Any]]], shard: Shard
-) -> None:  # fmt: skip
+    path: Path, records: Iterator[tuple[str, dict[str, Any]]], parts: Sequence[RecordPart]
+) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for place, record in records:
             try:
@@ -256,13 +266,19 @@ def _write_jsonl(
 
 
 def _write_parquet(
-    path: Path, records: Iterator[tuple[str, dict[str, Any]]], shard: Shard
-) -> None:  # fmt: skip
+    path: Path, records: Iterator[tuple[str, dict[str, Any]]], parts: Sequence[RecordPart]
+) -> None:
+    """Of `parts`, those whose columns the records still have, come the types of these columns."""
     pyarrow = arrow()
-    rows = [record for _, record in records]
-    schemas = [table_schema(part) for part in shard.parts]
+    found = list(records)
+    rows = [record for _, record in found]
+    schemas = [table_schema(part) for part in parts]
     try:
-        if schemas[0] is not None and all(schema == schemas[0] for schema in schemas[1:]):
+        if (
+            schemas
+            and schemas[0] is not None
+            and all(schema == schemas[0] for schema in schemas[1:])
+        ):
             table = pyarrow.Table.from_pylist(rows, schema=schemas[0])
         else:
             names = list(dict.fromkeys(name for row in rows for name in row))
@@ -270,6 +286,6 @@ def _write_parquet(
         pyarrow.parquet.write_table(table, path)
     except (pyarrow.ArrowException, UnicodeEncodeError) as error:
         raise InputError(
-            f"curate.format=parquet: records of {shard.parts[0].part.name} do not fit columns "
-            f"({first_line(error)}); set curate.format=jsonl"
+            f"{found[0][0]}: this record and those after it do not fit columns, which "
+            f"curate.format=parquet has ({first_line(error)}); set curate.format=jsonl"
         ) from None

@@ -126,6 +126,7 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[s
         "num_tokens": num_tokens,
         "tokens_per_s": num_tokens / recovery.pace.trained_s,
         "goodput": recovery.pace.summary(),
+        "is_cut": recovery.is_cut,
         "teacher_float8_kl": teacher_kl,
         "mask_share_moved": recovery.mask_share_moved,
         "steps": recovery.curve,

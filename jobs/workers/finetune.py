@@ -184,6 +184,7 @@ def finetune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
         "form": payload["form"],
         "tokens_per_s": num_tokens / recovery.pace.trained_s,
         "goodput": recovery.pace.summary(),
+        "is_cut": recovery.is_cut,
         "steps": recovery.curve,
         "heldout": recovery.heldout_curve,
     }

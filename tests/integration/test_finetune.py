@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,22 @@ def test_killed_and_resumed_gives_the_same_bytes_with_every_zero(
     assert json.loads((folders[0] / "sparsity.json").read_text())["provenance"][
         "num_finetuning_tokens"
     ]
+
+
+def test_at_its_time_limit_it_ends_with_what_it_has(base: Path, tmp_path: Path) -> None:
+    """Killed while it writes, it makes no more steps."""
+    settings = {"time_limit_hours": 1e-9, "on_time_limit": "finish"}
+    out, model = tmp_path / "out", tmp_path / "out/model"
+    files = []
+    for _ in range(2):
+        run(1, finetune, base, out, None, settings)
+        figures = json.loads((out / "figures.json").read_text())
+        assert (figures["is_cut"], [step["step"] for step in figures["steps"]]) == (True, [1])
+        assert any("the time limit ends it after step 1 of" in line for line in figures["said"])
+        files.append((model / "model.safetensors").read_bytes())
+        assert check_files(model, *masks_of(model))["num_violations"] == 0
+        shutil.rmtree(model)
+    assert files[0] == files[1]
 
 
 def test_the_command_trains_a_pruned_and_a_dense_model_and_scores_them(

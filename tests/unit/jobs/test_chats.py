@@ -25,6 +25,10 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "prompt/completion": {"prompt": "def f", "completion": "return x"},
     "Alpaca": {"instruction": "def f", "input": "", "output": "return x"},
+    "Dolly": {"instruction": "def f", "context": "", "response": "return x", "category": "x"},
+    "question/answer": {"question": "def f", "answer": "return x"},
+    "document/summary": {"document": "def f", "summary": "return x"},
+    "dialogue": {"history": ["def f"], "response": "return x"},
 }  # fmt: skip
 
 HEADED = (
@@ -57,6 +61,19 @@ def test_forms_are_recognised_and_give_the_same_turns(form: str, tmp_path: Path)
     assert Chats(str(listed)).digest() == (digest, count), "the form of the file decides nothing"
 
 
+def test_texts_in_turns_are_the_users_and_the_assistants(tmp_path: Path) -> None:
+    """LIMA's conversations have no roles; FaithDial's history ends with the user."""
+    lima = {"conversations": ["a", "b", "c", "d"], "source": "x"}
+    faith = {"history": ["b", "c"], "response": "d", "knowledge": "k"}
+    said = [
+        list(Chats(written(tmp_path / f"{i}.jsonl", [one]))) for i, one in enumerate([lima, faith])
+    ]
+    assert [[(t["role"], t["content"]) for t in one[0][1]] for one in said] == [
+        [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+        [("system", "k"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+    ]
+
+
 def test_parquet_and_a_saved_dataset_are_read_as_lines_are(tmp_path: Path) -> None:
     import datasets
 
@@ -82,7 +99,7 @@ def test_text_is_no_form_of_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "fields", "said"),
     [
-        ([{"question": "a", "answer": "b"}], [], "line 1: the fields question, answer are of no"),
+        ([{"query": "a", "reply": "b"}], [], "line 1: the fields query, reply are of no known"),
         ([{"q": "a"}], ["prompt:question"], "no field 'question', which finetune.fields names"),
         ([FORMS["Alpaca"], FORMS["messages"]], [], "line 2: has the fields of messages, and the"),
         ([FORMS["messages"], {"text": "b"}], [], "line 2: is a document of text, and the records"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.options.curate import CurateConfig, CurateJobConfig
+from jobs.corpus.chats import Chats
 from jobs.corpus.text_files import read_source
 from jobs.reporting.curation import report
 from jobs.workers.curate import DATA, RECORD, STATE, write_corpus
@@ -190,6 +191,34 @@ def test_chats_pass_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     curate(tmp_path / "out", sources=[write_lines(tmp_path / "chat.jsonl", chats)])
     assert kept(tmp_path / "out") == chats[:8]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_conversations_of_several_forms_become_one(tmp_path: Path, format: str) -> None:
+    asked = {"role": "user", "content": "why"}
+    alpaca = [{"instruction": "why", "input": "", "output": story(i), "id": i} for i in range(8)]
+    dolly = [{"instruction": "why", "context": "", "response": story(i + 20)} for i in range(8)]
+    silent = {"conversations": [{"from": "human", "value": "why"}]}
+    files = {"a.jsonl": [*alpaca, silent], "b.jsonl": dolly}
+    sources = [write_lines(tmp_path / name, records) for name, records in files.items()]
+    curate(tmp_path / "out", sources=sources, as_messages=True, format=format)
+    chats = Chats(str(tmp_path / "out" / DATA))
+    assert chats.form() == "messages"
+    answers = [story(i) for i in [*range(8), *range(20, 28)]]
+    assert [turns for _, turns in chats] == [
+        [asked, {"role": "assistant", "content": answer}] for answer in answers
+    ]
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["sources"][0]["dropped"] == {"no answer": 1}
+
+
+def test_text_is_no_conversation_and_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        curate(tmp_path / "out", sources=[corpus], as_messages=True)
+    assert (
+        "line 1: curate.as_messages=true wants conversations, and the fields text, id"
+        in message(error)
+    )
 
 
 def test_several_sources_in_proportion(corpus, tmp_path: Path) -> None:
