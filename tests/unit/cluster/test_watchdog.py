@@ -256,7 +256,7 @@ def test_time_limit_leaves_room_for_the_step_and_the_save(tmp_path: Path) -> Non
     assert requests.poll(next_step_s=30.0) == Request()
     now_s[0] = 1870.0
     assert requests.poll(next_step_s=30.0) == Request(
-        True, True, "130 s are left of the time limit"
+        True, True, "130 s are left of the time limit", is_time_limit=True
     )
     requests.reserve_s = 10.0  # saves turned out to be quick
     assert requests.poll(next_step_s=30.0) == Request()

@@ -383,6 +383,18 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
             ["distill.moving_start=dense", "distill.moving_share=0", "moving_start=given"],
         ),
         (
+            lambda: DistillConfig(on_time_limit="finish"),
+            ["distill.on_time_limit=finish", "there is no limit", "distill.time_limit_hours"],
+        ),
+        (
+            lambda: DistillConfig(on_time_limit="finish", time_limit_hours=1, moving_share=0.5),
+            ["distill.moving_share=0.5", "masks that still move", "distill.on_time_limit=stop"],
+        ),
+        (
+            lambda: CurateConfig(as_messages=True, fields=["text"]),
+            ["curate.as_messages=true", "curate.fields=[text]", "leave one of the two out"],
+        ),
+        (
             lambda: DistillConfig(moving_start="denes", moving_share=0.1),
             ["distill.moving_start=denes", "did you mean dense?"],
         ),
