@@ -33,6 +33,7 @@ from jobs.benchmarks.support.random_llama import (
     random_rows,
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target
+from jobs.benchmarks.support.stand_in_comm import StandInComm
 from jobs.benchmarks.support.stand_in_gpu import DEVICE, Spent, stand_in_gpu
 from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from jobs.workers.placement import ROOM_ON_GPU, Sizes
@@ -50,6 +51,7 @@ SUMMARY = "what a GPU would take to prune: operations, bytes, launches and waits
 EXAMPLES = (
     "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
     "roofline --shape llama-3.1-8b --card h100 --method twofour",
+    "roofline --shape llama-3.1-8b --card h100 --gpus 8",
 )
 
 _VOCABULARY = 4096
@@ -57,14 +59,18 @@ _VOCABULARY = 4096
 _MOST_S = {"sparsegpt": 180.0, "twofour": 240.0}
 """of a Llama 3.1 8B with 512 rows of 2048 tokens on one H100"""
 
+_LEAST_TIMES = {8: 6.0}
+"""GPUs of one machine -> how many times as fast as one they are to be on that model"""
+
 _NOTES = (
     "an operation takes the longer of its arithmetic and its bytes; the host starts one launch "
     "after another, and a wait lets it catch up; shares of a card's data sheet as "
     "sparsify/costs/seconds.py has them",
     "kernels of Triton count as what support/stand_in_gpu.py says they compute",
-    "files: every weight read and written once at the rate of the run's disk, one after the other "
-    "with the rest; checkpoints of the walk take at most a twentieth of its time; baselines, "
-    "rotations, the gate and the record are not in it",
+    "files: every weight read and written once at the rate of the run's disk, the next block and "
+    "the last one beside the block in hand (sparsify/models/blocks.py, calibration/checkpoint.py), "
+    "so that the first read and the last write alone are waited for; checkpoints of the walk take "
+    "at most a twentieth of its time; baselines, rotations, the gate and the record are not in it",
 )
 
 
@@ -72,6 +78,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
     add_shape(parser, "llama-3.1-8b")
     add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
+    gpus = "GPUs of one machine, of which the first, with the most to do, is counted"
+    add_option(parser, "--gpus", 1, gpus)
     add_option(parser, "--blocks", 3, "blocks that are counted")
     add_calibration(parser, samples=512, length=2048, batch_size=8)
     add_option(parser, "--method", "sparsegpt", "method")
@@ -90,22 +98,26 @@ def run(options: Namespace) -> Outcome:
     num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
     rates = rates_of(find_card(options.card, "--card"), element_bytes=2)
     get_method(options.method)
+    if options.gpus < 1 or (options.gpus > 1 and options.device == "cuda"):
+        raise InputError(
+            f"--gpus {options.gpus}: at least 1, and with --device cuda only 1 is measured"
+        )
     num_threads = use_device(options)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
     print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)
-    memory = memory_of(config, options, find_card(options.card, "--card"))
-    found = count(config, options, rates, memory)
     typical = measured_model.typical_blocks(options.blocks)
-    spent = [sum(phases.values(), Spent()) for phases in found["phases"][typical]]
-    rest = sum(found["blocks"][typical], Spent()) - sum(spent, Spent())
-    phases = mean_phases(found["phases"][typical]) | {"elsewhere": rest / len(spent)}
-    block = sum(found["blocks"][typical], Spent()) / len(spent)
+    found, phases, block = _typical(config, options, rates, options.gpus)
     files_s = 2 * 2 * block_num_weights(config) / rates.disk
-    whole_s = num_blocks * (block["s"] + files_s)
+    whole_s = whole_model_seconds(num_blocks, block["s"], files_s)
     figures: dict[str, Any] = {
         "phases": phases, "block": block, "kernels": found["kernels"], "files_s": files_s,
         "whole_model_s": whole_s,
     }  # fmt: skip
+    alone_s = None
+    if options.gpus > 1:
+        alone = _typical(config, options, rates, 1)[2]
+        alone_s = whole_model_seconds(num_blocks, alone["s"], files_s)
+        figures["one_gpu_s"] = alone_s
     measured = None
     if options.device == "cuda":
         measured = measured_model.measure(
@@ -116,10 +128,23 @@ def run(options: Namespace) -> Outcome:
         _phase_table(phases, block, measured, typical),
         _kernel_table(found["kernels"], options.blocks),
     ]
-    tables.append(_whole_table(num_blocks, block["s"], files_s, measured, typical))
+    parts = {
+        "blocks": num_blocks * block["s"],
+        "files": num_blocks * files_s,
+        "whole model": whole_s,
+    }
+    if alone_s is not None:
+        parts["whole model, one GPU"] = alone_s
+    if measured is not None:
+        blocks = measured["block_s"][typical]
+        parts["blocks, measured"] = num_blocks * sum(blocks) / len(blocks)
+    rows = [(name, f"{seconds:.1f} s") for name, seconds in parts.items()]
+    if alone_s is not None:
+        rows.append(("times as fast", f"{alone_s / whole_s:.2f}"))
+    tables.append(Table((f"{num_blocks} blocks", "value"), rows))
     settings = settings_of(
-        options, "shape", "card", "blocks", "samples", "length", "batch_size", "method", "order",
-        "seed",
+        options, "shape", "card", "gpus", "blocks", "samples", "length", "batch_size", "method",
+        "order", "seed",
     )  # fmt: skip
     targets = []
     is_target = (options.shape, options.card, options.samples, options.length) == (
@@ -128,20 +153,43 @@ def run(options: Namespace) -> Outcome:
     if is_target and options.method in _MOST_S:
         most_s = _MOST_S[options.method]
         targets.append(Target.at_most(f"s of {options.method}, files included", most_s, whole_s))
+        if alone_s is not None and options.gpus in _LEAST_TIMES:
+            least, what = _LEAST_TIMES[options.gpus], "times as fast as one GPU, files included"
+            targets.append(Target.at_least(what, least, alone_s / whole_s))
     return Outcome(
         options.device, num_threads, settings, figures, tables, targets, list(_NOTES),
         summary={"whole_model_s": round(whole_s, 1)},
     )  # fmt: skip
 
 
-def memory_of(config: LlamaConfig, options: Namespace, card: Card) -> Memory:
-    """What the stage would do on an empty card: states on it, and what fits beside them is held.
+def whole_model_seconds(num_blocks: int, block_s: float, files_s: float) -> float:
+    """Of all blocks, each beside the files of its neighbours, and the files of one more."""
+    return num_blocks * max(block_s, files_s) + files_s
+
+
+def _typical(
+    config: LlamaConfig, options: Namespace, rates: Rates, gpus: int
+) -> tuple[dict[str, Any], dict[str, Spent], Spent]:
+    """What is counted on the first of so many GPUs; the phases of a block, and a whole one."""
+    memory = memory_of(config, options, find_card(options.card, "--card"), gpus)
+    found = count(config, options, rates, memory, gpus)
+    typical = measured_model.typical_blocks(options.blocks)
+    spent = [sum(phases.values(), Spent()) for phases in found["phases"][typical]]
+    block = sum(found["blocks"][typical], Spent())
+    phases = mean_phases(found["phases"][typical])
+    rest = block - sum(spent, Spent())
+    return found, phases | {"elsewhere": rest / len(spent)}, block / len(spent)
+
+
+def memory_of(config: LlamaConfig, options: Namespace, card: Card, gpus: int = 1) -> Memory:
+    """What the stage would do on empty cards: states on them, and what fits beside them is held.
 
     Raises:
         InputError: the hidden states alone have no room there.
     """
     num_models = 2 if get_method(options.method).needs_teacher else 1
-    states = 2.0 * num_models * options.samples * options.length * config.hidden_size
+    num_rows = -(-options.samples // gpus)
+    states = 2.0 * num_models * num_rows * options.length * config.hidden_size
     sizes = Sizes(states, 0.0, ROOM_ON_GPU * card.memory_bytes, math.inf, is_one_memory=False)
     if sizes.place != "device":
         raise InputError(
@@ -151,8 +199,10 @@ def memory_of(config: LlamaConfig, options: Namespace, card: Card) -> Memory:
     return Memory(options.batch_size, spare_bytes=sizes.spare("device"))
 
 
-def count(config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory) -> dict[str, Any]:
-    """Prune the blocks on the stand-in.
+def count(
+    config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory, gpus: int = 1
+) -> dict[str, Any]:
+    """Prune the blocks on the stand-in, or on the first of several.
 
     Returns:
         "phases": for each block, phase -> what it took; "blocks": what each took in all; "kernels":
@@ -170,8 +220,9 @@ def count(config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory)
         marks = [gpu.now()]
         gpu.kernels.clear()
         clock: Any = gpu.now
+        comm = Comm.single() if gpus == 1 else StandInComm(0, gpus, gpu=gpu)
         result = prune_model(
-            model, rows, method, Pattern.parse("2:4"), PruneParams(), comm=Comm.single(),
+            model, rows, method, Pattern.parse("2:4"), PruneParams(), comm=comm,
             memory=memory, clock=clock,
             layers=LayerChoice(order=None if order == "auto" else order),
             on_block=lambda done, total: marks.append(gpu.now()),
@@ -232,17 +283,3 @@ def _kernel_table(kernels: dict[str, tuple[int, float]], num_blocks: int) -> Tab
         for name, (times, seconds) in most
     ]
     return Table(("operation or kernel", "s of a block", "launches of a block"), rows)
-
-
-def _whole_table(
-    num_blocks: int, block_s: float, files_s: float, measured: dict[str, Any] | None, typical: slice
-) -> Table:
-    rows = [
-        (f"{num_blocks} blocks", f"{num_blocks * block_s:.1f} s"),
-        ("files", f"{num_blocks * files_s:.1f} s"),
-        ("whole model", f"{num_blocks * (block_s + files_s):.1f} s"),
-    ]
-    if measured is not None:
-        blocks = measured["block_s"][typical]
-        rows.append(("blocks, measured", f"{num_blocks * sum(blocks) / len(blocks):.1f} s"))
-    return Table(("", "value"), rows)

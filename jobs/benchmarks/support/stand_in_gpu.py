@@ -85,14 +85,14 @@ class StandInGpu(TorchDispatchMode):
     def __init__(self, rates: Rates) -> None:
         super().__init__()
         self._rates = rates
-        self._host_s = self._device_s = 0.0
+        self._host_s = self._device_s = self._links_s = 0.0
         self._spent: dict[str, float] = defaultdict(float)
         self.kernels: dict[str, tuple[int, float]] = {}
         """name of an operation or kernel -> how often it was launched, and seconds of the device"""
 
     def now(self) -> Spent:
         """What was spent until the device is done with what it was given."""
-        self._wait(is_asked=False)
+        self.wait(is_asked=False)
         return Spent({**self._spent, "s": self._device_s})
 
     def launch(self, name: str, cost: Cost) -> None:
@@ -111,7 +111,30 @@ class StandInGpu(TorchDispatchMode):
         self._spent["bytes"] += cost.num_bytes
         self._spent["link bytes"] += cost.link_bytes
 
-    def _wait(self, is_asked: bool = True) -> None:
+    def exchange(self, name: str, num_bytes: float) -> Callable[[], None]:
+        """Start to send bytes over the links to the other GPUs, after the work so far.
+
+        Returns:
+            What makes the device wait for them; work may be done before.
+        """
+        seconds = num_bytes / self._rates.link
+        self._host_s += self._rates.launch_s
+        self._links_s = max(self._links_s, self._device_s, self._host_s) + seconds
+        end_s = self._links_s
+        self._spent["launches"] += 1
+        self._spent["exchanged bytes"] += num_bytes
+        times, before_s = self.kernels.get(name, (0, 0.0))
+        self.kernels[name] = times + 1, before_s + seconds
+
+        def finish() -> None:
+            if end_s > self._device_s:
+                self._spent["s:links"] += end_s - self._device_s
+                self._device_s = end_s
+
+        return finish
+
+    def wait(self, is_asked: bool = True) -> None:
+        """The host waits until the device is done."""
         self._host_s = self._device_s = max(self._host_s, self._device_s)
         if is_asked:
             self._spent["waits"] += 1
@@ -137,13 +160,13 @@ class StandInGpu(TorchDispatchMode):
             if name in ("_to_copy", "copy_") and not all(t.is_cuda for t in (*given, *made)):
                 is_pinned = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
                 if not is_pinned:
-                    self._wait()
+                    self.wait()
         return out
 
     def _answer(self, name: str, tensor: Tensor) -> Any:
         """What sound data would say."""
         if tensor.is_cuda:
-            self._wait()
+            self.wait()
         if name == "nonzero":
             return tensor.new_empty((0, tensor.ndim), dtype=torch.int64)
         if name == "equal":

@@ -128,3 +128,42 @@ def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TwofourError, match="kernel _gram_kernel is not known; add what it"):
         counted("sparsegpt", 2, 2)
     assert torch.ones(2).sum().item() == 2, "and numbers are numbers again"
+
+
+def test_what_crosses_links_hides_behind_work_until_it_is_asked_for() -> None:
+    gpu = StandInGpu(RATES)
+    finish = gpu.exchange("all_gather", 3e6)  # 3 us, after 1 us of the host
+    gpu.launch("beside it", Cost("half", 1e6))
+    finish()
+    spent = gpu.now()
+    assert spent["s"] == pytest.approx(4e-6)
+    assert spent["s:links"] == pytest.approx(1e-6), "the rest was hidden"
+    assert spent["exchanged bytes"] == 3e6
+
+
+def test_several_gpus_share_rows_and_solving_and_sum_their_moments() -> None:
+    """SparseGPT on two: half of the products, every Hessian summed once around the ring."""
+    options = Namespace(blocks=2, samples=16, length=128, batch_size=4, method="sparsegpt",
+                        order="auto", seed=0)  # fmt: skip
+    config = llama_config("bench-512", 2, 128, 4096)
+    one, two = (roofline.count(config, options, RATES, Memory(4), gpus) for gpus in (1, 2))
+    first = [found["phases"][0] for found in (one, two)]
+    ratio = first[0]["forward"]["operations:half"] / first[1]["forward"]["operations:half"]
+    assert ratio == pytest.approx(2)
+    panels = [found["kernels"]["_sweep_block_kernel"][0] for found in (one, two)]
+    assert panels[0] == panels[1], "each solves some rows of every layer"
+    hessians = 4 * (3 * 512**2 + 1408**2)  # float32, one an input
+    exchanged = two["phases"][0]["reduce"]["exchanged bytes"]
+    assert hessians <= exchanged <= 1.1 * hessians
+    assert all_of(one).get("exchanged bytes", 0.0) == 0
+
+
+def test_files_are_read_and_written_beside_the_blocks() -> None:
+    assert roofline.whole_model_seconds(32, 2.0, 0.5) == 64.5
+    assert roofline.whole_model_seconds(32, 0.5, 2.0) == 66.0
+
+
+def test_a_number_of_gpus_that_cannot_be_is_refused() -> None:
+    with pytest.raises(InputError, match="--gpus 0: at least 1"):
+        roofline.run(Namespace(shape="bench-512", blocks=2, card="h100", method="sparsegpt",
+                               gpus=0, device="cpu"))  # fmt: skip
