@@ -165,7 +165,9 @@ class Renderer:
                     "the template with {% generation %}, or train on single turns"
                 )
             spans.append((len(before), len(after)))
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         is_answer = [
             any(begin < stop and start < end for start, stop in spans)
             for begin, end in found["offset_mapping"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -45,7 +47,10 @@ def recompute_layers(model: nn.Module, share: float) -> list[int]:
             f"distill.recompute_share={share}: the blocks of {type(model).__name__} ({name}) "
             "cannot be recomputed; use 0"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # its name until transformers 5.23 at the latest, deprecated since
+        enable = model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index in chosen  # type: ignore[assignment]
     return chosen
