@@ -56,6 +56,7 @@ class StageSpec:
 class StageSpecs:
     """Every stage that has workers, by its name; the others are done by the command itself."""
 
+    pretrain: StageSpec = field(default_factory=StageSpec)
     drop: StageSpec = field(default_factory=StageSpec)
     prune: StageSpec = field(default_factory=StageSpec)
     distill: StageSpec = field(default_factory=StageSpec)

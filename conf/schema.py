@@ -24,6 +24,7 @@ from conf.options.export import ExportConfig
 from conf.options.finetune import FinetuneConfig
 from conf.options.model import HUB_NAME, ModelConfig
 from conf.options.plan import PlanConfig
+from conf.options.pretrain import PretrainConfig
 from conf.options.prune import PruneConfig
 from conf.options.quantize import QuantizeConfig
 from conf.options.run import STAGES, USUAL, RunConfig
@@ -49,9 +50,25 @@ def stages_in_order(stages: Sequence[str], known: Sequence[str]) -> None:
         raise InputError(f"stages={as_list(stages)}: out of order; use stages={as_list(wanted)}")
 
 
+def pretrains_alone(stages: Sequence[str], from_: str | None) -> None:
+    """Require that a run that makes a dense model does nothing else, and starts from nothing."""
+    if "pretrain" not in stages:
+        return
+    if len(stages) > 1:
+        raise InputError(
+            f"stages={as_list(stages)}: pretrain makes the dense model that other stages start "
+            "from; run python -m jobs.pretrain, and then these with model.path=RUN/pretrain/model"
+        )
+    if from_ is not None:
+        raise InputError(
+            f"run.from={from_}: pretrain starts from random weights; leave it out, or train a "
+            "model further with python -m jobs.finetune"
+        )
+
+
 def starts_from_something(stages: Sequence[str], from_: str | None) -> None:
     """Require run.from where no stage of the run makes a model of the dense one."""
-    if not {"drop", "prune", "finetune"}.intersection(stages) and from_ is None:
+    if not {"pretrain", "drop", "prune", "finetune"}.intersection(stages) and from_ is None:
         raise InputError(
             f"run.from: is required because stages={as_list(stages)} does not start with prune; "
             "give an earlier run or a model folder, for example "
@@ -87,10 +104,11 @@ class Config:
 
     stages: list[str] = field(default_factory=lambda: list(USUAL))
     """stages to run, in this order: drop, prune, distill, finetune, evaluate, quantize, export,
-    report; drop and finetune only where they are named"""
+    report; drop and finetune only where they are named; or pretrain alone"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     drop: DropConfig = field(default_factory=DropConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -103,6 +121,7 @@ class Config:
 
     def __post_init__(self) -> None:
         stages_in_order(self.stages, STAGES)
+        pretrains_alone(self.stages, self.run.from_)
         starts_from_something(self.stages, self.run.from_)
         redo_within_stages(self.run.redo, self.stages)
         until_within_stages(self.run.until, self.stages)
@@ -129,7 +148,11 @@ class Config:
         if "finetune" in self.stages:
             self.finetune.check_teacher()
             batch_fits_workers(self.finetune, self.cluster, "finetune")
-        if {"evaluate", "quantize"}.intersection(self.stages):
+        if "pretrain" in self.stages:
+            batch_fits_workers(self.pretrain, self.cluster, "pretrain")
+            rules.one_step(Given.of("pretrain.num_tokens", self.pretrain),
+                           Given.of("pretrain.batch_size", self.pretrain), length)  # fmt: skip
+        if {"pretrain", "evaluate", "quantize"}.intersection(self.stages):
             rules.one_row(Given.of("evaluate.num_tokens", self.evaluate), length)
 
     def of_stage(self, stage: str) -> Self:
@@ -173,6 +196,8 @@ def default_run_dir(config: Config) -> str:
     A run that prunes gives `runs/embedded-2-4-twofour`; one that starts from
     `runs/embedded-2-4-twofour` or its stage folder and quantizes adds `-quantize`.
     """
+    if "pretrain" in config.stages:
+        return "runs/pretrain"
     if config.run.from_ is None or "prune" in config.stages:
         name = config.model.path.rstrip("/")
         if HUB_NAME.fullmatch(name):  # a revision may have slashes too

@@ -1,7 +1,8 @@
 """The pipeline: which stages there are, what they make, and running them one after another.
 
     dense model --prune--> one-shot models --distill--> recovered --quantize--> INT4
-    (drop, where it is asked for, comes first: a dense or recovered model loses layers)
+    (drop, where it is asked for, comes first: a dense or recovered model loses layers;
+     pretrain, a run by itself, makes the dense model)
          |                      |                           |                     |
          +---------evaluate-----+---------------------------+                  (scored)
                                  finetune, where it is asked for: what was recovered learns a task
@@ -164,7 +165,8 @@ def checked_models(
             if not stage.is_derived:
                 check_cluster(config.cluster.of_stage(stage.name))
     models = find_models(config, run_dir, PIPELINE, again, fetch)
-    remarks = check_inputs(config, models, fetch)
+    # Of a model that is yet to be made the stage itself knows the sizes.
+    remarks = [] if "pretrain" in config.stages else check_inputs(config, models, fetch)
     for stage in asked:
         if stage.check is not None:
             stage.check(config.of_stage(stage.name), models)
@@ -245,10 +247,10 @@ def describe_plan(config: Config) -> list[str]:
         require_answer()
     again = RedoJournal(run_dir, "").left(config.run.redo, config.stages)
     models, remarks = checked_models(config, run_dir, again, fetch=False)
-    spec = config.cluster
+    spec, is_new = config.cluster, "pretrain" in config.stages
     lines = [
         f"run folder: {run_dir}",
-        f"model: {config.run.from_ or config.model.path}",
+        f"model: {models.dense if is_new else config.run.from_ or config.model.path}",
         f"cluster: {spec.name}, {_size(spec)}",
         f"  {spec.description}",
         *(
@@ -258,7 +260,7 @@ def describe_plan(config: Config) -> list[str]:
         ),
         "stages:",
     ]
-    if num_bytes := bytes_to_download("model.path", models.dense):
+    if num_bytes := 0 if is_new else bytes_to_download("model.path", models.dense):
         lines.insert(2, f"  {num_bytes / 1e9:,.1f} GB of weights to download from the Hub first")
     lines[2:2] = [f"  {remark}" for remark in remarks]
     for stage in PIPELINE:

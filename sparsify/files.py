@@ -28,7 +28,7 @@ def embedded_path() -> Path:
     folder = Path(__file__).resolve().parent / EMBEDDED
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"model.path=embedded: {folder} holds no model; reinstall, or make it with "
+            f"model.path=embedded: {folder} holds no model; reinstall, or make another one with "
             "'python -m jobs.pretrain'"
         )
     return folder

@@ -299,24 +299,3 @@ class LossSchedule:
         """The largest value that a field of LossWeights takes."""
         start = float(getattr(self.start, name))
         return max(start, self.ramps[name].end) if name in self.ramps else start
-
-
-@dataclass
-class PretrainParams:
-    """Recipe of a run from scratch."""
-
-    batch_size: int = option(32, low=1)
-    """rows per step"""
-    learning_rate: float = option(3e-3, above=0)
-    """peak learning rate: linear warm-up to it, then linear decay to zero"""
-    num_warmup_steps: int = option(100, low=0)
-    """steps of linear warm-up"""
-    weight_decay: float = option(0.1, low=0)
-    """decoupled weight decay of matrices; vectors have none"""
-    max_grad_norm: float = option(1.0, above=0)
-    """gradient norm above which a step is scaled down"""
-    bf16: bool = True
-    """forward and backward in bfloat16, weights in float32"""
-
-    def __post_init__(self) -> None:
-        check_options(self, "")

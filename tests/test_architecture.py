@@ -14,9 +14,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
-THIN = ("drop", "prune", "distill", "evaluate", "quantize", "export", "report")
+THIN = ("pretrain", "drop", "prune", "distill", "evaluate", "quantize", "export", "report")
 MOST_LAZY_IMPORTS = 44
-JOBS = (*THIN[:-1], "curate", "tokenize", "teach", "plan", "preflight", "pretrain")
+JOBS = (*THIN[:-1], "curate", "tokenize", "teach", "plan", "preflight")
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from cluster.stages import StagedClusterSpec
 from conf.checks import nearest_multiples
@@ -140,3 +141,24 @@ class DistillConfig(TrainingConfig):
             temperature=self.temperature, reverse_kl=self.reverse_kl_weight,
         )  # fmt: skip
         return LossSchedule.parse(start, self.schedule)
+
+
+def as_distillation(
+    config: TrainingConfig, stage: str, num_tokens: int, **changes: Any
+) -> DistillConfig:
+    """Another training as options of the engine.
+
+    Args:
+        config: of the stage.
+        stage: its name, which messages say.
+        num_tokens: to train on.
+        changes: values other than those of `config`.
+
+    Raises:
+        InputError: a rule of training is broken.
+    """
+    shared = {item.name: getattr(config, item.name) for item in fields(TrainingConfig)} | changes
+    try:
+        return DistillConfig(num_tokens=num_tokens, **shared)
+    except InputError as error:
+        raise InputError(str(error).replace("distill", stage)) from None

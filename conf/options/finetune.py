@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from conf.options.distill import DistillConfig
+from conf.options.distill import DistillConfig, as_distillation
 from conf.options.training import TrainingConfig
 from sparsify.errors import InputError
 from sparsify.params import check_options, option
@@ -110,12 +110,11 @@ class FinetuneConfig(TrainingConfig):
         Raises:
             InputError: a rule of training is broken; names finetune's option.
         """
-        shared = {item.name: getattr(self, item.name) for item in fields(TrainingConfig)}
-        if self.adapter != "none":
-            # Adapters are float32 beside weights of any type: their own masters.
-            teacher_dtype = self.teacher_dtype or ("bfloat16" if self.precision == "bf16" else None)
-            shared |= {"zero_stage": 0, "precision": "fp32", "teacher_dtype": teacher_dtype}
-        try:
-            return DistillConfig(num_tokens=num_tokens, **shared)
-        except InputError as error:
-            raise InputError(str(error).replace("distill", "finetune")) from None
+        if self.adapter == "none":
+            return as_distillation(self, "finetune", num_tokens)
+        # Adapters are float32 beside weights of any type: their own masters.
+        teacher_dtype = self.teacher_dtype or ("bfloat16" if self.precision == "bf16" else None)
+        return as_distillation(
+            self, "finetune", num_tokens, zero_stage=0, precision="fp32",
+            teacher_dtype=teacher_dtype,
+        )  # fmt: skip

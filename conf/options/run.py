@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from sparsify.errors import InputError
 from sparsify.params import as_list, check_options, option
 
-STAGES = ("drop", "prune", "distill", "finetune", "evaluate", "quantize", "export", "report")
+STAGES = (
+    "pretrain", "drop", "prune", "distill", "finetune", "evaluate", "quantize", "export", "report",
+)  # fmt: skip
 """Every stage, in the only order in which stages run."""
 
-ASKED = ("drop", "finetune")
+ASKED = ("pretrain", "drop", "finetune")
 """stages that run only where `stages` names them"""
 
 USUAL = tuple(name for name in STAGES if name not in ASKED)

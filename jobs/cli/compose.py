@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
-from hydra import compose, initialize, initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -39,7 +39,6 @@ from jobs.cli.options import (
     home_expanded,
     known_option,
     one_line,
-    takes_presets,
 )
 from jobs.cli.recipe import with_recipe
 from jobs.cli.sweep import Run, Sweep
@@ -68,14 +67,8 @@ def load_config(job: str, words: Sequence[str]) -> Any:
     _register(command)
     words = with_recipe(command, words)
     checked = [checked_word(command, word, (CONF_DIR,), is_sweep=False) for word in words]
-    folder, name = _primary(command)
-    started = (
-        initialize_config_dir(folder, version_base=_VERSION_BASE)
-        if folder
-        else initialize(folder, version_base=_VERSION_BASE)
-    )
-    with _mistakes(job), started:
-        return _typed(command, compose(name, overrides=checked))
+    with _mistakes(job), initialize_config_dir(str(CONF_DIR), version_base=_VERSION_BASE):
+        return _typed(command, compose(command.name, overrides=checked))
 
 
 def planned(
@@ -114,12 +107,6 @@ def planned(
 
 def _is_sweep(words: Sequence[str], flags: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(flags)) or "hydra.mode=MULTIRUN" in words
-
-
-def _primary(command: Command) -> tuple[str | None, str]:
-    """Where a command's config begins: its YAML, or its dataclass alone where it has no presets,
-    whose options may have the names of groups."""
-    return (str(CONF_DIR), command.name) if takes_presets(command) else (None, "options")
 
 
 def launch(
@@ -186,7 +173,7 @@ def launch(
             if is_dry and is_sweep:
                 _remove_empty(Path(folder), Path(setting.sweep.dir))
 
-    program = hydra.main(*_primary(command), _VERSION_BASE)(task)
+    program = hydra.main(str(CONF_DIR), command.name, _VERSION_BASE)(task)
     try:
         with _mistakes(command.name), _hydra_process([*words, *flags]):
             program()
@@ -258,8 +245,8 @@ def _register(command: Command) -> None:
     OmegaConf.register_new_resolver("sweep_folder", whole, replace=True)
     OmegaConf.register_new_resolver("run_folder", part, replace=True)
     typed = OmegaConf.structured(command.config)
-    if takes_presets(command):  # whose cluster may be that of a command with stages
-        typed.cluster = OmegaConf.structured(StagedClusterSpec)
+    # Presets are of a cluster that may be that of a command with stages.
+    typed.cluster = OmegaConf.structured(StagedClusterSpec)
     options: dict[str, Any] = {name: typed._get_node(name) for name in typed}
     for group, node in options.items():
         if isinstance(node, DictConfig) and set(ALIASES.values()) & set(node):

@@ -23,7 +23,6 @@ from jobs.cli.options import (
     Option,
     command_options,
     command_presets,
-    takes_presets,
     written,
 )
 from sparsify.errors import InputError
@@ -59,12 +58,11 @@ def render(command: Command, words: list[str]) -> str:
     if wanted:
         return "\n".join(listing).strip("\n")
     start = f"python -m jobs.{command.name}"
-    chosen = "[+cluster=NAME] [GROUP=NAME]... " if takes_presets(command) else ""
-    usage = " ".join(f"{command.needs} {chosen}[KEY=VALUE]... [FLAG]...".split())
+    chosen = "[+cluster=NAME] [GROUP=NAME]... [KEY=VALUE]... [FLAG]..."
+    usage = " ".join(f"{command.needs} {chosen}".split())
     lines = textwrap.wrap(command.summary.split("\n\n")[0], _WIDTH)
     lines += ["", *_wrapped(f"{start} {usage}", "  ", "      "), "", *_flag_lines()]
-    if takes_presets(command):
-        lines += ["", *_preset_lines(command)]
+    lines += ["", *_preset_lines(command)]
     if "prune.method" in options:
         lines += ["", *_method_lines()]
     lines += [*listing, "", "EXAMPLES"]

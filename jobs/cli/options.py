@@ -88,11 +88,6 @@ def job_options(job: str) -> dict[str, Option]:
     return command_options(find_command(job))
 
 
-def takes_presets(command: Command) -> bool:
-    """Whether `+cluster=` and its like mean something: not for what runs in one process."""
-    return any(field.name == "cluster" for field in fields(command.config))
-
-
 def presets(folders: Sequence[Path] = (CONF_DIR,)) -> dict[str, list[str]]:
     """Group -> names that `group=` takes: the YAML files in the sub-folders of `folders`."""
     found: dict[str, set[str]] = {}
@@ -146,7 +141,7 @@ def known_option(command: Command, key: str, text: str) -> Option:
         raise InputError(
             f"{key}={text}: {key} is a group of options; set one of them, such as {inside[0]}=..."
         )
-    if takes_presets(command) and key in job_options("prune"):
+    if key in job_options("prune"):
         raise InputError(f"{key}: {_unused(command, key)}")
     raise InputError(f"{key}: unknown option{_matches(key, list(options))}; {_level(key, options)}")
 

@@ -25,7 +25,6 @@ from jobs.cli.options import (
     known_preset,
     one_line,
     presets,
-    takes_presets,
 )
 from sparsify.errors import InputError
 
@@ -50,12 +49,12 @@ def checked_word(command: Command, word: str, folders: Sequence[Path], is_sweep:
     bare = key.lstrip("+~")
     if bare.startswith("hydra.") or set("@/") & set(bare):
         return word
-    groups = command_presets(command, folders) if takes_presets(command) else {}
+    groups = command_presets(command, folders)
     if not bare or not (equals or key.startswith("~")):
         hint = ""
         if word in command_options(command):
             hint = f"; give it a value: {word}=..."
-        elif bare == "cluster" and groups:
+        elif bare == "cluster":
             hint = f"; write +cluster=NAME with one of: {', '.join(groups['cluster'])}"
         example = command.examples[0].split()[0]
         raise InputError(f"{word}: is not key=value without spaces, such as {example}{hint}")
@@ -70,8 +69,6 @@ def checked_word(command: Command, word: str, folders: Sequence[Path], is_sweep:
         return word
     if not text.strip():
         raise InputError(f"{word}: the value is missing; write {key}=VALUE, or leave {key} out")
-    if bare == "cluster" and not groups:
-        raise InputError(f"{word}: {command.name} runs in one process and takes no cluster")
     if bare == "cluster" and key != "+cluster":
         raise InputError(
             f"{word}: write it with a plus, +{bare}={text}; "

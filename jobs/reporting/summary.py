@@ -44,7 +44,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
             records.pop(stage, None)  # made from an earlier pruning than the one there is now
     metrics = {stage: record["metrics"] for stage, record in records.items()}
     durations = {stage: record["duration_s"] for stage, record in records.items()}
-    distill = metrics.get("distill")
+    distill, pretrain = metrics.get("distill"), metrics.get("pretrain")
     warnings = [text for figures in metrics.values() for text in figures.get("warnings", [])]
     return {
         "schema": SCHEMA,
@@ -62,6 +62,7 @@ def build_summary(run_dir: Path, context: StageContext) -> dict[str, Any]:
         "layers": metrics.get("prune", {}).get("layers", []),
         "dropping": _dropping(metrics.get("drop")),
         "pruning": _pruning(metrics.get("prune", {})),
+        "pretraining": pretrain and _recovery(pretrain),
         "recovery": distill and _recovery(distill),
         "quantization": metrics.get("quantize", {}).get("quantization"),
         "speed": metrics.get("export", {}).get("speed"),
@@ -145,7 +146,7 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
     """One row per model, in the order of the pipeline."""
     from sparsify.evaluation.perplexity import log_gap_recovered  # imports torch
 
-    scores = dict(metrics.get("evaluate", {}).get("results", {}))
+    scores = dict(metrics.get("pretrain", metrics.get("evaluate", {})).get("results", {}))
     gates = {
         **metrics.get("drop", {}).get("gate", {}),
         **metrics.get("prune", {}).get("gate", {}),

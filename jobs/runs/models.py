@@ -15,6 +15,9 @@ from sparsify.files import readable
 from sparsify.formats.sparse_folder import read_sparsity
 from sparsify.pattern import DENSE
 
+_PRETRAINED = Path("pretrain", "model")
+"""in its run, the dense model of the stage pretrain"""
+
 
 @dataclass
 class Models:
@@ -134,6 +137,8 @@ def find_models(
             damaged.
     """
     text = config.run.from_
+    if "pretrain" in config.stages:
+        return Models(run_dir / _PRETRAINED, stages)  # which is yet to be made
     if text is None:
         models = Models(model_folder("model.path", config.model.path, fetch), stages)
         own = None
@@ -217,4 +222,6 @@ def _dense_of(models: Models, run: Path) -> str:
         sparsity = read_sparsity(folder)
         if sparsity is not None and "dense_path" in sparsity["provenance"]:
             return str(sparsity["provenance"]["dense_path"])
+    if (run / _PRETRAINED).is_dir():
+        return str(run / _PRETRAINED)
     raise InputError(f"run.from={run}: has no pruned model; run its prune stage first")

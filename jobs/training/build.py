@@ -73,3 +73,16 @@ def build_recovery(
             pace, scratch, run_dir,
         )
     )  # fmt: skip
+
+
+def figures_of(recovery: Recovery) -> dict[str, Any]:
+    """What the record of every training says of it, once it is through; of rank 0."""
+    num_tokens = recovery.curve[-1]["num_tokens"]
+    return {
+        "num_tokens": num_tokens,
+        "tokens_per_s": num_tokens / recovery.pace.trained_s,
+        "goodput": recovery.pace.summary(),
+        "is_cut": recovery.is_cut,
+        "steps": recovery.curve,
+        "heldout": recovery.heldout_curve,
+    }

@@ -16,7 +16,7 @@ from conf.schema import Config
 from jobs.corpus.rows import load_rows
 from jobs.runs.artifact import StageWriter
 from jobs.runs.folder import disk_errors
-from jobs.training.build import build_recovery
+from jobs.training.build import build_recovery, figures_of
 from jobs.training.engine import Partitioner, gathered_state_dict
 from jobs.training.heldout import Heldout, write_heldout
 from jobs.training.inputs import check_words, checked_store, open_cache
@@ -123,14 +123,9 @@ def distill_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[s
     num_tokens = recovery.curve[-1]["num_tokens"]
     _write(payload, recovery, state, pattern, num_tokens)
     return {
-        "num_tokens": num_tokens,
-        "tokens_per_s": num_tokens / recovery.pace.trained_s,
-        "goodput": recovery.pace.summary(),
-        "is_cut": recovery.is_cut,
+        **figures_of(recovery),
         "teacher_float8_kl": teacher_kl,
         "mask_share_moved": recovery.mask_share_moved,
-        "steps": recovery.curve,
-        "heldout": recovery.heldout_curve,
         "forecast": early_forecast(config.distill, recovery.curve),
     }
 

@@ -22,7 +22,7 @@ from jobs.corpus.rows import load_rows
 from jobs.corpus.templates import Renderer, examples_of, template_of
 from jobs.runs.artifact import StageWriter
 from jobs.runs.folder import disk_errors
-from jobs.training.build import build_recovery
+from jobs.training.build import build_recovery, figures_of
 from jobs.training.engine import Partitioner, build_engine, gathered_state_dict
 from jobs.training.heldout import Heldout, write_heldout
 from jobs.training.inputs import checked_store
@@ -178,15 +178,10 @@ def finetune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
         model, adapter = _merged(payload, model, student.masks, store)
     _write(payload, model, state, student.masks, str(student.pattern), num_tokens)
     return {
+        **figures_of(recovery),
         "adapter": adapter,
-        "num_tokens": num_tokens,
         "num_rows": len(store),
         "form": payload["form"],
-        "tokens_per_s": num_tokens / recovery.pace.trained_s,
-        "goodput": recovery.pace.summary(),
-        "is_cut": recovery.is_cut,
-        "steps": recovery.curve,
-        "heldout": recovery.heldout_curve,
     }
 
 

@@ -42,7 +42,7 @@ def check_texts(config: Config, models: Models, say: Callable[[str], None]) -> T
         said.update(lines)
         for line in lines:
             say(f"warning: {line}")
-    if not wanted:
+    if not wanted or "pretrain" in config.stages:  # whose tokenizer may be made of this text
         return texts
     tokenizer = load_tokenizer(models.dense)
     for which, num_rows in wanted.items():
@@ -63,9 +63,9 @@ def _wanted_rows(config: Config) -> dict[Which, int]:
     num_samples += [config.quantize.num_samples] * ("quantize" in stages)
     if num_samples:
         found["calibration"] = max(num_samples)
-    if "distill" in stages and given_store(config) is None:
+    if {"distill", "pretrain"}.intersection(stages) and given_store(config) is None:
         found["train"] = 1
-    if {"evaluate", "quantize"}.intersection(stages):
+    if {"pretrain", "evaluate", "quantize"}.intersection(stages):
         found["heldout"] = config.evaluate.num_tokens // config.data.sequence_length
     elif config.data.heldout is not None and found:
         found["heldout"] = 0  # read for what must not be trained on

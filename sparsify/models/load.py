@@ -356,6 +356,11 @@ def check_finite(folder: Path, model: torch.nn.Module, dtype: str, prefix: str =
             raise not_finite(folder, name, num_bad, weight.numel(), DTYPES[dtype])
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a file of a tokenizer in a folder."""
+    return any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, by the rules of its own tokenizer.json.
 
@@ -371,7 +376,7 @@ def read_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerBase, str | Non
     with readable(f"model folder {path}"):
         if not folder.is_dir():
             raise InputError(f"model folder {path}: there is no such folder")
-        has_files = any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
+        has_files = has_tokenizer(folder)
     if not has_files:
         raise InputError(
             f"model folder {folder}: no tokenizer; copy tokenizer.json and tokenizer_config.json "

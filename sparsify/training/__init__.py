@@ -1,1 +1,1 @@
-"""Training by hand: checkpoints, health, forecasts, moving masks, pretraining."""
+"""Training by hand: checkpoints, health, forecasts, moving masks."""

@@ -469,7 +469,8 @@ def stage_metrics() -> dict[str, dict[str, Any]]:
     quantized = dict.fromkeys([field.name for field in fields(QuantLayerReport)], 0)
     step = dict.fromkeys(literal_keys("training/loop", "_step", "grad_norm"), 0)
     quantization = dict.fromkeys(literal_keys("stages/quantize", "run", "group_size"), 0)
-    trained = literal_keys("workers/distill", "distill_on_worker", "tokens_per_s")
+    trained = literal_keys("workers/distill", "distill_on_worker", "forecast")
+    trained += literal_keys("training/build", "figures_of", "tokens_per_s")
     recovery = dict.fromkeys(trained, 0)
     score = dict.fromkeys(literal_keys("workers/evaluate", "total", "kl"), 1.0)
     gate = {"num_violations": 0}

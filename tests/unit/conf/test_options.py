@@ -76,19 +76,19 @@ GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "configs.json").read
 def test_composed_config_is_the_one_of_before(name: str) -> None:
     """Held since the defaults moved from YAML into the dataclasses; options may have been added."""
     job, _, cluster = name.partition("-")
-    words = [] if job == "pretrain" else [f"+cluster={cluster}"]
+    words = [f"+cluster={cluster}"]
     words += ["run.from=runs/first"] if GOLDEN[name].get("run.from") else []
     words += ["data.train=/d"] if job == "teach" else []
     words += ["drop.num_layers=1"] if job == "drop" else []
-    is_whole = job in ("curate", "preflight", "pretrain", "teach", "tokenize")
+    is_whole = job in ("curate", "preflight", "teach", "tokenize")
     expected = GOLDEN[name] if is_whole else GOLDEN["prune-local"] | GOLDEN[name]
     composed = flat(to_dict(load_config(job, words)))
     assert {key: composed.get(key, "gone") for key in expected} == expected
 
 
 def test_every_command_and_cluster_is_held() -> None:
-    jobs = [job for job in JOBS if job not in ("pretrain", "report")]
-    assert set(GOLDEN) == {f"{j}-{c}" for j in jobs for c in cluster_names()} | {"pretrain-local"}
+    jobs = [job for job in JOBS if job != "report"]
+    assert set(GOLDEN) == {f"{j}-{c}" for j in jobs for c in cluster_names()}
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -147,7 +147,7 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
         "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
         "drop.batch_size", "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
         "quantize.checkpoint_every_blocks",
-        *(f"{group}.{name}" for group in ("distill", "finetune") for name in (
+        *(f"{group}.{name}" for group in ("distill", "finetune", "pretrain") for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
             "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
             "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
@@ -167,17 +167,17 @@ def test_cluster_preset_says_what_it_is(name: str) -> None:
 
 def test_every_yaml_is_of_a_command() -> None:
     assert all(find_command(job).name == job for job in JOBS)
-    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(JOBS) - {"pretrain"}
+    assert {path.stem for path in CONF_DIR.glob("*.yaml")} == set(JOBS)
 
 
 @pytest.mark.parametrize("cluster", cluster_names())
 @pytest.mark.parametrize(
     "job",
-    [job for job in JOBS if job not in ("curate", "preflight", "pretrain", "tokenize", "teach")],
+    [job for job in JOBS if job not in ("curate", "preflight", "tokenize", "teach")],
 )
 def test_every_job_composes_on_every_cluster(job: str, cluster: str) -> None:
     whole = job in ("prune", "plan")
-    needed = ["drop.num_layers=1"] if job == "drop" else [FROM]
+    needed = {"drop": ["drop.num_layers=1"], "pretrain": []}.get(job, [FROM])
     config = load_config(job, [f"+cluster={cluster}", *([] if whole else needed)])
     assert isinstance(config, Config)
     assert config.cluster.name == cluster
@@ -239,7 +239,7 @@ def test_composed_config_holds_only_plain_values() -> None:
 
 def test_no_cluster_means_local() -> None:
     assert load_config("prune", []) == load_config("prune", ["+cluster=local"]) == Config()
-    assert load_config("pretrain", []) == PretrainConfig()
+    assert load_config("pretrain", []).pretrain == PretrainConfig()
     assert load_config("tokenize", []) == TokenizeJobConfig()
     assert load_config("preflight", []) == PreflightJobConfig()
 
@@ -468,12 +468,20 @@ def test_mix_weights_are_shares_of_their_sum() -> None:
         (lambda: TokenizeConfig(out=" "), ["tokenize.out", "empty"]),
         (lambda: TokenizeConfig(shard_bytes=0), ["tokenize.shard_bytes=0", "at least 1"]),
         # pretrain
-        (lambda: PretrainConfig(device="tpu"), ["device=tpu", "cpu, cuda"]),
         (lambda: PretrainConfig(vocab_size=256), ["vocab_size=256", "at least 257"]),
-        (lambda: PretrainConfig(num_tokens=8191), ["num_tokens=8191", "8192"]),
-        (lambda: PretrainConfig(hidden_size=100), ["hidden_size=100", "96 or 104"]),
-        (lambda: PretrainConfig(num_kv_heads=3), ["num_kv_heads=3", "1, 2, 4"]),
-        (lambda: PretrainConfig(bf16=True, learning_rate=0), ["learning_rate=0"]),
+        (
+            lambda: Config(stages=["pretrain"], pretrain=PretrainConfig(num_tokens=8191)),
+            ["pretrain.num_tokens=8191", "8192"],
+        ),
+        (lambda: Config(stages=["pretrain", "prune"]), ["stages=[pretrain,prune]", "model.path="]),
+        (lambda: Config(stages=["pretrain"], run=RunConfig(from_="x")), ["run.from=x", "random"]),
+        (lambda: PretrainConfig(kl_weight=1.0), ["pretrain.kl_weight=1.0", "no teacher"]),
+        (lambda: PretrainConfig(schedule=["kl_weight:1@0.5"]), ["pretrain.schedule=[", "teacher"]),
+        (lambda: PretrainConfig(config="c", num_layers=3), ["pretrain.num_layers=3", "config=c"]),
+        (lambda: PretrainConfig(precision="bf16", zero_stage=0), ["pretrain.zero_stage=0"]),
+        (lambda: PretrainConfig(hidden_size=100), ["pretrain.hidden_size=100", "96 or 104"]),
+        (lambda: PretrainConfig(num_kv_heads=3), ["pretrain.num_kv_heads=3", "1, 2, 4"]),
+        (lambda: PretrainConfig(learning_rate=0), ["pretrain.learning_rate=0"]),
     ],
 )
 def test_broken_rule_names_field_value_rule_and_fix(make: Any, parts: list[str]) -> None:
@@ -540,6 +548,7 @@ def test_methods_known_to_the_rules_are_those_of_sparsify() -> None:
         (["drop", "prune"], "/models/llama", None, "runs/llama-drop-angular-2-4-twofour"),
         (["drop"], "embedded", "runs/a", "runs/a-drop"),
         (["finetune"], "embedded", None, "runs/embedded-finetune"),
+        (["pretrain"], "embedded", None, "runs/pretrain"),
         (["quantize"], "embedded", "runs/a", "runs/a-quantize"),
         (["quantize"], "embedded", "./runs/a/distill/", "runs/a-quantize"),
         (["quantize", "export"], "embedded", "distill", "runs/distill-quantize-export"),

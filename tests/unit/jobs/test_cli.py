@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from cluster.preempt import Interrupted
-from conf.options.pretrain import PretrainConfig
 from conf.schema import Config, to_dict
 from jobs import plan
 from jobs.cli.command import find_command
@@ -84,8 +83,6 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["+cluster.num_workers=4"], ["write cluster.num_workers=4"]),
         ("prune", ["model=lama-3.2-1b"], ["no such model", "did you mean llama-3.2-1b?"]),
         ("prune", ["recipe=fast"], ["no such recipe", "quick"]),
-        ("pretrain", ["model=embedded"], ["model: unknown option"]),
-        ("pretrain", ["+cluster=local"], ["takes no cluster"]),
         # keys
         ("prune", ["prune.num_sample=3"], ["did you mean prune.num_samples", "options of prune"]),
         ("prune", ["num_samples=3"], ["prune.num_samples or quantize.num_samples", "there are"]),
@@ -98,7 +95,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["+foo=1"], ["foo: unknown option", "there are"]),
         ("prune", ["++prune.num_sample=3"], ["did you mean prune.num_samples"]),
         ("prune", ["run.from_=x"], ["did you mean run.from"]),
-        ("pretrain", ["prune.pattern=2:4"], ["prune.pattern: unknown option", "vocab_size"]),
+        ("pretrain", ["prune.pattern=2:4"], ["prune.pattern: is not used by jobs.pretrain"]),
         ("quantize", [FROM, "distill.num_tokens=9"], ["not used by jobs.quantize", "quantize"]),
         ("tokenize", ["run.seed=1"], ["run.seed: is not used by jobs.tokenize", "data.train"]),
         ("tokenize", ["data.isolate_documents=false"], ["not used by jobs.tokenize"]),
@@ -160,7 +157,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["stages=[]"], ["nothing to do"]),
         ("prune", ["stages=[evaluate]"], ["run.from: is required"]),
         ("distill", [], ["run.from: is required", "run.from=runs/"]),
-        ("pretrain", ["device=tpu"], ["device=tpu"]),
+        ("pretrain", ["run.from=runs/first"], ["run.from=runs/first: pretrain starts from random"]),
+        ("prune", ["stages=[pretrain,prune]"], ["python -m jobs.pretrain", "model.path=RUN"]),
     ],
 )
 def test_mistake_is_one_line_with_the_way_out(
@@ -254,10 +252,6 @@ def test_plain_words_of_hydra() -> None:
     assert (config.prune.num_samples, config.prune.damping) == (3, 0.5)
     twice = load_config("prune", ["+cluster=local", "+cluster=h100x8"])
     assert twice.cluster.name == "h100x8"  # the last one wins, so that scripts can append
-
-
-def test_option_may_have_the_name_of_a_group() -> None:
-    assert load_config("pretrain", ["data=books.txt"]).data == "books.txt"
 
 
 def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,11 +380,6 @@ def test_dry_sweep_leaves_nothing(run: Any, pipeline: Any, away: Path) -> None:
         assert run("prune", "-m", "run.seed=3,4", f"run.dir={folder}", "--dry-run").code == 0
         assert list(away.iterdir()) == []  # and this folder, which is empty, is still there
     assert list((away.parent / "elsewhere").iterdir()) == []
-
-
-def test_sweep_of_pretrain_does_not_write_over_the_packaged_model(run: Any, away: Path) -> None:
-    outcome = run("pretrain", "-m", "seed=1,2", "--dry-run")
-    assert "output: runs/sweep/seed-1\n" in outcome.out
 
 
 def test_cfg_shows_the_composed_config(run: Any, pipeline: Any, away: Path) -> None:
@@ -563,22 +552,6 @@ def test_dry_run_prints_the_plan_and_runs_nothing(run: Any, pipeline: Any) -> No
     assert pipeline.calls == []
 
 
-def test_pretrain_plan_and_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[PretrainConfig] = []
-
-    def pretrain(config: PretrainConfig) -> str:
-        seen.append(config)
-        return config.out
-
-    monkeypatch.setattr("jobs.workers.pretrain.make_model", pretrain)
-    outcome = run("pretrain", "num_tokens=16_384", "--dry-run")
-    assert "steps: 2 of 8192 tokens" in outcome.out
-    assert seen == []
-    outcome = run("pretrain", "out=models/small")
-    assert (outcome.code, outcome.out) == (0, "models/small\n")
-    assert seen == [PretrainConfig(out="models/small")]
-
-
 def test_version_names_the_packages(run: Any) -> None:
     outcome = run("prune", "--version")
     assert outcome.code == 0
@@ -601,8 +574,7 @@ def test_help_has_every_option_with_its_default_and_fits_80_columns(run: Any, jo
     assert listed == list(dict.fromkeys(every))
     followed = re.findall(r"^  [a-zA-Z_.0-9]+=.*\)\n      \S", outcome.out, flags=re.MULTILINE)
     assert len(followed) == len(listed)  # a text under every option
-    if job != "pretrain":
-        assert all(f"\n  {name} " in outcome.out for name in cluster_names())
+    assert all(f"\n  {name} " in outcome.out for name in cluster_names())
 
 
 def test_help_shows_the_defaults_of_the_yaml(run: Any) -> None:
@@ -646,7 +618,6 @@ def test_every_example_of_a_command_is_accepted(run: Any, pipeline: Any, away: P
             if job in (
                 "curate",
                 "preflight",
-                "pretrain",
                 "tokenize",
                 "teach",
                 "plan",

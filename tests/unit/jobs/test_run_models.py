@@ -87,7 +87,7 @@ def test_a_stage_that_is_new_needs_nothing_but_itself(run: Path) -> None:
     """A stage between recovery and evaluation: what it makes is what quantising starts from."""
     nothing: Any = None
     tune = Stage("tune", "", nothing, nothing, makes=lambda _: {"tuned": "model"})
-    models = replace(of(run, "quantize"), stages=[*PIPELINE[:3], tune, *PIPELINE[3:]])
+    models = replace(of(run, "quantize"), stages=[*PIPELINE[:4], tune, *PIPELINE[4:]])
     (run / "tune").mkdir()
     (run / "tune" / RECORD).write_text(stage_record())
     models.forget_descendants("tune")

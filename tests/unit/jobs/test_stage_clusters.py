@@ -76,8 +76,8 @@ def test_a_preset_says_what_the_command_line_says(
         ("cluster.stages.quntize.num_workers=1",
          "did you mean cluster.stages.quantize.num_workers or"),
         ("cluster.stages.report.num_workers=1",
-         "options of cluster.stages: drop.*, prune.*, distill.*, finetune.*, evaluate.*, "
-         "quantize.*, export.*"),
+         "options of cluster.stages: pretrain.*, drop.*, prune.*, distill.*, finetune.*, "
+         "evaluate.*, quantize.*, export.*"),
         ("cluster.stages.prune.kind=ray", "options of cluster.stages.prune: num_nodes, "),
         ("cluster.stages.prune.num_workers=two", "must be a whole number"),
         ("cluster.stages.prune.slurm.time=soon", "cluster.stages.prune.slurm.time='soon': must be"),
