@@ -20,7 +20,7 @@ import yaml
 from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast, manage, plan
-from jobs.benchmarks import demo, families, quality, recovery
+from jobs.benchmarks import budget, demo, families, quality, recovery
 from jobs.benchmarks import plan as planning
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
@@ -410,6 +410,12 @@ def test_tables_of_recovery_are_the_records(place: str) -> None:
     assert re.findall(r"(?m)^### (.*)$", part) == list(figures)
     for model, found in figures.items():
         assert markdown_table(recovery.table_of(model, found)).strip() in part
+
+
+def test_table_of_the_budget_is_the_record() -> None:
+    text, found = page("docs/pretrain.md").text, record("2026-11-30-bench-budget-cpu.json")
+    part = text.split("<!-- budget: begin -->")[1].split("<!-- budget: end -->")[0]
+    assert part.strip() == markdown_table(budget.table_of(found["figures"])).strip()
 
 
 def test_tables_of_planning_are_the_records() -> None:
