@@ -163,10 +163,11 @@ def pretrain_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
     state = gathered_state_dict(recovery.engine)
     if state is None:
         return None
+    # Counted before it is saved: with ZeRO-3 nothing is left of it then.
+    num_parameters = sum(tensor.numel() for tensor in state.values())
     model, folder = recovery.engine.module.model, payload["folder"] / MODEL
     with disk_errors(folder):
         save_model(model, load_tokenizer(payload["student"]), folder, state)
-    num_parameters = sum(tensor.numel() for tensor in state.values())
     return {**figures_of(recovery), "num_rows": len(store), "num_parameters": num_parameters}
 
 
