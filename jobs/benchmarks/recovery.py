@@ -17,12 +17,14 @@ from typing import Any
 
 from jobs.benchmarks.support import commands
 from jobs.benchmarks.support.arguments import add_option, settings_of
+from jobs.benchmarks.support.page import add_page, write_page
 from jobs.benchmarks.support.record import Outcome, Table
-from sparsify.errors import InputError
 
 SUMMARY = "losses and moving masks compared at equal tokens, beside a dense model continued"
 
 EXAMPLES = ("recovery --models embedded --recipes kl ce dense-ce",)
+
+_TITLE = "Recipes of the recovery compared"
 
 _NOTES = (
     "perplexity per token and KL(dense, model) in nats per token, on held-out text",
@@ -92,12 +94,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     start = "method of the pruned model that they start from"
     add_option(parser, "--start", "sparsegpt", start)
     add_option(parser, "--tokens", 300_000, "tokens of every recipe")
-    page = (
-        "Markdown file for the tables, such as docs/benchmarks/recovery.md; where it has the lines "
-        "<!-- PLACE: begin --> and <!-- PLACE: end -->, only what is between them is replaced"
-    )
-    parser.add_argument("--out", type=Path, dest="markdown", metavar="FILE.md", help=page)
-    add_option(parser, "--place", "tables", "place of the tables in that file")
+    add_page(parser, "docs/benchmarks/recovery.md")
 
 
 def run(options: Namespace) -> Outcome:
@@ -129,7 +126,8 @@ def run(options: Namespace) -> Outcome:
     }
     tables = [table_of(name, found) for name, found in figures.items()]
     if options.markdown is not None:
-        write_page(options.markdown, markdown(figures, options.command), options.place)
+        tables_text = markdown(figures, options.command)
+        write_page(options.markdown, tables_text, options.place, _TITLE)
     return Outcome(facts["device"], 1, settings, figures, tables, [], list(_NOTES))
 
 
@@ -240,24 +238,3 @@ def markdown(figures: dict[str, dict[str, Any]], command: str) -> str:
     for name, found in figures.items():
         parts.append(f"### {name}\n\n{commands.markdown_table(table_of(name, found))}")
     return "\n\n".join(parts)
-
-
-def write_page(path: Path, tables: str, place: str) -> None:
-    """Put the tables between the two marks of their place on a page; what is around them stays.
-
-    Raises:
-        InputError: the file is there and has not both marks, in this order.
-    """
-    first, last = f"<!-- {place}: begin -->", f"<!-- {place}: end -->"
-    page = f"# Recipes of the recovery compared\n\n{first}\n{last}\n"
-    if path.is_file():
-        page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(first)
-    _, end, after = rest.partition(last)
-    if not (begin and end):
-        raise InputError(
-            f"--out {path}: has no lines {first} and {last} to put the tables between; add them, "
-            "or name another --place"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{before}{first}\n\n{tables}\n\n{last}{after}", encoding="utf-8")

@@ -12,6 +12,7 @@ import pytest
 from jobs import bench
 from jobs.benchmarks import recovery
 from jobs.benchmarks.support import commands
+from jobs.benchmarks.support.page import write_page
 from jobs.cli.compose import load_config
 from sparsify.errors import InputError
 
@@ -142,13 +143,13 @@ def test_nothing_lost_is_no_division_by_zero() -> None:
 
 def test_the_tables_replace_those_of_the_page_and_nothing_else(tmp_path, figures) -> None:
     page = tmp_path / "docs" / "recovery.md"
-    recovery.write_page(page, recovery.markdown({"embedded": figures}, "python -m x"), "tables")
+    write_page(page, recovery.markdown({"embedded": figures}, "python -m x"), "tables", "Title")
     text = page.read_text()
     assert "```\npython -m x\n```" in text
     assert "| KL, seed 1 | 4.000 | 0.1000 | 50.0 % | 100.0 % | 100.0 % |  | 3 |" in text
     assert "| pruned, sparsegpt | 16.000 |" in text
     page.write_text(f"before\n{text}after\n")
-    recovery.write_page(page, recovery.markdown({"other": figures}, "python -m y"), "tables")
+    write_page(page, recovery.markdown({"other": figures}, "python -m y"), "tables", "Title")
     changed = page.read_text()
     assert changed == f"before\n{text}after\n".replace("python -m x", "python -m y").replace(
         "embedded", "other"
@@ -159,15 +160,15 @@ def test_a_page_without_its_marks_is_refused(tmp_path) -> None:
     page = tmp_path / "page.md"
     page.write_text("by hand\n")
     with pytest.raises(InputError, match="tables: begin"):
-        recovery.write_page(page, "table", "tables")
+        write_page(page, "table", "tables", "Title")
     assert page.read_text() == "by hand\n"
 
 
 def test_every_place_of_a_page_has_tables_of_its_own(tmp_path) -> None:
     page = tmp_path / "page.md"
-    recovery.write_page(page, "first", "tables")
+    write_page(page, "first", "tables", "Title")
     page.write_text(f"{page.read_text()}<!-- twofour: begin -->\n<!-- twofour: end -->\n")
-    recovery.write_page(page, "second", "twofour")
-    recovery.write_page(page, "third", "tables")
+    write_page(page, "second", "twofour", "Title")
+    write_page(page, "third", "tables", "Title")
     words = [line for line in page.read_text().split("\n") if line and line[0] not in "#<"]
     assert words == ["third", "second"]
