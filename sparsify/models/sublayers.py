@@ -22,22 +22,27 @@ from sparsify.models.structure import linears_of, writers_of
 def sublayers_of(block: nn.Module, name: str) -> dict[str, str]:
     """Names of the attention and the MLP of a block, relative to it.
 
+    Where linear layers lie in the block itself (OPT's fc1 and fc2), the last of them stands for the
+    MLP: it makes what the MLP adds.
+
     Args:
         block: a decoder block.
         name: of the model, for the message.
 
     Raises:
-        InputError: the block's linear layers are not in two modules, of which one is an attention.
+        InputError: the block's linear layers are not in an attention and one other module, or in
+            an attention and the block itself.
     """
     found = [child for child, module in block.named_children() if linears_of(module)]
     attention = [child for child in found if "attn" in child or "attention" in child]
-    if len(found) != 2 or len(attention) != 1:
+    others = [child for child in found if child not in attention]
+    are_own = all(isinstance(block.get_submodule(child), nn.Linear) for child in others)
+    if len(attention) != 1 or not others or (len(others) > 1 and not are_own):
         raise InputError(
             f"{name}: the linear layers of its blocks are in {', '.join(found)}, which are not an "
             "attention and an MLP, so sublayers cannot be dropped; use drop.candidates=[layers]"
         )
-    found.remove(attention[0])
-    return {"attention": attention[0], "mlp": found[0]}
+    return {"attention": attention[0], "mlp": others[-1]}
 
 
 @contextmanager
@@ -92,7 +97,9 @@ def output_layers(block: nn.Module, part: str, call: BlockInputs, name: str) -> 
         InputError: none of the two makes it zero (experts in one fused weight, for example).
     """
     module = block.get_submodule(part)
-    linears = {f"{part}.{inner}": layer for inner, layer in linears_of(module).items()}
+    linears = {
+        f"{part}.{inner}" if inner else part: layer for inner, layer in linears_of(module).items()
+    }
     called: list[str] = []
     with ExitStack() as stack:
         for inner, layer in linears.items():

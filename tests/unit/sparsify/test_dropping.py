@@ -56,6 +56,7 @@ def without(model: Any, gone: Sequence[int]) -> Any:
     """The model with the layers taken out of its list, by hand."""
     short = copy.deepcopy(model)
     base = short.gpt_neox if hasattr(short, "gpt_neox") else short.model
+    base = getattr(base, "decoder", base)  # OPT
     kept = [at for at in range(len(base.layers)) if at not in gone]
     base.layers = nn.ModuleList([base.layers[at] for at in kept])
     config = short.config
@@ -235,7 +236,7 @@ def test_candidates_never_take_the_last_layer() -> None:
     assert candidates(2, ["layers"], [Unit(1)]) == []
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi", "GPTNeoX", "Mixtral"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi", "GPTNeoX", "Mixtral", "OPT"])
 def test_a_sublayer_is_left_out_by_zeros(family: str, tmp_path: Path) -> None:
     of(family).save_pretrained(tmp_path / "whole")
     model, rows = load_model(tmp_path / "whole"), token_rows(2)
@@ -266,11 +267,22 @@ def test_a_sublayer_is_left_out_by_zeros(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(made, rows), logits(without(model, [1, 2, 4]), rows))
 
 
-def test_a_block_without_two_parts_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    "parts", [["self_attn", "cross_attn", "mlp"], ["self_attn", "mlp", "fc"], ["self_attn"]]
+)
+def test_a_block_without_two_parts_is_refused_by_name(parts: list[str]) -> None:
+    block = torch.nn.ModuleDict(
+        {
+            part: torch.nn.Linear(4, 4)
+            if part == "fc"
+            else torch.nn.Sequential(torch.nn.Linear(4, 4))
+            for part in parts
+        }
+    )
     with pytest.raises(InputError) as error:
-        sublayers_of(tiny("OPT").model.decoder.layers[0], "OPTForCausalLM")
+        sublayers_of(block, "OddForCausalLM")
     assert message(error).startswith(
-        "OPTForCausalLM: the linear layers of its blocks are in self_attn, fc1, fc2, which are not"
+        f"OddForCausalLM: the linear layers of its blocks are in {', '.join(parts)}, which are not"
     )
 
 
