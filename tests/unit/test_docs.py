@@ -20,7 +20,7 @@ import yaml
 from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast, manage, plan
-from jobs.benchmarks import budget, demo, families, quality, recovery
+from jobs.benchmarks import budget, demo, drop, families, quality, recovery
 from jobs.benchmarks import plan as planning
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
@@ -416,6 +416,15 @@ def test_table_of_the_budget_is_the_record() -> None:
     text, found = page("docs/pretrain.md").text, record("2026-11-30-bench-budget-cpu.json")
     part = text.split("<!-- budget: begin -->")[1].split("<!-- budget: end -->")[0]
     assert part.strip() == markdown_table(budget.table_of(found["figures"])).strip()
+
+
+@pytest.mark.parametrize("benchmark", [drop])
+def test_tables_of_a_stage_are_the_records(benchmark: Any) -> None:
+    name = benchmark.__name__.rpartition(".")[2]
+    found = record(f"2026-11-30-bench-{name}-cpu.json")
+    text = page(f"docs/{name}.md").text
+    part = text.split("<!-- tables: begin -->")[1].split("<!-- tables: end -->")[0]
+    assert part.strip() == benchmark.markdown(found["figures"], found["command"])
 
 
 def test_tables_of_planning_are_the_records() -> None:
