@@ -20,7 +20,7 @@ import yaml
 from conf.options.run import STAGES
 from conf.schema import Config
 from jobs import bench, forecast, manage, plan
-from jobs.benchmarks import budget, demo, drop, families, quality, recovery
+from jobs.benchmarks import budget, demo, drop, families, finetune, quality, recovery
 from jobs.benchmarks import plan as planning
 from jobs.benchmarks.support.commands import markdown_table
 from jobs.cli.compose import load_config
@@ -419,6 +419,9 @@ def test_table_of_the_budget_is_the_record() -> None:
 
 
 @pytest.mark.parametrize("benchmark", [drop])
+
+
+@pytest.mark.parametrize("benchmark", [drop, finetune])
 def test_tables_of_a_stage_are_the_records(benchmark: Any) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     found = record(f"2026-11-30-bench-{name}-cpu.json")
