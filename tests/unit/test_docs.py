@@ -418,9 +418,6 @@ def test_table_of_the_budget_is_the_record() -> None:
     assert part.strip() == markdown_table(budget.table_of(found["figures"])).strip()
 
 
-@pytest.mark.parametrize("benchmark", [drop])
-
-
 @pytest.mark.parametrize("benchmark", [drop, finetune])
 def test_tables_of_a_stage_are_the_records(benchmark: Any) -> None:
     name = benchmark.__name__.rpartition(".")[2]
