@@ -147,11 +147,12 @@ def _results(context: StageContext, metrics: dict[str, Any]) -> list[dict[str, A
     from sparsify.evaluation.perplexity import log_gap_recovered  # imports torch
 
     scores = dict(metrics.get("pretrain", metrics.get("evaluate", {})).get("results", {}))
+    made = {**context.models.metrics, **metrics}  # also of the run that this one comes from
     gates = {
-        **metrics.get("drop", {}).get("gate", {}),
-        **metrics.get("prune", {}).get("gate", {}),
-        "recovered": metrics.get("distill", {}).get("gate"),
-        "finetuned": metrics.get("finetune", {}).get("gate"),
+        **made.get("drop", {}).get("gate", {}),
+        **made.get("prune", {}).get("gate", {}),
+        "recovered": made.get("distill", {}).get("gate"),
+        "finetuned": made.get("finetune", {}).get("gate"),
     }
     if "quantize" in metrics:
         quantized = metrics["quantize"]["results"]
@@ -239,7 +240,7 @@ def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str
     folders = {"dense": models.dense, **models.all_sparse()}
     # One-shot models are not packed into files: theirs is the size of the packed tensors.
     packed = {
-        **metrics.get("prune", {}).get("packed_bytes", {}),
+        **{**models.metrics, **metrics}.get("prune", {}).get("packed_bytes", {}),
         **metrics.get("export", {}).get("packed_bytes", {}),
     }
     sizes: dict[str, dict[str, int | None]] = {}

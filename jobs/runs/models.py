@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from conf.schema import Config
 from jobs.runs.artifact import RECORD, read_whole
@@ -31,6 +32,8 @@ class Models:
     """stage -> name -> model folder; the last name of a stage is what later ones build on"""
     method: str | None = None
     """how the sparse models were pruned"""
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """stage -> what its record says of these models, in whatever run it was made"""
     given: Path | None = None
     """the last model of run.from, from which layers are dropped"""
 
@@ -91,6 +94,7 @@ class Models:
             return
         metrics = read_whole(folder)["metrics"]
         self.made[stage] = {name: folder / path for name, path in makes(metrics).items()}
+        self.metrics[stage] = metrics
         if metrics.get("method") in self.made[stage]:
             self.method = metrics["method"]
 
@@ -111,6 +115,7 @@ class Models:
         if self.stages[place].makes is not None:
             for later in self.stages[place + 1 :]:
                 self.made.pop(later.name, None)
+                self.metrics.pop(later.name, None)
 
     def _place(self, name: str) -> int:
         return [stage.name for stage in self.stages].index(name)

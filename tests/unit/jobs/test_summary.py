@@ -26,14 +26,18 @@ NEW = {
 }  # fmt: skip
 
 
-def summary_of(run_dir: Path, prune: dict[str, Any]) -> dict[str, Any]:
+def summary_of(run_dir: Path, prune: dict[str, Any], is_earlier: bool = False) -> dict[str, Any]:
+    """Of a run whose models were pruned in it, or in an earlier one."""
     model = run_dir / "model"  # no files: a model's size is not what is tested here
-    (run_dir / "prune").mkdir()
     metrics = {"pattern": "2:4", "method": "wanda", **prune}
-    record = stage_record(metrics=metrics, duration_s=3.0)
-    (run_dir / "prune" / RECORD).write_text(record, encoding="utf-8")
+    if not is_earlier:
+        (run_dir / "prune").mkdir()
+        record = stage_record(metrics=metrics, duration_s=3.0)
+        (run_dir / "prune" / RECORD).write_text(record, encoding="utf-8")
     nothing: Any = None
     models = Models(model, PIPELINE, {"prune": {"wanda": model}}, "wanda")
+    if is_earlier:
+        models.metrics["prune"] = metrics
     context = StageContext(
         Config(), Config(), run_dir, "command", models, nothing, nothing, nothing
     )  # fmt: skip
@@ -62,6 +66,19 @@ def test_record_of_an_earlier_version(tmp_path: Path, prune: dict[str, Any]) -> 
     summary = summary_of(tmp_path, prune)
     assert summary["layers"] == prune.get("layers", [])
     assert summary["pruning"] == []
+
+
+def test_an_evaluation_by_itself_knows_what_was_proved_of_its_models(tmp_path: Path) -> None:
+    score = {"perplexity": 2.0, "kl": 0.0, "top1_agreement": 1.0}
+    (tmp_path / "evaluate").mkdir()
+    record = stage_record(metrics={"results": {"dense": score, "wanda": score}})
+    (tmp_path / "evaluate" / RECORD).write_text(record, encoding="utf-8")
+    prune = {"gate": {"wanda": {"num_violations": 0}}, "packed_bytes": {"wanda": 7}}
+    summary = summary_of(tmp_path, prune, is_earlier=True)
+    dense, wanda = summary["results"]
+    assert (dense["violations"], dense["packed_bytes"]) == (None, None)
+    assert (wanda["violations"], wanda["packed_bytes"]) == (0, 7)
+    assert [stage["name"] for stage in summary["stages"]] == ["evaluate"]
 
 
 def test_zeros_count_among_all_weights(tmp_path: Path) -> None:
