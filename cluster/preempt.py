@@ -20,6 +20,7 @@ says when to ask (`DrainWatch`), so that all workers do at the same step.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -125,6 +126,15 @@ def check_signals() -> None:
             raise _Process.ending
 
 
+def _say_aside(say: Callable[[str], None], text: str) -> None:
+    """For handlers, which may have come in the middle of a line of the main thread: a stream that
+    is entered again by the same thread raises, and another thread waits.
+
+    Not by `threading.Thread`, whose start takes a lock that the main thread may be holding.
+    """
+    _thread.start_new_thread(say, (text,))
+
+
 @contextlib.contextmanager
 def handling_signals(say: Callable[[str], None]) -> Iterator[None]:
     """Around a command, on the main thread: SIGINT and SIGTERM raise `Interrupted`, once.
@@ -133,7 +143,7 @@ def handling_signals(say: Callable[[str], None]) -> Iterator[None]:
     only a recovery makes on request: elsewhere it is answered with a line, and work goes on.
 
     Args:
-        say: called with one line of text, for the terminal.
+        say: called with one line of text, for the terminal; on a thread of its own.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -144,7 +154,8 @@ def handling_signals(say: Callable[[str], None]) -> Iterator[None]:
         raise interrupted
 
     def save(number: int, frame: FrameType | None) -> None:
-        say("SIGUSR1: only a recovery has a checkpoint to make; what is finished is on disk")
+        words = "SIGUSR1: only a recovery has a checkpoint to make; what is finished is on disk"
+        _say_aside(say, words)
 
     _Process.ending = _Process.asked = None
     before = _install({signal.SIGINT: end, signal.SIGTERM: end, signal.SIGUSR1: save})
@@ -204,7 +215,7 @@ class SignalRelay:
 
     Args:
         folder: of the run, seen by the workers too.
-        on_signal: called with one line of text, for the terminal.
+        on_signal: called with one line of text, for the terminal; on a thread of its own.
 
     Raises:
         ValueError: entered on another thread than the main one.
@@ -243,7 +254,7 @@ class SignalRelay:
         temporary.replace(path)
         if self._on_signal is not None:
             doing = "saving, then stopping" if switch == STOP else "saving"
-            self._on_signal(f"{received.name}: {doing} after this step")
+            _say_aside(self._on_signal, f"{received.name}: {doing} after this step")
 
 
 class StopRequests:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +65,9 @@ def test_the_inner_word_is_the_one_that_counts(said: list[str]) -> None:
 
 def test_usr1_ends_nothing(said: list[str]) -> None:
     send(signal.SIGUSR1)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not said and time.monotonic() < deadline_s:
+        time.sleep(0.001)
     assert len(said) == 1
     assert said[0].startswith("SIGUSR1: only a recovery has a checkpoint to make")
 
@@ -124,6 +131,42 @@ def test_a_stop_after_the_last_step_ends_the_command_when_the_stage_is_done(
     assert not (tmp_path / STOP).exists()
     with pytest.raises(Interrupted):
         end_if_asked()
+
+
+class InterruptedTerminal(io.RawIOBase):
+    """A terminal; a signal comes while it takes its first line."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.is_answered = threading.Event()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if not self.written:
+            send(signal.SIGUSR1)
+            time.sleep(0.01)
+        self.written += bytes(data)
+        if b"SIGUSR1" in self.written:
+            self.is_answered.set()
+        return len(data)
+
+
+@pytest.mark.parametrize("kind", ["recovery", "command"])
+def test_a_signal_in_the_middle_of_a_line_breaks_nothing(tmp_path: Path, kind: str) -> None:
+    """A handler that wrote on the same thread would enter the stream a second time, and raise."""
+    terminal = InterruptedTerminal()
+    stream = io.BufferedWriter(terminal)
+
+    def say(text: str) -> None:
+        stream.write(text.encode() + b"\n")
+        stream.flush()
+
+    with SignalRelay(tmp_path, say) if kind == "recovery" else handling_signals(say):
+        say("progress")
+        assert terminal.is_answered.wait(TIMEOUT_S)
+    assert terminal.written.startswith(b"progress\nSIGUSR1: ")
 
 
 def test_a_second_stop_of_a_recovery_ends_the_command(said: list[str], tmp_path: Path) -> None:
