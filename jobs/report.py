@@ -4,7 +4,7 @@ from jobs.cli.main import main
 from jobs.pipeline import command
 
 COMMAND = command(
-    "report", __doc__, "run tracker cluster",
+    "report", __doc__, "run model.teacher tracker cluster",
     "run.from=runs/first",
 )  # fmt: skip
 

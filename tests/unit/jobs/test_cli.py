@@ -544,6 +544,8 @@ def test_report_is_made_again_in_the_folder_of_its_run(run: Any, pipeline: Any) 
     assert (command, config.stages, config.run.redo) == ("report", ["report"], ["report"])
     assert config.run.dir == config.run.from_ == "runs/earlier"
     assert "run.from: is required" in run("report").err
+    moved = run("report", FROM, "model.teacher=moved/dense")
+    assert moved.code == 0, "the way out that is named where the dense model is gone"
 
 
 def test_dry_run_prints_the_plan_and_runs_nothing(run: Any, pipeline: Any) -> None:
