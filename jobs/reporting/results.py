@@ -17,7 +17,7 @@ def label_of(row: Row) -> str:
 
 def is_recovered(name: str) -> bool:
     """Whether a result is of a model that was trained after pruning."""
-    return name.startswith("recovered")
+    return name.startswith(("recovered", "finetuned"))
 
 
 def quantized_as(name: str) -> str | None:

@@ -66,7 +66,9 @@ def comparison_headline(comparison: dict[str, Any]) -> Words:
 def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
     at = _at_pattern(run)
     dense, one_shot = find_result(results, "dense"), find_result(results, run.get("method"))
-    recovered = next((row for row in results if is_recovered(row["name"])), None)
+    trained = [row for row in results if is_recovered(row["name"])]
+    in_full = [row for row in trained if quantized_as(row["name"]) is None]
+    recovered = (in_full or trained or [None])[-1]
     share = recovered.get("log_gap_recovered") if recovered else None
     if share is not None and units.is_finite(share):
         if share < 0:

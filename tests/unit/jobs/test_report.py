@@ -458,6 +458,8 @@ def test_violations_and_lost_layers_are_warned_of() -> None:
         ({"keep": ["dense", "wanda"]}, "Wanda at 2:4: perplexity 19.26, 2.71× dense"),
         ({"keep": ["recovered"]}, "Recovered 68 % of the perplexity gap at 2:4"),
         ({"keep": []}, "Pruned 28 layers at 2:4, nothing measured yet"),
+        ({"tuned": True},
+         "Fine-tuned at 2:4: perplexity 8.20, 1.15× dense, INT4 file 5.3× smaller"),
     ],
 )  # fmt: skip
 def test_headline(change: dict[str, Any], expected: str) -> None:
@@ -465,6 +467,8 @@ def test_headline(change: dict[str, Any], expected: str) -> None:
     summary["run"]["pattern"] = change.get("pattern", "2:4")
     if "gap" in change:
         summary["results"][4]["log_gap_recovered"] = change["gap"]
+    if "tuned" in change:
+        summary["results"].insert(5, make_result("finetuned", 8.2, label="fine-tuned"))
     if "keep" in change:
         summary["results"] = [r for r in summary["results"] if r["name"] in change["keep"]]
     assert "".join(text for text, _ in headline(summary)) == expected
