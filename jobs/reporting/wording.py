@@ -68,7 +68,7 @@ def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
     dense, one_shot = find_result(results, "dense"), find_result(results, run.get("method"))
     trained = [row for row in results if is_recovered(row["name"])]
     in_full = [row for row in trained if quantized_as(row["name"]) is None]
-    recovered = (in_full or trained or [None])[-1]
+    recovered = next(reversed(in_full or trained), None)
     share = recovered.get("log_gap_recovered") if recovered else None
     if share is not None and units.is_finite(share):
         if share < 0:
