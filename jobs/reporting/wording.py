@@ -93,6 +93,16 @@ def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
     return words
 
 
+def training_words(figures: dict[str, Any]) -> str:
+    """How far a training went, and what became of its loss: of the record of its stage."""
+    first, last = figures["steps"][0], figures["steps"][-1]
+    losses = " to ".join(
+        units.MISSING if step["loss"] is None else units.significant(step["loss"])
+        for step in (first, last)
+    )
+    return f"{last['step']} steps, {units.count(figures['num_tokens'])} tokens, loss {losses}"
+
+
 def _size_words(results: list[dict[str, Any]]) -> Words:
     """The smallest packed file against the dense checkpoint: ', INT4 file 5.3× smaller'."""
     packed = [r for r in results if units.is_finite(r.get("packed_bytes")) and r["packed_bytes"]]

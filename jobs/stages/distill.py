@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.preempt import SignalRelay
 from conf.schema import Config
+from jobs.reporting.wording import training_words
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.models import Models
@@ -68,5 +69,6 @@ def check(config: Config, models: Models) -> None:
 
 STAGE = Stage(
     "distill", "the recovered model", identity, run, check=check,
-    makes=lambda _: {"recovered": "model"}, resumes="continues after its last checkpoint",
+    makes=lambda _: {"recovered": "model"}, told=training_words,
+    resumes="continues after its last checkpoint",
 )  # fmt: skip

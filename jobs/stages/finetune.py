@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.preempt import SignalRelay
 from conf.schema import Config
-from jobs.reporting import units
+from jobs.reporting.wording import training_words
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.hub import model_folder
@@ -97,13 +97,6 @@ def check(config: Config, models: Models) -> None:
     _workers()[1].check_finetune(config, models.dense)
 
 
-def told(figures: dict[str, Any]) -> str:
-    """How far it went, and what became of the loss."""
-    first, last = figures["steps"][0], figures["steps"][-1]
-    losses = " to ".join(units.significant(step["loss"]) for step in (first, last))
-    return f"{last['step']} steps over {figures['num_rows']} rows, loss {losses}"
-
-
 def describe(config: Config, models: Models) -> list[str]:
     """Form, number and one example of the records."""
     found: list[str] = _workers()[1].describe_records(config, models.dense)
@@ -112,6 +105,6 @@ def describe(config: Config, models: Models) -> list[str]:
 
 STAGE = Stage(
     "finetune", "the model that learned a task, its zeros held", identity, run, check=check,
-    describe=describe, told=told, makes=lambda _: {"finetuned": "model"},
+    describe=describe, told=training_words, makes=lambda _: {"finetuned": "model"},
     resumes="continues after its last checkpoint",
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.preempt import SignalRelay
 from conf.schema import Config
+from jobs.reporting.wording import training_words
 from jobs.runs.artifact import StageWriter
 from jobs.runs.context import StageContext
 from jobs.runs.models import Models
@@ -82,5 +83,5 @@ def describe(config: Config, models: Models) -> list[str]:
 
 STAGE = Stage(
     "pretrain", "a dense model from random weights", identity, run, check=check,
-    describe=describe, resumes="continues after its last checkpoint",
+    describe=describe, told=training_words, resumes="continues after its last checkpoint",
 )  # fmt: skip

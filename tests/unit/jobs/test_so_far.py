@@ -9,7 +9,7 @@ import pytest
 
 from jobs.pipeline import PIPELINE, _so_far
 from jobs.runs.display import Display
-from jobs.stages import drop
+from jobs.stages import distill, drop, finetune, pretrain
 
 ASKED = [stage for stage in PIPELINE if stage.name in ("prune", "distill", "evaluate")]
 
@@ -65,3 +65,14 @@ def test_the_outcome_of_a_stage_is_said_in_figures() -> None:
     assert said(gone) == ("dropped layer 1, mlp of 2 of 4 layers (greedy, KL 0.966 nats per token)")
     named = {**gone, "rule": "layers", "rounds": [], "dropped_sublayers": []}
     assert said(named) == "dropped layer 1 of 4 layers (as named)"
+
+
+@pytest.mark.parametrize("stage", [distill, finetune, pretrain])
+def test_the_outcome_of_a_training_is_its_loss(stage: Any) -> None:
+    steps = [{"step": 1, "loss": 2.51234}, {"step": 9, "loss": 0.12345}]
+    said = stage.STAGE.told
+    assert said({"steps": steps, "num_tokens": 36864}) == (
+        "9 steps, 36,864 tokens, loss 2.51 to 0.123"
+    )
+    steps[0]["loss"] = None  # left out: it was not finite
+    assert said({"steps": steps, "num_tokens": 36864}).endswith("loss – to 0.123")
