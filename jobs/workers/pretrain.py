@@ -28,6 +28,7 @@ from jobs.training.engine import gathered_state_dict
 from jobs.training.inputs import checked_store
 from jobs.training.ledger import START
 from jobs.training.pace import Pace
+from jobs.training.zero_state import param_numel
 from jobs.workers import distill, finetune
 from jobs.workers.pretrain_inputs import config_of, given_tokenizer, place_of, tokenizer_folder
 from sparsify.data.store import TokenStore
@@ -164,8 +165,8 @@ def pretrain_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
     if state is None:
         return None
     # Counted before it is saved: with ZeRO-3 nothing is left of it then.
-    num_parameters = sum(tensor.numel() for tensor in state.values())
     model, folder = recovery.engine.module.model, payload["folder"] / MODEL
+    num_parameters = sum(map(param_numel, model.parameters()))  # of `state`, tied ones count twice
     with disk_errors(folder):
         save_model(model, load_tokenizer(payload["student"]), folder, state)
     return {**figures_of(recovery), "num_rows": len(store), "num_parameters": num_parameters}
