@@ -282,7 +282,8 @@ class Recovery:
         self._ready, self._ready_sums = ahead, message[-3:]
         figures = message[: len(_FIGURES)] / context.world_size
         flags = message[len(_FIGURES) : -3]
-        self._is_due, save, stop, drains, self.is_cut = (bool(flag) for flag in flags)
+        self._is_due, save, stop, drains, is_over = (bool(flag) for flag in flags)
+        self.is_cut = is_over and ahead is not None
         if drains and self._drains.is_news(context.is_draining()):
             save, request = True, Request(True, reason=request.reason or _DRAINED)
             context.say(f"{self._name}: {_DRAINED}; saving, then continuing")

@@ -132,6 +132,10 @@ def test_at_its_time_limit_it_ends_with_what_it_has(base: Path, tmp_path: Path) 
         assert check_files(model, *masks_of(model))["num_violations"] == 0
         shutil.rmtree(model)
     assert files[0] == files[1]
+    run(1, finetune, base, tmp_path / "short", None, {**settings, "epochs": 0.01})
+    figures = json.loads((tmp_path / "short/figures.json").read_text())
+    assert (figures["is_cut"], len(figures["steps"])) == (False, 1), "it was the last step anyway"
+    assert not any("the time limit" in line for line in figures["said"])
 
 
 def test_the_command_trains_a_pruned_and_a_dense_model_and_scores_them(
