@@ -142,6 +142,23 @@ def at_step(recovery: Any, step: int, act: Callable[[], None]) -> None:
     recovery._step = run
 
 
+def die_at_step(worker: Any, step: int) -> None:
+    """Have the recovery that a module's `prepare` makes kill this process before one step."""
+    prepare = worker.prepare
+
+    def dying(*given: Any) -> Any:
+        recovery, *rest = prepare(*given)
+
+        def die() -> None:
+            recovery._checkpoints.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        at_step(recovery, step, die)
+        return recovery, *rest
+
+    worker.prepare = dying
+
+
 def log_rows(recovery: Any) -> list[tuple[int, torch.Tensor]]:
     """(step, tokens) of every row that this worker computes gradients with, from here on."""
     seen: list[tuple[int, torch.Tensor]] = []

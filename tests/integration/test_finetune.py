@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsify.formats.verify import check_files, masks_of
-from tests.integration.recoveries import Worker, at_step, exit_codes, run
+from tests.integration.recoveries import Worker, die_at_step, exit_codes, run
 
 NUM_RECORDS, BATCH, LENGTH = 96, 4, 32
 
@@ -71,19 +70,7 @@ def finetune(rank: int, base: Path, out: Path, kill_at: int | None, settings: di
     if not worker.has_rows(payload):
         worker.prepare_rows(context, payload)
     if kill_at is not None:
-        prepare = worker.prepare
-
-        def dying(*given: Any) -> Any:
-            recovery, *rest = prepare(*given)
-
-            def die() -> None:
-                recovery._checkpoints.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            at_step(recovery, kill_at, die)
-            return recovery, *rest
-
-        worker.prepare = dying  # type: ignore[assignment]
+        die_at_step(worker, kill_at)
     figures = worker.finetune_on_worker(context, payload)
     (out / "figures.json").write_text(json.dumps({**figures, "said": context.said}))
 

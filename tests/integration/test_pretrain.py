@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from tests.integration.recoveries import Worker, at_step, exit_codes, run
+from tests.integration.recoveries import Worker, die_at_step, exit_codes, run
 
 _SIZES = {
     "vocab_size": 280, "hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2,
@@ -53,19 +51,7 @@ def pretrain(rank: int, out: Path, kill_at: int | None) -> None:
     if not worker.is_prepared(payload):
         worker.prepare(context, payload)
     if kill_at is not None:
-        prepare = worker.finetune.prepare
-
-        def dying(*given: Any) -> Any:
-            recovery, *rest = prepare(*given)
-
-            def die() -> None:
-                recovery._checkpoints.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            at_step(recovery, kill_at, die)
-            return recovery, *rest
-
-        worker.finetune.prepare = dying  # type: ignore[assignment]
+        die_at_step(worker.finetune, kill_at)
     figures = worker.pretrain_on_worker(context, payload)
     assert worker.check_result(writer.folder / "model")["num_violations"] == 0
     (out / "figures.json").write_text(json.dumps({**figures, "said": context.said}))

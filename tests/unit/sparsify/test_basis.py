@@ -29,6 +29,14 @@ def sparse_model(folder: Path, made_from: Path, rotation: Rotation | None = None
     return folder
 
 
+def other_model(folder: Path, like: Path) -> Path:
+    """A dense model of the same shape with another fingerprint."""
+    shutil.copytree(like, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    return folder
+
+
 def some_rotation(seed: int) -> Rotation:
     generator = torch.Generator().manual_seed(seed)
     return Rotation(torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q, [])
@@ -66,10 +74,7 @@ def test_models_in_one_basis_are_left_alone(
 def test_a_teacher_in_another_basis_is_refused_unless_nothing_compares_hidden_states(
     rotated: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_model_dir, other)
-    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
-    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    other = other_model(tmp_path / "other", tiny_model_dir)
     plain = sparse_model(tmp_path / "plain", tiny_model_dir)
     twice = sparse_model(tmp_path / "twice", rotated, some_rotation(1))
     for student, teacher in [(rotated, other), (plain, rotated), (twice, tiny_model_dir)]:
@@ -91,10 +96,7 @@ def test_a_teacher_in_another_basis_is_refused_unless_nothing_compares_hidden_st
 def test_a_fine_tuned_copy_of_the_model_that_was_rotated_lies_in_its_basis(
     rotated: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    tuned = tmp_path / "tuned"
-    shutil.copytree(tiny_model_dir, tuned)
-    config = json.loads((tuned / "config.json").read_text(encoding="utf-8"))
-    (tuned / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    tuned = other_model(tmp_path / "tuned", tiny_model_dir)
     assert teacher_rotation(rotated, tuned, 1.0, is_tuned=True) == rotated / ROTATION
     turned = sparse_model(tmp_path / "turned", tuned, some_rotation(2))
     with pytest.raises(InputError, match="lie in another basis"):
