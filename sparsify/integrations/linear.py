@@ -28,9 +28,11 @@ class PackedLinear(nn.Module):
 
     On a CPU or a GPU a 2:4 layer computes with the kernels of sparsify/kernels. At the first
     product it brings its tensors into their order, with as many bytes (on a CPU `weight` then has
-    positions and values, and `weight_indices` is empty). Whatever else asks for the tensors
-    (`state_dict`, `to`, `dense_weight`) brings the order of the files back first. Layers that
-    accelerate offloads, and those that the kernels refuse, stay as they are and compute in PyTorch.
+    positions and values, and `weight_indices` is empty), and on a GPU the ways for many tokens are
+    measured where this user has not had that done (`kernels.cuda.card`). Whatever else asks for
+    the tensors (`state_dict`, `to`, `dense_weight`) brings the order of the files back first.
+    Layers that accelerate offloads, and those that the kernels refuse, stay as they are and
+    compute in PyTorch.
 
     Args:
         layer: what it holds, of an N:M pattern.
@@ -162,6 +164,9 @@ class PackedLinear(nn.Module):
                         warnings.warn(text, RuntimeWarning, stacklevel=2)
                     return False
                 self.kind, self.order = kind, order
+                if dtype is not None:
+                    held = self._held()
+                    self.copy, self.copies = ORDERS[order].choose(self.layer, kind, held, dtype)
             return order is not None
 
     def _kind_now(self, device: str, dtype: torch.dtype | None) -> str | None:

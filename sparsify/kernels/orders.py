@@ -20,6 +20,8 @@ from sparsify.kernels.cpu import linear as cpu
 from sparsify.kernels.cpu.library import library
 from sparsify.kernels.cuda import layout as cuda_layout
 from sparsify.kernels.cuda import linear as cuda
+from sparsify.kernels.cuda.card import chosen_copy
+from sparsify.kernels.cuda.ways import Problem
 from sparsify.kernels.triton_jit import triton
 from sparsify.packed.layout import Layer
 
@@ -54,6 +56,15 @@ class Order(Protocol):
 
     def restore(self, layer: Layer, kind: str, parts: Parts) -> Parts:
         """To the files' order, bit for bit."""
+
+    def choose(
+        self, layer: Layer, kind: str, parts: Parts, dtype: torch.dtype
+    ) -> tuple[str, list[Tensor]]:
+        """The way for many tokens of this dtype, where it holds a copy beside prepared parts.
+
+        Returns:
+            Its name and the copy, or "" and nothing.
+        """
 
     def linear(
         self, layer: Layer, kind: str, parts: Parts, x: Tensor, bias: Tensor | None,
@@ -96,6 +107,12 @@ class _Cpu:
         """See `cpu.layout`."""
         prepared = cpu_layout.Prepared(parts.weight, parts.weight_scales, parts.weight_zeros)
         return Parts(*cpu_layout.restore(kind, *layer.shape, prepared))
+
+    def choose(
+        self, layer: Layer, kind: str, parts: Parts, dtype: torch.dtype
+    ) -> tuple[str, list[Tensor]]:
+        """None holds a copy."""
+        return "", []
 
     def linear(
         self, layer: Layer, kind: str, parts: Parts, x: Tensor, bias: Tensor | None,
@@ -148,6 +165,16 @@ class _Cuda:
         size = layer.scheme.group_size or 0
         prepared = cuda_layout.Prepared(*parts)
         return Parts(*cuda_layout.restore(kind, *layer.shape, size, prepared))
+
+    def choose(
+        self, layer: Layer, kind: str, parts: Parts, dtype: torch.dtype
+    ) -> tuple[str, list[Tensor]]:
+        """See `card.chosen_copy`; not while a graph is captured, which could not wait for times."""
+        if not parts.weight.is_cuda or torch.cuda.is_current_stream_capturing():
+            return "", []
+        size, has_zeros = layer.scheme.group_size or 0, parts.weight_zeros is not None
+        problem = Problem(kind, *layer.shape, size, has_zeros, cuda.DTYPES[dtype])
+        return chosen_copy(problem, cuda_layout.Prepared(*parts))
 
     def linear(
         self, layer: Layer, kind: str, parts: Parts, x: Tensor, bias: Tensor | None,

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from jobs.benchmarks.support import linear_sides_cuda
 from sparsify.errors import InputError
-from sparsify.kernels.cuda import choice, decode, linear, ways
+from sparsify.kernels.cuda import card, choice, decode, linear, ways
 from sparsify.kernels.cuda.expand import expand
 from sparsify.kernels.cuda.layout import KINDS, Prepared, prepare, restore
 from sparsify.packed.layer import NF4, unpack_layer
@@ -326,6 +328,33 @@ class TestInterpreted:
         # A layer of this shape without the copy is not given a way that needs one.
         output = linear.linear(inputs, packed.prepared, bias, [], "", "int4", 40, 128)
         assert ((output.double() - expected).norm() / expected.norm()) < 1e-2
+
+    def test_a_layer_that_comes_into_the_kernels_order_is_measured_once_on_its_card(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        calls: list[None] = []
+
+        def seconds(call: Callable[[], object]) -> float:
+            call()
+            calls.append(None)
+            return 1 / len(calls)  # what is measured later is faster: the dense way
+
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "card")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        few = partial(choice.measure_ways, tokens=(32, 64))
+        monkeypatch.setattr(card, "measure_ways", few)
+        monkeypatch.setattr(card, "cold_s", seconds)
+        monkeypatch.setattr(card, "cache_folder", lambda: tmp_path)
+        monkeypatch.setattr(choice._Used, "choices", choice.Choices(None, "", {}))
+        packed = Packed("int4", 40, 256, 128)
+        problem = ways.Problem("int4", 40, 256, 128, False, "bfloat16")
+        assert card.chosen_copy(problem, packed.prepared) == ("", [])
+        num_calls = len(calls)
+        assert num_calls == 3 * 2  # decode, expand and dense, at 2 numbers of tokens
+        name, copies = card.chosen_copy(problem, packed.prepared, card.use_card(may_copy=True))
+        assert name == "dense" and torch.equal(copies[0], packed.dense().bfloat16())
+        assert len(calls) == num_calls and choice.used().way(problem, 100) == "dense"
+        assert card.shown().startswith(f"card (torch {torch.__version__}, triton ")
 
     def test_the_check_that_a_benchmark_makes_on_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch

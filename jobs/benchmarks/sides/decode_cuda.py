@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama import modeling_llama
 
 from jobs.benchmarks.sides.decode import PROMPT_TOKENS, SCHEMES, config_of
-from jobs.benchmarks.support.linear_sides_cuda import elapsed_s, torch_int4
+from jobs.benchmarks.support.linear_sides_cuda import torch_int4
 from jobs.benchmarks.support.random_llama import random_model, with_linears
 from jobs.workers.speed import random_packed
+from sparsify.kernels.cuda.card import elapsed_s
 from sparsify.packed.layout import Layer
 from sparsify.pattern import Pattern
 

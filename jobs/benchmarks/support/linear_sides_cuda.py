@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify.kernels.cuda.choice import FEW_TOKENS, Choices, measure_ways
+from sparsify.kernels.cuda.card import chosen_copy, elapsed_s
+from sparsify.kernels.cuda.choice import FEW_TOKENS, Choices
 from sparsify.kernels.cuda.layout import KINDS, Prepared, prepare
 from sparsify.kernels.cuda.linear import packed_linear
-from sparsify.kernels.cuda.ways import WAYS, Problem
+from sparsify.kernels.cuda.ways import Problem
 from sparsify.kernels.triton_jit import jit, tl
 from sparsify.packed.layer import unpack_layer
 from sparsify.packed.layout import Layer, Scheme
@@ -88,13 +89,8 @@ def _chosen_copies(
     """What the chosen way holds, measured first if any batch is large enough to need a choice."""
     if most_tokens <= FEW_TOKENS:
         return [], ""
-
-    def inputs(num_tokens: int) -> Tensor:
-        return torch.randn(num_tokens, problem.num_columns, device="cuda", dtype=torch.bfloat16)
-
-    choice = choices.get(problem, lambda: measure_ways(problem, prepared, cold_s, inputs))
-    make = WAYS[choice.copy].copy if choice.copy else None
-    return ([], "") if make is None else (make(problem, prepared), choice.copy or "")
+    copy, copies = chosen_copy(problem, prepared, choices)
+    return copies, copy
 
 
 def _copied(
@@ -258,32 +254,6 @@ def recorded(side: Side, inputs_TI: Tensor) -> torch.cuda.CUDAGraph:
         for call in side.calls:
             call(inputs_TI)
     return graph
-
-
-def elapsed_s(run_once: Callable[[], object], times: int = 1) -> float:
-    """Seconds on the card of one run, the mean of several."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        run_once()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / times
-
-
-def cold_s(call: Callable[[], object]) -> float:
-    """Median seconds of a call whose data are in no cache.
-
-    Before each, 1 GiB is written: that empties the level-2 cache, and takes longer than Python
-    takes to launch the call.
-    """
-    flushed = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    call()
-    taken_s = []
-    for _ in range(7):
-        flushed.zero_()
-        taken_s.append(elapsed_s(call))
-    return statistics.median(taken_s)
 
 
 def read_bytes_per_s() -> float:

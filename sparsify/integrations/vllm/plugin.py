@@ -7,12 +7,14 @@ vLLM's own loader fills them from the files (each process takes its rows or colu
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -27,7 +29,8 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from sparsify.integrations.linear import PackedLinear
 from sparsify.integrations.quantizer import put_checked_layers
-from sparsify.integrations.vllm.shares import fused_layer, share_of
+from sparsify.integrations.vllm.shares import fused_layer, may_copy, share_of
+from sparsify.kernels.cuda.card import use_card
 from sparsify.packed.folder import PackedFolder
 from sparsify.packed.layer import DTYPE_NAMES, DTYPES
 from sparsify.packed.layout import METHOD, Contents, Layer
@@ -104,6 +107,11 @@ class TwofourConfig(QuantizationConfig):
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
 
+@cache
+def _use_card(copies: bool) -> None:
+    use_card(may_copy=copies)
+
+
 @register_weight_loader_v2_supported_method
 class TwofourLinearMethod(LinearMethodBase):
     """One packed layer of vLLM's model.
@@ -123,9 +131,13 @@ class TwofourLinearMethod(LinearMethodBase):
         """Give the layer this process's share of the tensors, to be loaded.
 
         Raises:
-            InputError: the tensor parallel size cuts what must stay together.
+            InputError: the tensor parallel size cuts what must stay together, or
+                `--additional-config` says something of this method that it does not know.
         """
         self.dtype = params_dtype
+        copies = may_copy(get_current_vllm_config().additional_config)
+        if copies and torch.get_default_device().type == "cuda":
+            _use_card(copies)
         self.share = share_of(
             self.name, self.whole, sum(output_partition_sizes), input_size_per_partition
         )

@@ -89,6 +89,24 @@ def _what_is_cut(layer: Layer, size: int) -> str | None:
     return None
 
 
+def may_copy(additional_config: object) -> bool:
+    """What vLLM's `--additional-config '{"twofour": {"may_copy": true}}'` says, false by default:
+    whether layers on a GPU may hold their weight once more to be nowhere slower than dense.
+
+    Raises:
+        InputError: there is something else under that name.
+    """
+    given = additional_config.get("twofour", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping) or given.keys() - {"may_copy"}:
+        raise InputError(
+            f"additional-config: twofour is {given!r}; it knows {{'may_copy': true}} alone"
+        )
+    copies = given.get("may_copy", False)
+    if not isinstance(copies, bool):
+        raise InputError(f"additional-config: twofour.may_copy is {copies!r}; give true or false")
+    return copies
+
+
 def _way(layer: Layer | None) -> tuple[object, ...] | None:
     return None if layer is None else (layer.scheme, layer.pattern, layer.shape[1])
 

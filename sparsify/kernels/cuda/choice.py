@@ -1,9 +1,9 @@
 """Which way is taken for how many tokens: measured once for a shape on a card, and kept in a file.
 
 Up to 16 tokens it is always `decode`. Beyond, times of every way at some numbers of tokens decide;
-what measures is given by the caller, and so is the folder: this package reads no clock. A layer may
-hold one copy beside its packed tensors if it is allowed to; without one, some numbers of tokens may
-be slower than a dense layer's, which the table then says.
+what measures is given by the caller (`card`), and so is the folder. A layer may hold one copy
+beside its packed tensors if it is allowed to; without one, some numbers of tokens may be slower
+than a dense layer's, which the table then says.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ FEW_TOKENS = 16
 
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """at which ways are measured; any other number counts as the next larger one, or the last"""
+
+_PLAIN = {"decode", "expand"}
+"""they hold no copy, so that no card is without them"""
 
 _DEFAULT = {64: "decode", TOKENS[-1]: "expand"}
 """without a choice"""
@@ -55,7 +59,7 @@ class Choice:
     def slower_than_dense(self) -> dict[int, float]:
         """Tokens -> time over dense's, where no copy was allowed and it is above 1."""
         ratios = {
-            tokens: self.times_s[tokens][way] / self.times_s[tokens]["dense"]
+            tokens: self.times_s[tokens][way] / self.times_s[tokens].get("dense", math.inf)
             for tokens, way in self.ways.items()
         }
         return {tokens: ratio for tokens, ratio in ratios.items() if ratio > 1}
@@ -68,7 +72,7 @@ def choose(
     """The fastest way at each number of tokens.
 
     Args:
-        times_s: tokens -> way -> seconds; `dense` and a way without a copy are always among them.
+        times_s: tokens -> way -> seconds; a way without a copy is always among them.
         may_copy: hold one more copy of the weight. The copy is then the one with the best mean of
             logarithms over the numbers of tokens, among those that are nowhere slower than dense.
         may_round: take ways that round the inputs.
@@ -105,17 +109,28 @@ def measure_ways(
         seconds: measures a call.
         make_inputs: number of tokens -> inputs (T, I).
 
-    Cost: memory of one more copy at a time; the time of the calls.
+    Cost: memory of one more copy at a time; the time of the calls. A way with a copy that fails,
+    for want of memory or of support for the shape, is left out with a warning.
     """
     times_s: dict[int, dict[str, float]] = {number: {} for number in tokens}
     for name, way in ways.items():
         if not way.takes(problem):
             continue
-        copies = [] if way.copy is None else way.copy(problem, prepared)
-        for number in tokens:
-            inputs_TI = make_inputs(number)
-            call = _bound(way, problem, inputs_TI, prepared, copies)
-            times_s[number][name] = seconds(call)
+        found: dict[int, float] = {}
+        try:
+            copies = [] if way.copy is None else way.copy(problem, prepared)
+            for number in tokens:
+                call = _bound(way, problem, make_inputs(number), prepared, copies)
+                found[number] = seconds(call)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if way.copy is None:
+                raise
+            reason = str(error).split("\n")[0]
+            text = f"{problem.name}: {name} is not among the ways of this card ({reason})"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            continue
+        for number, taken_s in found.items():
+            times_s[number][name] = taken_s
     return times_s
 
 
@@ -158,8 +173,7 @@ class Choices:
     ) -> Choice:
         """The choice for a problem; `times` measures it where it has not been measured.
 
-        Raises:
-            InputError: the file cannot be written.
+        Where the file cannot be written, a warning says so once and times stay in memory.
         """
         if problem.name not in self.found:
             self.found[problem.name] = choose(times(), self.may_copy, self.may_round)
@@ -175,10 +189,10 @@ class Choices:
         return _at(_DEFAULT, num_tokens) if choice is None else choice.way(num_tokens)
 
     def rows(self) -> list[tuple[str, int, str, float, float]]:
-        """(problem, tokens, way, seconds, time of dense over it), for a table."""
+        """(problem, tokens, way, seconds, time of dense over it or NaN without one)."""
         return [
             (name, tokens, way, choice.times_s[tokens][way],
-             choice.times_s[tokens]["dense"] / choice.times_s[tokens][way])
+             choice.times_s[tokens].get("dense", math.nan) / choice.times_s[tokens][way])
             for name, choice in sorted(self.found.items())
             for tokens, way in sorted(choice.ways.items())
         ]  # fmt: skip
@@ -195,7 +209,7 @@ class Choices:
                 return  # other software: other times
             for name, times in given["times_s"].items():
                 times_s = {int(n): {w: float(s) for w, s in at.items()} for n, at in times.items()}
-                if not all("dense" in at and at.keys() <= WAYS.keys() for at in times_s.values()):
+                if not all(_PLAIN <= at.keys() <= WAYS.keys() for at in times_s.values()):
                     raise ValueError(f"ways of {name}")
                 self.found[name] = choose(times_s, self.may_copy, self.may_round)
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -210,9 +224,13 @@ class Choices:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.file, {**self._about(), "times_s": times})
         except OSError as error:
-            raise InputError(
-                f"choices {self.file}: cannot be written ({error.strerror}); name another folder"
-            ) from None
+            warnings.warn(
+                f"choices {self.file}: cannot be written ({error.strerror}); ways are measured "
+                "again by every process until use_card names another folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.folder = None
 
 
 def _at(by_tokens: Mapping[int, str], num_tokens: int) -> str:

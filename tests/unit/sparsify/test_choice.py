@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsify.errors import InputError
+from sparsify.kernels.cuda.card import shown
 from sparsify.kernels.cuda.choice import TOKENS, Choices, choose, measure_ways
 from sparsify.kernels.cuda.layout import Prepared
 from sparsify.kernels.cuda.ways import Problem, Way
@@ -135,11 +136,51 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, content: str) -> None
         Choices(tmp_path, "card", VERSIONS)
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_said_once_and_times_stay_in_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     choices = Choices(tmp_path / "file" / "below", "card", VERSIONS)
-    with pytest.raises(InputError, match=r"cannot be written .*; name another folder"):
-        choices.get(PROBLEM, lambda: TIMES)
+    with pytest.warns(RuntimeWarning, match=r"cannot be written \(Not a directory\); ways are"):
+        chosen = choices.get(PROBLEM, lambda: TIMES)
+    assert choices.get(PROBLEM, never) == chosen
+    choices.get(Problem("int8", 64, 256, 0, False, "bfloat16"), lambda: TIMES)  # no second warning
+
+
+def test_what_was_measured_is_shown(tmp_path: Path) -> None:
+    assert shown(tmp_path) == f"nothing has been measured: {tmp_path} has no choices-CARD.json"
+    Choices(tmp_path, "NVIDIA H100", VERSIONS).get(PROBLEM, lambda: TIMES)
+    without = {32: {"decode": 2e-6, "expand": 3e-6}}
+    Choices(tmp_path, "NVIDIA L4", {"torch": "2.11"}).get(PROBLEM, lambda: without)
+    name = "64x256-int4-g128-bfloat16"
+    lines = shown(tmp_path).splitlines()
+    assert lines[0] == "NVIDIA H100 (torch 2.13.0, triton 3.7.1)" and len(lines) == 6
+    assert lines[1].split() == [name, "32", "tokens", "decode", "1000000.0", "us,", "2.00", "times",
+                                "as", "fast", "as", "dense"]  # fmt: skip
+    assert lines[4] == "NVIDIA L4 (torch 2.11)"
+    assert lines[5].split() == [name, "32", "tokens", "decode", "2.0", "us"]
+    (tmp_path / "choices-bad.json").write_text('{"card": "bad"}')
+    with pytest.raises(InputError, match=r"choices-bad.json: damaged \(KeyError\); delete it"):
+        shown(tmp_path)
+
+
+def test_a_way_that_fails_is_left_out_with_a_word_unless_it_is_one_that_every_card_has() -> None:
+    def run(problem: Problem, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return x
+
+    def fail(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+
+    def measured(ways: dict[str, Way]) -> dict[int, dict[str, float]]:
+        prepared = Prepared(torch.zeros(1), torch.zeros(1), None, None)
+        return measure_ways(
+            PROBLEM, prepared, lambda call: 1.0 + (call() is None),
+            lambda n: torch.zeros(n, 256), ways, tokens=(32,),
+        )  # fmt: skip
+
+    with pytest.warns(RuntimeWarning, match=r"dense is not .* \(CUDA out of memory. Tried\)$"):
+        times = measured({"decode": Way(run), "dense": Way(run, fail)})
+    assert times == {32: {"decode": 1.0}} and not choose(times, may_copy=True).slower_than_dense
+    with pytest.raises(torch.OutOfMemoryError):
+        measured({"decode": Way(fail)})
 
 
 def test_the_default_numbers_of_tokens_are_measured() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify.errors import InputError
-from sparsify.integrations.vllm.shares import fused_layer, share_of
+from sparsify.integrations.vllm.shares import fused_layer, may_copy, share_of
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.packed.layer import DTYPE_NAMES, pack_layer, unpack_layer
 from sparsify.packed.layout import Layer, Scheme
@@ -127,3 +127,22 @@ def test_parts_that_are_stored_in_different_ways_are_refused(other, said, is_fir
         fused_layer("m.qkv_proj", parts)
     text = message(caught)
     assert text.startswith("m.qkv_proj: ") and "q_proj is int4-g32 of 96 columns" in text
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, False), ({"other": 1}, False), ({"twofour": {}}, False), (object(), False),
+    ({"twofour": {"may_copy": False}}, False), ({"twofour": {"may_copy": True}}, True),
+])  # fmt: skip
+def test_a_copy_beside_the_packed_weight_is_held_where_the_server_was_told_so(given, expected):
+    assert may_copy(given) is expected
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (True, "twofour is True; it knows {'may_copy': true} alone"),
+    ({"may_coppy": True}, "twofour is {'may_coppy': True}; it knows {'may_copy': true} alone"),
+    ({"may_copy": "yes"}, "twofour.may_copy is 'yes'; give true or false"),
+])  # fmt: skip
+def test_what_the_method_does_not_know_is_refused(given, said):
+    with pytest.raises(InputError) as caught:
+        may_copy({"twofour": given})
+    assert message(caught) == f"additional-config: {said}"
