@@ -30,12 +30,16 @@ NOTES = (
     "thread batch 1 alone",
     "vLLM (--vllm-python), where it was measured: a dense model, bfloat16, no compiled graphs; a "
     "token's seconds are a mean; its settings are its own",
+    "llama.cpp (--llama-python), where it was measured: linear layers in its Q4_0, dense, 4.5 bits "
+    "a weight; embeddings and head in float16",
     "peak memory is the process's with Python and torch (0.4 GB), and with making the weights",
 )
 
 _DENSE = ("dense float32", "dense bfloat16")
 
 _PROMISED = 2.5
+
+_ENGINES = {"vLLM": "vLLM for CPUs", "llama.cpp": "llama-cpp-python and gguf"}
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -48,8 +52,13 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--model-batches", batches, "prompts at once", nargs="+", metavar="N")
     add_option(parser, "--vocabulary", 128256, "its tokens")
     add_option(parser, "--side-seconds", 20.0, "for its batches, in each side")
-    python = "Python of an environment with vLLM for CPUs, to measure it too"
-    add_option(parser, "--vllm-python", None, python, metavar="PATH")
+    for name, packages in _ENGINES.items():
+        python = f"Python of an environment with {packages}, to measure {name} too"
+        add_option(parser, _flag(name), None, python, metavar="PATH")
+
+
+def _flag(engine: str) -> str:
+    return f"--{engine.lower().removesuffix('.cpp')}-python"
 
 
 def check_model(options: Namespace) -> None:
@@ -62,9 +71,11 @@ def check_model(options: Namespace) -> None:
         raise InputError(f"--model {options.model}: use none, or one of {', '.join(SHAPES)}")
     if unknown := [side for side in options.model_sides if side not in SIDES]:
         raise InputError(f"--model-sides {unknown[0]}: use some of {', '.join(SIDES)}")
-    python = options.vllm_python
-    if python is not None and not Path(python).is_file():
-        raise InputError(f"--vllm-python {python}: no such file; name an environment's bin/python")
+    for name, python in (("vLLM", options.vllm_python), ("llama.cpp", options.llama_python)):
+        if python is not None and not Path(python).is_file():
+            raise InputError(
+                f"{_flag(name)} {python}: no such file; name an environment's bin/python"
+            )
     for text in options.model_batches:
         if not str(text).isdigit() or int(text) < 1:
             raise InputError(f"--model-batches {text}: write numbers of prompts, such as 1 16")
@@ -88,12 +99,16 @@ def measure_model(options: Namespace, num_threads: int) -> list[dict[str, Any]]:
         module = "jobs.benchmarks.sides.decode"
         words = [sys.executable, "-m", module]
         found.append(run_side(side, words, task, place, {"OMP_NUM_THREADS": str(num_threads)}))
-    if options.vllm_python is None:
-        print(
-            "vLLM: left out; --vllm-python names the Python of an environment with it", flush=True
-        )
-    else:
-        found.append(_measure_vllm(options, num_threads))
+    for name, python, measure in (
+        ("vLLM", options.vllm_python, _measure_vllm),
+        ("llama.cpp", options.llama_python, _measure_llama),
+    ):
+        if python is None:
+            flag = _flag(name)
+            print(f"{name}: left out; {flag} names the Python of an environment with it")
+            continue
+        print(f"{options.model}, {name}", flush=True)
+        found.append(measure(options, num_threads))
     return found
 
 
@@ -103,7 +118,6 @@ def _measure_vllm(options: Namespace, num_threads: int) -> dict[str, Any]:
     if not folder.is_dir():
         config = config_of(options.model, options.vocabulary)
         write_checkpoint(folder, config, 0, torch.bfloat16)
-    print(f"{options.model}, vLLM", flush=True)
     task = {
         "folder": str(folder.absolute()), "dtype": "bfloat16", "threads": num_threads,
         "batches": sorted({int(batch) for batch in options.model_batches}),
@@ -118,6 +132,21 @@ def _measure_vllm(options: Namespace, num_threads: int) -> dict[str, Any]:
     }  # fmt: skip
     words = [str(options.vllm_python), str(script)]
     return run_side("vLLM", words, task, options.workdir / "decode-vllm", environment)
+
+
+def _measure_llama(options: Namespace, num_threads: int) -> dict[str, Any]:
+    """llama.cpp with its own 4-bit weights of the same shape."""
+    folder = options.workdir.absolute()
+    task = {
+        "file": str(folder / f"decode-{options.model}-{options.vocabulary}.gguf"),
+        "sizes": SHAPES[options.model], "vocab_size": options.vocabulary,
+        "threads": sorted({1, num_threads}), "budget_s": options.side_seconds,
+        "batches": sorted({int(batch) for batch in options.model_batches}),
+        "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS,
+    }  # fmt: skip
+    script = Path(sides.__file__).with_name("llama_decode.py")
+    words = [str(options.llama_python), str(script)]
+    return run_side("llama.cpp", words, task, folder / "decode-llama", {"PYTHONPATH": ""})
 
 
 def run_side(

@@ -137,21 +137,99 @@ def test_batches_beyond_the_seconds_are_named(monkeypatch: pytest.MonkeyPatch) -
 def test_vllm_is_run_by_its_own_python(tmp_path: Path, capsys: Any) -> None:
     options = Namespace(
         model="tiny", model_sides=[], model_batches=["4", "1"], vocabulary=1024, side_seconds=9.0,
-        workdir=tmp_path, vllm_python=None,
+        workdir=tmp_path, vllm_python=None, llama_python=None,
     )  # fmt: skip
     assert whole_model.measure_model(options, 2) == []
-    assert "vLLM: left out; --vllm-python names" in capsys.readouterr().out
-    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    options.vllm_python = str(python)
+    said = capsys.readouterr().out
+    assert "vLLM: left out; --vllm-python names" in said
+    assert "llama.cpp: left out; --llama-python names" in said
+    options.vllm_python = python_with(tmp_path, vllm=FAKE_VLLM)
     (found,) = whole_model.measure_model(options, 2)
     assert found["side"] == "vLLM 0.0, dense bfloat16"
     assert [(row["threads"], row["batch"]) for row in found["rows"]] == [(2, 1), (2, 4)]
     assert all(0 < row["token_s"] < row["first_token_s"] + 9 for row in found["rows"])
     assert found["num_bytes"] > 2 * 2 * 1024 * 64  # embeddings and head of the folder
 
+
+def python_with(folder: Path, **modules: str) -> str:
+    """A Python that imports these modules beside what this one has."""
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_llama_cpp_is_run_by_its_own_python(tmp_path: Path) -> None:
+    options = Namespace(
+        model="tiny", model_sides=[], model_batches=["3", "1"], vocabulary=1024, side_seconds=9.0,
+        workdir=tmp_path, vllm_python=None,
+        llama_python=python_with(tmp_path, llama_cpp=FAKE_LLAMA, gguf=FAKE_GGUF),
+    )  # fmt: skip
+    (found,) = whole_model.measure_model(options, 2)
+    assert found["side"] == "llama.cpp (llama-cpp-python 0.0), dense Q4_0"
+    assert [(row["threads"], row["batch"]) for row in found["rows"]] == [(1, 1), (2, 1), (2, 3)]
+    assert all(0.01 < row["token_s"] < 9 for row in found["rows"])
+    shapes = json.loads((tmp_path / "decode-tiny-1024.gguf").read_text())
+    weights = {name: shape for name, shape in shapes.items() if name.endswith("weight")}
+    assert len(weights) == 2 + 2 * 9 and shapes["blk.1.ffn_down.weight"] == [64, 128 // 32 * 18]
+    assert shapes["vocab_size"] == 1024 and shapes["head_count_kv"] == 2
+    assert found["num_bytes"] == (tmp_path / "decode-tiny-1024.gguf").stat().st_size
+
+
+FAKE_GGUF = """
+import json
+from types import SimpleNamespace
+
+GGMLQuantizationType = SimpleNamespace(Q4_0=2)
+
+
+class GGUFWriter:
+    def __init__(self, path, architecture):
+        self.path, self.found = path, {}
+
+    def add_tensor(self, name, data, raw_dtype=None):
+        self.found[name] = data.shape
+
+    def write_tensors_to_file(self):
+        open(self.path, "w").write(json.dumps(self.found))
+
+    def __getattr__(self, name):
+        return lambda *given: self.found.update({name.removeprefix("add_"): (given or [None])[0]})
+"""
+
+FAKE_LLAMA = """
+import ctypes, time
+from types import SimpleNamespace
+
+__version__ = "0.0"
+llama_model_default_params = llama_context_default_params = SimpleNamespace
+llama_backend_init = lambda: None
+llama_model_load_from_file = lambda path, params: path
+llama_init_from_model = lambda model, params: params
+llama_free = llama_batch_free = lambda what: None
+logits = (ctypes.c_float * 1024)()
+logits[7] = 1.0
+
+
+def llama_batch_init(num_tokens, width, num_sequences):
+    lists = {name: [None] * num_tokens for name in ("token", "pos", "n_seq_id", "logits")}
+    return SimpleNamespace(**lists, seq_id=[[None] for _ in range(num_tokens)])
+
+
+def llama_decode(context, batch):
+    count, size = batch.n_tokens, context.n_seq_max
+    assert count in (size, size * 32) and sum(batch.logits[:count]) == size
+    assert batch.pos[:count] == [batch.pos[0] + at % (count // size) for at in range(count)]
+    assert count > size or (set(batch.token[:count]) == {7} and batch.pos[0] >= 32)
+    assert max(batch.pos[:count]) < context.n_ctx // size
+    time.sleep(0.02)
+    return 0
+
+
+llama_get_logits_ith = lambda context, index: ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
+"""
 
 FAKE_VLLM = """
 import json, os, time
@@ -178,7 +256,7 @@ def test_a_side_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(whole_model, "run_logged", lambda *given: 1)
     options = Namespace(
         model="tiny", model_sides=["int4"], model_batches=[1], vocabulary=8, side_seconds=1.0,
-        workdir=tmp_path, vllm_python=None,
+        workdir=tmp_path, vllm_python=None, llama_python=None,
     )  # fmt: skip
     with pytest.raises(TwofourError, match=r"int4: ended with exit code 1; see .*decode-int4.log"):
         whole_model.measure_model(options, 1)
@@ -194,6 +272,7 @@ def test_a_side_that_fails_names_its_log(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["--model", "9b"], "--model 9b: use none, or one of llama-3.1-8b"),
         (["--model-sides", "int3"], "--model-sides int3: use some of dense float32"),
         (["--vllm-python", "/none"], "--vllm-python /none: no such file; name an environment's"),
+        (["--llama-python", "/none"], "--llama-python /none: no such file; name an environment's"),
         (["--model-batches", "x"], "--model-batches x: write numbers of prompts"),
         (["--kinds", "int3"], "--kinds int3: unknown; use one of: float32"),
     ],
