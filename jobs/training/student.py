@@ -31,7 +31,7 @@ from sparsify.models.lm_head import LanguageHead, check_head
 from sparsify.models.load import DTYPES, check_vocabulary, load_model, load_tokenizer, read_config
 from sparsify.models.masked import apply_masks_, infer_block_masks, mask_gradients, num_alive
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
-from sparsify.models.varlen import choose_attention
+from sparsify.models.varlen_check import choose_attention
 from sparsify.pattern import Pattern
 from sparsify.rotation.basis import Rotation, fold_rotation
 from sparsify.training.moving_masks import MovingMasks

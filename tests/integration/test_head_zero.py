@@ -14,7 +14,8 @@ from sparsify.distillation import TokenCounts
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.student import DistillStudent
 from sparsify.models.lm_head import find_head
-from sparsify.models.varlen import VARLEN, choose_attention
+from sparsify.models.varlen import VARLEN
+from sparsify.models.varlen_check import choose_attention
 from sparsify.params import LossWeights
 from tests.families import in_two_documents, tiny, token_rows
 from tests.integration.recoveries import run

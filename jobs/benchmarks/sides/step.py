@@ -38,7 +38,7 @@ from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.calls import run_model
 from sparsify.models.masked import apply_masks_, infer_masks
 from sparsify.models.training import compile_layers, prepare_student, recompute_layers
-from sparsify.models.varlen import choose_attention
+from sparsify.models.varlen_check import choose_attention
 from sparsify.pattern import Pattern
 
 PHASES = (

@@ -22,18 +22,17 @@ from sparsify.data.rows import TokenRows
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.student import DistillStudent
 from sparsify.errors import InputError
-from sparsify.models import varlen
+from sparsify.models import varlen, varlen_check
 from sparsify.models.calls import first_block_alone, run_model
 from sparsify.models.lm_head import check_head
 from sparsify.models.training import prepare_student, recompute_layers
 from sparsify.models.varlen import (
     VARLEN,
-    check_varlen,
-    choose_attention,
     end_to_end,
     find_documents,
     use_varlen,
 )
+from sparsify.models.varlen_check import check_varlen, choose_attention
 from sparsify.params import LossWeights
 from tests.families import FAMILIES, tiny, token_rows
 from tests.unit.sparsify.test_isolation import tiny as tiny_of_type
@@ -369,7 +368,8 @@ def test_compiled_layers_run_one_document_after_another_uncompiled(share):
 
 def test_a_kernel_that_computes_something_else_is_refused(kernels, monkeypatch):
     """A model held in float32 that is to train in bfloat16: only then the kernel is asked."""
-    monkeypatch.setattr(varlen, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    for module in (varlen, varlen_check):
+        monkeypatch.setattr(module, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
     model = tiny("Mistral")
     check_varlen(model, in_half=True)
     right = torch_varlen.varlen_attn
