@@ -75,6 +75,9 @@ class PruneConfig(PruneParams):
     """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
     batch_size: int = option(8, low=1, speed_only=True)
     """calibration rows per forward on one worker; changes memory and speed only"""
+    attention: str = option("auto", one_of=("auto", "varlen", "masked"), speed_only=True)
+    """over rows of several documents: varlen (within each document), masked (over the whole row) or
+    auto: varlen where a GPU has a kernel for it and the model computes the same with it"""
     skip: list[str] = option([])
     """glob patterns of linear layers left dense, such as [*.down_proj]"""
     order: str = option("auto", one_of=("auto", "layer", "block", "dense"))

@@ -24,6 +24,9 @@ class QuantizeConfig(QuantParams):
     """share of the Hessian's mean diagonal added to its diagonal; over 0, at most 1"""
     batch_size: int = option(8, low=1, speed_only=True)
     """calibration rows per forward on one worker; changes memory and speed only"""
+    attention: str = option("auto", one_of=("auto", "varlen", "masked"), speed_only=True)
+    """over rows of several documents: varlen (within each document), masked (over the whole row) or
+    auto: varlen where a GPU has a kernel for it and the model computes the same with it"""
     skip: list[str] = option([])
     """glob patterns of pruned layers whose values stay as they are, such as [*.down_proj]"""
     reduction: str = option("fast", one_of=("fast", "fixed"))
@@ -45,6 +48,6 @@ class QuantizeConfig(QuantParams):
 
 
 _OF_OWN_WALK = (
-    "num_samples", "teacher_share", "batch_size", "reduction", "activations",
+    "num_samples", "teacher_share", "batch_size", "attention", "reduction", "activations",
     "checkpoint_every_blocks",
 )  # fmt: skip

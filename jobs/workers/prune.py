@@ -208,8 +208,9 @@ class Pruning:
         settings, context, method = self._config.prune, self._context, get_method(name)
         args = (self._rows, method, self._pattern, self._params)
         memory = Memory(
-            settings.batch_size, self._config.model.dtype, context.device, overlap=settings.overlap
-        )
+            settings.batch_size, self._config.model.dtype, context.device,
+            attention=settings.attention, overlap=settings.overlap,
+        )  # fmt: skip
         common: dict[str, Any] = {
             "comm": self._comm, "layers": layers, "on_block": on_block,
             "clock": time.perf_counter,

@@ -63,7 +63,9 @@ def quantize_on_worker(context: WorkerContext, payload: dict[str, Any]) -> list[
                 save_packed_folder(folder, model, tokenizer, masks, pattern, result.layers, sparse)
         return [asdict(report) for report in result.reports]
     own = walk_sizes(context, config, sparse, rows.num_tokens, settings.has_teacher)
-    memory = Memory(settings.batch_size, config.model.dtype, context.device)
+    memory = Memory(
+        settings.batch_size, config.model.dtype, context.device, attention=settings.attention
+    )
     memory = placed(comm, own, settings.activations, memory)
     scratch = payload["scratch"] / "blocks"
     with disk_errors(payload["scratch"]):

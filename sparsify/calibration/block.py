@@ -6,8 +6,10 @@ the layers of this one are. Shape suffixes: B rows of a batch, T tokens of a row
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -22,10 +24,20 @@ from sparsify.errors import InputError
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockArguments, BlockCalls, BlockInputs, run_block
 from sparsify.models.isolation import require_causal, require_isolation
-from sparsify.models.structure import linears_of
+from sparsify.models.structure import base_of, linears_of
+from sparsify.models.varlen import HALF, documents_of, has_kernel
+from sparsify.models.varlen_check import choose_attention
 from sparsify.models.watch import shared_input_groups
 
 _ONE_ROW = -1  # in place of a batch's number: the first row of the first batch
+
+
+def _nothing() -> None:
+    pass
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 @dataclass
@@ -79,13 +91,17 @@ class BlockReader:
         rows: calibration rows of all processes.
         batches: those of this one, on the device.
         store: the hidden states before a block.
+        attention: see `hidden_states.Memory`.
     """
 
     def __init__(
         self, source: Blocks, linears: list[tuple[int, str, nn.Linear]], rows: TokenRows,
-        batches: list[Batch], store: HiddenStateStore,
+        batches: list[Batch], store: HiddenStateStore, attention: str,
     ) -> None:  # fmt: skip
-        self._calls = BlockCalls(source.model, source.blocks)
+        base = base_of(source.model)
+        self._calls = BlockCalls(source.model, source.blocks, partial(documents_of, base))
+        self._attention = attention
+        self._attend_as_before: Callable[[], None] = _nothing
         self._source = source
         self._linears = linears
         self._rows = rows
@@ -160,6 +176,11 @@ class BlockReader:
                 loaded.groups = self.groups(loaded, model)
         return loaded
 
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._attend_as_before()
+        self._attend_as_before = _nothing
+
     def groups(self, loaded: LoadedBlock, model: str) -> LayerGroups:
         """The layers to be pruned in groups, as the first batch in a model calls them."""
         index, block = loaded.index, loaded.block
@@ -184,6 +205,11 @@ class BlockReader:
         require_causal(run, vocabulary, name)
         if self._rows.is_joined:
             require_isolation(run, vocabulary, name)
+            weight = next(block.parameters())
+            if self._attention != "auto" or has_kernel(weight.device, weight.dtype):
+                self._attend_as_before = choose_attention(
+                    model, self._attention, True, weight.dtype in HALF, _warn, run
+                )
         self._calls.learn(block, self._rows[:1])
 
     def pass_dense(

@@ -42,6 +42,9 @@ class Memory:
     spare_bytes: float | None = None
     """of the device, beside the hidden states, for what is kept to save work (`room.Room`); None:
     as many as it takes if the hidden states are there too, none if they wait elsewhere"""
+    attention: str = "auto"
+    """over rows of several documents: masked; varlen, by document; auto: varlen where a GPU has a
+    kernel for it and the model allows it, see `models.varlen_check.choose_attention`"""
     overlap: bool = False
     """while layers are solved, factor the Hessians of the next ones (orders block and dense), and
     have the dense model pass the next block where it is followed (order layer with a teacher, order

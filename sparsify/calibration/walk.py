@@ -143,7 +143,9 @@ class _Walk:
         self._held: set[int] = set()
         """numbers of the batches whose forwards wait while layers are solved"""
         self._widest = max(max(layer.weight.shape) for _, _, layer in linears)
-        self._reader = BlockReader(source, linears, rows, self._batches, self._store)
+        self._reader = BlockReader(
+            source, linears, rows, self._batches, self._store, memory.attention
+        )
         self._models = ("pruned", "dense") if needs.teacher else ("pruned",)
         self._next: Callable[[], LoadedBlock] | None = None
         has_dense_pass = memory.overlap and passes_ahead(needs.order, needs.teacher)
@@ -163,6 +165,7 @@ class _Walk:
 
     def __exit__(self, *error: Any) -> None:
         self._running.close()
+        self._reader.close()
 
     def enter(self, first_block: int) -> None:
         """Bring the hidden states before the first block to be visited, and see what there is room

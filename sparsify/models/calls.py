@@ -122,10 +122,15 @@ class BlockCalls:
     Args:
         model: a transformers decoder; what comes before the blocks must hold its weights.
         blocks: its list of blocks, from `find_blocks`.
+        more: from rows to what the model is given beside them; None: nothing.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: nn.ModuleList,
+        more: Callable[[TokenRows], dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
+        self._more = more
         self._blocks = blocks
         self._rest: tuple[None, ...] | None = None
         """what comes after the hidden states in a block's answer; None: it answers a tensor"""
@@ -221,7 +226,9 @@ class BlockCalls:
             for at, block in enumerate(self._blocks):
                 object.__setattr__(block, "forward", stand_in(at, block))
             device = next(p for p in self._model.parameters() if p.device.type != "meta").device
-            run_model(self._model, rows.to(device))
+            rows = rows.to(device)
+            more = {} if self._more is None else self._more(rows)
+            run_model(self._model, rows, **more)
         except StopForward:
             pass
         finally:

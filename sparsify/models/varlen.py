@@ -17,6 +17,7 @@ head width, K = documents + 1, L tokens of a document.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,7 +63,8 @@ def unknown_work(name: str, why: str) -> InputError:
 VARLEN = "documents"
 """name of this attention in a model's config; never written to a file"""
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+"""types that PyTorch has a kernel for"""
 
 # What layers hand to attention beside queries, keys and values that changes nothing here.
 _WITHOUT_EFFECT = {
@@ -165,7 +167,7 @@ def _refusal(module: nn.Module, why: str) -> InputError:
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `varlen_attn` computes, rather than one document after another."""
-    return device.type == "cuda" and dtype in _HALF
+    return device.type == "cuda" and dtype in HALF
 
 
 def by_kernel(
@@ -206,13 +208,23 @@ def by_document(
     return torch.cat([outputs[number] for number in range(len(lengths))])
 
 
-def use_varlen(model: Any) -> None:
+def use_varlen(model: Any) -> Callable[[], None]:
     """Let a model attend by document from now on; `check_varlen` says whether it may.
 
     Its `position_ids` decide; without them every row is one document. It takes no mask, no cache.
+
+    Returns:
+        Lets it attend as before.
     """
-    model.config.get_text_config()._attn_implementation = VARLEN
-    base_of(model).register_forward_pre_hook(hand_over_documents, with_kwargs=True)
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, VARLEN
+    hook = base_of(model).register_forward_pre_hook(hand_over_documents, with_kwargs=True)
+
+    def leave() -> None:
+        config._attn_implementation = before
+        hook.remove()
+
+    return leave
 
 
 def documents_of(base: nn.Module, rows: TokenRows) -> dict[str, Any]:

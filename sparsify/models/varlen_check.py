@@ -46,8 +46,9 @@ _KERNEL_RELATIVE = 0.03  # bfloat16 keeps 8 bits of scores, outputs and gradient
 
 
 def choose_attention(
-    model: Any, wanted: str, is_joined: bool, in_half: bool, warn: Callable[[str], None]
-) -> None:
+    model: Any, wanted: str, is_joined: bool, in_half: bool, warn: Callable[[str], None],
+    run: Callable[[TokenRows], Tensor] | None = None,
+) -> Callable[[], None]:  # fmt: skip
     """Let a model attend by document if that is wanted, or if it helps and the model allows it.
 
     Call it before weights are split over workers or layers compiled.
@@ -59,6 +60,10 @@ def choose_attention(
         is_joined: whether rows hold several documents.
         in_half: whether the model will compute in half precision, whatever it is held in now.
         warn: told why the model stays with its mask under auto.
+        run: None: `check_varlen` tries the whole model; else its first block, see `require_varlen`.
+
+    Returns:
+        Lets the model attend as before.
 
     Raises:
         InputError: varlen is wanted and the model is refused.
@@ -66,15 +71,18 @@ def choose_attention(
     Cost: that of `check_varlen`.
     """
     if wanted == "masked" or (wanted == "auto" and not is_joined):
-        return
+        return lambda: None
     try:
-        check_varlen(model, in_half)
+        if run is None:
+            check_varlen(model, in_half)
+        else:
+            require_varlen(model, run, 1, in_half)
     except InputError as error:
         if wanted == "varlen":
-            raise InputError(f"distill.attention=varlen: {error}; use masked or auto") from None
+            raise InputError(f"attention=varlen: {error}; use masked or auto") from None
         warn(f"{error}; a mask keeps its documents apart, which is slower")
-    else:
-        use_varlen(model)
+        return lambda: None
+    return use_varlen(model)
 
 
 @dataclass(frozen=True)
@@ -105,18 +113,37 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
 
     Cost: two forwards of 40 tokens; with a kernel, a few attentions of 100 tokens.
     """
+    with evaluating(model):
+        num_blocks = len(find_blocks(model)[1])
+        require_varlen(model, lambda rows: logits_of(model, rows), num_blocks, in_half)
+
+
+@torch.no_grad()
+def require_varlen(
+    model: Any, run: Callable[[TokenRows], Tensor], num_blocks: int, in_half: bool
+) -> None:
+    """The same of anything that makes tensors (N, T, ...) of rows, such as a model's first block.
+
+    Args:
+        model: whose attention it is; without dropout, left as it was.
+        run: calls the model's forward, as far as it is wanted.
+        num_blocks: that `run` computes; if fewer than the model has, these must all be alike.
+        in_half: see `choose_attention`.
+
+    Raises:
+        InputError: see `check_varlen`.
+    """
     name = type(model).__name__
     config = model.config.get_text_config()
-    windows = _known_windows(config, len(find_blocks(model)[1]), name)
+    windows = _known_windows(config, num_blocks, name)
     embedding = model.get_input_embeddings()
     rows = _probe_rows(embedding.num_embeddings).to(embedding.weight.device)
     before = config._attn_implementation
-    with evaluating(model):
-        try:
-            expected = logits_of(model, rows)
-            found, calls = _recorded(model, config, rows)
-        finally:
-            config._attn_implementation = before
+    try:
+        expected = run(rows)
+        found, calls = _recorded(model, config, rows, run)
+    finally:
+        config._attn_implementation = before
     asked = tuple(call.window or None for call in calls)
     if asked != tuple(window or None for window in windows):
         raise InputError(
@@ -125,7 +152,7 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
     error, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     if not error <= _RELATIVE.get(found.dtype, _RELATIVE_HALF) * largest:
         raise InputError(
-            f"{name}: by document its logits are others than with its mask (off by {error:.3g}, "
+            f"{name}: by document its outputs are others than with its mask (off by {error:.3g}, "
             f"largest {largest:.3g})"
         )
     if has_kernel(rows.ids_NT.device, torch.bfloat16 if in_half else found.dtype):
@@ -152,9 +179,10 @@ def _probe_rows(vocabulary: int) -> TokenRows:
     return TokenRows(ids_NT, positions_NT)
 
 
-@torch.no_grad()
-def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_Call]]:
-    """Logits by document, and what the layers asked for on the way."""
+def _recorded(
+    model: Any, config: Any, rows: TokenRows, run: Callable[[TokenRows], Tensor]
+) -> tuple[Tensor, list[_Call]]:
+    """What `run` makes by document, and what the layers asked for on the way."""
     calls: list[_Call] = []
 
     def recording(
@@ -168,7 +196,7 @@ def _recorded(model: Any, config: Any, rows: TokenRows) -> tuple[Tensor, list[_C
     ALL_ATTENTION_FUNCTIONS[_RECORDED] = recording
     config._attn_implementation = _RECORDED
     try:
-        return logits_of(model, rows), calls
+        return run(rows), calls
     except InputError:
         raise
     except Exception as error:  # a model that counts on its mask fails in a way of its own

@@ -144,8 +144,10 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
     whole, deciding = flat(to_dict(Config())), flat(to_dict(Config(), deciding=True))
     assert {"distill.batch_size", "prune.damping", "quantize.scheme"} <= set(deciding)
     assert set(whole) - set(deciding) == {
-        "prune.activations", "prune.batch_size", "prune.checkpoint_every_blocks", "prune.overlap",
-        "drop.batch_size", "evaluate.batch_size", "quantize.activations", "quantize.batch_size",
+        "prune.activations", "prune.attention", "prune.batch_size", "prune.checkpoint_every_blocks",
+        "prune.overlap",
+        "drop.batch_size", "evaluate.batch_size", "quantize.activations",
+        "quantize.attention", "quantize.batch_size",
         "quantize.checkpoint_every_blocks",
         *(f"{group}.{name}" for group in ("distill", "finetune", "pretrain") for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",

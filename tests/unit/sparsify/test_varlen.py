@@ -544,5 +544,5 @@ def test_masked_is_masked():
 
 
 def test_varlen_is_refused_where_it_would_be_wrong():
-    with pytest.raises(InputError, match=r"distill.attention=varlen: Gemma2.*use masked or auto"):
+    with pytest.raises(InputError, match=r"attention=varlen: Gemma2.*use masked or auto"):
         chosen(["Llama", "Gemma2"], "varlen")
