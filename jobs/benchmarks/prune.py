@@ -67,7 +67,8 @@ _NOTES = (
     "the error of a layer is tr((W-Z) H (W-Z)^T) / tr(W H W^T), H from the dense model's inputs; "
     "in the first block both sides work on those, later each on what its own pruning made",
     "both sides: SparseGPT, 2:4, damping 0.01, blocks of 128 columns, float32, head left dense, "
-    "sequential by decoder block, no padding, documents in a row not kept apart",
+    "no padding, documents in a row not kept apart, the same allocator settings; sequential by "
+    "decoder block, or with --order dense on the dense model's inputs (propagate_error=False)",
     "llm-compressor calibrates with eager attention, as it always does, and runs in its own "
     "environment with the transformers that it asks for",
 )
@@ -86,10 +87,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--calibration", "stdlib", text)
     add_calibration(parser, samples=128, length=256, batch_size=8)
     add_threads(parser)
-    add_option(parser, "--repeats", 1, "runs of each side, in turn; the median counts")
+    repeats = "runs of each side, in turn, after one that does not count; the median counts"
+    add_option(parser, "--repeats", 3, repeats)
     walk = "this project's walk: the model in memory, or streamed from its files"
     add_option(parser, "--walk", "memory", walk, choices=["memory", "streamed"])
-    order = "this project's order: block, as the other side has it; layer or dense, in one pass"
+    order = (
+        "when inputs are measured: block, and dense on both sides; layer is this project's alone, "
+        "and the other side's is block then"
+    )
     add_option(parser, "--order", "block", order, choices=["block", "layer", "dense"])
 
 
@@ -106,9 +111,11 @@ def run(options: Namespace) -> Outcome:
     work.mkdir(parents=True, exist_ok=True)
     dense, rows = _prepare(options, work)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in _SIDES}
-    for _ in range(options.repeats):
+    for turn in range(1 + options.repeats):
         for side in _SIDES:
-            runs[side].append(run_side(side, python, dense, work, num_threads, options))
+            found = run_side(side, python, dense, work, num_threads, options)
+            if turn:  # the first one reads files and compiles what is kept for later ones
+                runs[side].append(found)
     pruned = {side: work / side for side in _SIDES}
     figures = compare(dense, pruned, rows, options.batch_size)
     for side in _SIDES:
@@ -164,24 +171,23 @@ def run_side(
         dense: model folder.
         work: folder with rows.safetensors; the side's model and log go there.
         num_threads: CPU threads.
-        options: batch_size, and walk and order for this project's side.
+        options: batch_size, order, and walk for this project's side.
     """
     out, result, log = work / side, work / f"{side}.json", work / f"{side}.log"
     shutil.rmtree(out, ignore_errors=True)
     result.unlink(missing_ok=True)
-    words = [dense, work / "rows.safetensors", out, result, num_threads, options.batch_size]
+    words = [options.order, dense, work / "rows.safetensors", out, result, num_threads]
     script = Path(__file__).parent / "sides" / "llmcompressor.py"
     start = (
-        [sys.executable, "-m", "jobs.benchmarks.sides.twofour", options.walk, options.order]
+        [sys.executable, "-m", "jobs.benchmarks.sides.twofour", options.walk]
         if side == "twofour"
         else [str(python), "-P", str(script)]
     )
     print(f"{side}: {num_threads} threads, log {log}", flush=True)
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if side == "twofour":
-        variables["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**20)  # as workers of jobs.prune have it
-    if code := run_logged([*start, *map(str, words)], log, variables):
+    variables["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**20)  # as workers of jobs.prune have it
+    if code := run_logged([*start, *map(str, words), str(options.batch_size)], log, variables):
         raise TwofourError(f"the side {side} ended with exit code {code}; see {log}")
     figures = json.loads(result.read_text(encoding="utf-8"))
     if side == "llmcompressor":

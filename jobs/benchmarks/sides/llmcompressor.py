@@ -1,8 +1,9 @@
 """llm-compressor's side of the pruning comparison. Stands alone: its Python has only its packages.
 
-Started as `python -P llmcompressor.py MODEL ROWS OUT RESULT THREADS BATCH_SIZE`. Settings are
-its own defaults (blocks of 128 columns, damping 0.01) but for what the comparison fixes: 2:4, rows
-in the order given, the head left dense, the batch size.
+Started as `python -P llmcompressor.py ORDER MODEL ROWS OUT RESULT THREADS BATCH_SIZE`. Settings
+are its own defaults (blocks of 128 columns, damping 0.01) but for what the comparison fixes: 2:4,
+rows in the order given, the head left dense, the batch size, and inputs of the dense model where
+ORDER is dense.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def prune_folder(
-    model: Path, rows: Path, out: Path, result: Path, num_threads: int, batch_size: int
+    order: str,
+    model: Path,
+    rows: Path,
+    out: Path,
+    result: Path,
+    num_threads: int,
+    batch_size: int,
 ) -> None:
     """Prune a model folder 2:4 with SparseGPTModifier; write seconds and peak memory as JSON."""
     torch.set_num_threads(num_threads)
@@ -52,6 +59,7 @@ def prune_folder(
         max_seq_length=token_ids.shape[1],
         shuffle_calibration_samples=False,
         pipeline="sequential",
+        propagate_error=order != "dense",
     )
     marks.append(("prune", *now()))
     dense.save_pretrained(out)
@@ -74,7 +82,7 @@ def peak_memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    model, rows, out, result, num_threads, batch_size = sys.argv[1:]
+    order, model, rows, out, result, num_threads, batch_size = sys.argv[1:]
     prune_folder(
-        Path(model), Path(rows), Path(out), Path(result), int(num_threads), int(batch_size)
+        order, Path(model), Path(rows), Path(out), Path(result), int(num_threads), int(batch_size)
     )

@@ -328,6 +328,45 @@ def test_the_other_sides_log_says_how_long_it_solved() -> None:
     assert math.isclose(prune.logged_seconds(log), 2.16)
 
 
+def test_both_sides_run_alike_and_the_first_runs_do_not_count(tmp_path, monkeypatch) -> None:
+    started: list[tuple[str, list[str], dict[str, str]]] = []
+
+    def run_logged(words, log, variables):
+        side = "llmcompressor" if "-P" in words else "twofour"
+        started.append((side, words, variables))
+        taken_s = 100.0 if len(started) <= 2 else 1.0 + len(started)
+        clock = {"load": 0.0, "prune": taken_s, "save": 0.0}
+        figures = {
+            "seconds": {"import": 1.0, **clock}, "cpu_seconds": clock, "peak_bytes": 1,
+            "imported_bytes": 1, "prune_phases": {"factor": 1.0, "solve": 1.0},
+        }  # fmt: skip
+        log.write_text("METRIC - time 0.5s")
+        (log.parent / f"{side}.json").write_text(json.dumps(figures))
+        return 0
+
+    judged = {"layers": {"h.0.a": 0.2}, "mean_relative_error": 0.3, "num_violations": 0,
+              "sparsity": 0.5}  # fmt: skip
+    monkeypatch.setattr(prune, "run_logged", run_logged)
+    monkeypatch.setattr(prune, "llmcompressor_python", lambda folder: Path("python"))
+    monkeypatch.setattr(prune, "installed_versions", lambda python, names: {})
+    monkeypatch.setattr(prune, "_prepare", lambda options, work: (tmp_path, None))
+    monkeypatch.setattr(prune, "compare", lambda *given: {
+        **{side: dict(judged) for side in prune._SIDES}, "mask_agreement": 1.0,
+    })  # fmt: skip
+    options = Namespace(
+        model="random", samples=2, length=8, batch_size=1, threads=1, repeats=3, walk="memory",
+        order="dense", seed=0, workdir=tmp_path,
+    )  # fmt: skip
+    found = prune.run(options)
+    assert [side for side, _, _ in started] == ["twofour", "llmcompressor"] * 4
+    assert found.figures["twofour"]["all_totals_s"] == [4.0, 6.0, 8.0]
+    assert found.figures["llmcompressor"]["all_totals_s"] == [5.0, 7.0, 9.0]
+    (_, ours, our_variables), (_, theirs, their_variables) = started[:2]
+    assert our_variables == their_variables and "MALLOC_MMAP_THRESHOLD_" in our_variables
+    assert ours[3:5] == ["memory", "dense"] and theirs[3] == "dense"
+    assert ours[5:7] == theirs[4:6] and ours[-2:] == theirs[-2:] == ["1", "1"]
+
+
 def test_the_median_run_counts() -> None:
     runs = [
         {"seconds": {"load": 0.0, "prune": s, "save": 0.0}, "cpu_seconds": dict.fromkeys(
