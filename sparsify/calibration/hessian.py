@@ -1,18 +1,17 @@
 """The second moment of a layer's inputs: streaming sum, and the factor of its inverse.
 
-Shape suffixes: T tokens, I input features, R rows of one step, A and D the two halves of I. Knows
-tensors and `Comm` only.
+Shape suffixes: T tokens, I input features, R rows of one step. Knows tensors and `Comm` only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparsify.calibration.cholesky import invert_factor_
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.gram import add_gram_, mirror_upper_, sum_dtype
@@ -23,8 +22,6 @@ _DAMPING_STEP = 10.0
 _MAX_DAMPING = 1.0
 
 _POWER_STEPS = 5
-
-_LEAF = 256  # columns of a triangle that is inverted by one solve
 
 _FLIP_ROWS = 512  # bounds the memory of a flipped copy
 
@@ -163,7 +160,10 @@ class InverseFactor:
         yield from (self.upper_II, self.dead_columns)
 
 
-def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFactor:
+def inverse_factor(
+    hessian_II: Tensor, damping: float, name: str,
+    invert_: Callable[[Tensor], bool] = invert_factor_,
+) -> InverseFactor:  # fmt: skip
     """Upper Cholesky factor of the inverse of the damped Hessian, without forming the inverse.
 
     With J the flip of the order of columns: L = chol(J H J), R = J L J is upper triangular with
@@ -174,6 +174,7 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFact
         hessian_II: symmetric (I, I); not changed.
         damping: this share of the mean of the diagonal is added to the diagonal.
         name: layer, for messages.
+        invert_: as `cholesky.invert_factor_`; what takes part in it has to call this together.
 
     Returns:
         `InverseFactor`. When the factorisation fails, damping grows tenfold up to 1.0; the value
@@ -188,7 +189,7 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFact
     the diagonal is taken over the columns that are not dead, so that the result does not depend
     on the scale of the Hessian (dead columns get the diagonal 1 and are decoupled from the rest).
 
-    Cost: 2/3 I^3 multiplications and as many additions. Memory at the peak: the result and half a
+    Cost: I^3 / 3 multiplications and as many additions. Memory at the peak: the result and half a
     matrix besides the given one, which at 28,672 columns is 3.3 + 1.6 GB.
     """
     if not bool(torch.isfinite(hessian_II).all()):
@@ -204,9 +205,8 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFact
         for num_attempts, tried in enumerate(attempts, start=1):
             matrix_II = hessian_II.flip(0, 1)
             matrix_II.diagonal().add_(dead_I.flip(0)).add_(tried * scale)
-            if not _cholesky_(matrix_II):
+            if not invert_(matrix_II):
                 continue
-            _invert_lower_(matrix_II)
             _flip_(matrix_II)
             factor = InverseFactor(matrix_II, tried, num_attempts, dead_I)
             return replace(factor, condition=_condition(factor, hessian_II, tried * scale))
@@ -217,43 +217,6 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> InverseFact
         f"{', '.join(f'{value:g}' for value in attempts)}); use more or more varied calibration "
         "rows, or a larger prune.damping"
     )
-
-
-def _cholesky_(matrix_II: Tensor) -> bool:
-    """Replace a contiguous symmetric matrix by its lower Cholesky factor, if that can be had.
-
-    False when the matrix is not positive definite to its precision; it is then spoilt. A pivot
-    that lost all but its rounding noise would be a made-up number in the solution, so it counts
-    as failed even where it happens to be positive.
-    """
-    noise = math.sqrt(len(matrix_II)) * torch.finfo(matrix_II.dtype).eps
-    least_I = noise * matrix_II.diagonal()
-    info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
-    # The factorisation works in place on columns, and rows of the lower are columns of the upper.
-    torch.linalg.cholesky_ex(matrix_II.mT, upper=True, out=(matrix_II.mT, info))
-    return int(info) == 0 and not bool((matrix_II.diagonal() ** 2 <= least_I).any())
-
-
-def _invert_lower_(lower_II: Tensor) -> None:
-    """Invert a lower triangular matrix in place.
-
-    The inverse of [[A, 0], [C, D]] is [[1/A, 0], [-1/D C 1/A, 1/D]], taken from C on.
-
-    Cost: I^3 / 3 multiplications, where solving for the columns of the identity takes I^3 / 2.
-    """
-    size = len(lower_II)
-    if size <= _LEAF:
-        eye_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
-        lower_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False))
-        return
-    half = size // 2
-    first_AA, last_DD = lower_II[:half, :half], lower_II[half:, half:]
-    corner_DA = lower_II[half:, :half]
-    solved_DA = torch.linalg.solve_triangular(last_DD, corner_DA, upper=False)
-    corner_DA.copy_(torch.linalg.solve_triangular(first_AA, solved_DA, upper=False, left=False))
-    corner_DA.neg_()
-    _invert_lower_(first_AA)
-    _invert_lower_(last_DD)
 
 
 def _flip_(matrix_II: Tensor) -> None:
