@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ _NOTES = (
     "after another, and a wait lets it catch up; shares of a card's data sheet as "
     "sparsify/costs/seconds.py has them",
     "kernels of Triton count as what support/stand_in_gpu.py says they compute",
-    "files: every weight read and written once at the rate of the run's disk, the next block and "
+    "files: every weight read and written once at --disk-gb-s, the next block and "
     "the last one beside the block in hand (sparsify/models/blocks.py, calibration/checkpoint.py), "
     "so that the first read and the last write alone are waited for; checkpoints of the walk take "
     "at most a twentieth of its time; baselines, rotations, the gate and the record are not in it",
@@ -80,6 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
     gpus = "GPUs of one machine, of which the first, with the most to do, is counted"
     add_option(parser, "--gpus", 1, gpus)
+    add_option(parser, "--disk-gb-s", 2.0, "GB/s at which files are read and written")
     add_option(parser, "--blocks", 3, "blocks that are counted")
     add_calibration(parser, samples=512, length=2048, batch_size=8)
     add_option(parser, "--method", "sparsegpt", "method")
@@ -96,7 +98,11 @@ def run(options: Namespace) -> Outcome:
         TwofourError: see `stand_in_gpu`.
     """
     num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
-    rates = rates_of(find_card(options.card, "--card"), element_bytes=2)
+    if not options.disk_gb_s > 0:
+        raise InputError(f"--disk-gb-s {options.disk_gb_s:g}: give a rate above 0")
+    rates = replace(
+        rates_of(find_card(options.card, "--card"), element_bytes=2), disk=1e9 * options.disk_gb_s
+    )
     get_method(options.method)
     if options.gpus < 1 or (options.gpus > 1 and options.device == "cuda"):
         raise InputError(
@@ -143,8 +149,8 @@ def run(options: Namespace) -> Outcome:
         rows.append(("times as fast", f"{alone_s / whole_s:.2f}"))
     tables.append(Table((f"{num_blocks} blocks", "value"), rows))
     settings = settings_of(
-        options, "shape", "card", "gpus", "blocks", "samples", "length", "batch_size", "method",
-        "order", "seed",
+        options, "shape", "card", "gpus", "disk_gb_s", "blocks", "samples", "length", "batch_size",
+        "method", "order", "seed",
     )  # fmt: skip
     targets = []
     is_target = (options.shape, options.card, options.samples, options.length) == (

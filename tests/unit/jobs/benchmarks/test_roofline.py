@@ -16,6 +16,7 @@ from jobs.benchmarks.model import limits
 from jobs.benchmarks.support.op_costs import Cost
 from jobs.benchmarks.support.random_llama import llama_config
 from jobs.benchmarks.support.stand_in_gpu import DEVICE, KERNELS, Spent, StandInGpu, stand_in_gpu
+from sparsify.calibration import cholesky, factors
 from sparsify.calibration.hidden_states import Memory
 from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
@@ -158,12 +159,36 @@ def test_several_gpus_share_rows_and_solving_and_sum_their_moments() -> None:
     assert all_of(one).get("exchanged bytes", 0.0) == 0
 
 
+def test_several_gpus_share_the_widest_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of four has a quarter of it, the triangles of its panels, and one of the others."""
+    monkeypatch.setattr(factors, "_LEAST_SHARED", 1024)
+    monkeypatch.setattr(cholesky, "_PANEL", 64)
+    options = Namespace(blocks=1, samples=8, length=32, batch_size=2, method="sparsegpt",
+                        order="auto", seed=0)  # fmt: skip
+    config = llama_config("bench-512", 1, 32, 4096)
+    spent = roofline.count(config, options, RATES, Memory(2), 4)["phases"][0]["factor"]
+    wide, narrow, panel, leaf = 1408, 512, 64, 256
+    shares = 2 / 3 * (wide**3 / 4 + narrow**3)
+    # The triangles less what the first has of their rows; leaves are solved as if they were full.
+    beside = panel * wide**2 * 3 / 4 + 2 * 2 / 3 * leaf**3
+    counted = spent["operations:factor"] + spent["operations:float32"]
+    assert counted == pytest.approx(shares + beside, rel=0.02)
+    # float32: whole factors; half of the wide matrix, of which it has a quarter; and half again.
+    sent = 4 * (3 * narrow**2 + wide**2 / 2 * (3 / 4 + 1))
+    assert sent <= spent["exchanged bytes"] <= 1.1 * sent
+
+
 def test_files_are_read_and_written_beside_the_blocks() -> None:
     assert roofline.whole_model_seconds(32, 2.0, 0.5) == 64.5
     assert roofline.whole_model_seconds(32, 0.5, 2.0) == 66.0
 
 
-def test_a_number_of_gpus_that_cannot_be_is_refused() -> None:
-    with pytest.raises(InputError, match="--gpus 0: at least 1"):
-        roofline.run(Namespace(shape="bench-512", blocks=2, card="h100", method="sparsegpt",
-                               gpus=0, device="cpu"))  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"gpus": 0}, "--gpus 0: at least 1"), ({"disk_gb_s": 0.0}, "--disk-gb-s 0: give a rate")],
+)
+def test_what_cannot_be_is_refused(wrong: dict[str, Any], words: str) -> None:
+    options = {"shape": "bench-512", "blocks": 2, "card": "h100", "method": "sparsegpt",
+               "gpus": 1, "disk_gb_s": 2.0, "device": "cpu"}  # fmt: skip
+    with pytest.raises(InputError, match=words):
+        roofline.run(Namespace(**options | wrong))
