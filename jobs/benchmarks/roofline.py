@@ -1,8 +1,8 @@
-"""What pruning costs on a GPU that is not there: the code as it runs, counted, by a card's rates.
+"""What a stage costs on a GPU that is not there: the code as it runs, counted, by a card's rates.
 
-Some blocks of a model of the shape are pruned on a stand-in (`support.stand_in_gpu`), and the whole
-model is worked out from them as `bench model` does. With `--device cuda` the same is measured
-beside it.
+A step of recovery is in `support.roofline_recovery`, pruning here: some blocks of a model of the
+shape are pruned on a stand-in (`support.stand_in_gpu`), and the whole model is worked out from them
+as `bench model` does. With `--device cuda` the same is measured beside it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from jobs.benchmarks import model as measured_model
+from jobs.benchmarks.support import roofline_recovery
 from jobs.benchmarks.support.arguments import (
     add_calibration,
     add_device,
@@ -34,8 +34,9 @@ from jobs.benchmarks.support.random_llama import (
     random_rows,
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target
+from jobs.benchmarks.support.roofline_recovery import add_recovery
 from jobs.benchmarks.support.stand_in_comm import StandInComm
-from jobs.benchmarks.support.stand_in_gpu import DEVICE, Spent, stand_in_gpu
+from jobs.benchmarks.support.stand_in_gpu import Spent, empty_model, stand_in_gpu, without_data
 from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from jobs.workers.placement import ROOM_ON_GPU, Sizes
 from sparsify.calibration.hidden_states import Memory
@@ -47,15 +48,24 @@ from sparsify.methods import PruneParams, get_method
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_model
 
-SUMMARY = "what a GPU would take to prune: operations, bytes, launches and waits, counted"
+SUMMARY = "what a GPU would take to prune or recover: operations, bytes, launches, counted"
 
 EXAMPLES = (
     "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
     "roofline --shape llama-3.1-8b --card h100 --method twofour",
     "roofline --shape llama-3.1-8b --card h100 --gpus 8",
+    "roofline --stage recovery --card h100 --gpus 8",
 )
 
 _VOCABULARY = 4096
+
+_CALIBRATION = ("samples", "length", "batch_size")
+
+_DEFAULTS: dict[str, Any] = {
+    "blocks": 3, "samples": 512, "length": 2048, "batch_size": 8, "method": "sparsegpt",
+    "order": "auto",
+}  # fmt: skip
+"""options of pruning alone"""
 
 _MOST_S = {"sparsegpt": 180.0, "twofour": 240.0}
 """of a Llama 3.1 8B with 512 rows of 2048 tokens on one H100"""
@@ -77,38 +87,53 @@ _NOTES = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
+    stages = ["prune", "recovery"]
+    add_option(parser, "--stage", "prune", "what is counted", choices=stages)
     add_shape(parser, "llama-3.1-8b")
     add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
-    gpus = "GPUs of one machine, of which the first, with the most to do, is counted"
+    gpus = "GPUs; one is counted: for pruning, in one machine, the first, with the most to do"
     add_option(parser, "--gpus", 1, gpus)
     add_option(parser, "--disk-gb-s", 2.0, "GB/s at which files are read and written")
-    add_option(parser, "--blocks", 3, "blocks that are counted")
-    add_calibration(parser, samples=512, length=2048, batch_size=8)
-    add_option(parser, "--method", "sparsegpt", "method")
+    group: Any = parser.add_argument_group("of --stage prune")
+    add_option(group, "--blocks", _DEFAULTS["blocks"], "blocks that are counted")
+    add_calibration(group, **{name: _DEFAULTS[name] for name in _CALIBRATION})
+    add_option(group, "--method", _DEFAULTS["method"], "method")
     orders = ["auto", "layer", "block", "dense"]
-    add_option(parser, "--order", "auto", "prune.order", choices=orders)
+    add_option(group, "--order", _DEFAULTS["order"], "prune.order", choices=orders)
+    add_recovery(parser)
     add_device(parser, "cpu")
 
 
 def run(options: Namespace) -> Outcome:
-    """Count some blocks, and measure them where there is a GPU.
+    """Count a stage: a step of recovery, or the pruning of some blocks.
 
     Raises:
-        InputError: an unknown shape, card or method, or more blocks than the shape has.
+        InputError: an unknown shape, card or method, or options that do not go together.
         TwofourError: see `stand_in_gpu`.
     """
-    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    card = find_card(options.card, "--card")
     if not options.disk_gb_s > 0:
         raise InputError(f"--disk-gb-s {options.disk_gb_s:g}: give a rate above 0")
-    rates = replace(
-        rates_of(find_card(options.card, "--card"), element_bytes=2), disk=1e9 * options.disk_gb_s
-    )
-    get_method(options.method)
+    rates = replace(rates_of(card, element_bytes=2), disk=1e9 * options.disk_gb_s)
     if options.gpus < 1 or (options.gpus > 1 and options.device == "cuda"):
         raise InputError(
             f"--gpus {options.gpus}: at least 1, and with --device cuda only 1 is measured"
         )
+    others = _DEFAULTS if options.stage == "recovery" else roofline_recovery.DEFAULTS
+    for name, value in others.items():
+        if getattr(options, name) != value:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: means nothing to --stage {options.stage}; leave it out")
     num_threads = use_device(options)
+    if options.stage == "recovery":
+        return roofline_recovery.run(options, card, rates, num_threads)
+    return _pruning(options, rates, num_threads)
+
+
+def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
+    """Count some blocks, and measure them where there is a GPU."""
+    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    get_method(options.method)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
     print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)
     typical = measured_model.typical_blocks(options.blocks)
@@ -215,13 +240,9 @@ def count(
         name -> launches of all blocks.
     """
     method, order = get_method(options.method), options.order
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    model = empty_model(config)
     with stand_in_gpu(rates) as gpu:
         without_data(model)
-        model.tie_weights()
-        rotary: Any = type(model.model.rotary_emb)
-        model.model.rotary_emb = rotary(config=config).to(DEVICE)
         rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
         marks = [gpu.now()]
         gpu.kernels.clear()
@@ -241,22 +262,6 @@ def count(
     return {"phases": phases, "blocks": blocks, "kernels": dict(gpu.kernels)}
 
 
-def without_data(model: nn.Module) -> None:
-    """Give a model of the meta device parameters on the stand-in; called inside of it."""
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            made = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
-            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
-
-
-def _bound(spent: Spent) -> str:
-    bounds = {key[2:]: value for key, value in spent.items() if key.startswith("s:")}
-    if not bounds or not spent.get("s"):
-        return ""
-    name = max(bounds, key=bounds.__getitem__)
-    return f"{name} {bounds[name] / spent['s']:.0%}"
-
-
 def _phase_table(
     phases: dict[str, Spent], block: Spent, measured: dict[str, Any] | None, typical: slice
 ) -> Table:
@@ -271,7 +276,7 @@ def _phase_table(
         rows.append(
             (
                 name, f"{spent.get('s', 0.0):.3f} s", f"{beside:.3f} s" if beside else "",
-                _bound(spent), f"{products / 1e12:.1f}",
+                spent.bound, f"{products / 1e12:.1f}",
                 f"{singles / 1e12:.2f}",
                 f"{spent.get('bytes', 0.0) / 1e9:.1f}", f"{spent.get('launches', 0.0):.0f}",
                 f"{spent.get('waits', 0.0):.0f}",

@@ -13,7 +13,8 @@ from conf.options.distill import DistillConfig
 
 _NEVER = 10**9
 
-_BUCKET_ELEMENTS = 200_000_000
+BUCKET_ELEMENTS = 200_000_000
+"""gradients that are summed over the workers at a time"""
 
 _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 does not shard smaller parameters: norms, biases
 
@@ -74,10 +75,10 @@ def _zero(config: DistillConfig, uses_gpu: bool) -> dict[str, Any]:
         "overlap_comm": uses_gpu,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
         "use_multi_rank_bucket_allreduce": True,
         "allgather_partitions": True,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
         "round_robin_gradients": False,
         "compute_grad_norm": True,
         "ignore_unused_parameters": True,
@@ -85,7 +86,7 @@ def _zero(config: DistillConfig, uses_gpu: bool) -> dict[str, Any]:
         "elastic_checkpoint": False,
         "legacy_stage1": False,
         "sub_group_size": 1_000_000_000,
-        "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS // 4,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS // 4,
         "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
         "stage3_model_persistence_threshold": _UNBOUNDED,
         "stage3_max_live_parameters": 1_000_000_000,

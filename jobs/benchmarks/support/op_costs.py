@@ -86,7 +86,8 @@ def cost_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         args, kwargs: given to it.
         out: what it returned.
     """
-    ins, outs = tensors_of(args, list(kwargs.values())), tensors_of(out)
+    read = [value for key, value in kwargs.items() if key != "out"]
+    ins, outs = tensors_of(args, read), tensors_of(out)
     devices = {tensor.device.type for tensor in (*ins, *outs)}
     if name in ("copy_", "_to_copy") and len(devices) == 2:
         return Cost("copy", link_bytes=bytes_of(outs))
@@ -95,7 +96,9 @@ def cost_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     num_bytes = bytes_of(outs) if name in _WRITERS else bytes_of(ins) + bytes_of(outs)
     if name in _ARITHMETIC:
         operations = _ARITHMETIC[name](args, out)
-        first = next(tensor for tensor in ins if tensor.is_floating_point())
+        # What is added to a product may be of another type.
+        factors = tensors_of(args[1:]) if "add" in name else ins
+        first = next(tensor for tensor in factors if tensor.is_floating_point())
         kind = "half" if first.dtype in _HALF else "float32"
         kind = "factor" if name in _FACTORS else kind
         return Cost(kind, operations, num_bytes)

@@ -6,19 +6,15 @@ launch moves two clocks, one of the host and one of the device, by a card's rate
 host to where the device is. Answers that depend on values are those of sound data: what is checked
 holds, nothing is missing, and a number is 1.
 
-The kernels of Triton are not run; `KERNELS` says what each of them computes.
+The kernels of Triton are not run; `kernel_costs` says what each of them computes.
 """
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
+from jobs.benchmarks.support import kernel_costs
+from jobs.benchmarks.support.kernel_costs import KERNELS, varlen_cost
 from jobs.benchmarks.support.op_costs import Cost, bytes_of, cost_of, tensors_of
+from jobs.benchmarks.support.stand_in_guard import accelerator_told
 from sparsify.calibration import block, groups
 from sparsify.costs.seconds import Rates
 from sparsify.errors import TwofourError
@@ -38,13 +37,6 @@ from sparsify.kernels.triton_jit import require_triton, triton
 from sparsify.masks import storage
 
 DEVICE = "cuda:0"
-
-_GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
-"""
-"""Builds of torch for CPUs refuse to index what says it is on a GPU: they have nothing that makes
-it the current one. This makes it by doing nothing."""
 
 
 class Spent(dict[str, float]):
@@ -67,6 +59,15 @@ class Spent(dict[str, float]):
     def __mul__(self, number: float) -> Spent:
         return Spent({key: value * number for key, value in self.items()})
 
+    @property
+    def bound(self) -> str:
+        """What binds most of it, and its share."""
+        bounds = {key[2:]: value for key, value in self.items() if key.startswith("s:")}
+        if not bounds or not self.get("s"):
+            return ""
+        name = max(bounds, key=bounds.__getitem__)
+        return f"{name} {bounds[name] / self['s']:.0%}"
+
 
 def _each(
     first: dict[str, float], second: dict[str, float], join: Callable[[float, float], float]
@@ -87,6 +88,13 @@ class StandInGpu(TorchDispatchMode):
         self._rates = rates
         self._host_s = self._device_s = self._links_s = 0.0
         self._spent: dict[str, float] = defaultdict(float)
+        self._phase = ""
+        self.phases: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        """phase -> what was spent in it; no phase: an empty name"""
+        self.lengths: Sequence[int] = ()
+        """tokens of the documents of a batch, for attention by document"""
+        self.is_paused = False
+        """whether nothing is counted"""
         self.kernels: dict[str, tuple[int, float]] = {}
         """name of an operation or kernel -> how often it was launched, and seconds of the device"""
 
@@ -95,49 +103,85 @@ class StandInGpu(TorchDispatchMode):
         self.wait(is_asked=False)
         return Spent({**self._spent, "s": self._device_s})
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is launched meanwhile, or waited for by the device, is spent in this phase."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is counted meanwhile."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
     def launch(self, name: str, cost: Cost) -> None:
         """One kernel, or one copy: the host starts it, and the device runs it when it can."""
-        self._spent["launches"] += 1
+        if self.is_paused:
+            return
+        self._spend("launches", 1)
         self._host_s += self._rates.launch_s
         if self._host_s > self._device_s:  # it had nothing to do meanwhile
-            self._spent["s:launches"] += self._host_s - self._device_s
-            self._device_s = self._host_s
+            self._advance(self._host_s - self._device_s, "launches")
         seconds, bound = cost.seconds(self._rates)
-        self._device_s += seconds
+        self._advance(seconds, bound)
         times, before_s = self.kernels.get(name, (0, 0.0))
         self.kernels[name] = times + 1, before_s + seconds
-        self._spent[f"s:{bound}"] += seconds
-        self._spent[f"operations:{cost.kind}"] += cost.operations
-        self._spent["bytes"] += cost.num_bytes
-        self._spent["link bytes"] += cost.link_bytes
+        self._spend(f"operations:{cost.kind}", cost.operations)
+        self._spend("bytes", cost.num_bytes)
+        self._spend("link bytes", cost.link_bytes)
 
-    def exchange(self, name: str, num_bytes: float) -> Callable[[], None]:
+    def _advance(self, seconds: float, bound: str) -> None:
+        """The device is busy, or idle, for so long."""
+        self._device_s += seconds
+        self._spend(f"s:{bound}", seconds)
+        self.phases[self._phase]["s"] += seconds
+
+    def _spend(self, key: str, amount: float) -> None:
+        self._spent[key] += amount
+        self.phases[self._phase][key] += amount
+
+    def exchange(
+        self, name: str, num_bytes: float, rate: float | None = None
+    ) -> Callable[[], None]:
         """Start to send bytes over the links to the other GPUs, after the work so far.
+
+        Args:
+            name: of what is done.
+            num_bytes: that this GPU sends.
+            rate: bytes/s; None: of the links inside a machine.
 
         Returns:
             What makes the device wait for them; work may be done before.
         """
-        seconds = num_bytes / self._rates.link
+        seconds = num_bytes / (rate or self._rates.link)
         self._host_s += self._rates.launch_s
         self._links_s = max(self._links_s, self._device_s, self._host_s) + seconds
         end_s = self._links_s
-        self._spent["launches"] += 1
-        self._spent["exchanged bytes"] += num_bytes
+        self._spend("launches", 1)
+        self._spend("exchanged bytes", num_bytes)
         times, before_s = self.kernels.get(name, (0, 0.0))
         self.kernels[name] = times + 1, before_s + seconds
 
         def finish() -> None:
             if end_s > self._device_s:
-                self._spent["s:links"] += end_s - self._device_s
-                self._device_s = end_s
+                self._advance(end_s - self._device_s, "links")
 
         return finish
 
     def wait(self, is_asked: bool = True) -> None:
         """The host waits until the device is done."""
-        self._host_s = self._device_s = max(self._host_s, self._device_s)
+        if self._host_s > self._device_s:
+            self._advance(self._host_s - self._device_s, "launches")
+        self._host_s = self._device_s
         if is_asked:
-            self._spent["waits"] += 1
+            self._spend("waits", 1)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -156,12 +200,18 @@ class StandInGpu(TorchDispatchMode):
             made[0].stand_in = name.endswith("not")  # type: ignore[attr-defined]
         is_on_gpu = any(tensor.is_cuda for tensor in (*given, *made))
         if is_on_gpu and not _is_view(func) and name not in _FREE:
-            self.launch(name, cost_of(name, args, kwargs, out))
+            self.launch(name, self.cost(name, args, kwargs, made or _written(func, args)))
             if name in ("_to_copy", "copy_") and not all(t.is_cuda for t in (*given, *made)):
                 is_pinned = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
                 if not is_pinned:
                     self.wait()
         return out
+
+    def cost(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Cost:
+        """`cost_of`, of attention by document too."""
+        if name.startswith("_varlen_attn"):
+            return varlen_cost(name, args, out, self.lengths)
+        return cost_of(name, args, kwargs, out)
 
     def _answer(self, name: str, tensor: Tensor) -> Any:
         """What sound data would say."""
@@ -197,9 +247,20 @@ class StandInGpu(TorchDispatchMode):
         if cost is None:
             raise TwofourError(
                 f"roofline: kernel {name} is not known; add what it computes to KERNELS of "
-                f"{__name__}"
+                f"{kernel_costs.__name__}"
             )
         self.launch(name, cost(named))
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """What an operation that returns nothing changes."""
+    return tensors_of(
+        [
+            value
+            for one, value in zip(func._schema.arguments, args, strict=False)
+            if one.alias_info is not None and one.alias_info.is_write
+        ]
+    )
 
 
 def _is_view(func: Any) -> bool:
@@ -217,28 +278,6 @@ _FREE = (
 """They only make room, or say where things are."""
 
 
-def _gram(named: dict[str, Any]) -> Cost:
-    """Half of X^T X, in bfloat16 with float32 sums."""
-    tokens, columns = named["num_tokens"], named["num_columns"]
-    sums = named["sum_ptr"]
-    return Cost("half", tokens * columns**2, bytes_of([named["inputs_ptr"], sums, sums]) * 0.75)
-
-
-def _sweep(named: dict[str, Any]) -> Cost:
-    """Columns that are solved one after another in registers, with float32's plain arithmetic."""
-    rows, width = named["num_rows"], named["WIDTH"]
-    item = named["work_ptr"].element_size()
-    num_bytes = rows * width * (3 * item + 1) + width * width * item
-    return Cost("sweep", 2.0 * rows * width * width, num_bytes)
-
-
-KERNELS: dict[str, Callable[[dict[str, Any]], Cost]] = {
-    "_gram_kernel": _gram,
-    "_sweep_block_kernel": _sweep,
-}
-"""Kernel of Triton -> what one launch costs, from its arguments"""
-
-
 @contextmanager
 def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
     """Tensors on "cuda:0" have no data while this lasts, and what is done with them is counted.
@@ -253,8 +292,6 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
     Cost: some 0.1 ms an operation, whatever its size.
     """
     require_triton()
-    if not torch.backends.cuda.is_built():
-        _register_guard()
     gpu, fake = StandInGpu(rates), FakeTensorMode(allow_non_fake_inputs=True)
 
     work = groups._HeldForward._work
@@ -268,6 +305,7 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
         gpu.run_triton(kernel, args, kwargs)
 
     with ExitStack() as stack:
+        stack.enter_context(accelerator_told())
         for owner, name, value in (
             (torch.cuda, "_exchange_device", lambda _: -1),
             (torch.cuda, "_maybe_exchange_device", lambda _: -1),
@@ -281,6 +319,7 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
             (block, "require_isolation", lambda *_: None),
             (storage, "_bits_of_bytes", storage._bits_of_bytes.__wrapped__),  # none is kept
             (FakeTensor, "numpy", _numpy),
+            (FakeTensor, "data_ptr", lambda tensor: id(tensor)),  # else all are at one
             (FakeTensor, "__deepcopy__", _copied),
         ):
             stack.enter_context(patch.object(owner, name, value, create=owner is FakeTensor))
@@ -289,6 +328,23 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
         stack.enter_context(fake)
         stack.enter_context(gpu)
         yield gpu
+
+
+def empty_model(config: LlamaConfig) -> Any:
+    """A bfloat16 Llama on the meta device, for `without_data`; made outside of the stand-in."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+
+
+def without_data(model: Any) -> None:
+    """Give a model, or another module, of the meta device parameters on the stand-in; called inside
+    of it."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            made = torch.empty(weight.shape, dtype=weight.dtype, device=DEVICE)
+            module.register_parameter(name, nn.Parameter(made, requires_grad=False))
+        if hasattr(module, "rotary_emb"):  # has buffers, which are made of the config
+            module.rotary_emb = type(module.rotary_emb)(config=module.config).to(DEVICE)
 
 
 def _numpy(tensor: Tensor) -> Any:
@@ -302,25 +358,3 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         made = nn.Parameter(made, tensor.requires_grad)
     memo[id(tensor)] = made
     return made
-
-
-def _register_guard() -> None:
-    """Compile and load `_GUARD`, once a process."""
-    if getattr(_register_guard, "is_done", False):
-        return
-    torch_folder = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(_GUARD)
-        words = ["c++", "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library),
-                 f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]  # fmt: skip
-        try:
-            subprocess.run(words, check=True, capture_output=True, text=True)  # noqa: S603
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-            raise TwofourError(
-                f"roofline: this torch has no CUDA, and the stand-in for it could not be compiled "
-                f"({said[-1] if said else error}); install a C++ compiler, such as Debian's g++"
-            ) from None
-        ctypes.CDLL(str(library))
-    _register_guard.is_done = True  # type: ignore[attr-defined]

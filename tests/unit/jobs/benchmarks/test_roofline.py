@@ -13,9 +13,16 @@ from torch import nn
 
 from jobs.benchmarks import roofline
 from jobs.benchmarks.model import limits
+from jobs.benchmarks.support.kernel_costs import KERNELS
 from jobs.benchmarks.support.op_costs import Cost
 from jobs.benchmarks.support.random_llama import llama_config
-from jobs.benchmarks.support.stand_in_gpu import DEVICE, KERNELS, Spent, StandInGpu, stand_in_gpu
+from jobs.benchmarks.support.stand_in_gpu import (
+    DEVICE,
+    Spent,
+    StandInGpu,
+    stand_in_gpu,
+    without_data,
+)
 from sparsify.calibration import cholesky, factors
 from sparsify.calibration.hidden_states import Memory
 from sparsify.costs.cards import find_card
@@ -60,7 +67,7 @@ def test_a_copy_of_a_module_is_a_module_of_its_own_and_counted() -> None:
     """torch's own copy of a tensor without data reads memory that is not there."""
     with stand_in_gpu(RATES) as gpu:
         linear = nn.Linear(64, 32, device="meta")
-        roofline.without_data(linear)
+        without_data(linear)
         before = gpu.now()
         twin = deepcopy(linear)
         spent = gpu.now() - before
@@ -129,6 +136,21 @@ def test_an_unknown_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TwofourError, match="kernel _gram_kernel is not known; add what it"):
         counted("sparsegpt", 2, 2)
     assert torch.ones(2).sum().item() == 2, "and numbers are numbers again"
+
+
+def test_what_is_done_in_a_phase_is_spent_there() -> None:
+    gpu = StandInGpu(RATES)
+    with gpu.phase("outer"):
+        gpu.launch("first", Cost("half", 4e6))
+        with gpu.phase("inner"):
+            gpu.launch("second", Cost(num_bytes=6e6))
+        gpu.wait()
+    with gpu.paused():
+        gpu.launch("third", Cost("half", 1e9))
+    assert gpu.now()["s"] == pytest.approx(11e-6)
+    outer, inner = Spent(gpu.phases["outer"]), Spent(gpu.phases["inner"])
+    assert outer["s"] == pytest.approx(5e-6) and outer["waits"] == 1
+    assert inner["s"] == pytest.approx(6e-6) and inner.bound == "memory 100%"
 
 
 def test_what_crosses_links_hides_behind_work_until_it_is_asked_for() -> None:
