@@ -19,7 +19,7 @@ from jobs.benchmarks.support.recovery_counts import (
 )
 from jobs.benchmarks.support.stand_in_gpu import Spent
 from sparsify.costs.cards import Card
-from sparsify.costs.flops import distillation_flops, mfu, peak_flops
+from sparsify.costs.flops import distillation_flops, mfu
 from sparsify.costs.layout import Training
 from sparsify.costs.memory import training_memory
 from sparsify.costs.seconds import Rates, step_seconds, total
@@ -128,8 +128,7 @@ def _figures(
     tokens = num_parts * options.micro_batch_size * options.sequence_length
     lengths = document_lengths(options.sequence_length, options.document_length)
     per_token = distillation_flops(shape.flops, shape.flops, lengths) / options.sequence_length
-    peak = peak_flops(card.name)
-    assert peak is not None, f"{card.name} is a card whose peak is known"
+    peak = card.flops["bf16"]
     layout = _layout(options, card, num_parts)
     planned_s = total(step_seconds(shape, shape, layout, rates, options.document_length))
     return {
@@ -169,13 +168,13 @@ def _phase_table(counted: Counted) -> Table:
         (
             name, f"{spent.get('s', 0.0):.3f} s", f"{spent.get('s', 0.0) / step['s']:.1%}",
             spent.bound, f"{products(spent) / 1e12:.1f}", f"{spent.get('bytes', 0.0) / 1e9:.1f}",
-            f"{spent.get('exchanged bytes', 0.0) / 1e9:.1f}",
+            f"{spent.get('exchanged bytes', 0.0) / 1e9:.1f}", f"{spent.get('s:links', 0.0):.3f} s",
             f"{spent.get('launches', 0.0):.0f}", f"{spent.get('waits', 0.0):.0f}",
         )
         for name, spent in [*((name, counted.phases[name]) for name in PHASES), ("all", step)]
     ]  # fmt: skip
-    head = ("phase of a step", "time", "share", "bound by", "TFLOP", "GB", "GB sent", "launches",
-            "waits")  # fmt: skip
+    head = ("phase of a step", "time", "share", "bound by", "TFLOP", "GB", "GB sent", "links",
+            "launches", "waits")  # fmt: skip
     return Table(head, rows)
 
 

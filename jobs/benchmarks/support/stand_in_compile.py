@@ -2,7 +2,7 @@
 
 A block is traced as torch.compile traces it: one graph forward and one backward, between which the
 min-cut partitioner decides what is kept. Inductor lowers both and groups their operations into
-kernels, for a card that it is told of; the kernels are not written. A call of the block launches
+kernels, as for a Hopper; the kernels are not written. A call of the block launches
 them on the stand-in. Dynamo is left out: what its guards take of the host is not counted.
 """
 
@@ -42,7 +42,7 @@ _HOPPER = SimpleNamespace(
     shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
     L2_cache_size=52428800, total_memory=84941471744, gcnArchName="",
 )  # fmt: skip
-"""what Inductor asks of a card before it fuses"""
+"""what Inductor asks of a card before it fuses; the same for whichever is counted"""
 
 _Launches = list[tuple[str, Cost]]
 

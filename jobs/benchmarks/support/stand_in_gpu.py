@@ -15,6 +15,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -333,7 +334,8 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
 def empty_model(config: LlamaConfig) -> Any:
     """A bfloat16 Llama on the meta device, for `without_data`; made outside of the stand-in."""
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
+        model: Any = LlamaForCausalLM(deepcopy(config))  # a model may set its own attention there
+        return model.to(torch.bfloat16)
 
 
 def without_data(model: Any) -> None:
