@@ -82,7 +82,10 @@ def run(options: Namespace, card: Card, rates: Rates, num_threads: int) -> Outco
     counted = count_step(config, options, card, rates, num_parts)
     figures = _figures(config, options, card, rates, num_parts, counted)
     targets = []
-    if (options.shape, options.card) == ("llama-3.1-8b", "h100"):
+    is_target = all(
+        getattr(options, name) == DEFAULTS[name] for name in ("sequence_length", "vocabulary")
+    )
+    if is_target and (options.shape, options.card) == ("llama-3.1-8b", "h100"):
         targets.append(Target.at_least("MFU", _GOAL_MFU, figures["mfu"]))
     return Outcome(
         options.device, num_threads,
@@ -100,7 +103,7 @@ def _check(options: Namespace, card: Card) -> int:
         raise InputError(
             "--device cuda with --stage recovery: a step is measured by jobs.bench step"
         )
-    for name in ("sequence_length", "document_length", "step_rows", "micro_batch_size"):
+    for name in (name for name, value in DEFAULTS.items() if type(value) is int):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
     if not 0 <= options.recompute_share <= 1:
@@ -186,13 +189,15 @@ def _kernel_table(counted: Counted) -> Table:
 
 def _speed_table(figures: dict[str, Any], gpus: int) -> Table:
     memory, operations = figures["memory"], figures["operations"]
+    sizes = f"{gigabytes(memory['needed'])} of {gigabytes(memory['there'])}"
+    fits = memory["needed"] <= memory["there"]
     rows = [
         ("step", f"{figures['step_s']:.2f} s"),
         ("tokens/s of a GPU", f"{figures['tokens_per_s']:,.0f}"),
         ("operations counted / asked for", f"{operations['counted'] / operations['asked']:.3f}"),
         ("MFU", f"{figures['mfu']:.1%}"),
         ("MFU by the arithmetic of jobs.plan", f"{figures['plan']['mfu']:.1%}"),
-        ("memory by jobs.plan", f"{gigabytes(memory['needed'])} of {gigabytes(memory['there'])}"),
+        ("memory by jobs.plan", sizes if fits else f"{sizes}: it does not fit"),
         ("a checkpoint's copy to the host", f"{figures['checkpoint_s']:.2f} s"),
     ]
     return Table((f"{gpus} GPUs", "value"), rows)

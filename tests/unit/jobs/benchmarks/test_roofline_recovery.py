@@ -145,6 +145,7 @@ def test_adam_and_the_masks_touch_a_part_of_the_weights() -> None:
         (["--gpus", "12"], "whole machines of 8"),
         (["--recompute-share", "2"], "--recompute-share 2.0: 0 to 1"),
         (["--document-length", "0"], "--document-length 0: at least 1"),
+        (["--vocabulary", "0"], "--vocabulary 0: at least 1"),
         (["--shape", "other"], "--shape other: use one of"),
     ],
 )
