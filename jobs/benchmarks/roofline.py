@@ -63,7 +63,7 @@ _CALIBRATION = ("samples", "length", "batch_size")
 
 _DEFAULTS: dict[str, Any] = {
     "blocks": 3, "samples": 512, "length": 2048, "batch_size": 8, "method": "sparsegpt",
-    "order": "auto",
+    "order": "auto", "disk_gb_s": 2.0,
 }  # fmt: skip
 """options of pruning alone"""
 
@@ -93,8 +93,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
     gpus = "GPUs; one is counted: for pruning, in one machine, the first, with the most to do"
     add_option(parser, "--gpus", 1, gpus)
-    add_option(parser, "--disk-gb-s", 2.0, "GB/s at which files are read and written")
     group: Any = parser.add_argument_group("of --stage prune")
+    disk = "GB/s at which files are read and written"
+    add_option(group, "--disk-gb-s", _DEFAULTS["disk_gb_s"], disk)
     add_option(group, "--blocks", _DEFAULTS["blocks"], "blocks that are counted")
     add_calibration(group, **{name: _DEFAULTS[name] for name in _CALIBRATION})
     add_option(group, "--method", _DEFAULTS["method"], "method")
@@ -112,9 +113,7 @@ def run(options: Namespace) -> Outcome:
         TwofourError: see `stand_in_gpu`.
     """
     card = find_card(options.card, "--card")
-    if not options.disk_gb_s > 0:
-        raise InputError(f"--disk-gb-s {options.disk_gb_s:g}: give a rate above 0")
-    rates = replace(rates_of(card, element_bytes=2), disk=1e9 * options.disk_gb_s)
+    rates = rates_of(card, element_bytes=2)
     if options.gpus < 1 or (options.gpus > 1 and options.device == "cuda"):
         raise InputError(
             f"--gpus {options.gpus}: at least 1, and with --device cuda only 1 is measured"
@@ -133,6 +132,9 @@ def run(options: Namespace) -> Outcome:
 def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
     """Count some blocks, and measure them where there is a GPU."""
     num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    if not options.disk_gb_s > 0:
+        raise InputError(f"--disk-gb-s {options.disk_gb_s:g}: give a rate above 0")
+    rates = replace(rates, disk=1e9 * options.disk_gb_s)
     get_method(options.method)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
     print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)

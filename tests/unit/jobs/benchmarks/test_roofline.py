@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -210,7 +210,8 @@ def test_files_are_read_and_written_beside_the_blocks() -> None:
     [({"gpus": 0}, "--gpus 0: at least 1"), ({"disk_gb_s": 0.0}, "--disk-gb-s 0: give a rate")],
 )
 def test_what_cannot_be_is_refused(wrong: dict[str, Any], words: str) -> None:
-    options = {"shape": "bench-512", "blocks": 2, "card": "h100", "method": "sparsegpt",
-               "gpus": 1, "disk_gb_s": 2.0, "device": "cpu"}  # fmt: skip
+    parser = ArgumentParser()
+    roofline.add_arguments(parser)
+    options = vars(parser.parse_args(["--shape", "bench-512", "--blocks", "2"]))
     with pytest.raises(InputError, match=words):
         roofline.run(Namespace(**options | wrong))
