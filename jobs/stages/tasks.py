@@ -72,50 +72,65 @@ def score_tasks(
 
     Args:
         context: the run.
-        writer: of the stage, whose folder gets `tasks/<model>/<task>.json`.
+        writer: of the stage, whose folder gets `tasks/<model>/<task>.json`, and `kept/<key>.json`
+            of results that it had before and that nobody asks for now.
         folders: name -> model folder, the dense one first.
         stage: for whom; shown with the progress.
 
     Returns:
-        `settings` and `rows`, as summary.json has them (docs/run-folder.md).
+        `tasks` with `settings` and `rows`, as summary.json has them (docs/run-folder.md); nothing
+        where there are no tasks.
     """
     from jobs.harness.results import (  # costs torch
         Comparison,
-        find_result,
-        result_key,
+        all_results,
+        kept_path,
         result_path,
         settings_of,
     )
 
-    config, plan = context.config, plan_of(context.config)
-    prints = fingerprints(folders)
-    settings = settings_of(config, context.models.dense, list(folders.values()))
-    known = [writer.scratch, *_finished(context, stage)]
-    records: dict[str, dict[str, Any]] = {model: {} for model in folders}
-    left: Asked = {}
-    for model in folders:
-        for name, task in plan.tasks.items():
-            key = result_key(
-                model=prints[model], tokenizer=prints["dense"], task=task.digest,
-                num_fewshot=plan.num_fewshot[name], settings=settings,
-            )  # fmt: skip
-            if found := find_result(known, model, name, key):
-                records[model][name] = found
-            else:
-                left[model, name] = key
-    if left:
-        _ask(context, plan, left, folders, settings, writer.scratch, stage)
-        for (model, name), key in left.items():
-            found = find_result([writer.scratch], model, name, key)
-            assert found is not None, "workers see the folder of the run"
-            records[model][name] = found
-    for model, of_model in records.items():
-        for name, record in of_model.items():
-            path = result_path(writer.folder, model, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, record)
-    rows = Comparison(records, config.run.seed).table(plan.rows)
-    return {"settings": {**settings, "lm_eval": metadata.version("lm_eval")}, "rows": rows}
+    config, finished = context.config, _finished(context, stage)
+    own = all_results([writer.scratch, *(path for path in finished if path.name == stage)])
+    keys: Asked = {}
+    found: dict[str, Any] = {}
+    if config.evaluate.tasks:
+        plan = plan_of(config)
+        settings = settings_of(config, context.models.dense, list(folders.values()))
+        keys = _keys(plan, fingerprints(folders), settings)
+        known = all_results(finished) | own
+        left = {key: pair for pair, key in keys.items() if key not in known}  # equal models once
+        if left:
+            asked = {pair: key for key, pair in left.items()}
+            _ask(context, plan, asked, folders, settings, writer.scratch, stage)
+            known |= all_results([writer.scratch])
+        records: dict[str, dict[str, Any]] = {model: {} for model in folders}
+        for (model, name), key in keys.items():
+            records[model][name] = {**known[key], "model": model}
+            _write(result_path(writer.folder, model, name), records[model][name])
+        rows = Comparison(records, config.run.seed).table(plan.rows)
+        lm_eval = {"lm_eval": metadata.version("lm_eval")}
+        found = {"tasks": {"settings": {**settings, **lm_eval}, "rows": rows}}
+    for key in own.keys() - keys.values():
+        _write(kept_path(writer.folder, key), own[key])
+    return found
+
+
+def _keys(plan: Plan, prints: dict[str, str], settings: dict[str, Any]) -> Asked:
+    from jobs.harness.results import result_key, versions  # costs torch
+
+    installed = versions(settings["backend"])
+    return {
+        (model, name): result_key(
+            model=prints[model], tokenizer=prints["dense"], task=task.digest,
+            num_fewshot=plan.num_fewshot[name], settings=settings, versions=installed,
+        )
+        for model in prints for name, task in plan.tasks.items()
+    }  # fmt: skip
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
 
 
 def _finished(context: StageContext, stage: str) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cluster.runtime.worker import WorkerContext
-from jobs.harness.results import result_path
+from jobs.harness.results import kept_path
 from jobs.harness.run import build, language_model, run_task
 from jobs.runs.folder import write_json
 
@@ -36,7 +36,7 @@ def answer_tasks(context: WorkerContext, payload: dict[str, Any]) -> None:
 
         answers = scratch / "answers" / f"{key}.db"
         result = run_task(model, task, num_fewshot, settings, answers, tell)
-        path = result_path(scratch, name, task.name)
+        path = kept_path(scratch, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"key": key, "model": name, **result})
         answers.unlink()

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.integration.commands import Command, wait_until
 
 
-def test_a_killed_evaluation_asks_nothing_twice(
+def test_a_killed_evaluation_asks_nothing_twice_with_another_task_either(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     model, tokenizer = load_pair(tiny_model_dir)
@@ -28,30 +28,36 @@ def test_a_killed_evaluation_asks_nothing_twice(
         f"run.dir={tmp_path / 'run'}", f"data.calibration={text_file}", "data.sequence_length=64",
         "evaluate.num_tokens=512", "evaluate.num_new_tokens=0", "tracker.wandb=off",
         "cluster.executor=plain", "cluster.num_workers=1",
-        f"evaluate.tasks=[{','.join(str(path) for path in files.values())}]",
     ]  # fmt: skip
+
+    def asking(*names: str) -> str:
+        return f"evaluate.tasks=[{','.join(str(files[name]) for name in names)}]"
+
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
         "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"),
     }  # fmt: skip
-    first = Command("evaluate", *words, environment=environment, folder=tmp_path)
-    answered = tmp_path / "run/.evaluate.partial/scratch/tasks"
-    wait_until(lambda: list(answered.glob("*/*.json")), first)
+    first = Command(
+        "evaluate", *words, asking("choice", "writes"), environment=environment, folder=tmp_path
+    )
+    answered = tmp_path / "run/.evaluate.partial/scratch/kept"
+    wait_until(lambda: list(answered.glob("*.json")), first)
     first.send_signal(signal.SIGKILL)
     first.wait(60)
-    kept = sorted(answered.glob("*/*.json"))
-    for path in kept:  # a mark that only an answer of before the kill can have
+    kept = set()
+    for path in answered.glob("*.json"):  # a mark that only an answer of before the kill can have
         record = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**record, "num_documents_in_all": 777}), encoding="utf-8")
-    again = Command("evaluate", *words, environment=environment, folder=tmp_path).finished(900)
+        kept.add((record["model"], record["task"]))
+    again = Command(
+        "evaluate", *words, asking("choice", "writes", "bits"), environment=environment,
+        folder=tmp_path,
+    ).finished(900)  # fmt: skip
     assert again.returncode == 0, again.stderr
     results = tmp_path / "run/evaluate/tasks"
-    marked = {
-        path.relative_to(results)
-        for path in results.glob("*/*.json")
-        if json.loads(path.read_text(encoding="utf-8"))["num_documents_in_all"] == 777
-    }
-    assert marked == {path.relative_to(answered) for path in kept}
+    records = [json.loads(path.read_text("utf-8")) for path in results.glob("*/*.json")]
+    marked = {(one["model"], one["task"]) for one in records if one["num_documents_in_all"] == 777}
+    assert marked == kept
     assert len(list(results.glob("*/*.json"))) == 2 * len(files)
     summary = json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))
     rows = summary["tasks"]["rows"]

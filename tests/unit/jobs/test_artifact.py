@@ -161,12 +161,25 @@ def test_a_redo_that_was_interrupted_is_carried_on(tmp_path: Path) -> None:
 def test_what_an_earlier_stage_replaced_is_thrown_away(tmp_path: Path) -> None:
     writer = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command")
     (writer.scratch / "step-1").write_text("state", encoding="utf-8")
-    kept = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", may_replace=True)
+    kept = _artifact.StageWriter(tmp_path, "prune", IDENTITY, "command", other="replace")
     assert (kept.scratch / "step-1").exists(), "the same identity goes on"
-    other = _artifact.StageWriter(
-        tmp_path, "prune", changed(model="b"), "command", may_replace=True
-    )
+    other = _artifact.StageWriter(tmp_path, "prune", changed(model="b"), "command", other="replace")
     assert not (other.scratch / "step-1").exists()
+
+
+def test_what_lies_under_what_decided_it_is_kept_whatever_is_asked(tmp_path: Path) -> None:
+    def begin(identity: dict, redo: bool = False) -> Path:
+        return _artifact.StageWriter(
+            tmp_path, "prune", identity, "command", redo, other="keep"
+        ).scratch  # fmt: skip
+
+    (begin(IDENTITY) / "one").write_text("result", encoding="utf-8")
+    assert (begin(changed(more="x")) / "one").exists()
+    assert not (begin(IDENTITY, redo=True) / "one").exists(), "a redo starts over"
+    (begin(IDENTITY, redo=True) / "two").write_text("result", encoding="utf-8")
+    assert (begin(changed(more="x"), redo=True) / "two").exists(), "and is carried on"
+    (tmp_path / ".prune.partial" / "begun.json").write_bytes(b"")
+    assert (begin(IDENTITY) / "two").exists(), "nothing has to be known of it"
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

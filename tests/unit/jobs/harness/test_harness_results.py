@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jobs.harness.plan import OWN, Row, planned
-from jobs.harness.results import Comparison, find_result, result_key, result_path
+from jobs.harness.results import Comparison, all_results, kept_path, result_key, result_path
 from jobs.harness.words import card_results, labels, metric_of, name_of, partial, recovery_of
 from jobs.runs.folder import write_json
 from jobs.workers.export import tasks_part
@@ -166,15 +166,15 @@ def test_a_metric_that_the_task_has_not_got() -> None:
 def test_results_are_found_by_what_decided_them(tmp_path: Path) -> None:
     key = result_key(model="m", task="t", settings=SETTINGS)
     assert key != result_key(model="m", task="t", settings={**SETTINGS, "limit": 4})
-    path = result_path(tmp_path, "recovered", "group::a/b")
-    path.parent.mkdir(parents=True)
-    write_json(path, {"key": key})
+    shown, kept = result_path(tmp_path, "recovered", "group::a/b"), kept_path(tmp_path, "other")
+    for path, name in ((shown, key), (kept, "other")):
+        path.parent.mkdir(parents=True)
+        write_json(path, {"key": name})
     places = [tmp_path / "nothing", tmp_path]
-    assert find_result(places, "recovered", "group::a/b", key) == {"key": key}
-    assert find_result(places, "recovered", "group::a/b", "other") is None
-    path.write_text('{"key": ', encoding="utf-8")
+    assert all_results(places) == {key: {"key": key}, "other": {"key": "other"}}
+    shown.write_text('{"key": ', encoding="utf-8")
     with pytest.raises(InputError, match="damaged, not JSON"):
-        find_result(places, "recovered", "group::a/b", key)
+        all_results(places)
 
 
 def test_cards_have_the_form_that_the_hub_reads() -> None:
