@@ -66,14 +66,17 @@ def pretrains_alone(stages: Sequence[str], from_: str | None) -> None:
         )
 
 
-def starts_from_something(stages: Sequence[str], from_: str | None) -> None:
-    """Require run.from where no stage of the run makes a model of the dense one."""
-    if not {"pretrain", "drop", "prune", "finetune"}.intersection(stages) and from_ is None:
-        raise InputError(
-            f"run.from: is required because stages={as_list(stages)} does not start with prune; "
-            "give an earlier run or a model folder, for example "
-            "run.from=runs/embedded-2-4-twofour"
-        )
+def starts_from_something(stages: Sequence[str], from_: str | None, path: str) -> None:
+    """Require run.from where no stage of the run makes a model of the dense one; a model that is
+    only evaluated may be model.path too."""
+    if {"pretrain", "drop", "prune", "finetune"}.intersection(stages) or from_ is not None:
+        return
+    if list(stages) == ["evaluate"] and path != ModelConfig().path:
+        return
+    raise InputError(
+        f"run.from: is required because stages={as_list(stages)} does not start with prune; "
+        "give an earlier run or a model folder, for example run.from=runs/embedded-2-4-twofour"
+    )
 
 
 def redo_within_stages(redo: Sequence[str], stages: Sequence[str]) -> None:
@@ -122,7 +125,7 @@ class Config:
     def __post_init__(self) -> None:
         stages_in_order(self.stages, STAGES)
         pretrains_alone(self.stages, self.run.from_)
-        starts_from_something(self.stages, self.run.from_)
+        starts_from_something(self.stages, self.run.from_, self.model.path)
         redo_within_stages(self.run.redo, self.stages)
         until_within_stages(self.run.until, self.stages)
         for stage in self.stages:

@@ -15,6 +15,7 @@ from jobs.runs.context import StageContext
 from jobs.runs.folder import write_json
 from sparsify.formats.sparse_folder import model_name, read_sparsity
 from sparsify.packed.layout import packed_layers
+from sparsify.pattern import DENSE
 
 SCHEMA = 1
 
@@ -231,7 +232,20 @@ def _label(name: str, context: StageContext) -> str:
     known = {
         "dense": "dense", "dropped": "dropped", "recovered": "recovered", "finetuned": "fine-tuned",
     }  # fmt: skip
-    return known.get(name, f"one-shot {name}")
+    dense, sparse = context.models.dense, context.models.all_sparse()
+    label = known.get(name, f"one-shot {name}")
+    if name == "dense" and not sparse:
+        found = read_sparsity(dense) or {}
+        if found.get("pattern", DENSE) != DENSE:
+            label = f"{found['pattern']} {found.get('method', 'given')}"  # by itself
+    folder = {"dense": dense, **sparse}.get(name)
+    return " + ".join([label, *(_codes(folder) if folder else [])])
+
+
+def _codes(folder: Path) -> list[str]:
+    """Number formats of a packed folder's codes, such as INT4."""
+    schemes = {layer.scheme for layer in packed_layers(folder).values() if layer.scheme.has_codes}
+    return sorted({scheme.name.partition("-")[0].upper() for scheme in schemes})
 
 
 def _sizes(context: StageContext, metrics: dict[str, Any]) -> dict[str, dict[str, int | None]]:

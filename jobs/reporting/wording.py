@@ -79,7 +79,8 @@ def _quality_words(run: dict[str, Any], results: list[dict[str, Any]]) -> Words:
     if row is None:
         if dense is None:
             return []
-        return [(f"Dense model: perplexity {units.perplexity(dense.get('perplexity'))}", "")]
+        name = _sentence_case(label_of(dense))
+        return [(f"{name} model: perplexity {units.perplexity(dense.get('perplexity'))}", "")]
     if not is_plottable(row):
         return [
             (f"{_sentence_case(label_of(row))}{at}: perplexity is ", ""),

@@ -127,6 +127,8 @@ def find_models(
 ) -> Models:  # fmt: skip
     """The models a run can start from: of run.from, and of the run's own finished stages.
 
+    What is only evaluated may be model.path too, whatever kind of model it is.
+
     All folders are absolute: workers may be elsewhere.
 
     Args:
@@ -137,21 +139,23 @@ def find_models(
         fetch: download the weights of models of the Hub; False for what describes them alone.
 
     Raises:
-        InputError: run.from is neither a run, nor a stage, nor a model folder; or a model that
-            was pruned elsewhere comes without the dense model it is compared with; or a stage is
-            damaged.
+        InputError: run.from (or model.path) is neither a run, nor a stage, nor a model folder; or a
+            model that was pruned elsewhere comes without the dense model it is compared with; or a
+            stage is damaged.
     """
-    text = config.run.from_
+    option, text = "run.from", config.run.from_
+    if text is None and config.stages == ["evaluate"]:
+        option, text = "model.path", config.model.path
     if "pretrain" in config.stages:
         return Models(run_dir / _PRETRAINED, stages)  # which is yet to be made
     if text is None:
         models = Models(model_folder("model.path", config.model.path, fetch), stages)
         own = None
     else:
-        source = model_folder("run.from", text, fetch)
+        source = model_folder(option, text, fetch)
         own = source.resolve()
-        models = _models_from(source, config, stages, again if own == run_dir.resolve() else (),
-                              fetch)  # fmt: skip
+        given = again if own == run_dir.resolve() else ()
+        models = _models_from(option, source, config, stages, given, fetch)
         models.given = next(reversed(_to_build_on(models)), None)
     if own != run_dir.resolve():
         models.add_run(run_dir, without=again)
@@ -159,12 +163,13 @@ def find_models(
 
 
 def _models_from(
-    source: Path, config: Config, stages: Sequence[Stage], again: Collection[str], fetch: bool
-) -> Models:
+    option: str, source: Path, config: Config, stages: Sequence[Stage], again: Collection[str],
+    fetch: bool,
+) -> Models:  # fmt: skip
     names = [stage.name for stage in stages]
-    with readable(f"run.from={source}"):
+    with readable(f"{option}={source}"):
         if not source.is_dir():
-            raise InputError(f"run.from={source}: there is no such folder")
+            raise InputError(f"{option}={source}: there is no such folder")
         is_stage = source.name in names and (source / RECORD).is_file()
         is_run = any((source / name / RECORD).is_file() for name in names)
         is_model = (source / "config.json").is_file()
@@ -176,7 +181,7 @@ def _models_from(
         return models
     if not is_model:
         raise InputError(
-            f"run.from={source}: neither a run (no finished stage in it), nor a stage, nor a model "
+            f"{option}={source}: neither a run (no finished stage in it), nor a stage, nor a model "
             "folder (no config.json)"
         )
     sparsity = read_sparsity(source) or {}

@@ -65,6 +65,21 @@ def test_a_stage_starts_from_the_last_sparse_model_before_it(run: Path) -> None:
     assert models.made["quantize"] == {"packed": run / "quantize/packed"}
 
 
+def test_what_is_only_evaluated_may_be_the_models_path(run: Path, tiny_model_dir: Path) -> None:
+    def given(**options: Any) -> Models:
+        config = Config(stages=["evaluate"], model=ModelConfig(**options))
+        return find_models(config, run.parent / "new", PIPELINE)
+
+    alone = given(path=str(tiny_model_dir))
+    assert (alone.dense, alone.made) == (tiny_model_dir, {})
+    pair = given(path=str(tiny_model_dir), teacher=str(tiny_model_dir))
+    assert pair.made == {"prune": {"given": tiny_model_dir}}
+    with pytest.raises(InputError, match=r"^model\.path=.*: neither a run"):
+        given(path=str(run.parent))
+    with pytest.raises(InputError, match=r"run\.from: is required"):
+        Config(stages=["export"], model=ModelConfig(path=str(tiny_model_dir)))
+
+
 def test_a_stage_folder_is_a_run_up_to_it(run: Path, tiny_model_dir: Path) -> None:
     models = of(run / "prune", "export")
     assert models.made == {"prune": {name: run / "prune" / name for name in METHODS}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from conf.schema import Config
 from jobs.pipeline import PIPELINE
 from jobs.reporting.page import _results_table
-from jobs.reporting.summary import build_summary
+from jobs.reporting.summary import _label, build_summary
 from jobs.runs.artifact import RECORD
 from jobs.runs.context import StageContext
 from jobs.runs.models import Models
+from sparsify.packed.layout import Scheme
 from tests.conftest import stage_record
+from tests.quantized import packed_with
 
 LAYER = {
     "method": "wanda", "name": "model.layers.0.up", "block": 0, "shape": [8, 4], "num_tokens": 64,
@@ -92,3 +95,21 @@ def test_zeros_count_among_all_weights(tmp_path: Path) -> None:
     assert dense["zero_share"] is None and pruned["zero_share"] == 0.075
     headings, _ = _results_table([dense, pruned], "2:4")
     assert ("Zeros", "of all weights") in headings
+
+
+def test_a_sparse_model_by_itself_is_not_called_dense(tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = packed_with(tmp_path / "packed", tiny_model_dir, Scheme("int", 4, 32))
+    nothing: Any = None
+
+    def label(models: Models) -> str:
+        context = StageContext(Config(), Config(), tmp_path, "", models, nothing, nothing, nothing)
+        return _label("dense", context)
+
+    assert label(Models(tiny_model_dir, PIPELINE)) == "dense"
+    said = {
+        "format": "twofour-sparsity", "version": 1, "pattern": "2:4", "method": "wanda",
+        "provenance": {}, "layers": {},
+    }  # fmt: skip
+    (folder / "sparsity.json").write_text(json.dumps(said))
+    assert label(Models(folder, PIPELINE)) == "2:4 wanda + INT4"
+    assert label(Models(tiny_model_dir, PIPELINE, {"prune": {"wanda": folder}})) == "dense"
