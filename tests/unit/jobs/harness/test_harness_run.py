@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from jobs.harness.plan import Plan, planned
 from jobs.harness.run import HFLM, build, language_model, run_task
 from sparsify.errors import InputError
+from sparsify.models.load import load_tokenizer
 from tests.benchmarks import make_tasks
 from tests.conftest import message
 
@@ -64,6 +66,41 @@ def test_numbers_are_those_of_the_command_line(
         assert ours["num_fewshot"] == theirs["n-shot"][name]
     better = ask(model, plan, "bits", tmp_path / "again")["metrics"]
     assert not better["bits_per_byte,none"]["higher_is_better"]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_conversations_are_those_of_the_command_line(
+    plan: Plan, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """As with --apply_chat_template, which makes turns of examples."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    theirs = simple_evaluate(
+        model="hf", model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=[task.config for task in plan.tasks.values()], device="cpu", batch_size=4,
+        task_manager=TaskManager(include_defaults=False), apply_chat_template=True,
+        fewshot_as_multiturn=True, log_samples=True,
+    )  # fmt: skip
+    assert theirs is not None
+    prompt = theirs["samples"]["choice"][0]["arguments"][0][0]
+    assert prompt.count("<user>") == 2 and prompt.count("<assistant>") == 2, "an example as turns"
+    model = language_model(folder, folder, "float32", "cpu", SETTINGS)
+    as_chat = {"settings": {"apply_chat_template": True}}
+    for name in plan.tasks:
+        ours = ask(model, plan, name, tmp_path / name, **as_chat)["metrics"]
+        scores = {key: metric["score"] for key, metric in ours.items()}
+        assert scores == {key: theirs["results"][name][key] for key in scores}, name
 
 
 class Killed(Exception):
