@@ -418,12 +418,14 @@ def test_table_of_the_budget_is_the_record() -> None:
     assert part.strip() == markdown_table(budget.table_of(found["figures"])).strip()
 
 
-@pytest.mark.parametrize("benchmark", [drop, finetune])
-def test_tables_of_a_stage_are_the_records(benchmark: Any) -> None:
+@pytest.mark.parametrize(
+    ("benchmark", "place"), [(drop, "tables"), (finetune, "tables"), (finetune, "stories260k")]
+)
+def test_tables_of_a_stage_are_the_records(benchmark: Any, place: str) -> None:
     name = benchmark.__name__.rpartition(".")[2]
-    found = record(f"2026-11-30-bench-{name}-cpu.json")
+    found = record(f"2026-11-30-bench-{name}-{place}-cpu.json".replace("-tables", ""))
     text = page(f"docs/{name}.md").text
-    part = text.split("<!-- tables: begin -->")[1].split("<!-- tables: end -->")[0]
+    part = text.split(f"<!-- {place}: begin -->")[1].split(f"<!-- {place}: end -->")[0]
     assert part.strip() == benchmark.markdown(found["figures"], found["command"])
 
 
