@@ -8,14 +8,16 @@ kept when it is there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -47,12 +49,14 @@ _CLOSE = 1e-9
 def _quiet() -> Iterator[None]:
     """The harness prints progress bars and advice; a run has a display of its own."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
+    with contextlib.redirect_stdout(_nowhere()), contextlib.redirect_stderr(_nowhere()):
         yield
+
+
+@cache
+def _nowhere() -> TextIO:
+    """Never closed: loggers that are set up meanwhile, as vLLM's, write to it ever after."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def build(task: Task) -> Any:
@@ -110,6 +114,8 @@ def language_model(
     """
     shared = {"batch_size": settings["batch_size"], "max_length": settings["max_length"]}
     if settings["backend"] == "vllm":
+        _collect()  # its engine is another process, which counts on an empty card
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with _quiet():
             return get_model("vllm")(
                 pretrained=str(folder), tokenizer=str(dense), dtype=dtype, **shared
@@ -117,6 +123,19 @@ def language_model(
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(dense)
     with _quiet():
         return HFLM(pretrained=model, tokenizer=tokenizer, **shared)
+
+
+def release(model: LM) -> None:
+    """Give the memory of a model of `language_model` back; nothing can be asked of it any more."""
+    engine = getattr(getattr(model, "model", None), "llm_engine", None)
+    if engine is not None:  # vLLM's, which would stay until somebody collects what is in cycles
+        engine.engine_core.shutdown()
+    _collect()
+
+
+def _collect() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def run_task(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import util
+from importlib import metadata, util
 
 from conf.schema import Config
 from jobs.harness.plan import Plan
@@ -23,11 +23,8 @@ def check_tasks(config: Config, models: Models, plan: Plan) -> None:
         InputError: no vLLM; no chat template; a task whose answers do not fit into the models.
     """
     options = config.evaluate
-    if options.backend == "vllm" and util.find_spec("vllm") is None:
-        raise InputError(
-            "evaluate.backend=vllm: vLLM is not installed here; install it beside twofour "
-            "(docs/deploy.md), or leave evaluate.backend out"
-        )
+    if options.backend == "vllm":
+        _require_vllm()
     if options.apply_chat_template and load_tokenizer(models.dense).chat_template is None:
         raise InputError(
             f"evaluate.apply_chat_template=true: the tokenizer of {models.dense} has no chat "
@@ -46,3 +43,20 @@ def check_tasks(config: Config, models: Models, plan: Plan) -> None:
                 f"for the question in {length}; lower max_gen_toks in generation_kwargs of a task "
                 "file of your own, or leave the task out"
             )
+
+
+def _require_vllm() -> None:
+    """Require vLLM where the harness finds it: as the package vllm, in this environment."""
+    if util.find_spec("vllm") is None:
+        raise InputError(
+            "evaluate.backend=vllm: vLLM is not installed here; install it beside twofour "
+            "(docs/evaluate.md#vllm), or leave evaluate.backend out"
+        )
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        found = ", ".join(metadata.packages_distributions().get("vllm", ["a folder"]))
+        raise InputError(
+            f"evaluate.backend=vllm: it is installed as {found}, and lm-evaluation-harness looks "
+            "for the package vllm; install that, or leave evaluate.backend out"
+        ) from None

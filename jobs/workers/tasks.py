@@ -8,7 +8,7 @@ import torch
 
 from cluster.runtime.worker import WorkerContext
 from jobs.harness.results import kept_path
-from jobs.harness.run import build, language_model, run_task
+from jobs.harness.run import build, language_model, release, run_task
 from jobs.runs.folder import write_json
 
 
@@ -41,3 +41,4 @@ def answer_tasks(context: WorkerContext, payload: dict[str, Any]) -> None:
         write_json(path, {"key": key, "model": name, **result})
         answers.unlink()
         tell(1.0)
+    release(model)
