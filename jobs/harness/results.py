@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 
 from conf.schema import Config
-from jobs.harness.plan import OWN, Row
+from jobs.harness.plan import OWN, Plan, Row
 from jobs.runs.folder import read_json
 from sparsify.errors import InputError
 from sparsify.evaluation.paired import DocumentScores, compare, resampled
@@ -57,6 +57,26 @@ def settings_of(config: Config, dense: Path, folders: list[Path]) -> dict[str, A
 def result_key(**decides: Any) -> str:
     """The key of a result, of all that decides it."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def keys_of(
+    plan: Plan, prints: dict[str, str], settings: dict[str, Any]
+) -> dict[tuple[str, str], str]:
+    """(model, task) -> key of its result.
+
+    Args:
+        plan: the tasks.
+        prints: model -> fingerprint; whose tokenizer is shared, `dense`, among them.
+        settings: see `settings_of`.
+    """
+    installed = versions(settings["backend"])
+    return {
+        (model, name): result_key(
+            model=prints[model], tokenizer=prints["dense"], task=task.digest,
+            num_fewshot=plan.num_fewshot[name], settings=settings, versions=installed,
+        )
+        for model in prints for name, task in plan.tasks.items()
+    }  # fmt: skip
 
 
 def result_path(folder: Path, model: str, task: str) -> Path:

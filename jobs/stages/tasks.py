@@ -85,6 +85,7 @@ def score_tasks(
         Comparison,
         all_results,
         kept_path,
+        keys_of,
         result_path,
         settings_of,
     )
@@ -96,7 +97,7 @@ def score_tasks(
     if config.evaluate.tasks:
         plan = plan_of(config)
         settings = settings_of(config, context.models.dense, list(folders.values()))
-        keys = _keys(plan, fingerprints(folders), settings)
+        keys = keys_of(plan, fingerprints(folders), settings)
         known = all_results(finished) | own
         left = {key: pair for pair, key in keys.items() if key not in known}  # equal models once
         if left:
@@ -113,19 +114,6 @@ def score_tasks(
     for key in own.keys() - keys.values():
         _write(kept_path(writer.folder, key), own[key])
     return found
-
-
-def _keys(plan: Plan, prints: dict[str, str], settings: dict[str, Any]) -> Asked:
-    from jobs.harness.results import result_key, versions  # costs torch
-
-    installed = versions(settings["backend"])
-    return {
-        (model, name): result_key(
-            model=prints[model], tokenizer=prints["dense"], task=task.digest,
-            num_fewshot=plan.num_fewshot[name], settings=settings, versions=installed,
-        )
-        for model in prints for name, task in plan.tasks.items()
-    }  # fmt: skip
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
