@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.integration.conftest import Run
 from tests.integration.recoveries import Worker, die_at_step, exit_codes, run
 
 _SIZES = {
@@ -80,19 +82,32 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-def test_the_command_leaves_a_scored_model_that_any_library_loads(tmp_path: Path) -> None:
-    text, run_dir = write_text(tmp_path / "text.jsonl"), tmp_path / "run"
-    words = [
+def words_of(run_dir: Path) -> list[str]:
+    """Options of a command that takes four steps."""
+    text = write_text(run_dir.with_suffix(".jsonl"))
+    return [
         f"data.calibration={text}", "data.sequence_length=32", f"run.dir={run_dir}",
         *(f"pretrain.{name}={value}" for name, value in _SIZES.items()),
-        "pretrain.num_tokens=1024", "pretrain.batch_size=8", "evaluate.num_tokens=64",
-        "cluster.executor=plain", "cluster.num_workers=1", "tracker.wandb=off",
+        "pretrain.num_tokens=1024", "pretrain.batch_size=8", "pretrain.micro_batch_size=4",
+        "evaluate.num_tokens=64", "tracker.wandb=off",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one plain process."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    words = [*words_of(run_dir), "cluster.executor=plain", "cluster.num_workers=1"]
     done = subprocess.run(
         [sys.executable, "-m", "jobs.pretrain", *words], capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_the_command_leaves_a_scored_model_that_any_library_loads(by_one: Path) -> None:
+    run_dir = by_one
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [row["name"] for row in summary["results"]] == ["dense"]
     assert len(summary["pretraining"]["steps"]) == 4
@@ -103,3 +118,19 @@ def test_the_command_leaves_a_scored_model_that_any_library_loads(tmp_path: Path
     count = sum(parameter.numel() for parameter in model.parameters())
     assert f"| parameters | {count:,} |" in card
     assert f"{summary['results'][0]['perplexity']:.3f} per token" in card
+
+
+def test_two_workers_under_ray_train_what_one_process_does(
+    by_one: Path, run_job: Run, tmp_path: Path
+) -> None:
+    words = [*words_of(tmp_path / "run"), "cluster.executor=ray", "cluster.num_workers=2"]
+    done = run_job("pretrain", *words)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((folder / "summary.json").read_text()) for folder in (by_one, tmp_path / "run")
+    )
+    assert two["run"]["num_workers"] == 2
+    losses = [[step["loss"] for step in run["pretraining"]["steps"]] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    scores = [run["results"][0]["perplexity"] for run in (one, two)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
