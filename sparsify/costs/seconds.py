@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from sparsify.calibration.factors import shared_by_all
+from sparsify.comm import assign_by_size
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.shapes import ModelShape, num_blocks_recomputed
@@ -226,8 +228,8 @@ def pruning_seconds(
 
     Returns:
         Part -> seconds: forward (the rows through the blocks), statistics (sums of products of
-        inputs), factor (Cholesky and its inverse, 2/3 I^3 multiplications), solve, write, exchange,
-        rotate.
+        inputs), factor (Cholesky and its inverse, 2/3 I^3 operations at half the rate of products),
+        solve, write, exchange, rotate.
     """
     tokens, blocks = setup.tokens, shape.num_blocks
     length = setup.sequence_length
@@ -236,7 +238,7 @@ def pruning_seconds(
         2.0 * (shape.kept[setup.element_bytes] if shape.kept else 0) * tokens / (rates.bandwidth)
     )
     slow = rates.float32 or rates.products
-    grams = solve = factor = cross = squares = 0.0
+    grams = solve = cross = squares = 0.0
     for group in shape.groups:
         inputs = group[0][1]
         outputs = sum(rows for rows, _ in group)
@@ -244,8 +246,8 @@ def pruning_seconds(
         grams += tokens * inputs**2
         if setup.needs_teacher:
             cross += 2.0 * tokens * inputs * min(outputs, inputs)
-        factor += 4.0 / 3.0 * inputs**3
         solve += outputs * inputs**2 / setup.world_size
+    factor = 4.0 / 3.0 * _most_factored([group[0][1] for group in shape.groups], setup.world_size)
     products, passes = _solve_work(setup, params)
     elements = shape.linear_parameters / setup.world_size
     search = 0.0
@@ -269,6 +271,16 @@ def pruning_seconds(
         few = 16 * shape.hidden_size / setup.world_size
         found["rotate"] = one_pass * few / tokens + 4 * found["write"]
     return found
+
+
+def _most_factored(widths: Sequence[int], world_size: int) -> float:
+    """I^3 of the worker that factors most of a block, as `calibration.factors` deals it out."""
+    shared = shared_by_all({str(at): width for at, width in enumerate(widths)}, world_size)
+    cubes = [width**3 for width in widths]
+    alone = [cube for at, cube in enumerate(cubes) if str(at) not in shared]
+    parts = assign_by_size(alone, world_size)
+    together = (sum(cubes) - sum(alone)) / world_size
+    return together + max(sum(alone[at] for at in part) for part in parts)
 
 
 def _num_passes(setup: Pruning, num_blocks: int) -> float:
