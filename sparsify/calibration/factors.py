@@ -11,13 +11,8 @@ from sparsify.calibration.cholesky import invert_factor_together_
 from sparsify.calibration.hessian import InverseFactor, inverse_factor
 from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.moments import InputMoments
-from sparsify.comm import Comm, assign_by_size
+from sparsify.comm import Comm, assign_by_size, shared_by_all
 from sparsify.errors import NonFiniteError, SingularHessianError
-
-_LEAST_SHARED = 8192
-"""columns from which on a Hessian may be factored by all processes together. A panel of 512 columns
-is factored while all wait and then sent, some 0.5 ms on a GPU whatever the width; one process alone
-takes 1.7 ms for its part of 8,192 columns, but 0.4 ms of 4,096 (arithmetic, at 13.5 TFLOP/s)."""
 
 
 def assign_factors(
@@ -86,14 +81,3 @@ def assign_factors(
         moments[name].put_factor(damping, factor)
 
     return assign
-
-
-def shared_by_all(sizes: Mapping[str, int], num_shares: int) -> set[str]:
-    """Which of the Hessians of so many columns all processes factor together.
-
-    Args:
-        sizes: layer -> columns.
-        num_shares: that the work of all of them is to be cut into.
-    """
-    one_share = sum(size**3 for size in sizes.values()) / num_shares
-    return {n for n, size in sizes.items() if size >= _LEAST_SHARED and size**3 > one_share}

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sparsify.calibration.factors import shared_by_all
-from sparsify.comm import assign_by_size
+from sparsify.comm import assign_by_size, shared_by_all
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.shapes import ModelShape, num_blocks_recomputed

@@ -118,7 +118,6 @@ def check_varlen(model: Any, in_half: bool = False) -> None:
         require_varlen(model, lambda rows: logits_of(model, rows), num_blocks, in_half)
 
 
-@torch.no_grad()
 def require_varlen(
     model: Any, run: Callable[[TokenRows], Tensor], num_blocks: int, in_half: bool
 ) -> None:
@@ -140,8 +139,9 @@ def require_varlen(
     rows = _probe_rows(embedding.num_embeddings).to(embedding.weight.device)
     before = config._attn_implementation
     try:
-        expected = run(rows)
-        found, calls = _recorded(model, config, rows, run)
+        with torch.no_grad():
+            expected = run(rows)
+            found, calls = _recorded(model, config, rows, run)
     finally:
         config._attn_implementation = before
     asked = tuple(call.window or None for call in calls)
@@ -207,6 +207,7 @@ def _recorded(
         handle.remove()
 
 
+@torch.enable_grad()
 def _check_kernel(call: _Call, device: torch.device, name: str) -> None:
     """Compare the kernel with one document after another, outputs and gradients."""
     window = None if call.window is None else _KERNEL_WINDOW

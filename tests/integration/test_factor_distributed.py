@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.calibration import cholesky, factors
+from sparsify import comm as dealing
+from sparsify.calibration import cholesky
 from sparsify.calibration.factors import assign_factors
 from sparsify.calibration.hessian import InverseFactor, inverse_factor
 from sparsify.calibration.hidden_states import Memory
@@ -31,7 +32,7 @@ CASES = {"singular": 0.0, "grows": DAMPING, "nan": DAMPING}
 
 def small() -> Any:
     """Sizes at which tests are quick: the widest is shared, in five panels."""
-    least = patch.object(factors, "_LEAST_SHARED", 64)
+    least = patch.object(dealing, "_LEAST_SHARED", 64)
     panel = patch.object(cholesky, "_PANEL", 48)
     least.start()
     panel.start()

@@ -227,7 +227,7 @@ EXPAND = [
     ("int8", 16, 300, 128, True), ("float8", 40, 256, 0, False), ("int4", 33, 516, 32, False),
     ("int4", 16, 256, 0, True), ("nf4", 16, 300, 64, False),
 ]  # fmt: skip
-NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 12
+NUM_INTERPRETED = len(DECODE) + len(EXPAND) + 13
 
 
 @interpreted

@@ -87,7 +87,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         ("prune", ["prune.num_sample=3"], ["did you mean prune.num_samples", "options of prune"]),
         ("prune", ["num_samples=3"], ["prune.num_samples or quantize.num_samples", "there are"]),
         ("prune", ["patern=2:4"], ["did you mean prune.pattern?"]),
-        ("prune", ["prunes.pattern=2:4"], ["did you mean prune.pattern?", "prune.*"]),
+        ("prune", ["prunes.pattern=2:4"], ["did you mean prune.pattern", "prune.*"]),
         ("prune", ["zzz=1"], ["zzz: unknown option; there are: stages, run.*, model.*"]),
         ("prune", ["prune.method.x=1"], ["prune.method is a value"]),
         ("prune", ["prune=wanda"], ["prune is a group", "prune.method=..."]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsify.calibration.factors import shared_by_all
+from sparsify.comm import shared_by_all
 
 LLAMA_8B = {"q_proj": 4096, "o_proj": 4096, "gate_proj": 4096, "down_proj": 14336}
 

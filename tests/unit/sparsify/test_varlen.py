@@ -454,7 +454,7 @@ def llama_with(change):
         (lambda kw: {**kw, "position_bias": torch.zeros(1)}, "it uses position_bias"),
         (lambda kw: {**kw, "cu_seq_lens_q": None}, "does not hand on"),
         (lambda kw: {**kw, "sliding_window": 6}, r"windows \(None, 6, None\)"),
-        (lambda kw: {**kw, "cu_seq_lens_q": torch.tensor([0, 20, 40])}, "logits are others"),
+        (lambda kw: {**kw, "cu_seq_lens_q": torch.tensor([0, 20, 40])}, "outputs are others"),
     ],
 )
 def test_layers_that_differ_are_refused(change, message):

@@ -23,7 +23,8 @@ from jobs.benchmarks.support.stand_in_gpu import (
     stand_in_gpu,
     without_data,
 )
-from sparsify.calibration import cholesky, factors
+from sparsify import comm
+from sparsify.calibration import cholesky
 from sparsify.calibration.hidden_states import Memory
 from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
@@ -183,7 +184,7 @@ def test_several_gpus_share_rows_and_solving_and_sum_their_moments() -> None:
 
 def test_several_gpus_share_the_widest_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of four has a quarter of it, the triangles of its panels, and one of the others."""
-    monkeypatch.setattr(factors, "_LEAST_SHARED", 1024)
+    monkeypatch.setattr(comm, "_LEAST_SHARED", 1024)
     monkeypatch.setattr(cholesky, "_PANEL", 64)
     options = Namespace(blocks=1, samples=8, length=32, batch_size=2, method="sparsegpt",
                         order="auto", seed=0)  # fmt: skip
