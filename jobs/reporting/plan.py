@@ -220,7 +220,7 @@ def _serving_lines(found: dict[str, Any]) -> list[str]:
         f"serving: cards needed for one request / for all of plan.batch_size; keys and values take "
         f"{units.size(found['kv_bytes_per_1k'])} per 1,000 tokens",
         *aligned(rows),
-        "  no stock engine computes with 2:4 packed files: they are unpacked when loaded",
+        "  2:4 packed: as transformers and vLLM hold it with this project's plugin",
         "",
         "Llama-2-70B, for comparison; of all that a card has",
     ]

@@ -51,11 +51,11 @@ def deployed_sizes(shape: ModelShape, kept_bytes: int = 2) -> list[Deployed]:
     for name in FORMATS:
         for pattern in (None, Pattern.parse("2:4")):
             blocks = 0.0
-            for rows, columns in (layer for group in shape.groups for layer in group):
+            for rows, columns in shape.layers:
                 blocks += matrix_bytes((rows, columns), pattern, _BITS[name])
                 scales = {"bf16": 0, "int4": -(-columns // _GROUP)}.get(name, 1)
                 blocks += rows * scales * _SCALE_BITS / 8
-            first = sum(rows * columns for group in shape.groups for rows, columns in group)
+            first = sum(rows * columns for rows, columns in shape.layers)
             inside = blocks * shape.linear_parameters / first
             rest = kept_bytes * (shape.num_parameters - shape.linear_parameters)
             found.append(Deployed(name, pattern is not None, inside + rest))
@@ -80,7 +80,8 @@ class AdapterTraining:
     tokens: int = 1024
     """of a micro-batch"""
     all_linear: bool = False
-    """adapters on every linear layer; else on those of attention and the last of the block"""
+    """adapters on every linear layer; else on those of attention and the last of the block, of a
+    mixture those outside of experts"""
     num_features: int | None = None
     """input and output features of all layers with an adapter, where others are chosen"""
     adapter_bytes: float = _ADAPTER_BYTES
@@ -103,9 +104,10 @@ def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float
     Raises:
         KeyError: never for a model that `shapes.read_shape` could trace.
     """
-    layers = [layer for group in shape.groups for layer in group]
-    attention = [layer for group in shape.groups[:-2] for layer in group]
-    chosen = layers if setup.all_linear else [*attention, *shape.groups[-1]]
+    layers = shape.layers
+    outside = [group for group in shape.groups if group.num == 1]
+    few = outside if shape.has_experts else [*outside[:-2], outside[-1]]
+    chosen = layers if setup.all_linear else [layer for group in few for layer in group.layers]
     features = setup.num_features
     if features is None:
         features = shape.num_blocks * sum(rows + columns for rows, columns in chosen)

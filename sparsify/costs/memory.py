@@ -189,7 +189,7 @@ def _head(student: ModelShape, teacher: ModelShape | None, setup: Training) -> f
 
 def _largest(student: ModelShape, width: int) -> float:
     """The largest gradient when it is made."""
-    linear = max((o * i for group in student.groups for o, i in group), default=0)
+    linear = max((rows * columns for rows, columns in student.layers), default=0)
     return float(width * max(linear, student.head_parameters, student.embedding_parameters))
 
 
@@ -203,9 +203,9 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     width = setup.element_bytes
     states = setup.tokens * shape.hidden_size * width * (2 if setup.needs_teacher else 1)
     batch = setup.batch_size * setup.sequence_length
-    largest = max(rows * columns for group in shape.groups for rows, columns in group)
+    largest = max(rows * columns for rows, columns in shape.layers)
     held = 0.0
-    if setup.on_device and setup.order == "layer":
+    if setup.on_device and setup.order == "layer" and not shape.has_experts:
         # Paused forwards: the widest activation, and the residual streams of both models.
         streams = 3 if setup.needs_teacher else 1
         held = setup.tokens * width * (shape.widest + streams * shape.hidden_size)
@@ -258,12 +258,11 @@ def _hessians(shape: ModelShape, setup: Pruning) -> float:
     if not setup.needs_hessian:
         return 0.0
     element = 4.0 if setup.uses_gpu else 8.0  # of a sum; means and factors are float32
-    sizes = []
+    sizes: list[tuple[int, int]] = []
     for group in shape.groups:
-        inputs = group[0][1]
-        rows = sum(rows for rows, _ in group)
-        pair = min(rows, inputs) * inputs if setup.needs_teacher else 0
-        sizes.append((inputs**2, pair))
+        inputs = group.num_inputs
+        pair = min(group.num_outputs, inputs) * inputs if setup.needs_teacher else 0
+        sizes += group.num * [(inputs**2, pair)]
     factor = 6.0 * max(square for square, _ in sizes) if setup.needs_factor else 0.0
-    together = sizes if setup.order != "layer" else [max(sizes)]
+    together = sizes if shape.has_experts or setup.order != "layer" else [max(sizes)]
     return factor + sum((element + 4.0) * (square + pair) for square, pair in together)

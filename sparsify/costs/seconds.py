@@ -238,15 +238,17 @@ def pruning_seconds(
     )
     slow = rates.float32 or rates.products
     grams = solve = cross = squares = 0.0
+    widths: list[int] = []
     for group in shape.groups:
-        inputs = group[0][1]
-        outputs = sum(rows for rows, _ in group)
-        squares += inputs**2
-        grams += tokens * inputs**2
+        inputs, outputs = group.num_inputs, group.num_outputs
+        met = group.num * group.share * tokens
+        widths += group.num * [inputs]
+        squares += group.num * inputs**2
+        grams += met * inputs**2
         if setup.needs_teacher:
-            cross += 2.0 * tokens * inputs * min(outputs, inputs)
-        solve += outputs * inputs**2 / setup.world_size
-    factor = 4.0 / 3.0 * _most_factored([group[0][1] for group in shape.groups], setup.world_size)
+            cross += 2.0 * met * inputs * min(outputs, inputs)
+        solve += group.num * outputs * inputs**2 / setup.world_size
+    factor = 4.0 / 3.0 * _most_factored(widths, setup.world_size)
     products, passes = _solve_work(setup, params)
     elements = shape.linear_parameters / setup.world_size
     search = 0.0
@@ -254,7 +256,7 @@ def pruning_seconds(
         search = 2.0 * 2 * params.admm_iterations
     slowly = products - search + _ENERGY_PRODUCTS
     found = {
-        "forward": one_pass * _num_passes(setup, blocks),
+        "forward": one_pass * _num_passes(setup, shape),
         "statistics": blocks * (grams + cross) / rates.products if setup.needs_hessian else 0.0,
         "factor": blocks * factor / slow if setup.needs_factor else 0.0,
         "solve": blocks * solve * (slowly / slow + search / rates.products)
@@ -282,12 +284,12 @@ def _most_factored(widths: Sequence[int], world_size: int) -> float:
     return together + max(sum(alone[at] for at in part) for part in parts)
 
 
-def _num_passes(setup: Pruning, num_blocks: int) -> float:
+def _num_passes(setup: Pruning, shape: ModelShape) -> float:
     """Forwards of every row through every block; nobody needs what the last block puts out."""
-    on = 1.0 - 1.0 / num_blocks
+    on = 1.0 - 1.0 / shape.num_blocks
     if not setup.needs_hessian or setup.order == "dense":
         return on
-    if setup.order == "block":
+    if setup.order == "block" or shape.has_experts:
         return (2.0 if setup.needs_teacher else 0.9) + on
     held = 2.0 if setup.needs_teacher else 1.0
     return held if setup.on_device else 2.2 * held
@@ -316,7 +318,7 @@ def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates)
 
 def quantizing_seconds(shape: ModelShape, setup: Pruning, rates: Rates) -> dict[str, float]:
     """Seconds of GPTQ with zeros kept: one walk, and the launches for its columns."""
-    columns = sum(i * len(group) for group in shape.groups for _, i in group[:1])
+    columns = sum(columns for _, columns in shape.layers)
     walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
     walk["solve"] += shape.num_blocks * columns * _GPTQ_LAUNCHES * rates.launch_s
     return walk

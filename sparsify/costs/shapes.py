@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError, first_line
+from sparsify.models.experts import expert_layers, unfuse_experts
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.watch import watch_inputs
 
@@ -29,6 +30,28 @@ _MOST_BLOCKS = 2000  # modules are built one by one: a slip of a few zeros would
 _COUNTED = "counted"
 
 _COMPILED = 17.0 / 24.9
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Linear layers of a block that share an input."""
+
+    layers: tuple[tuple[int, int], ...]
+    """(O, I) of each"""
+    num: int = 1
+    """how many such groups there are: one in each expert, otherwise 1"""
+    share: float = 1.0
+    """of the tokens, what one of them meets on average"""
+
+    @property
+    def num_inputs(self) -> int:
+        """I, which they share."""
+        return self.layers[0][1]
+
+    @property
+    def num_outputs(self) -> int:
+        """O of all of them together."""
+        return sum(rows for rows, _ in self.layers)
 
 
 @dataclass(frozen=True)
@@ -58,8 +81,9 @@ class ModelShape:
     """rows are no longer than this; None: no limit is known"""
     kv_width: int
     """elements of one token's keys and values over all layers"""
-    groups: tuple[tuple[tuple[int, int], ...], ...]
-    """of the first block: (O, I) of the linear layers that share an input, in order of execution"""
+    groups: tuple[LayerGroup, ...]
+    """of the first block, or the first with experts: layers that share an input, in order of
+    execution; those in experts last"""
     flops: ModelFlops
     kept: dict[int, float]
     """bytes of an element of the weights (2 or 4) -> bytes that one token's forward of all blocks
@@ -67,6 +91,17 @@ class ModelShape:
     float32 a head, as flash kernels do. What cannot be traced without values is not in it"""
     widest: int
     """features of the widest activation of a block"""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers are in experts that pruning takes one by one; its forwards cannot pause at
+        each group then, so that all of a block's layers are measured together."""
+        return any(group.num > 1 for group in self.groups)
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(O, I) of all layers of `groups`, those of every expert."""
+        return [layer for group in self.groups for layer in group.num * group.layers]
 
     @property
     def outside_parameters(self) -> int:
@@ -104,13 +139,14 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
                 f"{first_line(error)})"
             ) from None
     flops = count_flops(model)  # refuses what is no plain attention
+    unfuse_experts(model)  # as pruning does
     _, blocks = find_blocks(model)
-    linears = linears_of(blocks[0])
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     groups, kept = _trace(model, blocks)
+    sides = [side for group in groups for layer in group.layers for side in layer]
     return ModelShape(
         name=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -127,12 +163,10 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         vocab_size=head.weight.shape[0],
         max_positions=getattr(text, "max_position_embeddings", None),
         kv_width=2 * len(blocks) * kv_heads * size,
-        groups=tuple(
-            tuple((linears[n].out_features, linears[n].in_features) for n in g) for g in groups
-        ),
+        groups=tuple(groups),
         flops=flops,
         kept=kept,
-        widest=max(max(layer.weight.shape) for layer in linears.values()),
+        widest=max(sides),
     )
 
 
@@ -161,9 +195,11 @@ def _attend(
 AttentionInterface.register(_COUNTED, _attend)
 
 
-def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[list[str]], dict[int, float]]:
-    """The first block's layers by shared input, and what all blocks keep of a token."""
-    linears = linears_of(blocks[0])
+def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[LayerGroup], dict[int, float]]:
+    """A block's layers by shared input, and what all blocks keep of a token."""
+    block = next((block for block in blocks if expert_layers(block)), blocks[0])
+    in_experts = expert_layers(block)
+    linears = {name: layer for name, layer in linears_of(block).items() if name not in in_experts}
     given = model.config._attn_implementation
     keys: dict[str, tuple[int, int]] = {}
     held: list[Tensor] = []
@@ -188,10 +224,26 @@ def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[list[str]], dict[int
             kept[dtype.itemsize] = total / _TOKENS
     finally:
         model.config._attn_implementation = given
-    found: dict[tuple[int, int], list[str]] = {}
+    for name, layer in linears.items():  # behind experts, such as those that all tokens meet
+        keys.setdefault(name, (-layer.in_features, 0))
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for name, key in keys.items():
-        found.setdefault(key, []).append(name)
-    return list(found.values()), kept
+        found.setdefault(key, []).append((linears[name].out_features, linears[name].in_features))
+    groups = [LayerGroup(tuple(layers)) for layers in found.values()]
+    return groups + _expert_groups(block, model.config.get_text_config()), kept
+
+
+def _expert_groups(block: nn.Module, config: Any) -> list[LayerGroup]:
+    """Of the layers in a block's experts: those that read what the router sends, and the others."""
+    kinds: dict[tuple[bool, int], dict[str, tuple[int, int]]] = {}
+    experts = expert_layers(block)
+    num = len({id(layer.expert) for layer in experts.values()})
+    for name, layer in experts.items():
+        linear: Any = block.get_submodule(name)
+        shape = linear.out_features, linear.in_features
+        kinds.setdefault((not layer.reads_input, shape[1]), {})[layer.kind] = shape
+    share = config.num_experts_per_tok / num if num else 0.0
+    return [LayerGroup(tuple(kinds[key].values()), num, share) for key in sorted(kinds)]
 
 
 @contextmanager

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from sparsify.costs.cards import cards, find_card
 from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
@@ -15,8 +21,9 @@ from sparsify.costs.flops import peak_flops
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.memory import _head, pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
-from sparsify.costs.shapes import ModelShape, kept_bytes, read_shape
+from sparsify.costs.shapes import LayerGroup, ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
+from sparsify.models.experts import unfuse_experts
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
@@ -50,6 +57,7 @@ def llama() -> ModelShape:
 def test_counts_are_those_of_the_model_itself(config: Any) -> None:
     shape = read_shape(config)
     model: Any = AutoModelForCausalLM.from_config(config)
+    unfuse_experts(model)
     _, blocks = find_blocks(model)
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     assert shape.blocks_parameters == sum(p.numel() for p in blocks.parameters())
@@ -63,13 +71,39 @@ def test_counts_are_those_of_the_model_itself(config: Any) -> None:
 def test_published_models_have_their_published_sizes(llama: ModelShape) -> None:
     assert llama.num_parameters == 8_030_261_248
     assert llama.linear_parameters == 6_979_321_856
-    assert llama.groups == (
+    assert [group.layers for group in llama.groups] == [
         ((4096, 4096), (1024, 4096), (1024, 4096)), ((4096, 4096),),
         ((14336, 4096), (14336, 4096)), ((4096, 14336),),
-    )  # fmt: skip
+    ]  # fmt: skip
+    assert not llama.has_experts and len(llama.layers) == 7
     large = read_shape(LLAMA_2_70B)
     assert large.num_parameters == 68_976_648_192
     assert kv_cache_bytes(large, 4096) == pytest.approx(1.34e9, rel=0.01)
+
+
+def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
+    """Four experts of which a token meets two, and one of twice the width that all tokens meet; the
+    first block has none."""
+    config = Qwen2MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=80,
+        shared_expert_intermediate_size=160, mlp_only_layers=[0],
+    )  # fmt: skip
+    shape = read_shape(config)
+    assert shape.groups == (
+        LayerGroup(((64, 64), (32, 64), (32, 64))), LayerGroup(((64, 64),)),
+        LayerGroup(((160, 64), (160, 64))), LayerGroup(((64, 160),)), LayerGroup(((1, 64),)),
+        LayerGroup(((80, 64), (80, 64)), 4, 0.5), LayerGroup(((64, 80),), 4, 0.5),
+    )  # fmt: skip
+    assert len(shape.layers) == 4 + 4 + 4 * 3 and shape.has_experts
+    setup = Pruning(num_samples=64, sequence_length=128, method="sparsegpt", needs_teacher=False)
+    rates = replace(rates_of(cards()["h100"], 2), products=1.0, float32=1.0)
+    found = pruning_seconds(shape, setup, rates)
+    squares = 4 * 64**2 + 160**2 + 4 * 0.5 * (64**2 + 80**2)
+    assert found["statistics"] == pytest.approx(3 * 64 * 128 * squares)
+    cubes = 4 * 64**3 + 160**3 + 4 * (64**3 + 80**3)
+    assert found["factor"] == pytest.approx(3 * 4 / 3 * cubes)
+    held = pruning_memory(shape, setup).parts["Hessians"]  # of all experts at once
+    assert held == (4 + 4) * (4 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen3Config(**SMALL, head_dim=16)])
