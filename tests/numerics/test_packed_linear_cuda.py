@@ -356,6 +356,15 @@ class TestInterpreted:
         assert len(calls) == num_calls and choice.used().way(problem, 100) == "dense"
         assert card.shown().startswith(f"card (torch {torch.__version__}, triton ")
 
+        def full(call: Callable[[], object]) -> float:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(card, "cold_s", full)
+        other = ways.Problem("int4", 40, 256, 128, False, "float16")
+        with pytest.warns(RuntimeWarning, match="float16: no room to measure its ways; up to 64"):
+            assert card.chosen_copy(other, packed.prepared) == ("", [])
+        assert choice.used().way(other, 100) == "expand"
+
     def test_the_check_that_a_benchmark_makes_on_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -64,7 +64,8 @@ def chosen_copy(
         choices: None: those of this process, of `use_card` if there are none yet.
 
     Returns:
-        The name of the way that holds a copy, with it; or "" and nothing.
+        The name of the way that holds a copy, with it; or "" and nothing, as where the card has no
+        room to measure, which a warning says.
 
     Raises:
         InputError: the file of this card is damaged.
@@ -81,7 +82,15 @@ def chosen_copy(
             shape = num_tokens, problem.num_columns
             return torch.randn(shape, dtype=problem.torch_dtype, device=device)
 
-        choice = choices.get(problem, lambda: measure_ways(problem, prepared, cold_s, inputs))
+        try:
+            choice = choices.get(problem, lambda: measure_ways(problem, prepared, cold_s, inputs))
+        except torch.OutOfMemoryError:
+            text = (
+                f"GPU kernels: {problem.name}: no room to measure its ways; up to 64 tokens go by "
+                "decode and more by expand"
+            )
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return "", []
     make = WAYS[choice.copy].copy if choice.copy else None
     return ("", []) if make is None else (choice.copy or "", make(problem, prepared))
 
