@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -135,7 +135,8 @@ class TwofourLinearMethod(LinearMethodBase):
                 `--additional-config` says something of this method that it does not know.
         """
         self.dtype = params_dtype
-        copies = may_copy(get_current_vllm_config().additional_config)
+        config = get_current_vllm_config_or_none()
+        copies = config is not None and may_copy(config.additional_config)
         if copies and torch.get_default_device().type == "cuda":
             _use_card(copies)
         self.share = share_of(
