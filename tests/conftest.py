@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 END_OF_TEXT = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A group that a module's tests leave in this process would stop the next one that makes its
+    own, far from where it came from."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        warnings.warn(f"{request.node.name} left a process group", stacklevel=1)
 
 
 def equal(first: TokenRows, second: TokenRows) -> bool:
