@@ -108,8 +108,8 @@ class TwofourConfig(QuantizationConfig):
 
 
 @cache
-def _use_card(copies: bool) -> None:
-    use_card(may_copy=copies)
+def _allow_copies() -> None:
+    use_card(may_copy=True)
 
 
 @register_weight_loader_v2_supported_method
@@ -138,7 +138,7 @@ class TwofourLinearMethod(LinearMethodBase):
         config = get_current_vllm_config_or_none()
         copies = config is not None and may_copy(config.additional_config)
         if copies and torch.get_default_device().type == "cuda":
-            _use_card(copies)
+            _allow_copies()
         self.share = share_of(
             self.name, self.whole, sum(output_partition_sizes), input_size_per_partition
         )
