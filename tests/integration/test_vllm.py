@@ -146,6 +146,23 @@ def test_a_compiled_server_answers_as_transformers_does(beside, every_type, tmp_
         assert "saved AOT compiled function" in server.said()
 
 
+def test_by_default_it_computes_in_bfloat16(beside, every_type, tmp_path):
+    """Tokens are vLLM's own; what it thinks of them is what transformers in bfloat16 does, within a
+    step of bfloat16 at the logits' size, of which either rounds by half."""
+    folder, _ = every_type
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with serving(folder, tmp_path, "--enforce-eager") as server:
+        answers = server.complete(PROMPTS, NUM_TOKENS)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        whole = torch.tensor([prompt + answer["token_ids"]])
+        with torch.no_grad():
+            logits = model(whole).logits[0, len(prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, whole[0, len(prompt) :, None]).flatten()
+        found = torch.tensor(answer["logprobs"]["token_logprobs"])
+        step = logits.abs().max() * torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(found, expected, rtol=0, atol=float(step))
+
+
 def test_two_processes_answer_as_one_does(beside, every_type, tmp_path):
     """Tensor parallel: rows of fused layers, columns of the others, scales with them."""
     folder, expected = every_type

@@ -135,7 +135,9 @@ def with_linears(
             if weight.is_meta:
                 made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
                 made.normal_(0.0, _SCALE) if weight.ndim > 1 else made.fill_(1.0)
-                module.register_parameter(name, nn.Parameter(made, requires_grad=False))
+                # With gradients, as `from_pretrained` leaves it: torch multiplies the last of
+                # several tokens by a weight without by way of a copy of the whole weight.
+                module.register_parameter(name, nn.Parameter(made))
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     ready: PreTrainedModel = model.eval()
