@@ -23,6 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import InputError
+from sparsify.integrations.dense import leave_dense, speed_up_dense
 from sparsify.integrations.linear import PackedLinear
 from sparsify.models.experts import unfuse_experts
 from sparsify.packed.folder import PackedFolder, write_index
@@ -85,6 +86,7 @@ class TwofourQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PackedLinear):
                 module.settle()
+        speed_up_dense(model)
         # As an attribute of this one model: transformers has no door for what follows a save.
         model.save_pretrained = types.MethodType(_save_packed, model)  # type: ignore[method-assign]
 
@@ -99,6 +101,7 @@ class TwofourQuantizer(HfQuantizer):
                 )
         for name, module in layers.items():
             model.set_submodule(name, dense_layer(module, dtype or model.dtype))
+        leave_dense(model)
         model.__dict__.pop("save_pretrained", None)
         return model
 

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from jobs.benchmarks.support.device import peak_bytes
 from jobs.benchmarks.support.random_llama import SHAPES, random_model, with_linears
 from jobs.workers.speed import random_packed
+from sparsify.integrations.dense import speed_up_dense
 from sparsify.packed.layout import Layer, Scheme
 from sparsify.pattern import Pattern
 
@@ -95,7 +96,10 @@ def build(side: str, config: LlamaConfig) -> PreTrainedModel:
             return DenseInt4(*size)
         return random_packed(Layer(size, SCHEMES[side], Pattern.parse("2:4")))
 
-    return with_linears(config, layer, "cpu")
+    model = with_linears(config, layer, "cpu")
+    if side != "dense int4":
+        speed_up_dense(model)  # as where transformers loads a packed folder
+    return model
 
 
 @torch.inference_mode()

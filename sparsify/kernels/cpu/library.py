@@ -62,6 +62,16 @@ class Job(ctypes.Structure):
     ]  # fmt: skip
 
 
+class DenseJob(ctypes.Structure):
+    """`Dense` of source/job.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "y", "weight", "bias", "scratch")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_rows", "num_columns", "x_stride")),
+        *((name, ctypes.c_int32) for name in ("num_threads", "path")),
+    ]
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library."""
@@ -159,7 +169,8 @@ def load(folder: Path, compiler: str | None = None) -> Library:
         handle = ctypes.CDLL(str(file))
     except OSError as error:
         raise LibraryError(f"{file} cannot be loaded ({first_line(error)}); delete it") from None
-    handle.twofour_linear.argtypes, handle.twofour_linear.restype = [ctypes.c_void_p], None
+    for function in (handle.twofour_linear, handle.twofour_dense):
+        function.argtypes, function.restype = [ctypes.c_void_p], None
     handle.twofour_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     handle.twofour_read.restype = ctypes.c_uint64
     return Library(file, handle, handle.twofour_best_path(), bool(handle.twofour_has_threads()))

@@ -22,6 +22,7 @@ from sparsify.errors import InputError
 from sparsify.formats.kinds.packed import save_packed_folder
 from sparsify.formats.source import Source
 from sparsify.formats.verify import masks_of
+from sparsify.integrations.dense import DenseLinear
 from sparsify.integrations.linear import PackedLinear
 from sparsify.integrations.quantizer import check_fits
 from sparsify.kernels import packed_linear as kernel
@@ -207,8 +208,10 @@ def test_dequantize_gives_the_dense_model(tmp_path, tiny_tokenizer, bits):
     dense = llama(torch.bfloat16)
     folder = packed(tmp_path / "packed", dense, tiny_tokenizer, bits)
     model = loaded(folder)
+    assert type(model.lm_head) is DenseLinear
     model.save_pretrained(tmp_path / "before")  # leaves a text for the dtype in the configuration
     model = model.dequantize()
+    assert type(model.lm_head) is nn.Linear
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     for (name, ours), theirs in zip(model.named_parameters(), dense.parameters(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -25,6 +25,16 @@ struct Linear {
     int32_t type, is_bfloat16, num_threads, path;
 };
 
+struct Dense {
+    const uint16_t *x;       // bfloat16 [num_tokens][x_stride], x_stride in elements
+    uint16_t *y;             // bfloat16 [num_tokens][num_rows]
+    const uint16_t *weight;  // bfloat16 [num_rows][num_columns]
+    const float *bias;       // [num_rows]; may be null
+    float *scratch;          // num_tokens times num_columns floats
+    int64_t num_tokens, num_rows, num_columns, x_stride;  // tokens: 1 to 4; columns: 32 times some
+    int32_t num_threads, path;
+};
+
 }  // extern "C"
 
 constexpr int ROWS = 8, LANES = 16, STEPS = 16, COLUMNS = 64, SEGMENT = 8;  // SEGMENT: of steps
@@ -45,9 +55,17 @@ using RunBlock = void (*)(const Linear &, int64_t block, const float *x, int wid
 
 using ReadBytes = uint64_t (*)(const uint8_t *begin, int64_t num_bytes);
 
+// `num_rows` (at most ROWS) rows of a dense weight times the tokens; `x` is [num_tokens][columns]
+// with each 2 * width columns sorted into even and odd ones, `sums` [num_tokens][ROWS].
+using RunDense = void (*)(
+    const Dense &, const uint16_t *weight, int num_rows, const float *x, float *sums
+);
+
 struct Path {
     RunBlock run;
     ReadBytes read;
+    RunDense dense;
+    int width;   // lanes of a vector
     int widest;  // tokens at once
 };
 

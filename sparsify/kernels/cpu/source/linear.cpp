@@ -1,4 +1,4 @@
-// The library's face: which paths there are, the linear layer on several threads, and a loop that
+// The library's face: which paths there are, linear layers on several threads, and a loop that
 // only reads. A row is computed by one thread in one order, so the number of threads changes no bit.
 
 #include <cstring>
@@ -138,6 +138,39 @@ void twofour_linear(const Linear *given) {
         run_blocks(
             job, path, part * num_blocks / num_parts, (part + 1) * num_blocks / num_parts
         );
+}
+
+// At most 4 tokens: with more of them a dense weight is better read by torch's own products.
+void twofour_dense(const Dense *given) {
+    const Dense &job = *given;
+    const Path &path = *path_of(job.path);
+    const int64_t step = 2 * path.width;
+    for (int64_t token = 0; token < job.num_tokens; token++)
+        for (int64_t column = 0; column < job.num_columns; column++) {
+            const int64_t from = token * job.x_stride + column, place = column % step;
+            const int64_t to = column - place + place % 2 * path.width + place / 2;
+            job.scratch[token * job.num_columns + to] = as_float(job.x[from]);
+        }
+    const int64_t num_blocks = (job.num_rows + ROWS - 1) / ROWS;
+    const int64_t num_parts = job.num_threads < num_blocks ? job.num_threads : num_blocks;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads((int)num_parts) schedule(static, 1) if (num_parts > 1)
+#endif
+    for (int64_t part = 0; part < num_parts; part++)
+        for (int64_t block = part * num_blocks / num_parts;
+             block < (part + 1) * num_blocks / num_parts; block++) {
+            const int64_t first = block * ROWS, left = job.num_rows - first;
+            float sums[4 * ROWS];
+            path.dense(
+                job, job.weight + first * job.num_columns, (int)(left < ROWS ? left : ROWS),
+                job.scratch, sums
+            );
+            for (int64_t token = 0; token < job.num_tokens; token++)
+                for (int64_t k = 0; k < ROWS && k < left; k++)
+                    job.y[token * job.num_rows + first + k] = as_bfloat16(
+                        sums[token * ROWS + k] + (job.bias ? job.bias[first + k] : 0.0f)
+                    );
+        }
 }
 
 // A number that depends on every byte. `num_bytes` is a multiple of 512 for each thread.

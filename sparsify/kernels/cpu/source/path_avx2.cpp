@@ -3,4 +3,6 @@
 #include "lanes_avx2.h"
 #include "rows.h"
 
-extern const Path AVX2_PATH = {run_block<Avx2>, read_bytes<Avx2>, Avx2::WIDEST};
+extern const Path AVX2_PATH = {
+    run_block<Avx2>, read_bytes<Avx2>, run_dense<Avx2>, Avx2::WIDTH, Avx2::WIDEST
+};

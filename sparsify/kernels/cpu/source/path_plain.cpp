@@ -5,4 +5,6 @@
 #include "lanes_plain.h"
 #include "rows.h"
 
-extern const Path PLAIN_PATH = {run_block<Plain>, read_bytes<Plain>, Plain::WIDEST};
+extern const Path PLAIN_PATH = {
+    run_block<Plain>, read_bytes<Plain>, run_dense<Plain>, Plain::WIDTH, Plain::WIDEST
+};

@@ -236,4 +236,61 @@ uint64_t read_bytes(const uint8_t *begin, int64_t num_bytes) {
     return V::first(sums[0]);
 }
 
+// R rows of a dense bfloat16 weight times N tokens. Two columns come in 32 bits, as two vectors.
+template <class V, int R, int N>
+inline void dense_rows(const Dense &job, const uint16_t *weight, const float *x, float *sums) {
+    using F = typename V::F;
+    constexpr int64_t STEP = 2 * V::WIDTH;
+    const int64_t columns = job.num_columns;
+    F even[R][N], odd[R][N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++)
+            even[r][n] = odd[r][n] = V::all(0.0f);
+    for (int64_t column = 0; column < columns; column += STEP)
+        for (int r = 0; r < R; r++) {
+            const uint8_t *at = (const uint8_t *)(weight + r * columns + column);
+            __builtin_prefetch(at + PREFETCH_BYTES);
+            const typename V::I both = V::load_int(at);
+            const F low = V::lower_bfloat16(both), high = V::upper_bfloat16(both);
+            for (int n = 0; n < N; n++) {
+                const float *inputs = x + n * columns + column;
+                even[r][n] = V::multiply_add(low, V::load(inputs), even[r][n]);
+                odd[r][n] = V::multiply_add(high, V::load(inputs + V::WIDTH), odd[r][n]);
+            }
+        }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) {
+            float pairs[V::WIDTH / 2], sum = 0.0f;
+            V::store_pair_sums(V::add(even[r][n], odd[r][n]), pairs);
+            for (int k = 0; k < V::WIDTH / 2; k++)
+                sum += pairs[k];
+            sums[n * ROWS + r] = sum;
+        }
+}
+
+template <class V, int N>
+inline void dense_width(
+    const Dense &job, const uint16_t *weight, int num_rows, const float *x, float *sums
+) {
+    // Rows at once: as many sums as there are registers, none of which waits for another.
+    constexpr int R = N == 1 ? 4 : N == 2 || V::WIDEST == 16 ? 2 : 1;
+    int row = 0;
+    for (; row + R <= num_rows; row += R)
+        dense_rows<V, R, N>(job, weight + row * job.num_columns, x, sums + row);
+    for (; row < num_rows; row++)
+        dense_rows<V, 1, N>(job, weight + row * job.num_columns, x, sums + row);
+}
+
+template <class V>
+void run_dense(
+    const Dense &job, const uint16_t *weight, int num_rows, const float *x, float *sums
+) {
+    switch (job.num_tokens) {
+        case 1: return dense_width<V, 1>(job, weight, num_rows, x, sums);
+        case 2: return dense_width<V, 2>(job, weight, num_rows, x, sums);
+        case 3: return dense_width<V, 3>(job, weight, num_rows, x, sums);
+        default: return dense_width<V, 4>(job, weight, num_rows, x, sums);
+    }
+}
+
 }  // namespace
