@@ -23,7 +23,7 @@ from jobs.training.inputs import check_cache, checked_store
 from sparsify.calibration.layers import prunable_linears
 from sparsify.errors import InputError
 from sparsify.evaluation.writing import num_positions
-from sparsify.formats.kinds.compressed_tensors import check_fused, plan_of
+from sparsify.formats.kinds.compressed_tensors import check_family, check_fused, plan_of
 from sparsify.formats.sparse_folder import model_name
 from sparsify.models.blocks import stored_of
 from sparsify.models.lm_head import find_head
@@ -142,9 +142,10 @@ def check_compressed(config: Config, models: Models) -> None:
     format compressed-tensors.
 
     Raises:
-        InputError: see `kinds.compressed_tensors.plan_of` and `check_fused`.
+        InputError: see `kinds.compressed_tensors.plan_of`, `check_family` and `check_fused`.
     """
     model = shapes_of(models.dense)
+    check_family(model)
     if "quantize" in config.stages:
         layers: Mapping[str, Layer] = _to_quantize(config, model)
     else:

@@ -170,7 +170,8 @@ class Dropping:
         parts = [unit for unit in choice.units if unit.part != "layers"]
         zeroed, quiet = self._zeroed(parts)
         stored = stored_of(self._source, self._config.model.dtype).places if zeroed else {}
-        names = {stored[name].name for layer in zeroed for name in self._tensors(layer, stored)}
+        tensors = [name for layer in zeroed for name in self._tensors(layer, stored)]
+        names = {stored[n].name if stored[n].at is None else n for n in tensors}
         write_fewer(self._source, folder, kept, names)
         self._tokenizer.save_pretrained(folder)
         prove_fewer(self.open(), open_blocks(folder, self._config.model.dtype,

@@ -41,7 +41,7 @@ from sparsify.formats.sparse_folder import (
 from sparsify.formats.verify import check_files
 from sparsify.masks.storage import MaskFile, merge_masks, save_masks
 from sparsify.methods import Method, PruneParams, get_method
-from sparsify.models.blocks import reason_to_hold_whole, stored_of
+from sparsify.models.blocks import layout_in, reason_to_hold_whole, stored_of
 from sparsify.models.load import (
     DTYPES,
     check_sequence_length,
@@ -50,14 +50,13 @@ from sparsify.models.load import (
     read_config,
 )
 from sparsify.models.save import save_model
-from sparsify.models.stored import check_stored
+from sparsify.models.stored import check_stored, places_in
 from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
 from sparsify.pruning.one_pass import FOLDER as CODES
 from sparsify.pruning.one_pass import OnePass
 from sparsify.pruning.progress import FEW_TOKENS, LayerReport, lent_remark
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
-from sparsify.tensors import tensor_names
 
 _FIGURES = (
     "relative_error", "sparsity", "damping", "num_dead_columns", "tokens_per_column", "condition",
@@ -332,20 +331,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a model folder's files, without their values."""
+    """Tensors of a model folder's files by the model's names, without their values."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
               "F16": torch.float16}  # fmt: skip
     found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in tensor_names(file):
-                part = file.get_slice(name)
-                dtype = dtypes.get(part.get_dtype())
-                if dtype is None:  # a buffer of integers or truth values: no weight
-                    found[name] = file.get_tensor(name)
-                else:
-                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-    return found
+    places = list(places_in(sorted(folder.glob("*.safetensors"))))
+    for place in places:
+        with safe_open(place.path, framework="pt") as file:
+            dtype = dtypes.get(file.get_slice(place.name).get_dtype())
+            if dtype is None:  # a buffer of integers or truth values: no weight
+                found[place.name] = file.get_tensor(place.name)
+            else:
+                found[place.name] = torch.empty(place.shape, dtype=dtype, device="meta")
+    return dict(layout_in(folder, places).separated(found.items()))
 
 
 def prune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[str, Any] | None:

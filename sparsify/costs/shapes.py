@@ -19,8 +19,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from sparsify.costs.flops import ModelFlops, count_flops
 from sparsify.errors import InputError, first_line
-from sparsify.models.experts import expert_layers, unfuse_experts
+from sparsify.models.experts import expert_layers
 from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.models.watch import watch_inputs
 
 _TOKENS = 64  # traced; what is kept grows in proportion

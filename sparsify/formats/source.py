@@ -21,6 +21,7 @@ from sparsify.formats.sparse_folder import MASKS, read_sparsity
 from sparsify.formats.verify import PackedMasks
 from sparsify.masks.storage import MaskFile
 from sparsify.models.blocks import open_stored
+from sparsify.models.layout import layout_of
 from sparsify.models.load import (
     DTYPES,
     check_checkpoint,
@@ -30,7 +31,7 @@ from sparsify.models.load import (
     stored_places,
 )
 from sparsify.models.masked import infer_weight_mask
-from sparsify.models.stored import Place, not_finite, num_not_finite
+from sparsify.models.stored import Place, not_finite, num_not_finite, own_places
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.packed.folder import open_packed
 from sparsify.pattern import Pattern
@@ -40,7 +41,8 @@ if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before there is a model
 
 
 class Source:
-    """A model's tensors by the names that go into files.
+    """A model's tensors by the names that go into files, experts that are stored fused layer by
+    layer.
 
     Args:
         model: with its configuration; weights count only where there is nothing else to read.
@@ -86,6 +88,13 @@ class Source:
         if found.is_floating_point() and (num_bad := num_not_finite(found)):
             raise not_finite(self.folder, name, num_bad, found.numel(), found.dtype)
         return found
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors as the family's checkpoints have them, block after block; errors as `tensor`.
+
+        Cost: one in memory at a time, of experts that are stored fused those of a block.
+        """
+        return layout_of(self.model).joined((name, self.tensor(name)) for name in self.names())
 
     @property
     def dtype_name(self) -> str:
@@ -141,7 +150,7 @@ def open_source(folder: Path, dtype: str | None) -> Source:
         for index, block in enumerate(blocks)
         for name, layer in linears_of(block).items()
     }
-    raw = {place.name: place for place in stored_places(folder)}
+    raw = dict(own_places(stored_places(folder), layout_of(model)))
     if all(name in raw and raw[name].shape == shape for name, shape in wanted.items()):
         return Source(model, raw, cast, folder)
     return Source(load_model(folder, kind), None, cast, folder)

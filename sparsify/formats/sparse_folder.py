@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from sparsify.errors import InputError
 from sparsify.files import file_sha256, write_json
 
@@ -159,14 +157,14 @@ def write_sparsity(
 
 
 def _dense_weights(folder: Path, masks: Mapping[str, Any]) -> dict[str, int]:
-    """Name -> number of weights of every stored tensor that no mask belongs to."""
+    """Name -> number of weights of every tensor that no mask belongs to."""
+    from sparsify.models.blocks import layer_places  # torch, as above
+
     found, named = {}, set(masks)  # asking a file of masks for one would read it
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                layer, weight, _ = name.partition(".weight")
-                if not (weight and layer in named):
-                    found[name] = math.prod(file.get_slice(name).get_shape())
+    for name, place in layer_places(folder):
+        layer, weight, _ = name.partition(".weight")
+        if not (weight and layer in named):
+            found[name] = math.prod(place.shape)
     return dict(sorted(found.items()))
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.formats.sparse_folder import MASKS, read_sparsity
 from sparsify.masks.select import require_pattern
 from sparsify.masks.storage import BitMasks, load_masks, mask_digest
+from sparsify.models.blocks import layer_places
 from sparsify.models.masked import infer_masks
 from sparsify.packed.folder import PackedFolder, open_packed
 from sparsify.pattern import Pattern
-from sparsify.tensors import tensor_names
 
 _COUNTS = (
     "num_layers", "num_weights", "num_zeros", "num_violations", "num_model_weights",
@@ -42,10 +41,11 @@ def check_files(
         PatternViolationError: a pruned weight is not exactly zero, or a group is too full; names
             the layer.
         InputError: a masked layer is in no file.
+
+    Cost: reads the files once, a tensor in memory at a time.
     """
-    return check_weights(
-        (w for path in folder.glob("*.safetensors") for w in _tensors(path)), folder, masks, pattern
-    )
+    weights = ((name, place.read(None)) for name, place in layer_places(folder))
+    return check_weights(weights, folder, masks, pattern)
 
 
 def check_packed(folder: Path) -> dict[str, int]:
@@ -78,13 +78,6 @@ class PackedMasks(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._folder.contents.layers)
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a safetensors file, one in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        for name in tensor_names(file):
-            yield name, file.get_tensor(name)
 
 
 def check_weights(

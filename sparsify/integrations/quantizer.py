@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsify.errors import InputError
 from sparsify.integrations.dense import leave_dense, speed_up_dense
 from sparsify.integrations.linear import PackedLinear
-from sparsify.models.experts import unfuse_experts
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.folder import PackedFolder, write_index
 from sparsify.packed.layout import METHOD, Contents, Layer, Scheme
 from sparsify.pattern import Pattern

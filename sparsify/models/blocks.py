@@ -8,7 +8,8 @@ model, so that a model is pruned on a device, or a machine, that it does not fit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import InputError
 from sparsify.files import resolve_path, write_json
+from sparsify.models.layout import Layout, layout_of
 from sparsify.models.load import (
     DTYPES,
     build_model,
@@ -28,7 +30,14 @@ from sparsify.models.load import (
     stored_places,
 )
 from sparsify.models.save import copy_generation_config
-from sparsify.models.stored import Stored, check_stored, stored_tensors
+from sparsify.models.stored import (
+    Place,
+    Stored,
+    check_stored,
+    own_places,
+    places_in,
+    stored_tensors,
+)
 from sparsify.models.structure import find_blocks
 from sparsify.tensors import write_tensors
 
@@ -204,7 +213,7 @@ def reason_to_hold_whole(path: str | Path) -> str | None:
     """Why a checkpoint cannot be read block by block, or None when it can.
 
     Its tensors must have the names and shapes of the model's own. Checkpoints that transformers
-    renames or merges while loading have not, but for experts (`experts.unfuse_experts`). Tensors
+    renames or merges while loading have not, but for experts (`unfuse.unfuse_experts`). Tensors
     that transformers passes over are no reason, nor is a head of its own in a model that says it
     is tied.
 
@@ -225,6 +234,28 @@ def stored_of(path: str | Path, dtype: str) -> Stored:
     folder = resolve_path(path)
     check_checkpoint(folder)
     return open_stored(folder, dtype)[1]
+
+
+def layer_places(folder: Path) -> Iterator[tuple[str, Place]]:
+    """Every tensor in the safetensors files of a folder, whatever they are called, by the name that
+    the model has for it: one for each layer of experts that are stored fused.
+
+    Cost: headers; of files that may hold such experts also the model, without weights.
+    """
+    places = list(places_in(sorted(folder.glob("*.safetensors"))))
+    return own_places(places, layout_in(folder, places))
+
+
+def layout_in(folder: Path, places: Iterable[Place]) -> Layout:
+    """How the tensors of a model folder are stored, which `places` are."""
+    has_config = (folder / "config.json").is_file()
+    # By their dimensions, or as matrices that are called experts and are not numbered.
+    if not has_config or not any(
+        len(place.shape) == 3 or re.search(r"\bexperts\.(?!\d)", place.name) for place in places
+    ):
+        return Layout()
+    with torch.device("meta"):
+        return layout_of(build_model(folder))
 
 
 def open_stored(folder: Path, dtype: str) -> tuple[PreTrainedModel, Stored, str | None]:
@@ -289,23 +320,26 @@ class ShardWriter:
 
     Args:
         folder: where the shards go; made if it is not there.
-        num_blocks: of the model.
+        source: the model whose blocks come.
     """
 
-    def __init__(self, folder: Path, num_blocks: int) -> None:
+    def __init__(self, folder: Path, source: Blocks) -> None:
         self.folder = folder
-        self._num_blocks = num_blocks
+        self._num_blocks = len(source.blocks)
+        self._layout = layout_of(source.model)
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Write one block's tensors, from `block_tensors`; whole or absent."""
-        write_tensors(self.folder / self._shard(index), tensors, _METADATA)
+        """Write one block's tensors, from `block_tensors`, as the family stores them; whole or
+        absent."""
+        stored = dict(self._layout.joined(tensors.items()))
+        write_tensors(self.folder / self._shard(index), stored, _METADATA)
 
     def finish(self, source: BlocksOnDisk) -> None:
         """Write the tensors outside the blocks, the index and config.json."""
         number, num_bytes = self._num_blocks, 0
         held: dict[str, Tensor] = {}
-        for name, tensor in source.tensors(source.rest_names()):
+        for name, tensor in self._layout.joined(source.tensors(source.rest_names())):
             if held and num_bytes + tensor.nbytes > _SHARD_BYTES:
                 write_tensors(self.folder / self._shard(number), held, _METADATA)
                 number, held, num_bytes = number + 1, {}, 0

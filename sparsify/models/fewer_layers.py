@@ -7,21 +7,23 @@ the result. `prove_fewer` runs what was written against the model that it was ma
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import CorruptCheckpointError, InputError
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockCalls, run_block
+from sparsify.models.layout import layout_of
 from sparsify.models.load import model_of, read_config, stored_places
 from sparsify.models.save import copy_generation_config, finish_weights
+from sparsify.models.stored import own_places
 from sparsify.models.structure import find_blocks
 from sparsify.models.sublayers import silent
 from sparsify.tensors import Shards
@@ -85,13 +87,16 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     return cut
 
 
-def require_same_parts(model: nn.Module, cut: PretrainedConfig, kept: Sequence[int]) -> None:
+def require_same_parts(model: nn.Module, cut: PretrainedConfig, kept: Sequence[int]) -> nn.Module:
     """Require that a model of the cut configuration has the tensors that the kept layers have.
 
     Args:
         model: the whole one; its weights may be on the meta device.
         cut: of `cut_config`.
         kept: layers that stay.
+
+    Returns:
+        The model of the cut configuration, without weights.
 
     Raises:
         InputError: it has others: kinds of layers go by their number in a way that is not known.
@@ -114,6 +119,7 @@ def require_same_parts(model: nn.Module, cut: PretrainedConfig, kept: Sequence[i
                 f"have {wanted.get(name)}: kinds of layers go by their number here; choose other "
                 "layers with drop.layers"
             )
+    return smaller
 
 
 def renamed(name: str, prefix: str, kept: Sequence[int]) -> str | None:
@@ -163,13 +169,14 @@ def write_fewer(
     """Write the checkpoint of the layers that stay: config.json, weights, generation_config.json.
 
     Tensors are copied as they are stored, under the family's own names; a packed folder's as the
-    dense weights that it stands for. At most a shard of them is in memory.
+    dense weights that it stands for. At most a shard of them is in memory, and the experts of a
+    block where they are stored fused.
 
     Args:
         folder: of the whole model.
         target: made if it is not there.
         kept: layers that stay, in order.
-        zeroed: stored names of tensors that become zero.
+        zeroed: names of tensors that become zero: stored ones, or an expert's in the model.
 
     Raises:
         InputError: see `cut_config` and `stored_prefix`.
@@ -181,17 +188,19 @@ def write_fewer(
     with torch.device("meta"):
         model = model_of(config, str(folder / "config.json"))
     list_name, blocks = find_blocks(model)
-    require_same_parts(model, cut, kept)
-    places = list(stored_places(folder))
-    prefix = stored_prefix([place.name for place in places], list_name, len(blocks))
+    smaller = require_same_parts(model, cut, kept)
+    places = list(own_places(stored_places(folder), layout_of(model)))
+    prefix = stored_prefix([name for name, _ in places], list_name, len(blocks))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, place in places:
+            new = renamed(name, prefix, kept)
+            if new is not None:
+                tensor = place.read(None)
+                yield new, torch.zeros_like(tensor) if name in zeroed else tensor
+
     shards = Shards(target, _SHARD_BYTES)
-    for place in places:
-        name = renamed(place.name, prefix, kept)
-        if name is None:
-            continue
-        tensor = place.read(None)
-        if place.name in zeroed:
-            tensor = torch.zeros_like(tensor)
+    for name, tensor in layout_of(smaller).joined(tensors()):
         shards.add({name: tensor})
     finish_weights(shards, target)
     cut.architectures = cut.architectures or [type(model).__name__]

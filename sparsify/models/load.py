@@ -31,8 +31,8 @@ from transformers.utils import logging
 
 from sparsify.errors import InputError, first_line
 from sparsify.files import readable, resolve_path
-from sparsify.models.experts import unfuse_experts
 from sparsify.models.foreign import KEYS, ForeignFolder, find_config
+from sparsify.models.layout import layout_of
 from sparsify.models.stored import (
     Place,
     follow_weights,
@@ -42,6 +42,7 @@ from sparsify.models.stored import (
     places_in,
 )
 from sparsify.models.tokenizer import beyond_embedding, by_own_rules
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.folder import PackedFolder, open_packed
 from sparsify.packed.layout import Contents, is_packed_config
 
@@ -161,7 +162,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 def build_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     """The model that a folder's config.json describes, without reading weights: as transformers
     starts it, or where the caller says so (`torch.device("meta")`) shapes alone. Its experts are
-    linear layers where checkpoints have them one by one (`experts.unfuse_experts`).
+    linear layers where it is known how checkpoints have them (`unfuse.unfuse_experts`).
 
     Raises:
         InputError: see `read_config`; or transformers cannot build such a model here (an unknown
@@ -292,8 +293,10 @@ def load_model(
     if packed is not None:  # from memory, which the class takes, and Auto... does not
         config = read_config(folder)
         kind, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None
-        tensors = {name: packed.dense(name, DTYPES[dtype]) for name in packed.shapes()}
-        given = {"config": config, "state_dict": tensors}
+        with torch.device("meta"):
+            layout = layout_of(model_of(config, str(folder / "config.json")))
+        tensors = ((name, packed.dense(name, DTYPES[dtype])) for name in packed.shapes())
+        given = {"config": config, "state_dict": dict(layout.joined(tensors))}
     try:
         with quiet_transformers():
             loaded: Any = kind.from_pretrained(

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.errors import InputError
 from sparsify.masks.select import find_violation, keep_mask_from_scores
 from sparsify.masks.storage import BitMasks, mask_to_bits, spread
-from sparsify.models.structure import find_blocks
+from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern, check_divides
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
@@ -55,10 +55,10 @@ def infer_block_masks(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """`infer_masks` of a part of the model, whose full name is `prefix`."""
     masks = {}
-    for name, module in block.named_modules(prefix=prefix):
-        if not isinstance(module, nn.Linear) or any(fnmatchcase(name, glob) for glob in skip):
-            continue
-        masks[name] = infer_weight_mask(name, module.weight.detach(), pattern, may_be_dense)
+    for inner, module in linears_of(block).items():
+        name = f"{prefix}.{inner}"
+        if not any(fnmatchcase(name, glob) for glob in skip):
+            masks[name] = infer_weight_mask(name, module.weight.detach(), pattern, may_be_dense)
     return masks
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from sparsify.files import write_json
+from sparsify.models.layout import layout_of
 from sparsify.models.load import GENERATION, INDEX, quiet_transformers, weight_files
+from sparsify.models.stored import own_places, places_in
 from sparsify.models.structure import find_blocks, linears_of
-from sparsify.tensors import Shards, tensor_names
+from sparsify.tensors import Shards
 
 if TYPE_CHECKING:  # 3.4 s, for which nothing here asks before there is a model
     from transformers import PreTrainedModel
@@ -46,6 +47,9 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    layout = layout_of(model)
+    if layout.fused:
+        state_dict = dict(layout.joined((state_dict or model.state_dict()).items()))
     with quiet_transformers():
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -67,10 +71,8 @@ def _has_names_of(model: torch.nn.Module, folder: Path) -> bool:
         for index, block in enumerate(blocks)
         for name in linears_of(block)
     }
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            wanted -= set(tensor_names(file))
-    return not wanted
+    places = places_in(weight_files(folder))
+    return wanted <= {name for name, _ in own_places(places, layout_of(model))}
 
 
 def finish_weights(shards: Shards, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.modeling_utils import LoadStateDictInfo
 
 from sparsify.errors import InputError
 from sparsify.models.foreign import ForeignFolder
+from sparsify.models.layout import Layout, Slice, layout_of
 from sparsify.packed.folder import PackedFolder
 from sparsify.tensors import tensor_names
 
@@ -37,15 +38,23 @@ class Place:
     shape: tuple[int, ...]
     packed: PackedFolder | ForeignFolder | None = None
     """the folder of layers in parts that the tensor comes from, dense"""
+    at: Slice | None = None
+    """the part that it is of a tensor of all experts; None: all of the tensor"""
 
     def read(self, dtype: torch.dtype | None) -> Tensor:
         """A copy of it on the CPU; floating point values as `dtype`, None: as they are stored."""
         if self.packed is not None:
-            return self.packed.dense(self.name, dtype)
+            whole = self.packed.dense(self.name, dtype)
+            return whole if self.at is None else self.at.of(whole).contiguous()
         with safe_open(self.path, framework="pt") as file:
-            tensor = file.get_tensor(self.name)
+            if self.at is None:
+                tensor = file.get_tensor(self.name)
+            else:
+                tensor = self.at.of(file.get_slice(self.name))
             is_cast = dtype is not None and tensor.is_floating_point()
-            return tensor.to(dtype if is_cast else tensor.dtype, copy=True)
+            return tensor.to(
+                dtype if is_cast else tensor.dtype, copy=True, memory_format=torch.contiguous_format
+            )
 
 
 @dataclass
@@ -92,6 +101,16 @@ def packed_places(folder: PackedFolder | ForeignFolder) -> Iterator[Place]:
         yield Place(folder.folder, name, shape, folder)
 
 
+def own_places(places: Iterable[Place], layout: Layout) -> Iterator[tuple[str, Place]]:
+    """Tensors of files under the model's names, those of all experts a part for each layer."""
+    for place in places:
+        for name, at in layout.slices(place.name).items():
+            if at is None:
+                yield name, place
+            elif shape := at.fused.part_shape(place.shape):
+                yield name, replace(place, shape=shape, at=at)
+
+
 def stored_tensors(places: Iterable[Place], model: Any, dtype: torch.dtype) -> Stored:
     """Find every tensor of `model` in the files.
 
@@ -107,8 +126,7 @@ def stored_tensors(places: Iterable[Place], model: Any, dtype: torch.dtype) -> S
     prefix = f"{model.base_model_prefix}."
     found = Stored({})
     unknown = []
-    for place in places:
-        name = place.name
+    for name, place in own_places(places, layout_of(model)):
         own = name if name in known or prefix + name not in known else prefix + name
         if own in known:
             found.places[own] = place
@@ -225,8 +243,8 @@ def _are_equal(first: Place, second: Place, dtype: torch.dtype) -> bool:
 
 def _pieces(place: Place) -> Iterator[Tensor]:
     """The floating point values of a tensor, some rows at a time; nothing of another type."""
-    if place.packed is not None:
-        whole = place.packed.dense(place.name)
+    if place.packed is not None or place.at is not None:
+        whole = place.read(None)
         if whole.is_floating_point():
             yield whole
         return

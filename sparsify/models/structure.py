@@ -1,18 +1,22 @@
 """What a decoder is made of: its blocks, their layers, and what pruning cannot reach in them.
 
 transformers holds the experts of many families as one parameter of three dimensions (experts,
-rows, columns) instead of a list of nn.Linear. Where checkpoints hold them so too
-(`experts.unfuse_experts` takes all others apart) they stay dense: such weights see their tokens
-inside one fused operation, where no layer input can be watched.
+rows, columns) instead of a list of nn.Linear. Those that `unfuse.unfuse_experts` does not take
+apart stay dense: such weights see their tokens inside one fused operation, where no layer input can
+be watched.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 
 from sparsify.errors import InputError
+
+_ROUTER = re.compile(r"Router|Gating|MoE\w*Gate$")
+"""in the names of classes, such as Llama4Router, JetMoeTopKGating and HunYuanMoEV1Gate"""
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -123,8 +127,19 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside `block` by its dotted name relative to the block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """Every nn.Linear inside `block` by its dotted name relative to the block, but for routers.
+
+    They choose experts: the few weights of most families' are no nn.Linear, and stay dense. Those
+    that are one, or have one, do too.
+    """
+    modules = dict(block.named_modules())
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and not _ROUTER.search(type(module).__name__)
+        and not _ROUTER.search(type(modules[name.rpartition(".")[0]]).__name__)
+    }
 
 
 def writers_of(linears: dict[str, nn.Linear], hidden_size: int) -> dict[str, nn.Linear]:

@@ -178,7 +178,7 @@ def prune_checkpoint(
     """
     source = BlocksOnDisk(path, memory.dtype, memory.device)
     run = _Run(source, method, pattern, params, comm, layers or LayerChoice(), clock, one_pass)
-    writer = ShardWriter(out, len(source.blocks)) if comm.rank == 0 else None
+    writer = ShardWriter(out, source) if comm.rank == 0 else None
 
     def take(index: int, block: nn.Module) -> tuple[list[LayerReport], Callable[[], None]]:
         bits, reports = run.take_block()

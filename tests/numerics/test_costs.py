@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from jobs.benchmarks.support.families import family_config
 from sparsify.costs.cards import cards, find_card
 from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
 from sparsify.costs.flops import peak_flops
@@ -23,8 +24,8 @@ from sparsify.costs.memory import _head, pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
 from sparsify.costs.shapes import LayerGroup, ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
-from sparsify.models.experts import unfuse_experts
 from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.layer import packed_num_bytes
 from sparsify.pattern import Pattern
 
@@ -52,6 +53,7 @@ def llama() -> ModelShape:
     [
         LlamaConfig(**SMALL), LlamaConfig(**SMALL, tie_word_embeddings=True),
         Qwen3Config(**SMALL, head_dim=16), MixtralConfig(**SMALL, num_local_experts=4),
+        family_config("gpt_oss"), family_config("granitemoe"),
     ],
 )  # fmt: skip
 def test_counts_are_those_of_the_model_itself(config: Any) -> None:
@@ -104,6 +106,16 @@ def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
     assert found["factor"] == pytest.approx(3 * 4 / 3 * cubes)
     held = pruning_memory(shape, setup).parts["Hessians"]  # of all experts at once
     assert held == (4 + 4) * (4 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
+def test_experts_that_files_hold_as_one_tensor_are_counted_one_by_one(family: str) -> None:
+    shape = read_shape(family_config(family, num_experts_per_tok=2))
+    attention = sum(rows * columns for rows, columns in ((32, 32), (16, 32), (16, 32), (32, 32)))
+    assert shape.linear_parameters == 3 * (attention + 4 * 3 * 48 * 32)
+    assert shape.groups[-2:] == (
+        LayerGroup(((48, 32), (48, 32)), 4, 0.5), LayerGroup(((32, 48),), 4, 0.5),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen3Config(**SMALL, head_dim=16)])

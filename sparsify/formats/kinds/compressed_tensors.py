@@ -31,6 +31,7 @@ from sparsify.formats.kinds.packed import SHARD_BYTES
 from sparsify.formats.source import in_order, open_source
 from sparsify.formats.verify import PackedMasks, check_weights
 from sparsify.masks.bits import pack_bits
+from sparsify.models.layout import layout_of
 from sparsify.models.load import DTYPES, INDEX, load_tokenizer, open_encoded, read_config
 from sparsify.packed.codes import unpack_codes
 from sparsify.packed.folder import PackedFolder, open_packed
@@ -106,6 +107,17 @@ def check_fused(quantised: set[str], linears: set[str]) -> None:
                 )
 
 
+def check_family(model: Any) -> None:
+    """InputError where a family stores experts fused: engines look for these, and not for one
+    quantised matrix for each expert."""
+    if layout_of(model).fused:
+        raise InputError(
+            f"{_OPTION}: {type(model).__name__} holds all experts of a layer as one tensor, of "
+            "which the format has no quantised form that transformers loads; use "
+            "export.formats=[dense,packed]"
+        )
+
+
 def _is_per_row(layer: Layer) -> bool:
     size = layer.scheme.group_size
     return size is None or size >= layer.shape[1]
@@ -175,7 +187,8 @@ def write_compressed(
         How it is written, and the counts of `formats.verify.check_files`.
 
     Raises:
-        InputError: see `plan_of` and `check_fused`; or a scale is out of the dtype's range.
+        InputError: see `plan_of`, `check_family` and `check_fused`; or a scale is out of the
+            dtype's range.
         PatternViolationError: what was written does not come back.
 
     Cost: a layer, and a shard, in memory; reads the source twice.
@@ -183,6 +196,7 @@ def write_compressed(
     packed = PackedFolder(source)
     plan = plan_of(packed.contents.layers)
     opened = open_source(source, None)
+    check_family(opened.model)
     linears = {n for n, m in opened.model.named_modules() if isinstance(m, nn.Linear)}
     coded = {n for n, layer in packed.contents.layers.items() if layer.scheme.has_codes}
     check_fused(coded, linears)

@@ -48,17 +48,18 @@ def _write(export: Export) -> list[Written]:
 def _write_weights(export: Export, folder: Path) -> None:
     """One file, or several and their index."""
     shards = Shards(folder, export.shard_bytes)
-    for name in export.source.names():
-        shards.add({name: export.source.tensor(name)})
+    for name, tensor in export.source.stored():
+        shards.add({name: tensor})
     finish_weights(shards, folder)
 
 
 def _compare(export: Export, folder: Path) -> None:
     """What was written is what was to be written."""
-    for place in places_in(sorted(folder.glob("model*.safetensors"))):
-        if not torch.equal(place.read(None), export.source.tensor(place.name)):
+    places = {p.name: p for p in places_in(sorted(folder.glob("model*.safetensors")))}
+    for name, tensor in export.source.stored():
+        if not torch.equal(places[name].read(None), tensor):
             raise PatternViolationError(
-                f"{folder}: {place.name} is not as it was written; the disk lost it, export again"
+                f"{folder}: {name} is not as it was written; the disk lost it, export again"
             )
 
 

@@ -30,10 +30,10 @@ from sparsify.kernels.cpu import linear as cpu
 from sparsify.kernels.cpu.library import library, use_folder
 from sparsify.masks.select import keep_mask_from_scores
 from sparsify.models.blocks import BlocksOnDisk, reason_to_hold_whole, stored_of
-from sparsify.models.experts import unfuse_experts
 from sparsify.models.load import check_checkpoint, load_model, load_tokenizer
 from sparsify.models.masked import apply_masks_, infer_masks
 from sparsify.models.save import save_model
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.folder import INDEX, PackedFolder, write_index
 from sparsify.packed.layer import pack_layer
 from sparsify.packed.layout import Layer, Scheme, packed_layers
@@ -423,7 +423,20 @@ def test_what_is_not_meant_is_refused(whole, tmp_path, tiny_tokenizer):
     assert torch.equal(logits(load_model(folder)), logits(dense))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_neox", "phi3", "opt", "falcon", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        "gpt_neox",
+        "phi3",
+        "opt",
+        "falcon",
+        "qwen3_moe",
+        "llama4_text",
+        "gpt_oss",
+        "granitemoe",
+    ],
+)
 def test_families(tmp_path, tiny_tokenizer, family):
     """Experts are packed one by one; names that transformers changes while loading are followed."""
     dense = random_family(family, vocab_size=320).eval()
@@ -437,20 +450,35 @@ def test_families(tmp_path, tiny_tokenizer, family):
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(dense))
 
 
-@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
-def test_families_whose_routers_are_linear_layers_by_name_alone(family):
-    """They return more than a product: refused by name, and fine when left out."""
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [
+        ("phimoe", "block_sparse_moe.gate"), ("llama4_text", "feed_forward.router"),
+        ("afmoe", "mlp.router.gate"), ("hunyuan_v1_moe", "mlp.gate.wg"),
+        ("jetmoe", "mlp.router.layer"), ("dbrx", "ffn.router.layer"),
+    ],
+)  # fmt: skip
+def test_routers_that_are_linear_layers_stay_dense(family, router):
     dense = random_family(family, vocab_size=320).eval()
     unfuse_experts(dense)  # phimoe's, with which modules get the names of its checkpoints
     masks, shapes = sparse(dense), {n: tuple(v.shape) for n, v in dense.state_dict().items()}
+    assert not any(name.endswith(router) for name in masks)
+    assert any(name.endswith(f"{router}.weight") for name in shapes)
+    check_fits(dense, masks, shapes, TWO_FOUR)
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text"])
+def test_a_layer_that_returns_more_than_a_product_is_refused_by_name(family):
+    dense = random_family(family, vocab_size=320).eval()
+    unfuse_experts(dense)
+    masks, shapes = sparse(dense), {n: tuple(v.shape) for n, v in dense.state_dict().items()}
+    routers = [n for n, m in dense.named_modules() if "Router" in type(m).__name__]
     said = (
         rf"{type(dense).__name__} cannot be written packed.*(router|gate) is a \w+, which computes"
     )
     with pytest.raises(InputError, match=said) as caught:
-        check_fits(dense, masks, shapes, TWO_FOUR)
+        check_fits(dense, [*masks, *routers], shapes, TWO_FOUR)
     message(caught)
-    plain = [name for name in masks if not name.endswith((".router", ".gate"))]
-    check_fits(dense, plain, shapes, TWO_FOUR)
 
 
 def test_what_transformers_would_not_load_is_refused_before_it_is_written():

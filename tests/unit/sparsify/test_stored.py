@@ -72,7 +72,7 @@ def logits(model: nn.Module) -> Tensor:
 
 def written(folder: Path, source: BlocksOnDisk) -> Path:
     """What the prune stage writes of a checkpoint, nothing pruned."""
-    writer = ShardWriter(folder, len(source.blocks))
+    writer = ShardWriter(folder, source)
     for index, block in enumerate(source.blocks):
         writer.write_block(index, block_tensors(f"{source.list_name}.{index}.", block))
     writer.finish(source)
