@@ -34,7 +34,8 @@ _NOTES = (
     "weight it is larger",
     "recover: the KL to the dense model before the first of four steps, and before the last",
     "quantize: INT4, packed, unpacked: the largest difference of a logit to the model that was "
-    "packed; export: the same of the folder that transformers loads, and of the packed one",
+    "packed; export: the same of the folder that transformers loads, and of the packed one; where "
+    "transformers computes experts fused, sums in another order may differ by 1e-6",
     "after each of the four, every group in the files was checked: 0 pruned weights are alive",
     "documents apart: whether documents joined into one row do not see each other; no: "
     "data.isolate_documents=false is needed",

@@ -38,9 +38,9 @@ def unfuse_experts(model: nn.Module) -> None:
     """Replace fused experts by linear layers in place, wherever it is known how the family's
     checkpoints have them.
 
-    Modules on the way to them get the names that the checkpoints have too (`block_sparse_moe` for
-    Mixtral's `mlp`), under which the model's state is then stored; their old names still find them.
-    Where experts are stored fused, `models.layout.layout_of` says how.
+    Where they have them one by one, modules on the way to them get the names of the checkpoints too
+    (`block_sparse_moe` for Mixtral's `mlp`), under which the model's state is then stored; their
+    old names still find them. Where they are stored fused, `models.layout.layout_of` says how.
 
     Args:
         model: of transformers; its weights may be on the meta device. Another is left as it is.
@@ -56,10 +56,10 @@ def unfuse_experts(model: nn.Module) -> None:
         for name, stored_name in stored.get(path, {}).items():
             fused[stored_name] = _layout_of(path, found[path], name, stored_name, of_experts)
         model.set_submodule(path, _split(found[path], of_experts))
-    if names:
-        _take_stored_names(model)
     if fused:
         set_layout(model, Layout(fused, _renamed(model)))
+    elif names:
+        _take_stored_names(model)
 
 
 @dataclass(frozen=True)
@@ -187,22 +187,27 @@ def _as_stored(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
             model.__dict__[key] = held
 
 
-def _undo(model: nn.Module) -> list[Any]:
-    """The family's renamings, in the order in which transformers undoes them as it saves."""
+def _renamed(model: nn.Module) -> dict[str, str]:
+    """Tensors that the family's checkpoints have under other names -> these."""
+    # In the order in which transformers undoes them as it saves.
     conversions = get_model_conversion_mapping(model, add_legacy=False)[::-1]  # type: ignore[arg-type]
     plain = [c for c in conversions if isinstance(c, WeightRenaming)]
-    return [c.reverse_transform() for c in plain if not isinstance(c, PrefixChange)]
+    undo: Any = [c.reverse_transform() for c in plain if not isinstance(c, PrefixChange)]
+    found = {}
+    for key in model.state_dict():
+        stored_key = key
+        for renaming in undo:
+            stored_key, _ = renaming.rename_source_key(stored_key)
+        if stored_key != key:
+            found[key] = stored_key
+    return found
 
 
 def _take_stored_names(model: nn.Module) -> None:
     """Give the modules around experts the names that they have in the family's checkpoints, where
     these differ in single words inside a block; nothing where it is not as simple."""
-    undo = _undo(model)
     renames: dict[str, str] = {}
-    for key in model.state_dict():
-        stored_key = key
-        for renaming in undo:
-            stored_key, _ = renaming.rename_source_key(stored_key)
+    for key, stored_key in _renamed(model).items():
         own, stored = key.split("."), stored_key.split(".")
         if len(own) != len(stored) or own[-1] != stored[-1]:
             continue
@@ -217,19 +222,6 @@ def _take_stored_names(model: nn.Module) -> None:
             parent.__dict__[word] = parent._modules[word]  # the family's code asks for it
             parent._modules.clear()
             parent._modules.update(children)
-
-
-def _renamed(model: nn.Module) -> dict[str, str]:
-    """Tensors outside experts that are stored as they are under another name."""
-    undo = _undo(model)
-    found = {}
-    for key in model.state_dict():
-        stored_key = key
-        for renaming in undo:
-            stored_key, _ = renaming.rename_source_key(stored_key)
-        if stored_key != key:
-            found[key] = stored_key
-    return found
 
 
 def _split(fused: _FusedModule, names: list[dict[str, str]]) -> RoutedExperts:
