@@ -25,9 +25,12 @@ def test_families_are_taken_through_every_stage(tmp_path: Path) -> None:
     assert families.is_done(neox) and families.is_done(mixtral)
     for row in (neox, mixtral):
         assert all(row[stage]["num_violations"] == 0 for stage in STAGES)
-        assert row["quantize"]["difference"] == row["export"]["difference"] == 0.0
+        assert row["quantize"]["difference"] == 0.0
         first, *_, last = row["recover"]["losses"]
         assert last < first
+    assert neox["export"]["difference"] == 0.0
+    # transformers sums fused experts in another order: 0 or 1e-6, by the processor.
+    assert mixtral["export"]["difference"] < 1e-5
     # Embedding, head and norms are dense, and a Mixtral's routers; most of it are its experts.
     assert 0 < neox["prune"]["zero_share"] < mixtral["prune"]["zero_share"] < 0.5
     assert (neox["num_other_names"], gpt2["num_other_names"]) == (1, 0)  # embed_out
