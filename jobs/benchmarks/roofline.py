@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from jobs.benchmarks import model as measured_model
 from jobs.benchmarks.support import roofline_recovery
@@ -26,8 +26,9 @@ from jobs.benchmarks.support.arguments import (
     settings_of,
 )
 from jobs.benchmarks.support.device import use_device
+from jobs.benchmarks.support.mixtures import MIXTURES, mixture_config
 from jobs.benchmarks.support.random_llama import (
-    block_num_weights,
+    SHAPES,
     check_blocks,
     llama_config,
     random_model,
@@ -54,6 +55,7 @@ EXAMPLES = (
     "roofline --shape llama-3.1-8b --card h100 --method sparsegpt",
     "roofline --shape llama-3.1-8b --card h100 --method twofour",
     "roofline --shape llama-3.1-8b --card h100 --gpus 8",
+    "roofline --shape qwen3-30b-a3b --card h100 --blocks 1",
     "roofline --stage recovery --card h100 --gpus 8",
 )
 
@@ -89,7 +91,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Options of the command."""
     stages = ["prune", "recovery"]
     add_option(parser, "--stage", "prune", "what is counted", choices=stages)
-    add_shape(parser, "llama-3.1-8b")
+    add_shape(parser, "llama-3.1-8b", f"; to prune also {', '.join(MIXTURES)}")
     add_option(parser, "--card", "h100", "GPU that is stood in for, as jobs.plan names it")
     gpus = "GPUs; one is counted: for pruning, in one machine, the first, with the most to do"
     add_option(parser, "--gpus", 1, gpus)
@@ -131,16 +133,16 @@ def run(options: Namespace) -> Outcome:
 
 def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
     """Count some blocks, and measure them where there is a GPU."""
-    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
+    num_blocks, config = _config(options)
     if not options.disk_gb_s > 0:
         raise InputError(f"--disk-gb-s {options.disk_gb_s:g}: give a rate above 0")
     rates = replace(rates, disk=1e9 * options.disk_gb_s)
     get_method(options.method)
-    config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
     print(f"{options.blocks} blocks of {options.shape}, counted for {options.card}", flush=True)
     typical = measured_model.typical_blocks(options.blocks)
     found, phases, block = _typical(config, options, rates, options.gpus)
-    files_s = 2 * 2 * block_num_weights(config) / rates.disk
+    weights = empty_model(config).model.layers[-1].parameters()
+    files_s = 2 * 2 * sum(weight.numel() for weight in weights) / rates.disk
     whole_s = whole_model_seconds(num_blocks, block["s"], files_s)
     figures: dict[str, Any] = {
         "phases": phases, "block": block, "kernels": found["kernels"], "files_s": files_s,
@@ -152,7 +154,7 @@ def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
         alone_s = whole_model_seconds(num_blocks, alone["s"], files_s)
         figures["one_gpu_s"] = alone_s
     measured = None
-    if options.device == "cuda":
+    if isinstance(config, LlamaConfig) and options.device == "cuda":
         measured = measured_model.measure(
             random_model(config, options.seed, torch.bfloat16, "cuda"), options, overlap=False
         )
@@ -195,13 +197,26 @@ def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
     )  # fmt: skip
 
 
+def _config(options: Namespace) -> tuple[int, PretrainedConfig]:
+    """How many blocks the shape has, and the configuration of those that are counted."""
+    num_blocks = check_blocks(options.shape, options.blocks, "--blocks", SHAPES | MIXTURES)
+    sizes = MIXTURES.get(options.shape)
+    if sizes is None:
+        return num_blocks, llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
+    if options.device == "cuda":
+        raise InputError(
+            f"--device cuda: {options.shape} is counted alone; use cpu, or the shape of a Llama"
+        )
+    return num_blocks, mixture_config(sizes, options.blocks, options.length, _VOCABULARY)
+
+
 def whole_model_seconds(num_blocks: int, block_s: float, files_s: float) -> float:
     """Of all blocks, each beside the files of its neighbours, and the files of one more."""
     return num_blocks * max(block_s, files_s) + files_s
 
 
 def _typical(
-    config: LlamaConfig, options: Namespace, rates: Rates, gpus: int
+    config: PretrainedConfig, options: Namespace, rates: Rates, gpus: int
 ) -> tuple[dict[str, Any], dict[str, Spent], Spent]:
     """What is counted on the first of so many GPUs; the phases of a block, and a whole one."""
     memory = memory_of(config, options, find_card(options.card, "--card"), gpus)
@@ -214,7 +229,7 @@ def _typical(
     return found, phases | {"elsewhere": rest / len(spent)}, block / len(spent)
 
 
-def memory_of(config: LlamaConfig, options: Namespace, card: Card, gpus: int = 1) -> Memory:
+def memory_of(config: PretrainedConfig, options: Namespace, card: Card, gpus: int = 1) -> Memory:
     """What the stage would do on empty cards: states on them, and what fits beside them is held.
 
     Raises:
@@ -233,7 +248,7 @@ def memory_of(config: LlamaConfig, options: Namespace, card: Card, gpus: int = 1
 
 
 def count(
-    config: LlamaConfig, options: Namespace, rates: Rates, memory: Memory, gpus: int = 1
+    config: PretrainedConfig, options: Namespace, rates: Rates, memory: Memory, gpus: int = 1
 ) -> dict[str, Any]:
     """Prune the blocks on the stand-in, or on the first of several.
 

@@ -1,6 +1,7 @@
 """Cholesky factors and their inverses, in place, by one process or by all of them together.
 
-Shape suffixes: I rows and columns of the matrix, K columns of a panel or slice, R rows below it.
+Shape suffixes: I rows and columns of the matrix, K columns of a panel or slice, R rows below it, E
+matrices of a stack.
 """
 
 from __future__ import annotations
@@ -31,13 +32,36 @@ def invert_factor_(matrix_II: Tensor) -> bool:
     Cost: I^3 / 3 multiplications, and half a matrix of memory besides the given one.
     """
     least_I = _least_squares(matrix_II)
-    info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
-    # The factorisation works in place on columns, and rows of the lower are columns of the upper.
-    torch.linalg.cholesky_ex(matrix_II.mT, upper=True, out=(matrix_II.mT, info))
+    info = _factor_(matrix_II)
     if int(info) != 0 or bool((matrix_II.diagonal() ** 2 <= least_I).any()):
         return False
     _invert_lower_(matrix_II)
     return True
+
+
+def invert_factors_(matrix_EII: Tensor) -> Tensor:
+    """`invert_factor_` of a stack of matrices, in as many launches as of one.
+
+    Returns:
+        bool (E,), False where a matrix is not positive definite to its precision and is spoilt.
+    """
+    least_EI = _least_squares(matrix_EII)
+    info_E = _factor_(matrix_EII)
+    is_sound_EI = matrix_EII.diagonal(dim1=-2, dim2=-1) ** 2 > least_EI
+    _invert_lower_(matrix_EII)
+    return is_sound_EI.all(-1) & (info_E == 0)
+
+
+def _factor_(matrix_II: Tensor) -> Tensor:
+    """Replace a matrix, or each of a stack, by its lower Cholesky factor.
+
+    Returns:
+        int32, one for each matrix: not 0 where it is not positive definite.
+    """
+    info = torch.empty(matrix_II.shape[:-2], dtype=torch.int32, device=matrix_II.device)
+    # The factorisation works in place on columns, and rows of the lower are columns of the upper.
+    torch.linalg.cholesky_ex(matrix_II.mT, upper=True, out=(matrix_II.mT, info))
+    return info
 
 
 def invert_factor_together_(matrix_II: Tensor, comm: Comm) -> bool:
@@ -67,8 +91,9 @@ def invert_factor_together_(matrix_II: Tensor, comm: Comm) -> bool:
 
 
 def _least_squares(matrix_II: Tensor) -> Tensor:
-    """(I,): squares of pivots that are all rounding noise."""
-    return math.sqrt(len(matrix_II)) * torch.finfo(matrix_II.dtype).eps * matrix_II.diagonal()
+    """(I,): squares of pivots that are all rounding noise; of a stack (E, I)."""
+    diagonal_I = matrix_II.diagonal(dim1=-2, dim2=-1)
+    return math.sqrt(matrix_II.shape[-1]) * torch.finfo(matrix_II.dtype).eps * diagonal_I
 
 
 def _factor_together_(matrix_II: Tensor, comm: Comm) -> bool:
@@ -131,18 +156,18 @@ def even_slices(size: int, num_slices: int) -> list[tuple[int, int]]:
 
 
 def _invert_lower_(lower_II: Tensor) -> None:
-    """Invert a lower triangular matrix in place.
+    """Invert a lower triangular matrix in place, or each of a stack.
 
     Cost: I^3 / 6 multiplications, where solving for the columns of the identity takes I^3 / 2.
     """
-    size = len(lower_II)
+    size = lower_II.shape[-1]
     if size <= _LEAF:
         eye_II = torch.eye(size, dtype=lower_II.dtype, device=lower_II.device)
         lower_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False))
         return
     half = size // 2
     _invert_columns_(lower_II, 0, half)
-    _invert_lower_(lower_II[half:, half:])
+    _invert_lower_(lower_II[..., half:, half:])
 
 
 def _invert_columns_(lower_II: Tensor, start: int, stop: int) -> None:
@@ -151,9 +176,11 @@ def _invert_columns_(lower_II: Tensor, start: int, stop: int) -> None:
     The inverse of [[A, 0], [C, D]] is [[1/A, 0], [-1/D C 1/A, 1/D]]. It reads these columns and
     those behind them, which are to be as they were.
     """
-    triangle_KK, below_RK = lower_II[start:stop, start:stop], lower_II[stop:, start:stop]
-    if len(below_RK):
-        solved_RK = torch.linalg.solve_triangular(lower_II[stop:, stop:], below_RK, upper=False)
+    triangle_KK = lower_II[..., start:stop, start:stop]
+    below_RK = lower_II[..., stop:, start:stop]
+    if below_RK.shape[-2]:
+        last_RR = lower_II[..., stop:, stop:]
+        solved_RK = torch.linalg.solve_triangular(last_RR, below_RK, upper=False)
         below_RK.copy_(
             torch.linalg.solve_triangular(triangle_KK, solved_RK, upper=False, left=False)
         )

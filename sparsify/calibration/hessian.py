@@ -1,17 +1,18 @@
 """The second moment of a layer's inputs: streaming sum, and the factor of its inverse.
 
-Shape suffixes: T tokens, I input features, R rows of one step. Knows tensors and `Comm` only.
+Shape suffixes: T tokens, I input features, R rows of one step, E Hessians of a stack. Knows tensors
+and `Comm` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsify.calibration.cholesky import invert_factor_
+from sparsify.calibration.cholesky import invert_factor_, invert_factors_
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.gram import add_gram_, mirror_upper_, sum_dtype
@@ -139,7 +140,10 @@ def row_energies(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """U with inverse(H + d I) = U^T U, and what it took to get it."""
+    """U with inverse(H + d I) = U^T U, and what it took to get it.
+
+    Of a stack (`moments.stacked`) the tensors have a leading dimension, and the damping is one.
+    """
 
     upper_II: Tensor
     """upper triangular, positive diagonal, contiguous; dtype of the Hessian (at least float32)"""
@@ -208,8 +212,8 @@ def inverse_factor(
             if not invert_(matrix_II):
                 continue
             _flip_(matrix_II)
-            factor = InverseFactor(matrix_II, tried, num_attempts, dead_I)
-            return replace(factor, condition=_condition(factor, hessian_II, tried * scale))
+            condition = float(_condition(matrix_II, hessian_II, dead_I, tried * scale))
+            return InverseFactor(matrix_II, tried, num_attempts, dead_I, condition)
     rank = int(torch.linalg.matrix_rank(hessian_II, hermitian=True))
     raise SingularHessianError(
         f"{name}: the Hessian is singular: the calibration data has rank {rank} where the layer "
@@ -219,38 +223,89 @@ def inverse_factor(
     )
 
 
+def inverse_factors(
+    hessian_EII: Tensor, damping: float, names: Sequence[str]
+) -> list[InverseFactor]:
+    """`inverse_factor` of each of a stack of Hessians, in about as many launches as of one.
+
+    One that is singular with the damping asked for is factored again by itself: it gets the
+    damping that it would get alone, or is refused in the same words.
+
+    Args:
+        hessian_EII: at least float32; not changed.
+        damping: see `inverse_factor`.
+        names: of the layers, for messages.
+
+    Raises:
+        NonFiniteError, SingularHessianError: see `inverse_factor`, of the first that is refused.
+
+    Cost: that of E `inverse_factor`, with three times the stack in memory.
+    """
+    diagonal_EI = hessian_EII.diagonal(dim1=-2, dim2=-1).contiguous()
+    dead_EI = diagonal_EI == 0
+    num_alive_E = (~dead_EI).sum(-1)
+    scale_E = torch.where(num_alive_E == 0, 1.0, diagonal_EI.sum(-1) / num_alive_E)
+    # Rounded once, as a number that is added to float32 is.
+    added_E1 = (damping * scale_E.double()).to(hessian_EII.dtype).unsqueeze(-1)
+    with float32_products():
+        matrix_EII = hessian_EII.flip(-2, -1)
+        matrix_EII.diagonal(dim1=-2, dim2=-1).add_(dead_EI.flip(-1)).add_(added_E1)
+        is_sound_E = invert_factors_(matrix_EII)  # not where there is NaN or infinity either
+        _flip_(matrix_EII)
+        condition_E = _condition(matrix_EII, hessian_EII, dead_EI, added_E1)
+    sound, conditions = torch.stack([is_sound_E.double(), condition_E]).tolist()
+    return [
+        InverseFactor(matrix_EII[index], damping, 1, dead_EI[index], conditions[index])
+        if sound[index]
+        else inverse_factor(hessian_EII[index], damping, name)
+        for index, name in enumerate(names)
+    ]
+
+
 def _flip_(matrix_II: Tensor) -> None:
-    """Reverse the order of rows and of columns, in place."""
-    size = len(matrix_II)
+    """Reverse the order of rows and of columns, in place; of every matrix of a stack."""
+    size = matrix_II.shape[-1]
     for start in range(0, size // 2, _FLIP_ROWS):
         stop = min(start + _FLIP_ROWS, size // 2)
-        upper_RI, lower_RI = matrix_II[start:stop], matrix_II[size - stop : size - start]
-        kept_RI = upper_RI.flip(0, 1)
-        upper_RI.copy_(lower_RI.flip(0, 1))
+        upper_RI = matrix_II[..., start:stop, :]
+        lower_RI = matrix_II[..., size - stop : size - start, :]
+        kept_RI = upper_RI.flip(-2, -1)
+        upper_RI.copy_(lower_RI.flip(-2, -1))
         lower_RI.copy_(kept_RI)
     if size % 2:
-        matrix_II[size // 2] = matrix_II[size // 2].flip(0)
+        matrix_II[..., size // 2, :] = matrix_II[..., size // 2, :].flip(-1)
 
 
-def _condition(factor: InverseFactor, hessian_II: Tensor, added: float) -> float:
-    """See `InverseFactor.condition`. Dead columns are left out, being decoupled from the rest.
+def _condition(
+    upper_II: Tensor, hessian_II: Tensor, dead_I: Tensor, added: float | Tensor
+) -> Tensor:
+    """See `InverseFactor.condition`; float64, one of each of a stack, where `added` is (E, 1).
 
-    The power iterations start at the column that is largest, which no start at random could beat.
+    Dead columns are left out, being decoupled from the rest. The power iterations start at the
+    column that is largest, which no start at random could beat.
     """
-    upper_II, dead_I = factor.upper_II, factor.dead_columns
-    if bool(dead_I.all()):
-        return 1.0
-    sizes_I = hessian_II.diagonal()
-    inverse_sizes_I = torch.linalg.vector_norm(upper_II, dim=0).masked_fill_(dead_I, 0.0)
-    largest = _largest_eigenvalue(lambda x_I: hessian_II @ x_I + added * x_I, sizes_I)
-    return largest * _largest_eigenvalue(lambda x_I: upper_II.T @ (upper_II @ x_I), inverse_sizes_I)
+    sizes_I = hessian_II.diagonal(dim1=-2, dim2=-1)
+    inverse_sizes_I = torch.linalg.vector_norm(upper_II, dim=-2).masked_fill_(dead_I, 0.0)
+
+    def damped(x_I: Tensor) -> Tensor:
+        return _times(hessian_II, x_I) + added * x_I
+
+    def inverse(x_I: Tensor) -> Tensor:
+        return _times(upper_II.mT, _times(upper_II, x_I))
+
+    found = _largest_eigenvalue(damped, sizes_I) * _largest_eigenvalue(inverse, inverse_sizes_I)
+    return found.masked_fill_(dead_I.all(-1), 1.0)
 
 
-def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], sizes_I: Tensor) -> float:
-    """Rayleigh quotient after a few steps from the unit vector of the largest size."""
-    product_I = torch.zeros_like(sizes_I)
-    product_I[sizes_I.argmax()] = 1.0
+def _times(matrix_II: Tensor, x_I: Tensor) -> Tensor:
+    return matrix_II @ x_I if x_I.ndim == 1 else (matrix_II @ x_I.unsqueeze(-1)).squeeze(-1)
+
+
+def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], sizes_I: Tensor) -> Tensor:
+    """Rayleigh quotient after a few steps from the unit vector of the largest size, float64."""
+    largest = sizes_I.argmax(-1, keepdim=True)
+    product_I = torch.zeros_like(sizes_I).scatter_(-1, largest, 1.0)
     for _ in range(_POWER_STEPS):
-        vector_I = product_I / torch.linalg.vector_norm(product_I)
+        vector_I = product_I / torch.linalg.vector_norm(product_I, dim=-1, keepdim=True)
         product_I = multiply(vector_I)
-    return float(vector_I @ product_I)
+    return torch.linalg.vecdot(vector_I, product_I).double()

@@ -1,15 +1,17 @@
-"""The moments of one input, shared by all layers that receive it.
+"""The moments of one input, shared by all layers that receive it; and of several as a stack.
 
-Shape suffixes: I input features (columns), O output features of one layer.
+Shape suffixes: I input features (columns), O output features of one layer, E inputs of a stack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from sparsify.calibration.hessian import InverseFactor, inverse_factor
+from sparsify.calibration.hessian import InverseFactor, inverse_factor, inverse_factors
 
 
 @dataclass
@@ -53,4 +55,49 @@ class InputMoments:
     @property
     def tokens_per_column(self) -> float:
         """Tokens in the means for each input column; few of them make the means noise."""
-        return self.num_tokens / len(self.hessian_II)
+        return self.num_tokens / self.hessian_II.shape[-1]
+
+
+def factor_all(
+    moments: Sequence[InputMoments], damping: float, names: Sequence[str]
+) -> list[InverseFactor]:
+    """`InputMoments.factor` of several inputs of one width, computed together where there are two
+    or more; each keeps its own."""
+    if len(moments) == 1:
+        return [moments[0].factor(damping, names[0])]
+    hessian_EII = torch.stack([found.hessian_II for found in moments])
+    factors = inverse_factors(hessian_EII, damping, names)
+    for found, factor in zip(moments, factors, strict=True):
+        found.put_factor(damping, factor)
+    return factors
+
+
+def stacked(moments: Sequence[InputMoments]) -> InputMoments:
+    """Several inputs of one width as one whose tensors have a leading dimension; one as it is.
+
+    Args:
+        moments: of which all or none have `cross_II`, and factors of the same dampings.
+
+    Returns:
+        Their moments; `num_tokens` is of all of them together.
+    """
+    if len(moments) == 1:
+        return moments[0]
+    crosses = [found.cross_II for found in moments if found.cross_II is not None]
+    assert len(crosses) in (0, len(moments)), "with and without the dense model's inputs"
+    factors = {}
+    for damping in moments[0]._factors:
+        known = [found._factors[damping] for found in moments]
+        used = {factor.damping for factor in known}
+        assert len(used) == 1, f"factors with dampings {used}"
+        factors[damping] = InverseFactor(
+            torch.stack([factor.upper_II for factor in known]), used.pop(),
+            max(factor.num_attempts for factor in known),
+            torch.stack([factor.dead_columns for factor in known]),
+        )  # fmt: skip
+    return InputMoments(
+        torch.stack([found.hessian_II for found in moments]),
+        sum(found.num_tokens for found in moments),
+        torch.stack(crosses) if crosses else None,
+        _factors=factors,
+    )

@@ -32,6 +32,7 @@ from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, passes_ahead, prunable_linears
 from sparsify.calibration.lookahead import Lookahead
 from sparsify.calibration.room import Room, forward_bytes
+from sparsify.calibration.stacks import layers_of, stacks_of
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.comm import Comm, sum_lanes
 from sparsify.data.rows import TokenRows
@@ -39,6 +40,8 @@ from sparsify.errors import CalibrationError, InputError, NonFiniteError, Singul
 from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockInputs, evaluating, run_block
+
+_Solve = Callable[[list[Layer]], None]
 
 
 @torch.no_grad()
@@ -54,6 +57,7 @@ def walk_blocks(
     store: HiddenStateStore | None = None,
     first_block: int = 0,
     progress: Progress | None = None,
+    solve_stack: _Solve | None = None,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with the moments of its input.
 
@@ -72,6 +76,8 @@ def walk_blocks(
         first_block: continue here; `store` then holds the hidden states before it, and earlier
             blocks are not looked at.
         progress: see there; None tells nobody.
+        solve_stack: called in place of `solve` with layers of experts that can be solved together
+            (`stacks.stacks_of`); None: `solve` is called with each.
 
     Raises:
         InputError: see `models.structure`; or the dense model is to pass blocks ahead, and `store`
@@ -96,17 +102,23 @@ def walk_blocks(
     with evaluating(source.model), walk, float32_products():
         walk.enter(first_block)
         for index in range(first_block, len(source.blocks)):
-            block = walk.visit(index, lambda layer: _solve_layer(layer, solve))
+            block = walk.visit(index, partial(_solve_layers, solve=solve, solve_stack=solve_stack))
             progress.on_block(index, block)
             source.close(index)
 
 
-def _solve_layer(layer: Layer, solve: Callable[[Layer], None]) -> None:
-    try:
-        solve(layer)
-    except SingularHessianError as error:
-        tokens = layer.moments.num_tokens
-        raise SingularHessianError(f"{error} ({tokens} calibration tokens were used)") from error
+def _solve_layers(
+    layers: list[Layer], solve: Callable[[Layer], None], solve_stack: _Solve | None
+) -> None:
+    if len(layers) > 1 and solve_stack is not None:
+        solve_stack(layers)
+        return
+    for layer in layers:
+        try:
+            solve(layer)
+        except SingularHessianError as error:
+            used = f"{layer.moments.num_tokens} calibration tokens were used"
+            raise SingularHessianError(f"{error} ({used})") from error
 
 
 _Note = Callable[[MomentSums, Batch, Tensor | None], None]
@@ -184,7 +196,7 @@ class _Walk:
         if self._needs.order == "layer":
             self._held = {number for number, size in waiting.items() if self._room.take(size)}
 
-    def visit(self, index: int, solve: Callable[[Layer], None]) -> nn.Module:
+    def visit(self, index: int, solve: _Solve) -> nn.Module:
         """Have a block's layers solved, and bring the hidden states before the next block.
 
         Returns:
@@ -211,7 +223,7 @@ class _Walk:
 
     def _solve(
         self, loaded: LoadedBlock, groups: list[list[str]], sums: Callable[[], MomentSums],
-        solve: Callable[[Layer], None],
+        solve: _Solve,
     ) -> None:  # fmt: skip
         """Measure the inputs of some groups over all rows, and have their layers solved."""
         prefix = f"{self._source.list_name}.{loaded.index}."
@@ -223,20 +235,20 @@ class _Walk:
             except (NonFiniteError, CalibrationError) as error:
                 where = self._where_not_finite(loaded, groups)
                 raise type(error)(f"block {loaded.index}, layer {prefix}{error}{where}") from error
+        stacks = stacks_of(groups, loaded)
+        firsts = [[f"{prefix}{group[0]}" for group in stack] for stack in stacks]
         damping, assign = self._needs.factor_damping, None
         if damping is not None:
             with self._timer.measure("factor"):
                 named = {f"{prefix}{first}": moments for first, moments in found.moments.items()}
-                ahead = self._factors if len(groups) > 1 else None
-                assign = assign_factors(named, damping, self._comm, ahead)
-        for group in groups:
+                ahead = self._factors if len(stacks) > 1 else None
+                assign = assign_factors(named, firsts, damping, self._comm, ahead)
+        for stack, names in zip(stacks, firsts, strict=True):
             if assign is not None:
                 with self._timer.measure("factor"):
-                    assign(f"{prefix}{group[0]}")
-            moments = found.moments[group[0]]
-            for name in group:
-                module, wanted_OI = loaded.layers[name], found.wanted.get(name)
-                solve(Layer(f"{prefix}{name}", module, loaded.index, moments, wanted_OI))
+                    assign(names)
+            for layers in layers_of(stack, loaded, found, prefix):
+                solve(layers)
         self._progress.wait_for_pending()
 
     def _sum(self, loaded: LoadedBlock, groups: list[list[str]], note: _Note) -> MomentSums:

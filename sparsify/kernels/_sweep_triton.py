@@ -1,6 +1,7 @@
 """SparseGPT's sweep for GPUs: one kernel per block of columns, one product after it.
 
-Shape suffixes: O output features (rows), I input features (columns), R rows of one program, B
+A stack of weights, each with its U, has a leading dimension and takes the launches of one. Shape
+suffixes: O output features (rows), I input features (columns), R rows of one program, B
 columns of one block.
 """
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels._columns_triton import MAX_COLUMNS, ROWS, column_of, pushed_right
+from sparsify.kernels.precision import subtract_product_
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
 
 _MAX_GRAPH_ELEMENTS = 2**24  # of the weight and of U: bounds the memory that recordings hold
@@ -47,7 +49,7 @@ def sweep(
     settings = (num_kept, group, width, is_mask_fixed)
     with torch.cuda.device_of(work_OI):
         num_elements = max(work_OI.numel(), upper_II.numel())
-        if work_OI.is_cuda and len(work_OI) and num_elements <= _MAX_GRAPH_ELEMENTS:
+        if work_OI.is_cuda and work_OI.numel() and num_elements <= _MAX_GRAPH_ELEMENTS:
             shapes = tuple(tuple(given.shape) for given in inputs)
             return _recorded(settings, shapes, work_OI.device).replay(inputs)
         return _sweep_(settings, work_OI.clone(memory_format=torch.contiguous_format), *inputs[1:])
@@ -61,11 +63,11 @@ def _sweep_(
 ) -> tuple[Tensor, Tensor]:
     """Launch the blocks in turn; `work_OI` becomes the pruned weight."""
     num_kept, group, width, is_mask_fixed = settings
-    num_rows, num_columns = work_OI.shape
+    num_rows, num_columns = work_OI.shape[-2:]
     keep_OI = torch.empty_like(work_OI, dtype=torch.bool)
-    error_OB = work_OI.new_empty(num_rows, width)
-    inverse_I = upper_II.diagonal().reciprocal()
-    grid = (triton.cdiv(num_rows, ROWS),)
+    error_OB = work_OI.new_empty(*work_OI.shape[:-1], width)
+    inverse_I = upper_II.diagonal(dim1=-2, dim2=-1).reciprocal()
+    grid = (triton.cdiv(num_rows, ROWS), work_OI.shape[:-2].numel())
     for start in range(0, num_columns, width):
         stop = min(start + width, num_columns)
         if num_rows:
@@ -77,7 +79,8 @@ def _sweep_(
                 R=ROWS, B=triton.next_power_of_2(width), num_warps=4,
             )  # fmt: skip
         if stop < num_columns:
-            work_OI[:, stop:].addmm_(error_OB, upper_II[start:stop, stop:], alpha=-1)
+            after_BI = upper_II[..., start:stop, stop:]
+            subtract_product_(work_OI[..., stop:], error_OB, after_BI)
     return work_OI, keep_OI
 
 
@@ -102,12 +105,15 @@ def _sweep_block_kernel(
     B: tl.constexpr,
 ) -> None:
     """Solve columns start to start + WIDTH of R rows, which stay in registers meanwhile."""
+    matrix = tl.program_id(1).to(tl.int64)  # of the stack
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     columns = tl.arange(0, B)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    rows += matrix * num_rows
+    first = matrix * num_columns + start
     places = rows[:, None] * num_columns + start + columns[None, :]
     work = tl.load(work_ptr + places, mask=inside, other=0.0)
-    inverse = tl.load(inverse_ptr + start + columns, mask=columns < WIDTH, other=0.0)
+    inverse = tl.load(inverse_ptr + first + columns, mask=columns < WIDTH, other=0.0)
     kept = tl.zeros((R, B), dtype=tl.int32)
     allowed = kept
     if HAS_ALLOWED:
@@ -134,7 +140,7 @@ def _sweep_block_kernel(
             column = left + k
             error = tl.where(kept != 0, 0.0, work * inverse[None, :])
             error_R = column_of(error, columns, column)
-            row = (start + column).to(tl.int64) * num_columns + start
+            row = (first + column) * num_columns + start
             work = pushed_right(work, error_R, upper_ptr + row, columns, column, WIDTH)
     # No column changed after its own turn, so its error can still be told.
     error = tl.where(kept != 0, 0.0, work * inverse[None, :])
@@ -183,6 +189,6 @@ def _recorded(
 ) -> _Recording:
     """The recording of these settings and shapes; the least recently used one makes room."""
     buffers = [torch.zeros(shape, device=device) for shape in shapes[:2]]
-    buffers[1].fill_diagonal_(1.0)
+    buffers[1].diagonal(dim1=-2, dim2=-1).fill_(1.0)
     buffers += [torch.ones(shape, device=device, dtype=torch.bool) for shape in shapes[2:]]
     return _Recording(lambda *tensors: _sweep_(settings, *tensors), buffers)

@@ -2,7 +2,7 @@
 
 Shape suffixes: O output features (rows), I input features (columns), B columns of one block, G
 columns of one group. Transposed tensors (I, O) keep every column of the weight contiguous, which is
-what the sweep reads and writes.
+what the sweep reads and writes. Of a stack of weights all tensors have a leading dimension.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import _sweep_triton
-from sparsify.kernels.precision import float32_products
+from sparsify.kernels.precision import float32_products, subtract_product_
 from sparsify.masks.select import keep_highest, keep_top
 from sparsify.pattern import Pattern
 
@@ -35,23 +35,27 @@ def sweep(
     leaves the error e_j = w_j / U_jj, and every later column k receives -e_j U_jk.
 
     Args:
-        work_OI: (O, I) float32 or float64; not changed. Rows are independent of each other.
-        upper_II: (I, I) U, upper triangular, of the same dtype, with inverse(H) = U^T U.
+        work_OI: (O, I) float32 or float64; not changed. Rows are independent of each other. Or a
+            stack (E, O, I), each with a U of its own.
+        upper_II: (I, I) U, upper triangular, of the same dtype, with inverse(H) = U^T U; or
+            (E, I, I).
         pattern: for unstructured, each block of `block_size` columns gets its mask at once and
             each row of it a quota; quotas are cumulative, so that a row's total is exact.
         block_size: columns whose errors reach the columns to the right by one product; a multiple
             of m. With N:M the result does not depend on it but for rounding.
-        allowed_OI: bool (O, I); what is False is never kept, so a group may keep fewer than n.
+        allowed_OI: bool of the weight's shape; what is False is never kept, so a group may keep
+            fewer than n.
         is_mask_fixed: True keeps exactly `allowed_OI`.
 
     Returns:
-        The pruned weight (O, I), 0.0 where pruned, and the keep mask, bool (O, I).
+        The pruned weight, 0.0 where pruned, and the keep mask, bool, of the shape of `work_OI`.
 
     Reference: SparseGPT (arXiv:2301.00774), Algorithm 1 with U = Cholesky(H^-1)^T.
 
     Cost: O I^2 operations, of which all but O I block_size are products between blocks; two copies
     of the weight. On a GPU float32 N:M with m a power of two up to 16 takes one kernel and one
-    product per block; what is left takes some ten operations per group, as on the CPU.
+    product per block; what is left takes some ten operations per group, as on the CPU. A stack
+    takes as many launches as one weight.
     """
     assert not (is_mask_fixed and allowed_OI is None), "a fixed mask must be given"
     with float32_products():
@@ -71,29 +75,30 @@ def _sweep_by_columns(
     is_mask_fixed: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sweep in operations on whole columns."""
-    num_rows, num_columns = work_OI.shape
-    work_IO = work_OI.T.clone(memory_format=torch.contiguous_format)
+    num_columns = work_OI.shape[-1]
+    work_IO = work_OI.mT.clone(memory_format=torch.contiguous_format)
     keep_IO = torch.empty_like(work_IO, dtype=torch.bool)
-    inverse_I1 = upper_II.diagonal().reciprocal().unsqueeze(1)
+    inverse_I1 = upper_II.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)
     # One pair of buffers for all blocks: fresh ones cost more than what is computed in them.
-    error_BO = work_IO.new_empty(min(block_size, num_columns), num_rows)
+    error_BO = torch.empty_like(work_IO[..., :block_size, :])
     pruned_BO = torch.empty_like(error_BO)
     for start in range(0, num_columns, block_size):
         stop = min(start + block_size, num_columns)
+        now, done, later = slice(start, stop), slice(stop - start), slice(stop, None)
         block = _Block(
-            work_IO[start:stop], error_BO[: stop - start], pruned_BO[: stop - start],
-            upper_II[start:stop, start:stop].contiguous(), inverse_I1[start:stop], pattern,
-            None if allowed_OI is None else allowed_OI[:, start:stop].T, is_mask_fixed,
+            work_IO[..., now, :], error_BO[..., done, :], pruned_BO[..., done, :],
+            upper_II[..., now, now].contiguous(), inverse_I1[..., now, :], pattern,
+            None if allowed_OI is None else allowed_OI[..., now].mT, is_mask_fixed,
         )  # fmt: skip
         if is_mask_fixed and block.allowed_BO is not None:
             block.pruned_BO.copy_(~block.allowed_BO)
         elif not pattern.is_structured:
             block.choose_at_once(pattern.num_kept(stop) - pattern.num_kept(start))
         block.solve(0, len(block.groups))
-        torch.eq(block.pruned_BO, 0, out=keep_IO[start:stop])
-        block.work_BO.masked_fill_(~keep_IO[start:stop], 0.0)
-        work_IO[stop:].addmm_(upper_II[start:stop, stop:].T, block.error_BO, alpha=-1)
-    return work_IO.T.contiguous(), keep_IO.T.contiguous()
+        torch.eq(block.pruned_BO, 0, out=keep_IO[..., now, :])
+        block.work_BO.masked_fill_(~keep_IO[..., now, :], 0.0)
+        subtract_product_(work_IO[..., later, :], upper_II[..., now, later].mT, block.error_BO)
+    return work_IO.mT.contiguous(), keep_IO.mT.contiguous()
 
 
 class _Block:
@@ -118,24 +123,26 @@ class _Block:
         self.upper_BB, self.inverse_B1, self.allowed_BO = upper_BB, inverse_B1, allowed_BO
         self.pattern, self.chooses_groups = pattern, pattern.is_structured and not is_mask_fixed
         self.step = pattern.m or _STEP
-        before_BB = upper_BB.triu(1).T
+        before_BB = upper_BB.triu(1).mT
         self.groups = [
-            _Group(work_GO, error_GO, pruned_GO, inverse_G1, before_BG[left : left + self.step])
+            _Group(
+                work_GO, error_GO, pruned_GO, inverse_G1, before_BG[..., left : left + self.step, :]
+            )
             for left, work_GO, error_GO, pruned_GO, inverse_G1, before_BG in zip(
-                range(0, len(work_BO), self.step),
-                work_BO.split(self.step),
-                error_BO.split(self.step),
-                pruned_BO.split(self.step),
-                inverse_B1.split(self.step),
-                before_BB.split(self.step, dim=1),
+                range(0, work_BO.shape[-2], self.step),
+                work_BO.split(self.step, dim=-2),
+                error_BO.split(self.step, dim=-2),
+                pruned_BO.split(self.step, dim=-2),
+                inverse_B1.split(self.step, dim=-2),
+                before_BB.split(self.step, dim=-1),
                 strict=True,
             )
         ]
 
     def choose_at_once(self, quota: int) -> None:
         """The whole block's mask, with `quota` weights kept in each row."""
-        scores_OB = _score(self.work_BO, self.inverse_B1, self.allowed_BO).T
-        keep_BO = keep_top(scores_OB, quota).T
+        scores_OB = _score(self.work_BO, self.inverse_B1, self.allowed_BO).mT
+        keep_BO = keep_top(scores_OB, quota).mT
         self.pruned_BO.copy_(~(keep_BO if self.allowed_BO is None else keep_BO & self.allowed_BO))
 
     def solve(self, first: int, last: int) -> None:
@@ -150,9 +157,10 @@ class _Block:
             return
         half = (first + last + 1) // 2
         self.solve(first, half)
-        left, middle, right = (self.step * group for group in (first, half, last))
-        upper_LR = self.upper_BB[left:middle, middle:right]
-        self.work_BO[middle:right].addmm_(upper_LR.T, self.error_BO[left:middle], alpha=-1)
+        edges = [self.step * group for group in (first, half, last)]
+        left, right = slice(*edges[:2]), slice(*edges[1:])
+        upper_LR = self.upper_BB[..., left, right]
+        subtract_product_(self.work_BO[..., right, :], upper_LR.mT, self.error_BO[..., left, :])
         self.solve(half, last)
 
     def _solve_group(self, group: _Group) -> None:
@@ -162,7 +170,7 @@ class _Block:
         Starting from e = p w, each pass makes one more of a row's errors right, from the left, so
         that k pruned weights take k - 1 passes. A pass is two operations for all columns at once.
         """
-        most_pruned = len(group.work_GO)
+        most_pruned = group.work_GO.shape[-2]
         if self.chooses_groups and self.allowed_BO is None:
             most_pruned -= self.pattern.n
         scale_GO = group.pruned_GO * group.inverse_G1
@@ -171,20 +179,21 @@ class _Block:
         for _ in range(most_pruned - 1):
             sum_GO = group.before_GG @ group.error_GO
             torch.addcmul(first_GO, scale_GO, sum_GO, value=-1, out=group.error_GO)
-        group.work_GO.addmm_(group.before_GG, group.error_GO, alpha=-1)
+        subtract_product_(group.work_GO, group.before_GG, group.error_GO)
 
     def _choose(self, index: int) -> None:
         """Keep the n highest scores of the group, of equals the left one."""
         group = self.groups[index]
         allowed_GO = None
         if self.allowed_BO is not None:
-            allowed_GO = self.allowed_BO[index * self.step : (index + 1) * self.step]
+            columns = slice(index * self.step, (index + 1) * self.step)
+            allowed_GO = self.allowed_BO[..., columns, :]
         scores_GO = _score(group.work_GO, group.inverse_G1, allowed_GO)
         if (self.pattern.n, self.pattern.m) == (2, 4) and allowed_GO is None:
             torch.lt(scores_GO, _second_highest(scores_GO), out=group.pruned_GO)
-            if float(group.pruned_GO.sum()) == 2 * scores_GO.shape[1]:
+            if float(group.pruned_GO.sum()) == scores_GO.numel() / 2:
                 return  # no ties
-        keep_GO = torch.stack(keep_highest(scores_GO.unbind(0), self.pattern.n))
+        keep_GO = torch.stack(keep_highest(scores_GO.unbind(-2), self.pattern.n), dim=-2)
         group.pruned_GO.copy_(~(keep_GO if allowed_GO is None else keep_GO & allowed_GO))
 
 
@@ -207,11 +216,11 @@ def _score(weight_GO: Tensor, inverse_G1: Tensor, allowed_GO: Tensor | None) -> 
 
 
 def _second_highest(scores_GO: Tensor) -> Tensor:
-    """The second highest of four numbers, position by position.
+    """The second highest of four numbers, position by position: (1, O).
 
     It is the lower of two pairs' winners or the higher of their losers, whichever is higher.
     """
-    first_2O, second_2O = scores_GO.view(2, 2, scores_GO.shape[1])
-    lower_2O = torch.minimum(first_2O, second_2O)
-    higher_2O = torch.maximum(first_2O, second_2O)
-    return torch.maximum(torch.minimum(*higher_2O), torch.maximum(*lower_2O))
+    first_2O, second_2O = scores_GO.unflatten(-2, (2, 2)).unbind(-3)
+    lower = torch.minimum(first_2O, second_2O).unbind(-2)
+    higher = torch.maximum(first_2O, second_2O).unbind(-2)
+    return torch.maximum(torch.minimum(*higher), torch.maximum(*lower)).unsqueeze(-2)

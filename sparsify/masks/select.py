@@ -15,25 +15,24 @@ def keep_mask_from_scores(scores_OI: Tensor, pattern: Pattern) -> Tensor:
     """Keep the highest scores of every group (N:M) or of every row (unstructured).
 
     Args:
-        scores_OI: (O, I) real tensor, higher = more worth keeping. Of equal scores the one with
-            the lower column survives.
+        scores_OI: (O, I) real tensor, or a stack of them (E, O, I), higher = more worth keeping. Of
+            equal scores the one with the lower column survives.
         pattern: for unstructured, every row keeps `pattern.num_kept(I)` weights.
 
     Returns:
-        bool tensor (O, I), True = survives.
+        bool tensor of the same shape, True = survives.
 
     Raises:
         InputError: m does not divide I.
 
     Cost: N:M O(O I m) comparisons without sorting; unstructured one stable sort per row.
     """
-    num_rows, num_columns = scores_OI.shape
+    num_columns = scores_OI.shape[-1]
     if not pattern.is_structured:
         return keep_top(scores_OI, pattern.num_kept(num_columns))
     check_divides("scores", num_columns, pattern)
-    scores_OGM = scores_OI.reshape(num_rows, num_columns // pattern.m, pattern.m)
-    keep = torch.stack(keep_highest(scores_OGM.unbind(-1), pattern.n), dim=-1)
-    return keep.reshape(num_rows, num_columns)
+    scores_OGM = scores_OI.unflatten(-1, (num_columns // pattern.m, pattern.m))
+    return torch.stack(keep_highest(scores_OGM.unbind(-1), pattern.n), dim=-1).flatten(-2)
 
 
 def keep_highest(scores: Iterable[Tensor], num_kept: int) -> list[Tensor]:
@@ -56,9 +55,9 @@ def keep_highest(scores: Iterable[Tensor], num_kept: int) -> list[Tensor]:
 
 def keep_top(scores_OI: Tensor, num_kept: int) -> Tensor:
     """The `num_kept` highest scores of each row; of equal scores the lower column survives."""
-    order = scores_OI.argsort(dim=1, descending=True, stable=True)
+    order = scores_OI.argsort(dim=-1, descending=True, stable=True)
     keep = torch.zeros(scores_OI.shape, dtype=torch.bool, device=scores_OI.device)
-    return keep.scatter_(1, order[:, :num_kept], True)
+    return keep.scatter_(-1, order[..., :num_kept], True)
 
 
 def find_violation(weight_OI: Tensor, pattern: Pattern) -> tuple[int, int] | None:

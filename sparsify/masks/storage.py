@@ -38,15 +38,20 @@ def mask_to_bits(keep_mask: torch.Tensor) -> torch.Tensor:
         uint8 tensor of ceil(numel / 8) bytes on the same device; element i (row-major) is bit
         i % 8 (counted from the lowest) of byte i // 8, unused bits of the last byte are 0.
     """
-    if keep_mask.dtype != torch.bool:
-        raise TypeError(f"keep_mask must be bool, not {keep_mask.dtype}")
-    flat = keep_mask.flatten().to(torch.uint8)
-    if flat.numel() % 8:
-        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
+    return masks_to_bits(keep_mask.unsqueeze(0))[0]
+
+
+def masks_to_bits(keep_masks: torch.Tensor) -> torch.Tensor:
+    """`mask_to_bits` of each of a stack of masks, (E, ceil(numel / 8))."""
+    if keep_masks.dtype != torch.bool:
+        raise TypeError(f"keep_masks must be bool, not {keep_masks.dtype}")
+    flat = keep_masks.flatten(1).to(torch.uint8)
+    if flat.shape[1] % 8:
+        flat = nn.functional.pad(flat, (0, -flat.shape[1] % 8))
     # Byte i of a word holds element i; times 2^(56 - 7 i) its bit is bit 56 + i of the product,
     # whose other terms stay below bit 56, without carries, or fall off the top.
-    words = flat.view(torch.int64) * _GATHER_BITS
-    return (words >> 56).to(torch.uint8)
+    words = flat.flatten().view(torch.int64) * _GATHER_BITS
+    return (words >> 56).to(torch.uint8).view(len(flat), flat.shape[1] // 8)
 
 
 def mask_from_bits(bits: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

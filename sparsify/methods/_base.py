@@ -1,6 +1,8 @@
 """What a one-shot method is: parameters and moments in, pruned weight and keep mask out.
 
-Shape suffixes: O output features (rows), I input features (columns).
+A stack is several layers of one shape in one problem: all tensors have a leading dimension, also
+those of its moments. Shape suffixes: O output features (rows), I input features (columns), E layers
+of a stack.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sparsify.pattern import Pattern, check_divides
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer (or some rows of it) to prune, and all that a method may look at."""
+    """A layer (or some rows of it) to prune, or a stack, and all that a method may look at."""
 
     name: str
     """layer, for messages"""
@@ -55,7 +57,7 @@ class Problem:
 
 @dataclass
 class Solution:
-    """A pruned layer (or some rows of it)."""
+    """A pruned layer (or some rows of it), or a stack."""
 
     weight_OI: Tensor
     """dtype of the given weight; exactly 0.0 wherever the mask is False"""
@@ -63,8 +65,9 @@ class Solution:
     """bool, True = survives; the authority, because a kept weight may be 0.0 too"""
     damping: float | None
     """damping that was used; None when the method uses none"""
-    num_dead_columns: int
-    """input columns that were zero on every calibration token, as far as the method looks"""
+    num_dead_columns: int | Tensor
+    """input columns that were zero on every calibration token, as far as the method looks; a tensor
+    (E,) has those of each layer of a stack"""
 
 
 Solve = Callable[[Problem, Pattern, PruneParams], Solution]
@@ -88,6 +91,9 @@ class Method:
     runs beside"""
     order: Literal["layer", "block"] = "block"
     """how its inputs are measured unless asked otherwise, see `layers.SolverNeeds`"""
+    takes_stacks: bool = False
+    """True: `solve` takes a stack too, with one factor's damping for all of it, in the launches of
+    one layer; False: experts are solved one by one"""
 
 
 def check_problem(problem: Problem, pattern: Pattern) -> None:
@@ -98,9 +104,9 @@ def check_problem(problem: Problem, pattern: Pattern) -> None:
             and keeps more weights than the pattern allows. The message names the layer.
     """
     shape = tuple(problem.weight_OI.shape)
-    check_divides(problem.name, shape[1], pattern)
+    check_divides(problem.name, shape[-1], pattern)
     if problem.moments is not None:
-        expected = (shape[1], shape[1])
+        expected = (*shape[:-2], shape[-1], shape[-1])
         assert problem.moments.hessian_II.shape == expected, problem.name
     if problem.wanted_OI is not None:
         assert problem.wanted_OI.shape == shape, problem.name
@@ -112,7 +118,10 @@ def check_problem(problem: Problem, pattern: Pattern) -> None:
             f"{problem.name}: the given mask is {problem.allowed_OI.dtype} of shape "
             f"{tuple(problem.allowed_OI.shape)}; expected bool of the weight's shape {shape}"
         )
-    place = find_violation(problem.allowed_OI, pattern) if problem.is_mask_fixed else None
+    if not problem.is_mask_fixed:
+        return
+    masks = [problem.allowed_OI] if len(shape) == 2 else problem.allowed_OI.unbind()
+    place = next(filter(None, (find_violation(mask, pattern) for mask in masks)), None)
     if place is not None:
         raise InputError(
             f"{problem.name}: the given mask breaks pattern {pattern} in row {place[0]}, at "

@@ -19,7 +19,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Keep the weights of largest absolute value; nothing is adjusted.
 
     Args:
-        problem: the weight, and the allowed mask if there is one; moments are not looked at.
+        problem: the weight, and the allowed mask if there is one, or a stack; moments are not
+            looked at.
         pattern: groups in which weights compete (for unstructured, the row).
         params: not looked at.
 
@@ -40,5 +41,6 @@ METHOD = Method(
     name="magnitude",
     summary="keep the largest weights; no data, the weakest baseline",
     needs_hessian=False,
+    takes_stacks=True,
     solve=solve,
 )

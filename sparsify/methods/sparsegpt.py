@@ -22,8 +22,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """Choose the mask and adjust the kept weights in one sweep over the columns.
 
     Args:
-        problem: the weight, the moments, and the allowed mask if there is one. What is not
-            allowed is pruned and compensated for; with a fixed mask the sweep only compensates.
+        problem: the weight, the moments, and the allowed mask if there is one; or a stack. What is
+            not allowed is pruned and compensated for; with a fixed mask the sweep only compensates.
         pattern: see `kernels.sweep.sweep`.
         params: damping and block_size.
 
@@ -45,13 +45,13 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     check_block_size(params.block_size, pattern)
     work_OI = working_weight(problem.weight_OI, problem.name)
     factor = problem.factor(params.damping)
-    work_OI[:, factor.dead_columns] = 0.0
+    work_OI.masked_fill_(factor.dead_columns.unsqueeze(-2), 0.0)
     upper_II = factor.upper_II.to(work_OI.dtype)
     pruned_OI, keep_OI = sweep(
         work_OI, upper_II, pattern, params.block_size, problem.allowed_OI, problem.is_mask_fixed
     )
     pruned_OI = pruned_OI.to(problem.weight_OI.dtype)
-    return Solution(pruned_OI, keep_OI, factor.damping, int(factor.dead_columns.sum()))
+    return Solution(pruned_OI, keep_OI, factor.damping, factor.dead_columns.sum(-1))
 
 
 def check_block_size(block_size: int, pattern: Pattern) -> None:
@@ -68,5 +68,6 @@ METHOD = Method(
     summary="choose and adjust column by column from second-order statistics",
     needs_hessian=True,
     needs_factor=True,
+    takes_stacks=True,
     solve=solve,
 )

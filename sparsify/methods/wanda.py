@@ -20,7 +20,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
 
     Args:
         problem: the weight, the Hessian, of which only the diagonal (the mean square of each
-            input) is read, and the allowed mask if there is one.
+            input) is read, and the allowed mask if there is one; or a stack.
         pattern: groups in which weights compete (for unstructured, the row).
         params: not looked at.
 
@@ -34,11 +34,11 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     Cost: O(O I m).
     """
     check_problem(problem, pattern)
-    mean_square_I = problem.hessian_II.diagonal()
+    mean_square_I = problem.hessian_II.diagonal(dim1=-2, dim2=-1)
     scores_OI = working_weight(problem.weight_OI, problem.name).abs_()
-    scores_OI *= mean_square_I.to(scores_OI.dtype).sqrt()
+    scores_OI *= mean_square_I.to(scores_OI.dtype).sqrt().unsqueeze(-2)
     solution = selected(problem.weight_OI, chosen_mask(scores_OI, problem, pattern))
-    solution.num_dead_columns = int((mean_square_I == 0).sum())
+    solution.num_dead_columns = (mean_square_I == 0).sum(-1)
     return solution
 
 
@@ -46,5 +46,6 @@ METHOD = Method(
     name="wanda",
     summary="keep the largest weight x input size; fast, no adjustment of what stays",
     needs_hessian=True,
+    takes_stacks=True,
     solve=solve,
 )

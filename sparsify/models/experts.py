@@ -78,7 +78,7 @@ class RoutedExperts(nn.Module):
         size, hidden_TD = hidden_TD.shape, hidden_TD.flatten(0, -2)
         order_S = index_TK.flatten().argsort(stable=True)
         tokens_S = order_S // index_TK.shape[1]
-        counts = torch.bincount(index_TK.flatten(), minlength=len(experts)).tolist()
+        counts = token_counts(index_TK, len(experts))
         outputs = []
         for expert, tokens_T in zip(experts, tokens_S.split(counts), strict=True):
             expert.tokens_T = tokens_T
@@ -116,6 +116,12 @@ class ScaledExperts(RoutedExperts):
             expert.tokens_T = pairs_T % is_sent_ET.shape[1]
             outputs.append(expert(scaled_SD[pairs_T]))
         return torch.zeros_like(scaled_SD).index_copy(0, sent_S, torch.cat(outputs))
+
+
+def token_counts(index_TK: Tensor, num_experts: int) -> list[int]:
+    """How many tokens each expert is sent; waits for the device."""
+    counts: list[int] = torch.bincount(index_TK.flatten(), minlength=num_experts).tolist()
+    return counts
 
 
 @dataclass(frozen=True)

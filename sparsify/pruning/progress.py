@@ -23,6 +23,8 @@ did harm at 8."""
 
 _LARGE_SHARE = 0.01
 
+_NUM_PANELS = 8  # of the Hessian, where only half of it is multiplied
+
 _NUM_NAMED = 3
 
 
@@ -71,17 +73,36 @@ class LayerReport:
         return cls(**{**value, "shape": tuple(value["shape"])})
 
 
+def output_energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
+    """tr(D H D^T) for rows D, float64: mean square output per token of D; (E,) of a stack.
+
+    H is symmetric, so panels of its rows count twice to the right of the diagonal and not at all to
+    the left of it, which is 9/16 of the product.
+    """
+    change_RI = change_RI.to(hessian_II.dtype)
+    num_columns = hessian_II.shape[-1]
+    energy = change_RI.new_zeros(change_RI.shape[:-2], dtype=torch.float64)
+    width = -(-num_columns // _NUM_PANELS)
+    for start in range(0, num_columns, width):
+        panel = slice(start, start + width)
+        product = change_RI[..., panel] @ hessian_II[..., panel, start:]
+        product[..., width:] *= 2
+        energy += product.mul_(change_RI[..., start:]).sum((-2, -1), dtype=torch.float64)
+    return energy
+
+
 def large_kept(dense_RI: Tensor, keep_mask_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of each row's largest weights survived, and how many there are; float64 scalars.
+    """How many of each row's largest weights survived, and how many there are; float64 scalars, or
+    (E,) of a stack.
 
     Args:
-        dense_RI: rows of a weight before pruning.
+        dense_RI: rows of a weight before pruning, or of each of a stack (E, R, I).
         keep_mask_RI: bool, True = survives.
     """
-    count = max(1, math.ceil(_LARGE_SHARE * dense_RI.shape[1]))
-    largest = dense_RI.abs().float().topk(count, dim=1).indices
-    kept = keep_mask_RI.gather(1, largest).sum(dtype=torch.float64)
-    return kept, kept.new_tensor(largest.numel())
+    count = max(1, math.ceil(_LARGE_SHARE * dense_RI.shape[-1]))
+    largest = dense_RI.abs().float().topk(count, dim=-1).indices
+    kept = keep_mask_RI.gather(-1, largest).sum((-2, -1), dtype=torch.float64)
+    return kept, torch.full_like(kept, count * dense_RI.shape[-2])
 
 
 def lent_remark(layers: Sequence[LayerReport]) -> str | None:

@@ -4,13 +4,14 @@
 a time, writes each block when it is done, and after a kill resumes at the block it was at. Both
 walk the blocks the same way (`sparsify.calibration.walk`) and share rows of calibration data and
 rows of every layer among processes.
-Shape suffixes: O output features (rows of a weight), I input features, R rows of one part.
+Shape suffixes: O output features (rows of a weight), I input features, R rows of one part, E layers
+of a stack; there, all that is (O, I) or (I, I) has a dimension before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,13 +23,14 @@ from sparsify.calibration.accumulate import TargetShares
 from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
+from sparsify.calibration.moments import InputMoments, stacked
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
-from sparsify.errors import InputError
+from sparsify.errors import InputError, TwofourError
 from sparsify.masks.select import require_pattern
-from sparsify.masks.storage import bits_digest, mask_from_bits, mask_to_bits, save_mask_bits
+from sparsify.masks.storage import bits_digest, mask_from_bits, masks_to_bits, save_mask_bits
 from sparsify.methods import Method, Problem, PruneParams, Solution
 from sparsify.models.blocks import (
     Blocks,
@@ -40,14 +42,12 @@ from sparsify.models.blocks import (
 from sparsify.pattern import Pattern, check_divides
 from sparsify.pruning.one_pass import FOLDER as CODES
 from sparsify.pruning.one_pass import OnePass, write_codes
-from sparsify.pruning.progress import LayerReport, large_kept
+from sparsify.pruning.progress import LayerReport, large_kept, output_energy
 from sparsify.quantization.quantize import fragment
 
 Existing = Literal["ignore", "keep", "extend"]
 
 EXISTING: tuple[Existing, ...] = ("ignore", "keep", "extend")
-
-_NUM_PANELS = 8  # of the Hessian, where only half of it is multiplied
 
 
 @dataclass(frozen=True)
@@ -256,9 +256,11 @@ class _Run:
             token_weights=self._choice.token_weights,
         )
         progress = Progress(on_block, self._wait_for_pending, self.timer)
+        has_stacks = method.takes_stacks and self._one_pass is None
         walk_blocks(
-            self._source, rows, self._solve, comm=self._comm, memory=memory, needs=needs,
-            skip=self._choice.skip, store=store, first_block=first_block, progress=progress,
+            self._source, rows, lambda layer: self._solve([layer]), comm=self._comm, memory=memory,
+            needs=needs, skip=self._choice.skip, store=store, first_block=first_block,
+            progress=progress, solve_stack=self._solve_stack if has_stacks else None,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -270,123 +272,129 @@ class _Run:
                 report.seconds[phase] = seconds / len(reports)
         return masks, reports
 
-    def _solve(self, layer: Layer) -> None:
-        """Solve this process's rows, measure the damage, and start to gather those of all.
+    def _solve_stack(self, layers: list[Layer]) -> None:
+        """Solve layers together, those apart whose Hessians took more damping than the others'."""
+        by_damping: dict[float | None, list[Layer]] = {}
+        for layer in layers:
+            factor = layer.moments.known_factor(self._params.damping)
+            used = None if factor is None else factor.damping
+            by_damping.setdefault(used, []).append(layer)
+        for alike in by_damping.values():
+            self._solve(alike)
 
-        They are gathered while the next layer is solved, and put into the module after that.
+    def _solve(self, layers: list[Layer]) -> None:
+        """Solve this process's rows of one layer, or of a stack of several of one shape, measure
+        the damage, and start to gather the rows of all processes.
+
+        They are gathered while the next layers are solved, and put into the modules after that.
         """
-        hessian_II = layer.moments.hessian_II
-        weight_OI = layer.module.weight.data
-        num_rows = len(weight_OI)
-        dense_RI = weight_OI[self._comm.row_slice(num_rows)]
         with self.timer.measure("solve"):
-            solution = self._solve_rows(layer, weight_OI)
+            moments = stacked([layer.moments for layer in layers])
+            weights = [layer.module.weight.data for layer in layers]
+            weight_OI = weights[0] if len(weights) == 1 else torch.stack(weights)
+            num_rows = weight_OI.shape[-2]
+            dense_RI = weight_OI[..., self._comm.row_slice(num_rows), :]
+            solution = self._solve_rows(layers, weight_OI, moments)
             sums = torch.stack(
                 [
-                    _energy(dense_RI - solution.weight_OI, hessian_II),
-                    _energy(dense_RI, hessian_II),
+                    output_energy(dense_RI - solution.weight_OI, moments.hessian_II),
+                    output_energy(dense_RI, moments.hessian_II),
                     *large_kept(dense_RI, solution.keep_mask_OI),
                 ]
             )
         self._wait_for_pending()
         with self.timer.measure("gather"):
-            weights = self._comm.gather_rows(solution.weight_OI, num_rows)
-            keep_masks = self._comm.gather_rows(solution.keep_mask_OI, num_rows)
+            gathered = [
+                self._comm.gather_rows(found.movedim(-2, 0), num_rows)
+                for found in (solution.weight_OI, solution.keep_mask_OI)
+            ]
         rounding = None
         if self._one_pass is not None:
-            rounding = self._one_pass.finish(layer, self._comm, num_rows)
-        self._pending = partial(self._finish, layer, solution, sums, weights, keep_masks, rounding)
+            rounding = self._one_pass.finish(layers[0], self._comm, num_rows)
+        self._pending = partial(self._finish, layers, solution, sums, gathered, rounding)
 
     def _wait_for_pending(self) -> None:
-        """Put the layer that was solved last into its module, if it is not there yet."""
+        """Put the layers that were solved last into their modules, if they are not yet there."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending()
 
     def _finish(
-        self, layer: Layer, solution: Solution, sums: Tensor, weights: Callable[[], Tensor],
-        keep_masks: Callable[[], Tensor], rounding: float | None,
+        self, layers: list[Layer], solution: Solution, sums: Tensor,
+        gathered: list[Callable[[], Tensor]], rounding: float | None,
     ) -> None:  # fmt: skip
         """Take over the rows of all processes, and report."""
-        weight_OI = layer.module.weight.data
-        num_rows, num_columns = weight_OI.shape
+        shape = layers[0].module.out_features, layers[0].module.in_features
         with self.timer.measure("gather"):
-            weight_OI.copy_(weights())
-            keep_mask_OI = keep_masks()
-            bits = mask_to_bits(keep_mask_OI).cpu()
+            weight_EOI, keep_EOI = (wait().movedim(0, -2).view(-1, *shape) for wait in gathered)
+            for layer, weight_OI in zip(layers, weight_EOI, strict=True):
+                layer.module.weight.data.copy_(weight_OI)
+            bits = [of_one.clone() for of_one in masks_to_bits(keep_EOI).cpu()]
             self._comm.all_reduce_(sums)
-        require_pattern([(layer.name, weight_OI)], self._pattern)
-        error, total, num_large_kept, num_large = sums.tolist()
-        factor = layer.moments.known_factor(self._params.damping)
-        self._masks[layer.name] = bits
-        self._reports.append(
-            LayerReport(
-                name=layer.name,
-                block=layer.block,
-                shape=(num_rows, num_columns),
-                num_tokens=layer.moments.num_tokens,
-                tokens_per_column=layer.moments.tokens_per_column,
-                error=error,
-                relative_error=error / total if total > 0 else 0.0,
-                sparsity=1 - int(keep_mask_OI.sum()) / keep_mask_OI.numel(),
-                damping=solution.damping,
-                num_dead_columns=solution.num_dead_columns,
-                condition=factor.condition if factor is not None else None,
-                large_kept=num_large_kept / num_large,
-                keep_mask_sha256=bits_digest(bits, (num_rows, num_columns)),
-                rounding_error=rounding,
-                num_lent=layer.moments.num_lent,
+        names = [layer.name for layer in layers]
+        require_pattern(zip(names, weight_EOI, strict=True), self._pattern)
+        num_kept = keep_EOI.sum((1, 2)).tolist()
+        num_dead = torch.as_tensor(solution.num_dead_columns).expand(len(layers)).tolist()
+        figures = sums.view(len(sums), -1).T.tolist()
+        for at, layer in enumerate(layers):
+            error, total, num_large_kept, num_large = figures[at]
+            factor = layer.moments.known_factor(self._params.damping)
+            self._masks[layer.name] = bits[at]
+            self._reports.append(
+                LayerReport(
+                    name=layer.name,
+                    block=layer.block,
+                    shape=shape,
+                    num_tokens=layer.moments.num_tokens,
+                    tokens_per_column=layer.moments.tokens_per_column,
+                    error=error,
+                    relative_error=error / total if total > 0 else 0.0,
+                    sparsity=1 - num_kept[at] / keep_EOI[at].numel(),
+                    damping=solution.damping,
+                    num_dead_columns=num_dead[at],
+                    condition=factor.condition if factor is not None else None,
+                    large_kept=num_large_kept / num_large,
+                    keep_mask_sha256=bits_digest(bits[at], shape),
+                    rounding_error=rounding,
+                    num_lent=layer.moments.num_lent,
+                )
             )
-        )
 
-    def _solve_rows(self, layer: Layer, weight_OI: Tensor) -> Solution:
+    def _solve_rows(
+        self, layers: list[Layer], weight_OI: Tensor, moments: InputMoments
+    ) -> Solution:
         """The solutions of this process's lanes of rows, one below the other."""
-        solutions = []
-        for part in self._comm.lanes(len(weight_OI)):
-            rows_RI = weight_OI[part]
-            if len(rows_RI) == 0:
-                continue
-            allowed_RI = None if self._choice.existing == "ignore" else rows_RI != 0
-            wanted_OI = layer.wanted_OI
-            problem = Problem(
-                layer.name,
-                rows_RI,
-                layer.moments,
-                None if wanted_OI is None else wanted_OI[part],
-                allowed_RI,
-                is_mask_fixed=self._choice.existing == "keep",
-            )
-            solutions.append(self._rounded(layer, self._method.solve(problem, self._pattern,
-                                                                     self._params)))  # fmt: skip
+        parts = [part for part in self._comm.lanes(weight_OI.shape[-2]) if part.start < part.stop]
+        solutions = [self._solve_part(layers, weight_OI, moments, part) for part in parts]
         if not solutions:
-            empty_RI = weight_OI[:0]
-            return self._rounded(layer, Solution(empty_RI, empty_RI.bool(), None, 0))
+            empty_RI = weight_OI[..., :0, :]
+            return self._rounded(layers, Solution(empty_RI, empty_RI.bool(), None, 0))
         if len(solutions) == 1:
             return solutions[0]
-        return Solution(
-            torch.cat([s.weight_OI for s in solutions]),
-            torch.cat([s.keep_mask_OI for s in solutions]),
-            solutions[0].damping,
-            solutions[0].num_dead_columns,
+        return replace(
+            solutions[0],
+            weight_OI=torch.cat([s.weight_OI for s in solutions], dim=-2),
+            keep_mask_OI=torch.cat([s.keep_mask_OI for s in solutions], dim=-2),
         )
 
-    def _rounded(self, layer: Layer, solution: Solution) -> Solution:
-        """With the values of its codes, where the walk quantises too."""
-        return solution if self._one_pass is None else self._one_pass.solve(layer, solution)
+    def _solve_part(
+        self, layers: list[Layer], weight_OI: Tensor, moments: InputMoments, part: slice
+    ) -> Solution:
+        """The solution of some rows of one layer, or of each of a stack."""
+        rows_RI, wanted_OI = weight_OI[..., part, :], layers[0].wanted_OI
+        existing = self._choice.existing
+        problem = Problem(
+            layers[0].name, rows_RI, moments, None if wanted_OI is None else wanted_OI[part],
+            None if existing == "ignore" else rows_RI != 0, is_mask_fixed=existing == "keep",
+        )  # fmt: skip
+        try:
+            found = self._method.solve(problem, self._pattern, self._params)
+        except TwofourError:
+            for layer in layers if len(layers) > 1 else []:  # which of them it is
+                self._solve_part([layer], layer.module.weight.data, layer.moments, part)
+            raise
+        return self._rounded(layers, found)
 
-
-def _energy(change_RI: Tensor, hessian_II: Tensor) -> Tensor:
-    """tr(D H D^T) for rows D, as a float64 scalar: mean square output per token of D.
-
-    H is symmetric, so panels of its rows count twice to the right of the diagonal and not at all to
-    the left of it, which is 9/16 of the product.
-    """
-    change_RI = change_RI.to(hessian_II.dtype)
-    energy = torch.zeros((), dtype=torch.float64, device=change_RI.device)
-    width = -(-len(hessian_II) // _NUM_PANELS)
-    for start in range(0, len(hessian_II), width):
-        panel = slice(start, start + width)
-        product = change_RI[:, panel] @ hessian_II[panel, start:]
-        product[:, width:] *= 2
-        energy += (product.mul_(change_RI[:, start:])).sum(dtype=torch.float64)
-    return energy
+    def _rounded(self, layers: list[Layer], solution: Solution) -> Solution:
+        """With the values of its codes, where the walk quantises too, layer by layer."""
+        return solution if self._one_pass is None else self._one_pass.solve(layers[0], solution)

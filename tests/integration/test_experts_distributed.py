@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from jobs.benchmarks.support.families import random_family
+from sparsify.calibration import stacks
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.methods import get_method
@@ -17,19 +19,25 @@ from sparsify.pruning.prune import PruneResult, prune_checkpoint
 from tests.families import FEW_STEPS, token_rows
 from tests.integration.recoveries import warm_context
 
+METHODS = ("twofour", "sparsegpt")
 
-def prune_to(dense: Path, out: Path, comm: Comm) -> PruneResult:
+
+def prune_to(dense: Path, out: Path, comm: Comm, method: str) -> PruneResult:
+    """SparseGPT's experts are solved together, as they are on a GPU."""
     torch.set_num_threads(1)
-    return prune_checkpoint(
-        dense, out, token_rows(8), get_method("twofour"), Pattern.parse("2:4"), FEW_STEPS,
-        comm=comm, memory=Memory(2),
-    )  # fmt: skip
+    with patch.object(stacks, "_ALONE", () if method == "sparsegpt" else stacks._ALONE):
+        return prune_checkpoint(
+            dense, out, token_rows(8), get_method(method), Pattern.parse("2:4"), FEW_STEPS,
+            comm=comm, memory=Memory(2),
+        )  # fmt: skip
 
 
 def worker(rank: int, world_size: int, dense: str, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    prune_to(Path(dense), Path(folder) / "two", Comm.distributed(is_fixed=True))
+    for method in METHODS:
+        out = Path(folder) / f"two-{method}"
+        prune_to(Path(dense), out, Comm.distributed(is_fixed=True), method)
     dist.destroy_process_group()
 
 
@@ -49,10 +57,15 @@ def test_a_fixed_order_writes_the_same_files_on_two_processes(tmp_path: Path) ->
     ]
     for process in started:
         process.start()
-    result = prune_to(tmp_path / "dense", tmp_path / "one", Comm.single(is_fixed=True))
+    results = [
+        prune_to(tmp_path / "dense", tmp_path / f"one-{method}", Comm.single(True), method)
+        for method in METHODS
+    ]
     for process in started:
         process.join(300)
         assert process.exitcode == 0
-    assert digests(tmp_path / "two") == digests(tmp_path / "one") != {}
-    lent = {report.name for report in result.layers if report.num_tokens == 0}
-    assert len(lent) == 2 * 3
+    for method, result in zip(METHODS, results, strict=True):
+        one, two = (digests(tmp_path / f"{count}-{method}") for count in ("one", "two"))
+        assert one == two != {}, method
+        lent = {report.name for report in result.layers if report.num_tokens == 0}
+        assert len(lent) == 2 * 3

@@ -50,15 +50,22 @@ def hessian_of(name: str, case: str = "") -> Tensor:
     return hessian_II
 
 
-def factors_of(comm: Comm, ahead: Lookahead | None, damping: float, case: str) -> dict[str, Any]:
+ONE_BY_ONE = [[name] for name in WIDTHS]
+STACKED = [["q_proj", "o_proj"], ["down_proj"]]
+
+
+def factors_of(
+    comm: Comm, ahead: Lookahead | None, damping: float, case: str,
+    stacks: list[list[str]] = ONE_BY_ONE,
+) -> dict[str, Any]:  # fmt: skip
     """Layer -> its factor as every process has it, or the failure's words."""
     moments = {name: InputMoments(hessian_of(name, case), 600) for name in WIDTHS}
     found: dict[str, Any] = {}
     try:
-        assign = assign_factors(moments, damping, comm, ahead)
-        for name in moments:
-            assign(name)
-            found[name] = moments[name].known_factor(damping)
+        assign = assign_factors(moments, stacks, damping, comm, ahead)
+        for stack in stacks:
+            assign(stack)
+            found |= {name: moments[name].known_factor(damping) for name in stack}
     except (NonFiniteError, SingularHessianError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     return found
@@ -74,6 +81,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
         found[kind] = factors_of(comm, None, DAMPING, "")
         with Lookahead(torch.device("cpu"), "test") as ahead:
             found[f"{kind} ahead"] = factors_of(comm, ahead, DAMPING, "")
+            found[f"{kind} stacked"] = factors_of(comm, ahead, DAMPING, "", STACKED)
             for case, damping in CASES.items():
                 found[f"{kind} {case}"] = factors_of(comm, ahead, damping, case)
     if world_size != 3:
@@ -146,6 +154,17 @@ def test_a_fixed_order_makes_the_same_bits_for_every_number(ranks, world_size: i
         for name in WIDTHS:
             assert is_same(found["fixed"][name], expected[name]), name
             assert is_same(found["fixed ahead"][name], expected[name]), name
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_stacks_are_of_one_process_and_have_the_same_bits(ranks, world_size: int, alone) -> None:
+    expected = factors_of(alone, None, DAMPING, "", STACKED)
+    for found in ranks[world_size]:
+        for name in WIDTHS if world_size != 3 else STACKED[0]:
+            kind = "fixed" if world_size != 3 else "fast"
+            assert is_same(found[f"{kind} stacked"][name], expected[name]), name
+            upper_II = found[f"{kind} ahead"][name].upper_II
+            assert torch.equal(found[f"{kind} stacked"][name].upper_II, upper_II), name
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.calibration.hessian import HessianSum, inverse_factor
+from sparsify.calibration.hessian import HessianSum, inverse_factor, inverse_factors
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 
@@ -153,6 +153,49 @@ class TestFactor:
     def test_nothing_but_dead_columns(self) -> None:
         factor = inverse_factor(torch.zeros(5, 5), 0.01, "layer")
         assert factor.dead_columns.all() and factor.condition == 1.0
+
+
+class TestStackOfFactors:
+    """The factors of several Hessians at once are those of each by itself."""
+
+    @pytest.mark.parametrize("size", [7, 40, 601])
+    def test_has_the_bits_of_each(self, size: int) -> None:
+        """On a CPU. The mean diagonal without dead columns is summed in another order, and so are
+        the products of the condition, which is an estimate."""
+        inputs = torch.stack([tokens(2 * size, size, seed) for seed in range(4)])
+        inputs[2, :, [0, size - 1]] = 0.0
+        inputs[3] = 0.0
+        hessians = torch.stack([moment(of_one).float() for of_one in inputs])
+        given = hessians.clone()
+        found = inverse_factors(hessians, 0.01, ["a", "b", "c", "d"])
+        assert torch.equal(hessians, given)
+        for index, (factor, hessian) in enumerate(zip(found, hessians, strict=True)):
+            alone = inverse_factor(hessian, 0.01, "layer")
+            assert index == 2 or torch.equal(factor.upper_II, alone.upper_II)
+            torch.testing.assert_close(factor.upper_II, alone.upper_II, rtol=0, atol=1e-6)
+            assert torch.equal(factor.dead_columns, alone.dead_columns)
+            assert (factor.damping, factor.num_attempts) == (0.01, 1)
+            assert factor.condition == pytest.approx(alone.condition, rel=1e-4)
+
+    def test_one_that_is_singular_takes_more_damping_and_the_others_do_not(self) -> None:
+        hessians = torch.eye(300, dtype=torch.float64).repeat(3, 1, 1)
+        hessians[1, 0, 1] = hessians[1, 1, 0] = 1.05
+        found = inverse_factors(hessians, 0.01, ["a", "b", "c"])
+        assert [(f.damping, f.num_attempts) for f in found] == [(0.01, 1), (0.1, 2), (0.01, 1)]
+        alone = inverse_factor(hessians[1], 0.01, "b")
+        assert torch.equal(found[1].upper_II, alone.upper_II)
+
+    def test_one_that_is_refused_is_named_in_the_same_words(self) -> None:
+        hessians = torch.stack([moment(tokens(count, 40)) for count in (90, 90, 20)])
+        with pytest.raises(SingularHessianError) as alone:
+            inverse_factor(hessians[2], 0.0, "c")
+        with pytest.raises(SingularHessianError) as together:
+            inverse_factors(hessians, 0.0, ["a", "b", "c"])
+        assert str(together.value) == str(alone.value) and "c: the Hessian is" in str(alone.value)
+        for value in (torch.nan, torch.inf):
+            hessians[1, 5, 7] = hessians[1, 7, 5] = value
+            with pytest.raises(NonFiniteError, match="b: the Hessian holds NaN or infinity"):
+                inverse_factors(hessians[:2], 0.01, ["a", "b"])
 
 
 class TestCondition:

@@ -225,6 +225,19 @@ if INTERPRETED:
             torch.testing.assert_close(pruned.double(), expected, rtol=0, atol=2e-5)
             assert not pruned[~kept].any()
 
+        @pytest.mark.parametrize("is_masked", [False, True])
+        def test_sweep_of_a_stack_is_that_of_each(self, is_masked: bool) -> None:
+            from sparsify.kernels import _sweep_triton
+
+            parts = [problem(18, 40, seed) for seed in range(3)]
+            weight, upper = (torch.stack([part[at].float() for part in parts]) for at in (0, 1))
+            allowed = torch.stack([part[2] for part in parts]) if is_masked else None
+            pruned, kept = _sweep_triton.sweep(weight, upper, 2, 4, 16, allowed, False)
+            for at in range(3):
+                mask = None if allowed is None else allowed[at]
+                alone = _sweep_triton.sweep(weight[at], upper[at], 2, 4, 16, mask, False)
+                assert torch.equal(pruned[at], alone[0]) and torch.equal(kept[at], alone[1])
+
         def test_sweep_keeps_the_left_one_of_equals(self) -> None:
             from sparsify.kernels import _sweep_triton
 

@@ -24,10 +24,10 @@ def add_calibration(parser: ArgumentParser, samples: int, length: int, batch_siz
     add_option(parser, "--seed", 0, "random weights and tokens")
 
 
-def add_shape(parser: ArgumentParser, default: str) -> None:
-    """--shape, a name in `random_llama.SHAPES`."""
+def add_shape(parser: ArgumentParser, default: str, more: str = "") -> None:
+    """--shape, a name in `random_llama.SHAPES`, or one of `more`."""
     shapes = "llama-3.1-8b, llama-3.1-70b, or a small one: bench-2k, bench-1k, tiny"
-    add_option(parser, "--shape", default, shapes)
+    add_option(parser, "--shape", default, shapes + more)
 
 
 def add_threads(parser: ArgumentParser) -> None:

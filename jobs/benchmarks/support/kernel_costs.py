@@ -40,10 +40,10 @@ def _gram(named: dict[str, Any]) -> Cost:
 
 def _sweep(named: dict[str, Any]) -> Cost:
     """Columns that are solved one after another in registers, with float32's plain arithmetic."""
-    rows, width = named["num_rows"], named["WIDTH"]
-    item = named["work_ptr"].element_size()
-    num_bytes = rows * width * (3 * item + 1) + width * width * item
-    return Cost("sweep", 2.0 * rows * width * width, num_bytes)
+    rows, width, work = named["num_rows"], named["WIDTH"], named["work_ptr"]
+    num_bytes = rows * width * (3 * work.element_size() + 1) + width * width * work.element_size()
+    num_matrices = work.shape[:-2].numel()
+    return Cost("sweep", 2.0 * num_matrices * rows * width * width, num_matrices * num_bytes)
 
 
 def _head(named: dict[str, Any]) -> Cost:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,17 @@ def llama_config(shape: str, num_blocks: int, num_positions: int, vocab_size: in
     )
 
 
-def check_blocks(shape: str, num_blocks: int, flag: str) -> int:
+def check_blocks(
+    shape: str, num_blocks: int, flag: str, shapes: Mapping[str, Mapping[str, int]] = SHAPES
+) -> int:
     """How many blocks `shape` has, which must be at least `num_blocks`, given as option `flag`.
 
     Raises:
         InputError: there is no such shape, or it has fewer blocks.
     """
-    if shape not in SHAPES:
-        raise InputError(f"--shape {shape}: use one of {', '.join(SHAPES)}")
-    most = SHAPES[shape]["num_hidden_layers"]
+    if shape not in shapes:
+        raise InputError(f"--shape {shape}: use one of {', '.join(shapes)}")
+    most = shapes[shape]["num_hidden_layers"]
     if not 1 <= num_blocks <= most:
         raise InputError(f"{flag} {num_blocks}: {shape} has {most} {flag.lstrip('-')}")
     return most

@@ -16,8 +16,8 @@ from torch import Tensor
 from jobs.benchmarks.support.stand_in_gpu import StandInGpu
 from sparsify.comm import Comm
 
-_FACTOR_FACTS = (None, (0.01, 1, 1.0))
-"""what the owner of a factor tells the others: no failure; damping, attempts and condition"""
+_FACTOR_FACTS = (0.01, 1, 1.0)
+"""what the owner of a factor tells the others: damping, attempts and condition"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class StandInComm(Comm):
         self.gpu.exchange("broadcast", _num_bytes(tensor))()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The own value for all, but of a factor that another has made; the host waits."""
+        """The own value for all, but of factors that another has made; the host waits."""
         self.gpu.exchange("gather_objects", 0.0)()
         self.gpu.wait()
-        others = _FACTOR_FACTS if value == (None, None) else value
+        match value:
+            case (None, [None, *_] as facts):  # no failure, and a place for each of a stack
+                others: Any = (None, [_FACTOR_FACTS] * len(facts))
+            case _:
+                others = value
         return [value, *[others] * (self.world_size - 1)]
 
     def barrier(self) -> None:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from jobs.benchmarks.support import kernel_costs
 from jobs.benchmarks.support.kernel_costs import KERNELS, varlen_cost
@@ -36,6 +37,7 @@ from sparsify.errors import TwofourError
 from sparsify.kernels import _sweep_triton
 from sparsify.kernels.triton_jit import require_triton, triton
 from sparsify.masks import storage
+from sparsify.models import experts
 
 DEVICE = "cuda:0"
 
@@ -240,6 +242,13 @@ class StandInGpu(TorchDispatchMode):
         self.launch("scaled_dot_product_attention", Cost("attention", pairs, bytes_of(read)))
         return out
 
+    def token_counts(self, index_TK: Tensor, num_experts: int) -> list[int]:
+        """In the place of `experts.token_counts`: as if the router sent as many to every expert."""
+        self.launch("bincount", Cost(num_bytes=bytes_of([index_TK])))
+        self.wait()
+        edges = [at * index_TK.numel() // num_experts for at in range(num_experts + 1)]
+        return [stop - start for start, stop in pairwise(edges)]
+
     def run_triton(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In the place of a launch of Triton."""
         name = kernel.fn.__name__
@@ -314,12 +323,14 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
             (groups._HeldForward, "_work", work_in_modes),
             (nn.functional, "scaled_dot_product_attention", gpu.attention),
             (triton.runtime.jit.JITFunction, "run", run),
+            (experts, "token_counts", gpu.token_counts),
             (_sweep_triton, "_MAX_GRAPH_ELEMENTS", 0),  # counted launch by launch
             (masking_utils, "is_tracing", lambda *_: False),  # else masks are made that are not
             (block, "require_causal", lambda *_: None),
             (block, "require_isolation", lambda *_: None),
             (storage, "_bits_of_bytes", storage._bits_of_bytes.__wrapped__),  # none is kept
             (FakeTensor, "numpy", _numpy),
+            (FakeTensor, "tolist", _tolist),
             (FakeTensor, "data_ptr", lambda tensor: id(tensor)),  # else all are at one
             (FakeTensor, "__deepcopy__", _copied),
         ):
@@ -331,11 +342,15 @@ def stand_in_gpu(rates: Rates) -> Iterator[StandInGpu]:
         yield gpu
 
 
-def empty_model(config: LlamaConfig) -> Any:
-    """A bfloat16 Llama on the meta device, for `without_data`; made outside of the stand-in."""
+def empty_model(config: PretrainedConfig) -> Any:
+    """A bfloat16 model on the meta device, its experts linear layers, for `without_data`; made
+    outside of the stand-in."""
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(deepcopy(config))  # a model may set its own attention there
-        return model.to(torch.bfloat16)
+        # A model may set its own attention in its config.
+        model: Any = AutoModelForCausalLM.from_config(deepcopy(config))
+        model.to(torch.bfloat16)
+    experts.unfuse_experts(model)
+    return model
 
 
 def without_data(model: Any) -> None:
@@ -347,6 +362,11 @@ def without_data(model: Any) -> None:
             module.register_parameter(name, nn.Parameter(made, requires_grad=False))
         if hasattr(module, "rotary_emb"):  # has buffers, which are made of the config
             module.rotary_emb = type(module.rotary_emb)(config=module.config).to(DEVICE)
+
+
+def _tolist(tensor: Tensor, tolist: Callable[[Any], Any] = FakeTensor.tolist) -> Any:
+    """One copy and one wait, where torch's own asks for every number."""
+    return tolist(tensor.cpu())
 
 
 def _numpy(tensor: Tensor) -> Any:

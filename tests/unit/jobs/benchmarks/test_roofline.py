@@ -14,6 +14,7 @@ from torch import nn
 from jobs.benchmarks import roofline
 from jobs.benchmarks.model import limits
 from jobs.benchmarks.support.kernel_costs import KERNELS
+from jobs.benchmarks.support.mixtures import MIXTURES, mixture_config
 from jobs.benchmarks.support.op_costs import Cost
 from jobs.benchmarks.support.random_llama import llama_config
 from jobs.benchmarks.support.stand_in_gpu import (
@@ -24,7 +25,7 @@ from jobs.benchmarks.support.stand_in_gpu import (
     without_data,
 )
 from sparsify import comm
-from sparsify.calibration import cholesky
+from sparsify.calibration import cholesky, stacks
 from sparsify.calibration.hidden_states import Memory
 from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
@@ -194,11 +195,56 @@ def test_several_gpus_share_the_widest_factor(monkeypatch: pytest.MonkeyPatch) -
     shares = 2 / 3 * (wide**3 / 4 + narrow**3)
     # The triangles less what the first has of their rows; leaves are solved as if they were full.
     beside = panel * wide**2 * 3 / 4 + 2 * 2 / 3 * leaf**3
+    beside += 5 * 6 * (wide**2 + narrow**2)  # of the condition, five steps at both ends
     counted = spent["operations:factor"] + spent["operations:float32"]
     assert counted == pytest.approx(shares + beside, rel=0.02)
     # float32: whole factors; half of the wide matrix, of which it has a quarter; and half again.
     sent = 4 * (3 * narrow**2 + wide**2 / 2 * (3 / 4 + 1))
     assert sent <= spent["exchanged bytes"] <= 1.1 * sent
+
+
+def mixture(method: str, num_experts: int) -> dict[str, Any]:
+    options = Namespace(blocks=1, samples=4 * num_experts, length=64, batch_size=4 * num_experts,
+                        method=method, order="auto", seed=0)  # fmt: skip
+    sizes = {
+        **MIXTURES["qwen3-30b-a3b"], "hidden_size": 512, "moe_intermediate_size": 384,
+        "num_experts": num_experts, "num_experts_per_tok": 4, "num_attention_heads": 4,
+    }  # fmt: skip
+    config = mixture_config(sizes, 1, 64, 4096)
+    return roofline.count(config, options, RATES, Memory(options.batch_size))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_experts_are_factored_and_solved_together(method: str) -> None:
+    """Launches and waits for a block do not grow with its experts, and their work does."""
+    few, many = (mixture(method, num_experts) for num_experts in (4, 16))
+    for phase in ("factor", "solve") if method == "sparsegpt" else ("solve",):
+        spent = [found["phases"][0][phase] for found in (few, many)]
+        for key in ("launches", "waits"):
+            assert spent[0][key] == pytest.approx(spent[1][key]), (phase, key)
+        assert spent[1]["bytes"] > 2 * spent[0]["bytes"], phase
+    if method == "sparsegpt":
+        sweeps = [found["kernels"]["_sweep_block_kernel"][0] for found in (few, many)]
+        # Blocks of 128 columns: of q, k, v and o, and once for all experts' gate, up and down.
+        assert sweeps[0] == sweeps[1] == 4 + 4 + 4 + 4 + 4 + 4 + 3
+
+
+def test_experts_of_large_shapes_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the bytes makes four stacks, each with its launches."""
+    whole = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
+    monkeypatch.setattr(stacks, "_STACK_BYTES", 2 * 4 * 512 * 512)
+    cut = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
+    attention, experts = 4 * 4, 4 + 4 + 3
+    assert whole == attention + experts and cut == attention + 4 * experts
+
+
+def test_a_mixture_is_not_measured() -> None:
+    parser = ArgumentParser()
+    roofline.add_arguments(parser)
+    words = ["--shape", "qwen3-30b-a3b", "--blocks", "1", "--device", "cuda"]
+    with pytest.raises(InputError, match="qwen3-30b-a3b is counted alone"):
+        roofline._config(parser.parse_args(words))
+    assert roofline._config(parser.parse_args(words[:4]))[0] == 48
 
 
 def test_files_are_read_and_written_beside_the_blocks() -> None:

@@ -1,0 +1,144 @@
+"""Layers of experts put together, from shapes alone, and pruned as one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.benchmarks.support.families import random_family
+from sparsify.calibration import stacks
+from sparsify.calibration.block import LoadedBlock
+from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.stacks import stacks_of
+from sparsify.comm import Comm
+from sparsify.errors import InputError
+from sparsify.methods import PruneParams, get_method
+from sparsify.models.experts import unfuse_experts
+from sparsify.models.structure import find_blocks, linears_of
+from sparsify.pattern import Pattern
+from sparsify.pruning.prune import LayerChoice, PruneResult, prune_model
+from tests.families import token_rows
+
+PATTERN = Pattern.parse("2:4")
+
+
+def mixture() -> Any:
+    model = random_family("qwen3_moe")
+    unfuse_experts(model)
+    return model
+
+
+def stacks_on(device: str) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """The groups of a block on a device, and how they are put together."""
+    block = find_blocks(mixture())[1][-1].to(device)
+    names = list(linears_of(block))
+    groups = [[n for n in names if n.endswith(("q_proj", "k_proj", "v_proj"))]]
+    for name in names:
+        if name.endswith("gate_proj"):
+            groups.append([name, name.replace("gate", "up")])
+        elif name.endswith(("o_proj", "down_proj")):
+            groups.append([name])
+    return groups, stacks_of(groups, LoadedBlock(-1, block, linears_of(block), None))
+
+
+def pruned(method: str, model: Any, is_fixed: bool = False, **options: Any) -> PruneResult:
+    return prune_model(
+        model, token_rows(16), get_method(method), PATTERN, PruneParams(**options),
+        comm=Comm.single(is_fixed), memory=Memory(8),
+    )  # fmt: skip
+
+
+def test_experts_of_one_kind_are_together_and_nothing_else_is() -> None:
+    groups, found = stacks_on("meta")
+    assert [group for stack in found for group in stack] != groups
+    assert sorted(group for stack in found for group in stack) == sorted(groups)
+    experts = [stack for stack in found if len(stack) > 1]
+    assert len(experts) == 2 and len(experts[0]) == len(experts[1]) > 2
+    assert all(len({name.split(".")[-1] for name in place}) == 1
+               for stack in experts for place in zip(*stack, strict=True))  # fmt: skip
+    alone = [stack[0] for stack in found if len(stack) == 1]
+    assert [len(group) for group in alone] == [3, 1]
+
+
+def test_a_cpu_has_none() -> None:
+    groups, found = stacks_on("cpu")
+    assert found == [[group] for group in groups]
+
+
+def test_stacks_have_even_sizes_within_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, whole = stacks_on("meta")
+    num_experts = max(map(len, whole))
+    linears = linears_of(find_blocks(mixture())[1][-1])
+    wide = linears[next(stack for stack in whole if len(stack) > 1)[0][0]]
+    square = 4 * wide.in_features * max(wide.in_features, wide.out_features)
+    monkeypatch.setattr(stacks, "_STACK_BYTES", (num_experts - 1) * square)
+    _, cut = stacks_on("meta")
+    sizes = [len(stack) for stack in cut if "gate_proj" in stack[0][0]]
+    assert sizes == [num_experts // 2, num_experts - num_experts // 2]
+    monkeypatch.setattr(stacks, "_STACK_BYTES", 1)
+    assert sorted(stacks_on("meta")[1]) == sorted([group] for group in groups)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "twofour"])
+def test_a_model_is_pruned_as_one_by_one(
+    method: str, is_fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks alike, weights but for rounding: its experts are so small that torch multiplies a
+    stack of them by another loop."""
+    one, other = mixture(), mixture()
+    expected = pruned(method, one, is_fixed, block_size=16)
+    monkeypatch.setattr(stacks, "_ALONE", ())  # as if launches were dear on a CPU
+    found = pruned(method, other, is_fixed, block_size=16)
+    assert found.keep_masks.keys() == expected.keep_masks.keys()
+    for name, mask in expected.keep_masks.items():
+        assert torch.equal(found.keep_masks[name], mask), name
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+    reports = {report.name: report for report in found.layers}
+    for report in expected.layers:
+        mine = reports[report.name]
+        assert mine.error == pytest.approx(report.error, rel=1e-4)
+        assert (mine.keep_mask_sha256, mine.large_kept) == (
+            report.keep_mask_sha256, report.large_kept,
+        )  # fmt: skip
+        assert (mine.num_tokens, mine.num_lent, mine.num_dead_columns, mine.damping) == (
+            report.num_tokens, report.num_lent, report.num_dead_columns, report.damping,
+        )  # fmt: skip
+
+
+def test_the_one_whose_mask_breaks_the_pattern_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture()
+    pruned("magnitude", model)
+    name = next(n for n in linears_of(find_blocks(model)[1][0]) if n.endswith("2.up_proj"))
+    with torch.no_grad():
+        find_blocks(model)[1][0].get_submodule(name).weight[3, 4:8] = 1.0
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    words = rf"layers\.0\.{name}: the given mask breaks pattern 2:4 in row 3, at column 4"
+    with pytest.raises(InputError, match=words):
+        prune_model(
+            model, token_rows(16), get_method("magnitude"), PATTERN, PruneParams(),
+            comm=Comm.single(), memory=Memory(8), layers=LayerChoice(existing="keep"),
+        )  # fmt: skip
+
+
+def test_the_one_that_takes_more_damping_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two large inputs of its down projection are the same, so that its Hessian is singular."""
+    results = []
+    for alone in (stacks._ALONE, ()):
+        monkeypatch.setattr(stacks, "_ALONE", alone)
+        model = mixture()
+        expert = find_blocks(model)[1][0].get_submodule("mlp.experts.2")
+        with torch.no_grad():
+            for linear in (expert.gate_proj, expert.up_proj):
+                linear.weight[:2] = 3 * linear.weight[0]
+        found = pruned("sparsegpt", model, damping=1e-7)
+        results.append((model.state_dict(), {r.name: r.damping for r in found.layers}))
+    (one, dampings), (other, others) = results
+    assert dampings == others
+    raised = {name for name, damping in dampings.items() if damping != 1e-7}
+    assert raised == {"model.layers.0.mlp.experts.2.down_proj"}
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-5)
