@@ -135,7 +135,7 @@ class HessianSum:
 
 def row_energies(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
     """d H d^T of every row d, (O,): with H the mean of x x^T, its mean square output."""
-    return ((change_OI @ hessian_II) * change_OI).sum(1)
+    return ((change_OI @ hessian_II) * change_OI).sum(-1)
 
 
 @dataclass(frozen=True)

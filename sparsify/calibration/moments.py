@@ -28,6 +28,8 @@ class InputMoments:
     layers have `layers.Layer.wanted_OI` instead"""
     num_lent: int = 0
     """of an expert that fewer tokens than input columns reach: how many `routed.Lenders` added"""
+    tokens_E11: Tensor | None = None
+    """of a stack: the tokens of each, float64 (E, 1, 1)"""
     _factors: dict[float, InverseFactor] = field(default_factory=dict, repr=False)
 
     def factor(self, damping: float, name: str) -> InverseFactor:
@@ -99,5 +101,12 @@ def stacked(moments: Sequence[InputMoments]) -> InputMoments:
         torch.stack([found.hessian_II for found in moments]),
         sum(found.num_tokens for found in moments),
         torch.stack(crosses) if crosses else None,
+        tokens_E11=_tokens_of(moments),
         _factors=factors,
     )
+
+
+def _tokens_of(moments: Sequence[InputMoments]) -> Tensor:
+    counts = [found.num_tokens for found in moments]
+    device = moments[0].hessian_II.device
+    return torch.tensor(counts, dtype=torch.float64, device=device).view(-1, 1, 1)

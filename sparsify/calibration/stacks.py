@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+
 from sparsify.calibration.accumulate import BlockMoments
 from sparsify.calibration.block import LoadedBlock
 from sparsify.calibration.layers import Layer
@@ -73,3 +76,8 @@ def layers_of(
             )
             for name, group in zip(names, stack, strict=True)
         ]  # fmt: skip
+
+
+def as_stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of several layers with a dimension before; that of one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels._columns_triton import MAX_COLUMNS, ROWS, column_of, pushed_right
-from sparsify.kernels.precision import subtract_product_
+from sparsify.kernels.precision import add_product_
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
 
 _MAX_GRAPH_ELEMENTS = 2**24  # of the weight and of U: bounds the memory that recordings hold
@@ -80,7 +80,7 @@ def _sweep_(
             )  # fmt: skip
         if stop < num_columns:
             after_BI = upper_II[..., start:stop, stop:]
-            subtract_product_(work_OI[..., stop:], error_OB, after_BI)
+            add_product_(work_OI[..., stop:], error_OB, after_BI, alpha=-1)
     return work_OI, keep_OI
 
 

@@ -72,12 +72,12 @@ def _set(allow_tf32: bool) -> None:
         torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
 
 
-def subtract_product_(matrix_RC: Tensor, left_RI: Tensor, right_IC: Tensor) -> None:
-    """matrix -= left @ right in place, of matrices, or of stacks of them (E, R, C)."""
+def add_product_(matrix_RC: Tensor, left_RI: Tensor, right_IC: Tensor, alpha: float = 1.0) -> None:
+    """matrix += alpha left @ right in place, of matrices, or of stacks of them (E, R, C)."""
     if matrix_RC.ndim == 2:
-        matrix_RC.addmm_(left_RI, right_IC, alpha=-1)
+        matrix_RC.addmm_(left_RI, right_IC, alpha=alpha)
     else:
-        matrix_RC.baddbmm_(left_RI, right_IC, alpha=-1)
+        matrix_RC.baddbmm_(left_RI, right_IC, alpha=alpha)
 
 
 def half_product(left_RI: Tensor, right_half_IC: Tensor) -> Tensor:

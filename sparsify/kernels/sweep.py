@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import _sweep_triton
-from sparsify.kernels.precision import float32_products, subtract_product_
+from sparsify.kernels.precision import add_product_, float32_products
 from sparsify.masks.select import keep_highest, keep_top
 from sparsify.pattern import Pattern
 
@@ -97,7 +97,7 @@ def _sweep_by_columns(
         block.solve(0, len(block.groups))
         torch.eq(block.pruned_BO, 0, out=keep_IO[..., now, :])
         block.work_BO.masked_fill_(~keep_IO[..., now, :], 0.0)
-        subtract_product_(work_IO[..., later, :], upper_II[..., now, later].mT, block.error_BO)
+        add_product_(work_IO[..., later, :], upper_II[..., now, later].mT, block.error_BO, alpha=-1)
     return work_IO.mT.contiguous(), keep_IO.mT.contiguous()
 
 
@@ -160,7 +160,9 @@ class _Block:
         edges = [self.step * group for group in (first, half, last)]
         left, right = slice(*edges[:2]), slice(*edges[1:])
         upper_LR = self.upper_BB[..., left, right]
-        subtract_product_(self.work_BO[..., right, :], upper_LR.mT, self.error_BO[..., left, :])
+        add_product_(
+            self.work_BO[..., right, :], upper_LR.mT, self.error_BO[..., left, :], alpha=-1
+        )
         self.solve(half, last)
 
     def _solve_group(self, group: _Group) -> None:
@@ -179,7 +181,7 @@ class _Block:
         for _ in range(most_pruned - 1):
             sum_GO = group.before_GG @ group.error_GO
             torch.addcmul(first_GO, scale_GO, sum_GO, value=-1, out=group.error_GO)
-        subtract_product_(group.work_GO, group.before_GG, group.error_GO)
+        add_product_(group.work_GO, group.before_GG, group.error_GO, alpha=-1)
 
     def _choose(self, index: int) -> None:
         """Keep the n highest scores of the group, of equals the left one."""

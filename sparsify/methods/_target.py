@@ -1,21 +1,26 @@
 """What a pruned layer should compute: the dense model's output instead of its own dense output.
 
-Shape suffixes: O output features (rows), I input features (columns).
+Shape suffixes: O output features (rows), I input features (columns). A stack has a dimension before
+these.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsify.calibration.moments import InputMoments
-from sparsify.kernels.precision import float32_products
+from sparsify.kernels.precision import add_product_, float32_products
 from sparsify.methods._base import Problem, PruneParams, working_weight
 
 _TOKENS_PER_COLUMN = 15.0  # at which a measured target counts half
 
+Numbers = TypeVar("Numbers", float, Tensor)
 
-def shrinkage(num_tokens: int, num_columns: int) -> float:
+
+def shrinkage(num_tokens: Numbers, num_columns: int) -> Numbers:
     """n / (n + 15 I), the trust in a target that was measured on n tokens.
 
     The target has I numbers to fit for every output, so with few tokens per column it fits the
@@ -44,7 +49,7 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
 
     Args:
         problem: with P in `wanted_OI`, measured with the shares of `params`; or, where it is None,
-            with moments that have G in `cross_II`.
+            with moments that have G in `cross_II`. Or a stack.
         params: damping; a = teacher_share, b = residual_share. What they add is multiplied by
             `shrinkage`.
 
@@ -68,11 +73,14 @@ def teacher_target(problem: Problem, params: PruneParams) -> Tensor:
     target_OI = working_weight(problem.weight_OI, problem.name)
     factor = moments.factor(params.damping, problem.name)
     pull_OI = _pull(problem, moments, target_OI, params.teacher_share)
-    pull_OI.mul_(shrinkage(moments.num_tokens, target_OI.shape[1]))
+    num_columns = target_OI.shape[-1]
+    if moments.tokens_E11 is None:
+        pull_OI.mul_(shrinkage(moments.num_tokens, num_columns))
+    else:
+        pull_OI.mul_(shrinkage(moments.tokens_E11, num_columns).to(pull_OI.dtype))
     upper_II = factor.upper_II.to(target_OI.dtype)
-    target_OI.addmm_(pull_OI @ upper_II.T, upper_II)
-    target_OI[:, factor.dead_columns] = 0.0
-    return target_OI
+    add_product_(target_OI, pull_OI @ upper_II.mT, upper_II)
+    return target_OI.masked_fill_(factor.dead_columns.unsqueeze(-2), 0.0)
 
 
 def _pull(problem: Problem, moments: InputMoments, weight_OI: Tensor, share: float) -> Tensor:
@@ -80,7 +88,9 @@ def _pull(problem: Problem, moments: InputMoments, weight_OI: Tensor, share: flo
     if problem.wanted_OI is not None:
         pull_OI = problem.wanted_OI.to(weight_OI.dtype, copy=True)
         hessian_II = moments.hessian_II.to(weight_OI.dtype)
-        return pull_OI if share == 0 else pull_OI.addmm_(weight_OI, hessian_II, alpha=-share)
+        if share:
+            add_product_(pull_OI, weight_OI, hessian_II, alpha=-share)
+        return pull_OI
     if share == 0:
         return torch.zeros_like(weight_OI)
     assert moments.cross_II is not None

@@ -24,6 +24,7 @@ from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import InputOrder, Layer, SolverNeeds, prunable_linears
 from sparsify.calibration.moments import InputMoments, stacked
+from sparsify.calibration.stacks import as_stack
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
@@ -273,25 +274,24 @@ class _Run:
         return masks, reports
 
     def _solve_stack(self, layers: list[Layer]) -> None:
-        """Solve layers together, those apart whose Hessians took more damping than the others'."""
-        by_damping: dict[float | None, list[Layer]] = {}
+        """Solve layers together that have the same of a teacher and took the same damping."""
+        alike: dict[object, list[Layer]] = {}
         for layer in layers:
             factor = layer.moments.known_factor(self._params.damping)
             used = None if factor is None else factor.damping
-            by_damping.setdefault(used, []).append(layer)
-        for alike in by_damping.values():
-            self._solve(alike)
+            has = layer.wanted_OI is not None, layer.moments.cross_II is not None
+            alike.setdefault((used, has), []).append(layer)
+        for found in alike.values():
+            self._solve(found)
 
     def _solve(self, layers: list[Layer]) -> None:
-        """Solve this process's rows of one layer, or of a stack of several of one shape, measure
-        the damage, and start to gather the rows of all processes.
+        """Solve this process's rows of a layer or stack, measure the damage, gather all rows.
 
         They are gathered while the next layers are solved, and put into the modules after that.
         """
         with self.timer.measure("solve"):
             moments = stacked([layer.moments for layer in layers])
-            weights = [layer.module.weight.data for layer in layers]
-            weight_OI = weights[0] if len(weights) == 1 else torch.stack(weights)
+            weight_OI = as_stack([layer.module.weight.data for layer in layers])
             num_rows = weight_OI.shape[-2]
             dense_RI = weight_OI[..., self._comm.row_slice(num_rows), :]
             solution = self._solve_rows(layers, weight_OI, moments)
@@ -381,10 +381,10 @@ class _Run:
         self, layers: list[Layer], weight_OI: Tensor, moments: InputMoments, part: slice
     ) -> Solution:
         """The solution of some rows of one layer, or of each of a stack."""
-        rows_RI, wanted_OI = weight_OI[..., part, :], layers[0].wanted_OI
-        existing = self._choice.existing
+        rows_RI, existing = weight_OI[..., part, :], self._choice.existing
+        wanted = [layer.wanted_OI[part] for layer in layers if layer.wanted_OI is not None]
         problem = Problem(
-            layers[0].name, rows_RI, moments, None if wanted_OI is None else wanted_OI[part],
+            layers[0].name, rows_RI, moments, as_stack(wanted) if wanted else None,
             None if existing == "ignore" else rows_RI != 0, is_mask_fixed=existing == "keep",
         )  # fmt: skip
         try:

@@ -159,6 +159,24 @@ class TestLaws:
             assert found.damping == alone.damping
             assert int(num_dead[index]) == int(alone.num_dead_columns)
 
+    @pytest.mark.parametrize("is_wanted", [True, False])
+    def test_a_stack_has_the_targets_of_its_layers(self, is_wanted: bool) -> None:
+        """Each trusts its target by its own tokens; float64, measured equal."""
+        problems = []
+        for seed in range(3):
+            given = make_problem(seed=seed, dead=(seed,))
+            cross = None if is_wanted else 1.1 * given.hessian_II
+            moments = InputMoments(given.hessian_II, 300 * (seed + 1), cross)
+            wanted = given.wanted_OI if is_wanted else None
+            problems.append(replace(given, moments=moments, wanted_OI=wanted))
+        stack = stack_of(problems)
+        if is_wanted:
+            wanted = [problem.wanted_OI for problem in problems if problem.wanted_OI is not None]
+            stack = replace(stack, wanted_OI=torch.stack(wanted))
+        found = teacher_target(stack, PruneParams())
+        for target, problem in zip(found, problems, strict=True):
+            same(target, teacher_target(problem, PruneParams()))
+
     @with_patterns("2:4", "unstructured:0.5")
     def test_rows_are_independent(self, method: Method, text: str) -> None:
         pattern, problem, params = Pattern.parse(text), make_problem(), PruneParams()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from sparsify.calibration.hidden_states import Memory
 from sparsify.calibration.stacks import stacks_of
 from sparsify.comm import Comm
 from sparsify.errors import InputError
-from sparsify.methods import PruneParams, get_method
+from sparsify.methods import Problem, PruneParams, Solution, get_method
+from sparsify.methods._base import chosen_mask, selected
+from sparsify.methods._target import teacher_target
 from sparsify.models.experts import unfuse_experts
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.pattern import Pattern
@@ -81,8 +84,11 @@ def test_stacks_have_even_sizes_within_the_bytes(monkeypatch: pytest.MonkeyPatch
     assert sorted(stacks_on("meta")[1]) == sorted([group] for group in groups)
 
 
-@pytest.mark.parametrize("is_fixed", [False, True])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "twofour"])
+@pytest.mark.parametrize(
+    ("method", "is_fixed"),
+    [("magnitude", False), ("wanda", False), ("sparsegpt", False), ("sparsegpt", True),
+     ("twofour", False)],
+)  # fmt: skip
 def test_a_model_is_pruned_as_one_by_one(
     method: str, is_fixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +113,29 @@ def test_a_model_is_pruned_as_one_by_one(
         assert (mine.num_tokens, mine.num_lent, mine.num_dead_columns, mine.damping) == (
             report.num_tokens, report.num_lent, report.num_dead_columns, report.damping,
         )  # fmt: skip
+
+
+def test_a_teachers_target_reaches_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that keeps the largest of the target, which takes stacks."""
+    shapes: set[int] = set()
+
+    def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
+        shapes.add(problem.weight_OI.ndim)
+        target_OI = teacher_target(problem, params)
+        return selected(target_OI, chosen_mask(target_OI.abs(), problem, pattern))
+
+    method = replace(get_method("twofour"), solve=solve, takes_stacks=True)
+    monkeypatch.setattr(f"{__name__}.get_method", lambda _: method)
+    one, other = mixture(), mixture()
+    expected = pruned("", one)
+    assert shapes == {2}
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    found = pruned("", other)
+    assert shapes == {2, 3}
+    for name, mask in expected.keep_masks.items():
+        assert torch.equal(found.keep_masks[name], mask), name
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_one_whose_mask_breaks_the_pattern_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
