@@ -73,13 +73,19 @@ def rows_of(problem: Problem, rows: slice) -> Problem:
 
 
 def stack_of(problems: list[Problem]) -> Problem:
-    """Problems of one shape without a teacher as one, their factors computed together."""
+    """Problems of one shape as one, their factors computed together."""
     moments = [statistics_of(problem) for problem in problems]
     factor_all(moments, PruneParams().damping, [problem.name for problem in problems])
-    masks = [problem.allowed_OI for problem in problems if problem.allowed_OI is not None]
+
+    def together(found: list[Tensor | None]) -> Tensor | None:
+        given = [one for one in found if one is not None]
+        return torch.stack(given) if given else None
+
     return replace(
         problems[0], weight_OI=torch.stack([problem.weight_OI for problem in problems]),
-        moments=stacked(moments), allowed_OI=torch.stack(masks) if masks else None,
+        moments=stacked(moments),
+        wanted_OI=together([problem.wanted_OI for problem in problems]),
+        allowed_OI=together([problem.allowed_OI for problem in problems]),
     )  # fmt: skip
 
 
@@ -136,15 +142,16 @@ class TestLaws:
         pattern, params, problems = Pattern.parse(text), PruneParams(block_size=16), []
         for seed in range(3):
             given = make_problem(32, seed=seed, dead=(3, 40) if seed == 1 else ())
-            moments = InputMoments(given.hessian_II.float(), 960)
+            assert given.wanted_OI is not None
             allowed = None
             if masked != "free":
-                allowed = method.solve(replace(given, wanted_OI=None), pattern, params).keep_mask_OI
+                allowed = method.solve(given, pattern, params).keep_mask_OI
                 allowed[:, seed] = False
             problems.append(
                 replace(
-                    given, weight_OI=given.weight_OI.float(), moments=moments, wanted_OI=None,
-                    allowed_OI=allowed, is_mask_fixed=masked == "fixed",
+                    given, weight_OI=given.weight_OI.float(), wanted_OI=given.wanted_OI.float(),
+                    moments=InputMoments(given.hessian_II.float(), 960), allowed_OI=allowed,
+                    is_mask_fixed=masked == "fixed",
                 )
             )  # fmt: skip
         found = method.solve(stack_of(problems), pattern, params)
@@ -169,11 +176,7 @@ class TestLaws:
             moments = InputMoments(given.hessian_II, 300 * (seed + 1), cross)
             wanted = given.wanted_OI if is_wanted else None
             problems.append(replace(given, moments=moments, wanted_OI=wanted))
-        stack = stack_of(problems)
-        if is_wanted:
-            wanted = [problem.wanted_OI for problem in problems if problem.wanted_OI is not None]
-            stack = replace(stack, wanted_OI=torch.stack(wanted))
-        found = teacher_target(stack, PruneParams())
+        found = teacher_target(stack_of(problems), PruneParams())
         for target, problem in zip(found, problems, strict=True):
             same(target, teacher_target(problem, PruneParams()))
 
