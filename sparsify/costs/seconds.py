@@ -44,6 +44,9 @@ _ZERO_PASSES = 9.0  # over the weights' bytes: copies, division, flattening of g
 _ADAM_BYTES = 36.0  # for each weight: master, moments and gradient read, three of them written
 
 _ENERGY_PRODUCTS = 2.25  # of O I^2: what a layer loses, and what it had, each 9/16 of a product
+# Beside each product of the search and of the refit, that product's own reads and writes included:
+# by kernels, and by one operation after another.
+_SEARCH_PASSES_KERNELS, _SEARCH_PASSES = 14.0, 30.0
 _CHOICE_PASSES = 200.0  # over a layer: choosing its mask, and its largest weights for the report
 
 _HIDDEN = 0.7  # of the arithmetic, behind which links may work: not all of it is there at once
@@ -300,12 +303,13 @@ def _solve_work(setup: Pruning, params: PruneParams) -> tuple[float, float]:
     admm, refit = params.admm_iterations, params.refit_iterations
     if setup.method in ("magnitude", "wanda"):
         return 0.0, _CHOICE_PASSES
-    if setup.method == "twofour":
-        return 2.0 * (2 * admm + refit + 8), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
-    if setup.method == "admm":
-        return 2.0 * (2 * admm + refit + 5), _CHOICE_PASSES + 30.0 * (2 * admm + refit)
+    each = _SEARCH_PASSES_KERNELS if setup.uses_gpu else _SEARCH_PASSES
+    if setup.method in _SEARCHING:
+        target = 3 if setup.method == "twofour" else 0
+        rest = 3 if setup.uses_gpu else 4
+        return 2.0 * (2 * admm + refit + rest + target), _CHOICE_PASSES + each * (2 * admm + refit)
     if setup.method == "sparsegpt_refit":
-        return 1.0 + 2.0 * (refit + 5), _CHOICE_PASSES + 60.0 + 30.0 * refit
+        return 1.0 + 2.0 * (refit + 5), _CHOICE_PASSES + 60.0 + each * refit
     return 1.0 + (2.0 if setup.needs_teacher else 0.0), _CHOICE_PASSES + 60.0
 
 

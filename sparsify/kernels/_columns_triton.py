@@ -1,4 +1,5 @@
-"""What kernels share that go through a block of columns one by one, errors to the right of each.
+"""What kernels share that choose in groups of columns, or go through a block of them one by one,
+errors to the right of each.
 
 Shape suffixes: R rows of one program, B columns of one block.
 """
@@ -33,3 +34,20 @@ def pushed_right(
     later = (columns > column) & (columns < WIDTH)
     row = tl.load(row_ptr + columns, mask=later, other=0.0)
     return tile - error[:, None] * row[None, :]
+
+
+@jit
+def highest(
+    score: tl.tensor, columns: tl.tensor, left: tl.tensor, N: tl.constexpr, M: tl.constexpr
+) -> tl.tensor:
+    """Which of the tile (R, B) are higher than all but N - 1 of the columns left to left + M.
+
+    Of equal scores the left one is. Outside of these columns the answer means nothing.
+    """
+    num_better = tl.zeros_like(score).to(tl.int32)
+    for k in tl.static_range(M):
+        other = column_of(score, columns, left + k)
+        wins = other[:, None] > score
+        ties = (other[:, None] == score) & (columns > left + k)[None, :]
+        num_better += (wins | ties).to(tl.int32)
+    return num_better < N

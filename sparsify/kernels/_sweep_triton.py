@@ -13,7 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sparsify.kernels._columns_triton import MAX_COLUMNS, ROWS, column_of, pushed_right
+from sparsify.kernels._columns_triton import (
+    MAX_COLUMNS,
+    ROWS,
+    column_of,
+    highest,
+    pushed_right,
+)
 from sparsify.kernels.precision import add_product_
 from sparsify.kernels.triton_jit import jit, require_triton, tl, triton
 
@@ -125,13 +131,7 @@ def _sweep_block_kernel(
             score = tl.abs(work * inverse[None, :])
             if HAS_ALLOWED:
                 score = tl.where(allowed != 0, score, -1.0)
-            num_better = tl.zeros((R, B), dtype=tl.int32)
-            for k in tl.static_range(M):
-                other = column_of(score, columns, left + k)
-                wins = other[:, None] > score
-                ties = (other[:, None] == score) & (columns > left + k)[None, :]
-                num_better += (wins | ties).to(tl.int32)
-            chosen = (num_better < N).to(tl.int32)
+            chosen = highest(score, columns, left, N, M).to(tl.int32)
             if HAS_ALLOWED:
                 chosen = chosen & allowed
             in_group = (columns >= left) & (columns < left + M)

@@ -87,8 +87,9 @@ def half_product(left_RI: Tensor, right_half_IC: Tensor) -> Tensor:
     TF32 is a setting of all threads, so that what runs beside would decide the bits.
 
     Args:
-        left_RI: float32 or float64, finite; every row is scaled to a largest value of 1, which
-            keeps it inside of float16. What is below 2^-24 of its row's largest counts as 0.
+        left_RI: float32 or float64 (..., R, I), finite; every row is scaled to a largest value of
+            1, which keeps it inside of float16. What is below 2^-24 of its row's largest counts
+            as 0.
         right_half_IC: float16, of entries that fit into it.
 
     Returns:
@@ -99,11 +100,15 @@ def half_product(left_RI: Tensor, right_half_IC: Tensor) -> Tensor:
     matrix twice, its half and the result.
     """
     tiny = torch.finfo(left_RI.dtype).tiny
-    largest_R1 = torch.linalg.vector_norm(left_RI, math.inf, 1, keepdim=True).clamp_(min=tiny)
+    largest_R1 = torch.linalg.vector_norm(left_RI, math.inf, -1, keepdim=True).clamp_(min=tiny)
     left_half_RI = torch.empty_like(left_RI, dtype=torch.float16)
     torch.div(left_RI, largest_R1, out=left_half_RI)
-    if left_RI.is_cuda:
-        product_RC = torch.mm(left_half_RI, right_half_IC, out_dtype=torch.float32)
-    else:
-        product_RC = left_half_RI.float() @ right_half_IC.float()
-    return product_RC.to(left_RI.dtype).mul_(largest_R1)
+    return half_matmul(left_half_RI, right_half_IC).to(left_RI.dtype).mul_(largest_R1)
+
+
+def half_matmul(left_RI: Tensor, right_IC: Tensor) -> Tensor:
+    """left @ right of float16, summed in float32: (..., R, C), with the same batches on both."""
+    if not left_RI.is_cuda:
+        return left_RI.float() @ right_IC.float()
+    multiply = torch.mm if left_RI.ndim == 2 else torch.bmm
+    return multiply(left_RI, right_IC, out_dtype=torch.float32)

@@ -59,7 +59,8 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
 
     Reference: `_target.teacher_target`, then `admm.search_and_refit`.
 
-    Cost: (2 admm_iterations + refit_iterations + 8) products of (O, I) with (I, I).
+    Cost: (2 admm_iterations + refit_iterations + 7) products of (O, I) with (I, I), on a GPU one
+    fewer.
     """
     check_problem(problem, pattern)
     factor = problem.factor(params.damping)

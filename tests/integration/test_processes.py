@@ -18,7 +18,8 @@ from tests.unit.jobs.benchmarks.test_bench_loss import SIZE
 from tests.unit.jobs.benchmarks.test_bench_step import TINY
 
 NUM_TOKENS = 2000
-KERNELS = {"test_kernels": 14, "test_gptq_kernel": 17}  # tests in the interpreter
+# Tests in the interpreter.
+KERNELS = {"test_kernels": 14, "test_gptq_kernel": 17, "test_search_kernel": 12}
 
 
 def test_memory_of_full_logits_is_seen_and_the_head_takes_less():

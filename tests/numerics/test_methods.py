@@ -20,9 +20,10 @@ from sparsify.methods import (
     available_methods,
     get_method,
 )
+from sparsify.methods._base import chosen_mask
 from sparsify.methods._refit import damped_hessian, objective
 from sparsify.methods._target import teacher_target
-from sparsify.methods.admm import search
+from sparsify.methods.admm import column_scales, search
 from sparsify.methods.group_descent import descend
 from sparsify.pattern import Pattern
 from tests.conftest import count_violations
@@ -411,18 +412,17 @@ class TestDescent:
 class TestAdmm:
     def test_without_iterations_the_mask_is_that_of_wanda(self) -> None:
         problem = make_problem()
-        hessian = problem.hessian_II
-        _, keep = search(
-            problem.weight_OI, hessian, problem, TWO_FOUR, PruneParams(admm_iterations=0)
-        )
+        found = get_method("admm").solve(problem, TWO_FOUR, PruneParams(admm_iterations=0))
         wanda = get_method("wanda").solve(problem, TWO_FOUR, PruneParams())
-        assert torch.equal(keep, wanda.keep_mask_OI)
+        assert torch.equal(found.keep_mask_OI, wanda.keep_mask_OI)
 
     def test_the_two_copies_agree_in_the_end(self) -> None:
         """With the penalty grown, the values found with the mask are already near least squares."""
         problem = make_problem(num_rows=40)
         damped, target = damped_of(problem), problem.weight_OI
-        weight, keep = search(target, damped, problem, TWO_FOUR, PruneParams(admm_iterations=120))
+        start = chosen_mask(target.abs() * column_scales(damped), problem, TWO_FOUR)
+        params = PruneParams(admm_iterations=120)
+        weight, keep = search(target, damped, problem, TWO_FOUR, params, start)
         best = objective(least_squares(target, keep, damped), target, damped).sum()
         # Measured 1.0003.
         assert objective(weight, target, damped).sum() < 1.01 * best

@@ -53,9 +53,62 @@ def _head(named: dict[str, Any]) -> Cost:
     return Cost(num_bytes=2 * bytes_of(read) + bytes_of([grad]))
 
 
+def _rows(named: dict[str, Any], floats: float, bools: int) -> Cost:
+    """Rows that are gone through: so many reads and writes of all their floats, and of bools.
+
+    Every one counts as if it were of memory, also where a cache holds the row.
+    """
+    matrix = named["first_ptr"] if "first_ptr" in named else named["direction_ptr"]
+    return Cost(num_bytes=(4 * floats + bools) * matrix.numel())
+
+
+def _admm_start(named: dict[str, Any]) -> Cost:
+    """Read: B and its mask. Written: a direction; and where asked for again, in half precision."""
+    return _rows(named, 2 + 1.5 * named["IS_HALF"], 1)
+
+
+def _admm_step(named: dict[str, Any]) -> Cost:
+    """Read: a direction and its image, three times. Written: a direction, as above."""
+    return _rows(named, 3 * 2 + 1 + 1.5 * named["IS_HALF"], 0)
+
+
+def _admm_turn(named: dict[str, Any]) -> Cost:
+    """Read: the second direction and its image, then both of both, X, E and V. Written: X, E, V and
+    a direction; in the last iteration, which needs no E and no image again, Z and its mask."""
+    allowed = int(named["HAS_ALLOWED"])
+    if named["IS_LAST"]:
+        return _rows(named, 2 + 4 + 1, 1 + allowed)
+    return _rows(named, 2 + 7 + 4 + 1.5 * named["IS_HALF"], allowed)
+
+
+def _refit_start(named: dict[str, Any]) -> Cost:
+    """Read: the gradient and the mask. Written: residual and direction."""
+    return _rows(named, 3, 1)
+
+
+def _refit_step(named: dict[str, Any]) -> Cost:
+    """Read: direction and product, then both, residual, change and mask, then residual and
+    direction. Written: residual, change and direction; in the last step the change alone."""
+    changes = 2 - named["IS_FIRST"]
+    if named["IS_LAST"]:
+        return _rows(named, 2 + 1 + changes, 0)
+    return _rows(named, 2 + 4 + changes + 3, 1)
+
+
+def _refit_accept(named: dict[str, Any]) -> Cost:
+    """Read: gradient, product and change, then change and weight. Written: the weight."""
+    return _rows(named, 3 + 3, 0)
+
+
 KERNELS: dict[str, Callable[[dict[str, Any]], Cost]] = {
     "_gram_kernel": _gram,
     "_sweep_block_kernel": _sweep,
     "_head_kernel": _head,
+    "_admm_start_kernel": _admm_start,
+    "_admm_step_kernel": _admm_step,
+    "_admm_turn_kernel": _admm_turn,
+    "_refit_start_kernel": _refit_start,
+    "_refit_step_kernel": _refit_step,
+    "_refit_accept_kernel": _refit_accept,
 }
 """Kernel of Triton -> what one launch costs, from its arguments"""
