@@ -35,7 +35,7 @@ def search(
 
     Args:
         dense_OI: float32 B, overwritten; (E, O, I) for several weights of one shape.
-        keep_OI: bool, the mask of the projection of B.
+        keep_OI: bool, the mask of the projection of B; not changed.
         correlation_II: A, float32, of several weights (E, I, I); or float16, and directions are
             then multiplied as `precision.half_product` does.
         penalties: one for each iteration, at least one.
@@ -57,7 +57,8 @@ def search(
     num_columns = dense_OI.shape[-1]
     num_rows = dense_OI.numel() // num_columns
     is_half = correlation_II.dtype == torch.float16
-    dense_OI, keep_OI = dense_OI.contiguous(), keep_OI.contiguous()
+    dense_OI, start_OI = dense_OI.contiguous(), keep_OI.contiguous()
+    keep_OI = torch.empty_like(start_OI)
     missing_OI, dual_OI = torch.zeros_like(dense_OI), torch.zeros_like(dense_OI)
     first_OI, second_OI = torch.empty_like(dense_OI), torch.empty_like(dense_OI)
     half_OI = torch.empty_like(dense_OI, dtype=torch.float16) if is_half else dense_OI
@@ -72,7 +73,7 @@ def search(
 
     with torch.cuda.device_of(dense_OI):
         _admm_start_kernel[(num_rows,)](
-            dense_OI, keep_OI, first_OI, half_OI, numbers_KR,
+            dense_OI, start_OI, first_OI, half_OI, numbers_KR,
             num_rows, num_columns, penalties[0], **shape,
         )  # fmt: skip
         for penalty, following in zip(penalties, [*penalties[1:], None], strict=True):
