@@ -17,7 +17,7 @@ def damped_hessian(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> Te
     """H_l = H + l I as a new matrix, the same that `hessian.inverse_factor` inverts.
 
     Args:
-        hessian_II: mean of x x^T; not changed.
+        hessian_II: mean of x x^T, or a stack of them; not changed.
         damping: share of the mean diagonal over the columns that are not dead.
         dtype: of the result.
 
@@ -26,11 +26,11 @@ def damped_hessian(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> Te
         the others, and its weights go where the target has them.
     """
     damped_II = hessian_II.to(dtype, copy=True)
-    diagonal_I = damped_II.diagonal()
+    diagonal_I = damped_II.diagonal(dim1=-2, dim2=-1)
     dead_I = diagonal_I == 0
-    scale = diagonal_I.sum() / (~dead_I).sum().clamp(min=1)
-    scale = torch.where(dead_I.all(), torch.ones_like(scale), scale)
-    diagonal_I += dead_I + damping * scale
+    scale_1 = diagonal_I.sum(-1, keepdim=True) / (~dead_I).sum(-1, keepdim=True).clamp(min=1)
+    scale_1 = scale_1.masked_fill(dead_I.all(-1, keepdim=True), 1.0)
+    diagonal_I += dead_I + damping * scale_1
     return damped_II
 
 

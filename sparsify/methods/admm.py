@@ -49,12 +49,12 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     """
     check_problem(problem, pattern)
     target_OI = working_weight(problem.weight_OI, problem.name)
-    dead_I = problem.hessian_II.diagonal() == 0
-    target_OI[:, dead_I] = 0.0
+    dead_I = problem.hessian_II.diagonal(dim1=-2, dim2=-1) == 0
+    target_OI.masked_fill_(dead_I.unsqueeze(-2), 0.0)
     damped_II = damped_hessian(problem.hessian_II, params.damping, target_OI.dtype)
     pruned_OI, keep_OI = search_and_refit(target_OI, damped_II, problem, pattern, params)
     pruned_OI = pruned_OI.to(problem.weight_OI.dtype)
-    return Solution(pruned_OI, keep_OI, params.damping, int(dead_I.sum()))
+    return Solution(pruned_OI, keep_OI, params.damping, dead_I.sum(-1))
 
 
 def search_and_refit(
@@ -202,5 +202,6 @@ METHOD = Method(
     name="admm",
     summary="search the mask by ADMM, then a least-squares solve; slow, the lowest layer error",
     needs_hessian=True,
+    takes_stacks=True,
     solve=solve,
 )

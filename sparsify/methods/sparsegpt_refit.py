@@ -56,14 +56,14 @@ def sweep_and_refit(
     """
     check_block_size(params.block_size, pattern)
     factor = problem.factor(params.damping)
-    target_OI[:, factor.dead_columns] = 0.0
+    target_OI.masked_fill_(factor.dead_columns.unsqueeze(-2), 0.0)
     upper_II = factor.upper_II.to(target_OI.dtype)
     swept_OI, keep_OI = sweep(
         target_OI, upper_II, pattern, params.block_size, problem.allowed_OI, problem.is_mask_fixed
     )
     damped_II = damped_hessian(problem.hessian_II, factor.damping, target_OI.dtype)
     pruned_OI = refit(swept_OI, target_OI, keep_OI, damped_II, params.refit_iterations)
-    num_dead = int(factor.dead_columns.sum())
+    num_dead = factor.dead_columns.sum(-1)
     return Solution(pruned_OI.to(problem.weight_OI.dtype), keep_OI, factor.damping, num_dead)
 
 
@@ -72,5 +72,6 @@ METHOD = Method(
     summary="SparseGPT, then a least-squares solve of the kept weights",
     needs_hessian=True,
     needs_factor=True,
+    takes_stacks=True,
     solve=solve,
 )

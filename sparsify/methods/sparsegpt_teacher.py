@@ -40,5 +40,6 @@ METHOD = Method(
     needs_factor=True,
     needs_teacher=True,
     order="layer",
+    takes_stacks=True,
     solve=solve,
 )

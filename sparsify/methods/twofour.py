@@ -67,7 +67,7 @@ def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
     target_OI = teacher_target(problem, params)
     damped_II = damped_hessian(problem.hessian_II, factor.damping, target_OI.dtype)
     pruned_OI, keep_OI = search_and_refit(target_OI, damped_II, problem, pattern, params)
-    num_dead = int(factor.dead_columns.sum())
+    num_dead = factor.dead_columns.sum(-1)
     return Solution(pruned_OI.to(problem.weight_OI.dtype), keep_OI, factor.damping, num_dead)
 
 
@@ -78,5 +78,6 @@ METHOD = Method(
     needs_factor=True,
     needs_teacher=True,
     order="layer",
+    takes_stacks=True,
     solve=solve,
 )
