@@ -38,6 +38,7 @@ from sparsify.kernels import _sweep_triton
 from sparsify.kernels.triton_jit import require_triton, triton
 from sparsify.masks import storage
 from sparsify.models import experts
+from sparsify.models.unfuse import unfuse_experts
 
 DEVICE = "cuda:0"
 
@@ -349,7 +350,7 @@ def empty_model(config: PretrainedConfig) -> Any:
         # A model may set its own attention in its config.
         model: Any = AutoModelForCausalLM.from_config(deepcopy(config))
         model.to(torch.bfloat16)
-    experts.unfuse_experts(model)
+    unfuse_experts(model)
     return model
 
 

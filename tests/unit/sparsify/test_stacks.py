@@ -18,8 +18,8 @@ from sparsify.errors import InputError
 from sparsify.methods import Problem, PruneParams, Solution, get_method
 from sparsify.methods._base import chosen_mask, selected
 from sparsify.methods._target import teacher_target
-from sparsify.models.experts import unfuse_experts
 from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.unfuse import unfuse_experts
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, PruneResult, prune_model
 from tests.families import token_rows
