@@ -30,8 +30,8 @@ _LEAST_CALIBRATION_SHARE = 0.25  # of the rows asked for; less gives statistics 
 
 _ASKED_BY = {
     "calibration": "samples (num_samples)",
-    "train": "tokens (distill.num_tokens)",
-    "heldout": "tokens (evaluate.num_tokens)",
+    "train": "tokens (num_tokens)",
+    "heldout": "tokens (num_tokens, or heldout_tokens of a training)",
 }
 
 

@@ -366,8 +366,9 @@ def test_not_one_row(tmp_path, tiny_tokenizer):
     for which, kind in (
         ("calibration", CalibrationError), ("train", InputError), ("heldout", InputError),
     ):  # fmt: skip
-        with pytest.raises(kind, match="tokens; 5 rows of 16 need 80"):
+        with pytest.raises(kind, match="tokens; 5 rows of 16 need 80") as error:
             load_rows(config(path), which, tiny_tokenizer, 5, seed=0)
+        assert "distill" not in message(error), "any stage may have asked"
 
 
 def test_short_held_out_part_is_used_whole_with_a_warning(stories, tiny_tokenizer):
