@@ -46,6 +46,10 @@ class Head:
         return self.transform.apply_(logits)
 
 
+_ALIKE = 0.01  # of a row's length: never trained together, and rounded
+
+_ALIKE_ROWS = 8192  # of the vocabulary at a time
+
 _CHECK_TOKENS = 8
 
 _CHECK_SIZE = 100.0  # of the logits compared: soft caps in use are 30 to 50
@@ -149,3 +153,31 @@ def check_head(model: Any) -> LanguageHead:
             "that is not known here: recovery cannot train it, use stages without distill"
         )
     return found
+
+
+@torch.no_grad()
+def alike_tokens(weight_VD: Tensor, ids: Tensor) -> Tensor:
+    """Those of `ids` whose row of a head is another token's, to 1 % of its length.
+
+    Rows that were never trained are so, and hidden states can hardly make one such token likelier
+    than the other: where the head is frozen, a model does not learn to write them.
+
+    Args:
+        weight_VD: of the head.
+        ids: int64 (N,), different tokens.
+
+    Returns:
+        int64, at most N.
+
+    Cost: N V D multiplications; float32 copies of N and of 8,192 rows.
+    """
+    own_ND = weight_VD[ids].float()
+    nearest_N = torch.full((len(ids),), torch.inf, device=weight_VD.device)
+    for start in range(0, len(weight_VD), _ALIKE_ROWS):
+        part = weight_VD[start : start + _ALIKE_ROWS].float()
+        squares = part.square().sum(1) - 2 * own_ND @ part.T
+        inside = (ids >= start) & (ids < start + len(part))
+        squares[inside, ids[inside] - start] = torch.inf  # a token and itself
+        other_N = squares.argmin(1)  # squares cancel to about 1e-6: the distance is taken itself
+        nearest_N = torch.minimum(nearest_N, (own_ND - part[other_N]).norm(dim=1))
+    return ids[nearest_N <= _ALIKE * own_ND.norm(dim=1)]

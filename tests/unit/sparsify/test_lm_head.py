@@ -11,7 +11,8 @@ from torch import nn
 from sparsify.distillation.head_loss import Teacher
 from sparsify.distillation.student import DistillStudent, LossHead
 from sparsify.errors import InputError
-from sparsify.models.lm_head import HeadTransform, check_head, find_head
+from sparsify.models import lm_head
+from sparsify.models.lm_head import HeadTransform, alike_tokens, check_head, find_head
 from sparsify.params import LossWeights
 from tests.families import FAMILIES, in_two_documents, tiny, token_rows
 
@@ -129,3 +130,20 @@ def test_student_is_the_model_to_whoever_asks_for_names():
     assert student.loss_head.weight is model.lm_head.weight
     modules = [module for module in student.modules() if not isinstance(module, LossHead)]
     assert len(modules) == len(list(model.modules())) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_with_the_row_of_another(dtype, monkeypatch):
+    """Beside distances in float64; the vocabulary in parts that do not divide it."""
+    monkeypatch.setattr(lm_head, "_ALIKE_ROWS", 7)
+    weight_VD = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    weight_VD[31] = weight_VD[3]
+    weight_VD[12] = 1.005 * weight_VD[20]
+    weight_VD[25] = 1.03 * weight_VD[26]
+    weight_VD = weight_VD.to(dtype)
+    distances = torch.cdist(weight_VD.double(), weight_VD.double()).fill_diagonal_(torch.inf)
+    is_alike = distances.min(1).values <= 0.01 * weight_VD.double().norm(dim=1)
+    ids = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:30]
+    assert sorted(is_alike.nonzero().flatten().tolist()) == [3, 12, 20, 31]
+    assert alike_tokens(weight_VD, ids).tolist() == [i for i in ids.tolist() if is_alike[i]]
+    assert len(alike_tokens(weight_VD, torch.tensor([25, 26, 0]))) == 0
