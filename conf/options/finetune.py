@@ -115,6 +115,5 @@ class FinetuneConfig(TrainingConfig):
         # Adapters are float32 beside weights of any type: their own masters.
         teacher_dtype = self.teacher_dtype or ("bfloat16" if self.precision == "bf16" else None)
         return as_distillation(
-            self, "finetune", num_tokens, zero_stage=0, precision="fp32",
-            teacher_dtype=teacher_dtype,
-        )  # fmt: skip
+            self, "finetune", num_tokens, precision="fp32", teacher_dtype=teacher_dtype
+        )

@@ -108,8 +108,7 @@ def build_engine(
         config: options of the engine.
         world_size: number of workers.
         uses_gpu: whether they have GPUs.
-        make_optimizer: of groups of parameters, `lr`, `betas` and `eps`; None: torch's AdamW. All
-            others ask for ZeRO stage 0.
+        make_optimizer: of groups of parameters, `lr`, `betas` and `eps`; None: torch's AdamW.
     """
     deepspeed = _started(uses_gpu)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -124,6 +123,9 @@ def build_engine(
     if config.zero_stage == 0:
         optimizer.max_grad_norm = config.max_grad_norm
     settings = deepspeed_config(config, world_size, uses_gpu)
+    if config.zero_stage in (1, 2):  # which fill a buffer of that size, however little is trained
+        zero, num_trained = settings["zero_optimization"], sum(p.numel() for p in trained)
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], num_trained)
     check_names(settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     make_moments(engine)

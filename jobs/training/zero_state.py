@@ -115,10 +115,10 @@ def masters(engine: Any, param: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     elif hasattr(param, "_hp_mapping"):  # ZeRO-1 and 2: a slice, or nothing, of each parameter
         mapping = param._hp_mapping
         if mapping is not None:
-            start = mapping.lp_fragment_address.start
+            start, names = mapping.lp_fragment_address.start, base_optimizer(engine).moment_names
             yield WEIGHTS, mapping.get_hp_fragment().view(-1), start
             for key in MOMENTS:
-                yield key, mapping.get_hp_fragment(optim_state_key=key).view(-1), start
+                yield key, mapping.get_hp_fragment(optim_state_key=names[key]).view(-1), start
     else:  # no ZeRO, in fp32: the weights are their own masters
         yield WEIGHTS, param.data.view(-1), 0
         for key in MOMENTS:

@@ -44,6 +44,7 @@ from sparsify.formats.basis import carry_rotation, teacher_rotation
 from sparsify.formats.sparse_folder import MASKS, model_fingerprint, read_sparsity, write_sparsity
 from sparsify.formats.verify import check_files, masks_of
 from sparsify.masks.storage import BitMasks, save_masks
+from sparsify.models.lm_head import alike_tokens
 from sparsify.models.load import load_tokenizer
 from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
@@ -52,6 +53,8 @@ _STORE, _HELDOUT, _TRAIN = "rows", "heldout", "train"
 
 MODEL, ADAPTER = "model", "adapter"
 """folders of the result, and of the adapters that are merged in it"""
+
+_NUM_LOOKED_AT = 64  # rows, for tokens that adapters cannot teach
 
 _PROBE_TOKENS = 256  # on which the merged model is compared with the trained one
 
@@ -153,15 +156,12 @@ def finetune_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
     Returns:
         On rank 0 the figures of the run, else None.
     """
-    torch.set_num_threads(context.num_threads)
     store = TokenStore.open(payload["store"])
     config = _engine_config(payload["config"], store)
-    torch.manual_seed(config.run.seed)
-    pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
-    with pace.interval(START):
-        recovery, student = prepare(context, config, payload, store, pace)
-        recovery.resume()
-    recovery.train()
+    if config.finetune.adapter != "none" and context.world_size == 1:
+        # Alone there is nothing to split, and ZeRO would hold the adapters a second time.
+        config.distill = replace(config.distill, zero_stage=0)
+    recovery, student = train(context, config, payload, store)
     model, num_tokens, adapter = (
         recovery.engine.module.model,
         recovery.curve[-1]["num_tokens"],
@@ -203,6 +203,20 @@ def _engine_config(config: Config, store: TokenStore | None) -> Config:
     return own
 
 
+def train(
+    context: WorkerContext, config: Config, payload: dict[str, Any], store: TokenStore
+) -> tuple[Recovery, Student]:
+    """Load, resume if there is a checkpoint, train to the end."""
+    torch.set_num_threads(context.num_threads)
+    torch.manual_seed(config.run.seed)
+    pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
+    with pace.interval(START):
+        recovery, student = prepare(context, config, payload, store, pace)
+        recovery.resume()
+    recovery.train()
+    return recovery, student
+
+
 def prepare(
     context: WorkerContext, config: Config, payload: dict[str, Any], store: TokenStore, pace: Pace
 ) -> tuple[Recovery, Student]:
@@ -220,6 +234,7 @@ def prepare(
             payload["student"], payload["is_dense"], config, context, payload["adapter_from"]
         )
         trained = replace(student, masks=BitMasks({}, {}))  # what is frozen needs no guard
+        _warn_of_alike_tokens(context, config, student, load_tokenizer(payload["student"]), store)
         if config.finetune.is_paged:
             make_engine = partial(build_engine, make_optimizer=adapters.PagedAdamW)
     teacher = None
@@ -237,6 +252,26 @@ def prepare(
         payload["run_dir"], make_engine,
     )  # fmt: skip
     return recovery, student
+
+
+def _warn_of_alike_tokens(
+    context: WorkerContext, config: Config, student: Student, tokenizer: Any, store: TokenStore
+) -> None:
+    """Say which tokens of the first rows a model with a frozen head can hardly learn to write."""
+    rows = store.rows(range(min(len(store), _NUM_LOOKED_AT)))
+    learned = rows.ids_NT[:, 1:][rows.has_next_NT[:, :-1]].unique()
+    weight_VD = student.head.linear.weight
+    alike = alike_tokens(weight_VD, learned.to(weight_VD.device)).tolist()
+    if alike:
+        shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(alike[:5])))
+        more = ", ..." if len(alike) > 5 else ""
+        context.warn(
+            f"finetune.adapter={config.finetune.adapter}: {len(alike)} of {len(learned)} tokens to "
+            f"learn ({shown}{more}) have another token's row in the model's head, which adapters "
+            "leave as it is: the model can hardly learn to write them; train all weights with "
+            "finetune.adapter=none, or, if it is the end token, use a finetune.template whose "
+            "answers end in one that the model knows"
+        )
 
 
 def _adapters() -> Any:

@@ -26,8 +26,6 @@ from jobs.runs.folder import disk_errors
 from jobs.training.build import figures_of
 from jobs.training.engine import gathered_state_dict
 from jobs.training.inputs import checked_store
-from jobs.training.ledger import START
-from jobs.training.pace import Pace
 from jobs.training.zero_state import param_numel
 from jobs.workers import distill, finetune
 from jobs.workers.pretrain_inputs import config_of, given_tokenizer, place_of, tokenizer_folder
@@ -152,15 +150,8 @@ def pretrain_on_worker(context: WorkerContext, payload: dict[str, Any]) -> dict[
     Returns:
         On rank 0 the figures of the run, else None.
     """
-    torch.set_num_threads(context.num_threads)
-    config: Config = payload["config"]
     store = TokenStore.open(payload["store"])
-    torch.manual_seed(config.run.seed)
-    pace = Pace(context, config.distill, payload["scratch"], config.data.sequence_length)
-    with pace.interval(START):
-        recovery, _ = finetune.prepare(context, config, payload, store, pace)
-        recovery.resume()
-    recovery.train()
+    recovery, _ = finetune.train(context, payload["config"], payload, store)
     state = gathered_state_dict(recovery.engine)
     if state is None:
         return None

@@ -17,11 +17,15 @@ from conf.options.run import RunConfig
 from conf.schema import Config
 from jobs.planning.models import shape_of
 from jobs.training import adapters as _adapters
+from jobs.workers import finetune
 from jobs.workers.finetune_inputs import memory_lines
 from sparsify.adapters.lora import adapters_of
 from sparsify.costs.deploy import AdapterTraining, adapter_memory
+from sparsify.data.rows import TokenRows
+from sparsify.data.store import TokenStore
+from sparsify.data.store_write import write_rows
 from sparsify.errors import InputError
-from sparsify.models.load import load_model
+from sparsify.models.load import load_model, load_tokenizer
 from tests.conftest import message
 from tests.integration.recoveries import Worker, make_base
 
@@ -147,6 +151,38 @@ def test_memory_by_the_config_is_that_of_the_tensors(tiny_model_dir: Path, monke
     (line,) = memory_lines(config, tiny_model_dir)
     assert line.startswith("memory: ") and "adapters" in line
     assert memory_lines(config_of(), tiny_model_dir) == []
+
+
+def test_tokens_that_a_frozen_head_cannot_tell_apart_are_said(tiny_model_dir, tmp_path) -> None:
+    """As the end token of a model that never saw one: its row is that of other unused tokens."""
+    config, tokenizer = config_of(), load_tokenizer(tiny_model_dir)
+    worker: Any = Worker(0, 1, name="finetune")
+    student = _adapters.load_adapted(tiny_model_dir, True, config, worker, None)
+    end = tokenizer.eos_token_id
+    ids_NT = torch.tensor([[5, 6, 7, end], [8, 7, 6, end]])
+    is_answer_NT = torch.tensor([[False, False, True, True]] * 2)
+    rows = TokenRows(ids_NT, torch.arange(4).repeat(2, 1), is_answer_NT=is_answer_NT)
+    write_rows(tmp_path / "rows", {"train": rows}, tokenizer, 4)
+    store = TokenStore.open(tmp_path / "rows")
+
+    def said() -> list[str]:
+        worker.said.clear()
+        finetune._warn_of_alike_tokens(worker, config, student, tokenizer, store)
+        return worker.said
+
+    assert said() == []
+    weight_VD = student.head.linear.weight.data
+    weight_VD[8] = weight_VD[5]  # are asked, not learned
+    assert said() == []
+    weight_VD[9] = weight_VD[end]
+    (line,) = said()
+    assert "1 of 3 tokens to learn ('<|endoftext|>') have another token's row in the" in line
+
+
+def test_adapters_keep_the_zero_stage() -> None:
+    for stage in (0, 1, 2):
+        settings = FinetuneConfig(adapter="qlora", precision="bf16", zero_stage=stage)
+        assert settings.training(10**6).zero_stage == stage
 
 
 @pytest.mark.parametrize(
