@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("ray", "hydra", "omegaconf", "wandb", "deepspeed", "datasets", "rich", "jinja2")
 PACKAGES = ("sparsify", "cluster", "conf", "jobs")
 THIN = ("pretrain", "drop", "prune", "distill", "evaluate", "quantize", "export", "report")
-MOST_LAZY_IMPORTS = 44
+MOST_LAZY_IMPORTS = 45
 JOBS = (*THIN[:-1], "curate", "tokenize", "teach", "plan", "preflight")
 
 
