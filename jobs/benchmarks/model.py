@@ -1,14 +1,18 @@
 """A model's pruning from a few of its blocks: times by phase, beside what arithmetic alone takes.
 
-Needs torch, transformers and safetensors, and nothing else, so that it runs on a bare machine.
+A folder of random weights is pruned as `jobs.prune` prunes one: block by block from its files, with
+checkpoints, into files. Needs torch, transformers and safetensors, and nothing else, so that it
+runs on a bare machine.
 T stands for tokens, I for the input features of a layer, O for its rows.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,16 +32,17 @@ from jobs.benchmarks.support.random_llama import (
     check_blocks,
     linear_shapes,
     llama_config,
-    random_model,
     random_rows,
+    write_checkpoint,
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target, gigabytes
 from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
+from sparsify.data.rows import TokenRows
 from sparsify.methods import PruneParams, get_method
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import LayerChoice, prune_model
+from sparsify.pruning.prune import LayerChoice, prune_checkpoint
 
 SUMMARY = "a whole model's time and memory from some of its blocks, phase by phase"
 
@@ -48,6 +53,7 @@ _VOCABULARY = 4096
 _NOTES = (
     "random weights and tokens: what the work costs, nothing about quality",
     f"the vocabulary is cut to {_VOCABULARY} tokens, which pruning does not touch",
+    "files lie in the page cache when they are read, and are written to --workdir's disk",
     "limits: forward 2 T weights + causal attention, once for the statistics and once to move on; "
     "statistics also T I^2 per distinct input (half of a symmetric product); factor 2/3 I^3 per "
     "distinct input; solve O I^2 per layer (the sweep)",
@@ -61,6 +67,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_shape(parser, "llama-3.1-8b")
     add_option(parser, "--blocks", 3, "blocks that are measured")
     add_calibration(parser, samples=512, length=2048, batch_size=8)
+    document = "tokens of a document; 0: every row is one"
+    add_option(parser, "--document-length", 0, document)
     add_option(parser, "--method", "sparsegpt", "method")
     orders = ["auto", "layer", "block", "dense"]
     add_option(parser, "--order", "auto", "prune.order", choices=orders)
@@ -74,6 +82,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Outcome:
     """Prune a model of `--blocks` blocks and work out the whole one.
 
+    Leaves the dense folder in `--workdir`.
+
     Raises:
         InputError: an unknown shape, more blocks than it has, or no GPU.
     """
@@ -83,11 +93,16 @@ def run(options: Namespace) -> Outcome:
     dtype = getattr(torch, dtype_name)
     config = llama_config(options.shape, options.blocks, options.length, _VOCABULARY)
 
+    dense = options.workdir / f"model-{options.shape}-{options.blocks}-{dtype_name}"
+    write_checkpoint(dense, config, options.seed, dtype)
+    rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
+    if options.document_length:
+        rows.positions_NT.remainder_(options.document_length)
+
     def measured(overlap: bool) -> dict[str, Any]:
-        model = random_model(config, options.seed, dtype, options.device)
         ahead = ", working ahead" if overlap else ""
         print(f"{options.blocks} blocks of {options.shape} on {options.device}{ahead}", flush=True)
-        return measure(model, options, overlap)
+        return measure(dense, dtype_name, rows, options, overlap)
 
     figures = measured(overlap=False)
     if options.overlap:
@@ -103,25 +118,29 @@ def run(options: Namespace) -> Outcome:
     figures["whole_model"] = extrapolate(figures, num_blocks)
     settings = settings_of(
         options, "shape", "blocks", "samples", "length", "batch_size", "method", "order", "seed",
-        "overlap",
+        "document_length", "overlap",
     ) | {"dtype": dtype_name}  # fmt: skip
     return summarise(figures, settings, options.device, num_threads)
 
 
-def measure(model: torch.nn.Module, options: Namespace, overlap: bool) -> dict[str, Any]:
-    """Prune the model; seconds of every block and phase, peak memory, and the masks' digests."""
-    device = options.device
-    rows = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
+def measure(
+    dense: Path, dtype: str, rows: TokenRows, options: Namespace, overlap: bool
+) -> dict[str, Any]:
+    """Prune the folder; seconds of every block and phase, peak memory, and the masks' digests."""
+    device, out = options.device, dense.with_name(f"{dense.name}-pruned")
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
     forget_peak(device)
     before_bytes = torch.cuda.memory_allocated() if device == "cuda" else peak_memory_bytes()
     marks = [wall_s(device)]
-    result = prune_model(
-        model, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
-        comm=Comm.single(), memory=Memory(options.batch_size, overlap=overlap),
+    result = prune_checkpoint(
+        dense, out, rows, get_method(options.method), Pattern.parse("2:4"), PruneParams(),
+        comm=Comm.single(),
+        memory=Memory(options.batch_size, dtype, options.device, overlap=overlap),
         layers=LayerChoice(order=None if options.order == "auto" else options.order),
         clock=time.perf_counter, on_block=lambda done, total: marks.append(wall_s(device)),
     )  # fmt: skip
     end_s = wall_s(device)
+    shutil.rmtree(out)
     return {
         "total_s": end_s - marks[0],
         "block_s": [stop - start for start, stop in itertools.pairwise(marks)],
@@ -233,21 +252,18 @@ def summarise(
             )
         )
     whole = figures["whole_model"]
-    held = figures["peak_bytes"] - (settings["blocks"] - 1) * figures["block_bytes"]
     model_rows = [
         ("measured blocks", str(settings["blocks"])),
         ("measured time", f"{figures['total_s']:.2f} s"),
         (f"whole model ({whole['num_blocks']} blocks)", f"{whole['total_s']:.1f} s"),
         ("its arithmetic", f"{whole['limit_s']:.1f} s"),
-        ("peak memory, measured", gigabytes(figures["peak_bytes"])),
-        ("peak memory, with one block held", gigabytes(held)),
+        ("peak memory", gigabytes(figures["peak_bytes"])),
         ("weights of all blocks", gigabytes(whole["weights_bytes"])),
     ]
     tables = [
         Table(("phase of a block", "measured", "limit", "limit / measured"), rows),
         Table(("", "value"), model_rows),
     ]
-    figures["one_block_held_bytes"] = held
     targets = []
     if "overlap" in figures:
         ahead = figures["overlap"]

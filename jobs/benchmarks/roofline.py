@@ -31,8 +31,8 @@ from jobs.benchmarks.support.random_llama import (
     SHAPES,
     check_blocks,
     llama_config,
-    random_model,
     random_rows,
+    write_checkpoint,
 )
 from jobs.benchmarks.support.record import Outcome, Table, Target
 from jobs.benchmarks.support.roofline_recovery import add_recovery
@@ -155,9 +155,10 @@ def _pruning(options: Namespace, rates: Rates, num_threads: int) -> Outcome:
         figures["one_gpu_s"] = alone_s
     measured = None
     if isinstance(config, LlamaConfig) and options.device == "cuda":
-        measured = measured_model.measure(
-            random_model(config, options.seed, torch.bfloat16, "cuda"), options, overlap=False
-        )
+        dense = options.workdir / f"model-{options.shape}-{options.blocks}-bfloat16"
+        write_checkpoint(dense, config, options.seed, torch.bfloat16)
+        rows_NT = random_rows(options.samples, options.length, _VOCABULARY, options.seed)
+        measured = measured_model.measure(dense, "bfloat16", rows_NT, options, overlap=False)
         figures["measured"] = measured
     tables = [
         _phase_table(phases, block, measured, typical),

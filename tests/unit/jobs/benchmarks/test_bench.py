@@ -595,10 +595,13 @@ def test_the_plain_column_loop_makes_up_for_what_it_prunes() -> None:
 def test_a_model_is_measured_block_by_block_and_worked_out(tmp_path) -> None:
     out = tmp_path / "m.json"
     words = ["model", "--shape", "tiny", "--blocks", "2", "--samples", "4", "--length", "16",
-             "--device", "cpu", "--threads", "1", "--order", "dense", "--overlap"]  # fmt: skip
+             "--device", "cpu", "--threads", "1", "--order", "dense", "--overlap",
+             "--document-length", "8"]  # fmt: skip
     assert bench.main([*words, "--workdir", str(tmp_path), "--out", str(out)]) == 0
     figures = json.loads(out.read_text())["figures"]
     assert len(figures["block_s"]) == len(figures["block_phases_s"]) == 2
+    assert all(phases["load"] for phases in figures["block_phases_s"])  # from files, as the stage
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model-tiny-2-float32"]
     assert figures["block_phases_s"][0]["statistics"] > 0
     assert figures["limits_s"].keys() == {"statistics", "factor", "solve", "forward"}
     assert figures["overlap"]["num_equal_masks"] == figures["overlap"]["num_layers"] == 14
