@@ -44,6 +44,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     cluster = context.cluster
     if not worker.has_rows(payload):
         cluster.run_tasks("distill", worker.prepare_rows, [payload], "sources tokenised")
+        worker.tokenize_in_shards("distill", payload, cluster, context.display)
     if (cache := payload["cache"]) is not None:
         files = [(cache, index) for index in range(len(cache.shards))]
         cluster.run_tasks("distill", worker.verify_file, files, "files of the teacher's cache read")

@@ -44,6 +44,7 @@ def run(context: StageContext, writer: StageWriter) -> dict[str, Any]:
     if not worker.is_prepared(payload):
         what = "tokenizers, first weights and rows made"
         cluster.run_tasks("pretrain", worker.prepare, [payload], what)
+        worker.distill.tokenize_in_shards("pretrain", payload, cluster, context.display)
     with SignalRelay(context.run_dir, context.display.say):
         figures = cluster.run_workers(
             "pretrain", worker.pretrain_on_worker, payload, writer.train_storage

@@ -6,15 +6,20 @@ checkpoint; an interrupted recovery continues from the last one, and on CPU ends
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster.executor import Executor
 from cluster.runtime.worker import WorkerContext
+from conf.options.tokenize import TokenizeJobConfig
 from conf.schema import Config
 from jobs.corpus.rows import load_rows
 from jobs.runs.artifact import StageWriter
+from jobs.runs.display import Display
 from jobs.runs.folder import disk_errors
 from jobs.training.build import build_recovery, figures_of
 from jobs.training.engine import Partitioner, gathered_state_dict
@@ -26,6 +31,7 @@ from jobs.training.pace import Pace, early_forecast
 from jobs.training.schedule import num_steps
 from jobs.training.student import layers_of_teacher, load_student
 from jobs.training.teacher import TeacherModel, load_teacher
+from jobs.workers.tokenize import write_store
 from sparsify.data.shards import MANIFEST
 from sparsify.data.store import TokenStore
 from sparsify.data.store_write import write_rows
@@ -39,6 +45,9 @@ from sparsify.models.load import load_tokenizer
 from sparsify.models.save import save_model
 
 _STORE, _HELDOUT = "rows", "heldout"
+
+_TOKENS_AT_ONCE = 100_000_000
+"""of training text that one task makes rows of; it holds some 30 bytes for each"""
 
 
 def make_payload(
@@ -74,7 +83,8 @@ def has_rows(payload: dict[str, Any]) -> bool:
 
 
 def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
-    """One task: training and held-out text as token stores in the stage's scratch folder."""
+    """One task: training and held-out text as token stores in the stage's scratch folder; training
+    text for more than `_TOKENS_AT_ONCE` is left to `tokenize_in_shards`."""
     torch.set_num_threads(context.num_threads)
     config, folder = payload["config"], payload["store"]
     wanted = num_steps(config) * config.distill.batch_size
@@ -84,13 +94,43 @@ def prepare_rows(context: WorkerContext, payload: dict[str, Any]) -> None:
             warnings = write_heldout(config, tokenizer, payload["heldout"])
         for line in warnings:
             context.warn(line)
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() or wanted * config.data.sequence_length > _TOKENS_AT_ONCE:
         return
     rows, warning = load_rows(config.data, "train", tokenizer, wanted, config.run.seed)
     if warning:
         context.warn(warning)
     with disk_errors(folder):
         write_rows(folder, {"train": rows}, tokenizer, config.data.sequence_length)
+
+
+def tokenize_in_shards(
+    stage: str, payload: dict[str, Any], cluster: Executor, display: Display
+) -> None:
+    """On the driver: the training rows that `prepare_rows` has left, as `jobs.tokenize` makes them.
+
+    All of the text is tokenised, by all workers, a piece at a time; a stage that was killed
+    continues at the pieces that are missing.
+
+    Args:
+        stage: its name.
+        payload: of the stage.
+        cluster, display: of the run.
+
+    Raises:
+        InputError: see `workers.tokenize.write_store`.
+    """
+    config, folder = payload["config"], payload["store"]
+    if (folder / MANIFEST).is_file():
+        return
+    tokenizer = payload["teacher"] or payload["student"]  # one that starts anew has no teacher
+    job = TokenizeJobConfig(replace(config.model, path=str(tokenizer)), config.data)
+
+    def map_shards(work: Callable[..., Any], tasks: list[Any]) -> None:
+        cluster.run_tasks(stage, work, tasks, "pieces of text tokenised")
+
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_store(job, folder, map_shards, display)
 
 
 def verify_file(context: WorkerContext, payload: tuple[TeacherSamples, int]) -> None:

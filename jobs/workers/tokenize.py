@@ -90,9 +90,12 @@ class ShardTask:
 
 def make_store(config: TokenizeJobConfig) -> Path:
     """Fill the folder that the config names on its cluster; raises as `fill_folder`."""
-    return fill_folder(
-        "tokenize", config.tokenize.out, config.cluster, lambda *given: write_store(config, *given)
-    )
+
+    def write(out: Path, map_shards: MapShards, display: Display) -> None:
+        write_store(config, out, map_shards, display)
+        _show(out, display)
+
+    return fill_folder("tokenize", config.tokenize.out, config.cluster, write)
 
 
 def write_store(
@@ -148,7 +151,6 @@ def write_store(
         write_manifest(out, tokenizer, config.data.sequence_length, made, settings, warnings)
 
     folder.complete([name for row in names for name in row], make, finish, display)
-    _show(out, display)
 
 
 def _contents(out: Path) -> tuple[Any, list[dict[str, Any]]]:

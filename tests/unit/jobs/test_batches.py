@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ import torch
 from cluster.stages import StagedClusterSpec
 from conf.options.data import DataConfig
 from conf.options.distill import DistillConfig
+from conf.options.model import ModelConfig
+from conf.options.tokenize import TokenizeJobConfig
 from conf.schema import Config
 from jobs.training.batches import Batches
+from jobs.workers import distill
 from jobs.workers.distill import prepare_rows
+from jobs.workers.tokenize import write_store
 from sparsify.costs.flops import count_flops
 from sparsify.data.rows import TokenRows
 from sparsify.data.store import TokenStore
@@ -73,6 +78,51 @@ def test_shares_of_a_step_are_its_rows_and_divide_by_its_tokens(
             assert (whole.kl, whole.ce) == (8 * 16, 8 * 15)
         assert rows.ids_NT.dtype == rows.positions_NT.dtype == torch.int64
     assert sorted(seen) == list(range(24)), "every row once"
+
+
+class _Cluster:
+    """Does tasks here, at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+
+    def run_tasks(self, name: str, work: Any, payloads: list[Any], what: str) -> None:
+        for payload in payloads:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            work(SimpleNamespace(num_threads=1), payload)
+
+
+def test_more_text_than_one_task_holds_is_tokenised_by_all(tiny_model_dir, tmp_path, monkeypatch):
+    """The store of `jobs.tokenize`; what was interrupted makes the pieces that are missing."""
+    texts = [tmp_path / f"{number}.txt" for number in range(3)]
+    for number, path in enumerate(texts):
+        path.write_text("\n<|endoftext|>\n".join(f"{i} cats sat {number} " for i in range(200)))
+    config = Config(
+        data=DataConfig(mix=[f"1 {path}" for path in texts], sequence_length=16),
+        distill=DistillConfig(num_tokens=384, batch_size=8, micro_batch_size=4),
+    )
+    payload = {"config": config, "teacher": tiny_model_dir, "store": tmp_path / "rows"}
+    monkeypatch.setattr(distill, "_TOKENS_AT_ONCE", 383)
+    prepare_rows(SimpleNamespace(num_threads=1, warn=lambda text: None), payload)
+    assert not payload["store"].exists(), "left to all workers"
+    display: Any = SimpleNamespace(say=lambda text: None, on_event=lambda event: None)
+    with pytest.raises(KeyboardInterrupt):
+        distill.tokenize_in_shards("distill", payload, _Cluster(2), display)
+    assert not distill.has_rows(payload)
+    distill.tokenize_in_shards("distill", payload, _Cluster(1), display)
+    assert distill.has_rows(payload)
+    distill.tokenize_in_shards("distill", payload, _Cluster(0), display)  # is there already
+    store = TokenStore.open(payload["store"])
+    assert [source.weight for source in store.sources] == [1 / 3] * 3
+    job = TokenizeJobConfig(ModelConfig(path=str(tiny_model_dir)), config.data)
+    (tmp_path / "other").mkdir()
+    write_store(
+        job, tmp_path / "other", lambda work, tasks: _Cluster(3).run_tasks("", work, tasks, ""),
+        display,
+    )  # fmt: skip
+    assert store.digest == TokenStore.open(tmp_path / "other").digest
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
