@@ -40,6 +40,7 @@ from jobs.benchmarks.support.stopwatch import mean_phases, phase_seconds
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.data.rows import TokenRows
+from sparsify.errors import InputError
 from sparsify.methods import PruneParams, get_method
 from sparsify.pattern import Pattern
 from sparsify.pruning.prune import LayerChoice, prune_checkpoint
@@ -87,6 +88,11 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: an unknown shape, more blocks than it has, or no GPU.
     """
+    if options.document_length < 0:
+        raise InputError(
+            f"--document-length {options.document_length}: give tokens, or 0 for rows of one "
+            "document"
+        )
     num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
     num_threads = use_device(options)
     dtype_name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")

@@ -13,7 +13,9 @@ from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.seconds import Rates, rates_of
 from sparsify.costs.shapes import ModelShape
 from sparsify.errors import InputError
+from sparsify.kernels.sweep import KERNEL_GROUPS
 from sparsify.methods import get_method
+from sparsify.pattern import Pattern
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
@@ -139,6 +141,7 @@ def pruning_of(config: Config, machine: Machine, method: str, shape: ModelShape)
         rotation_steps=(30 if rotates else 0) if steps is None else steps,
         on_device=settings.activations in ("auto", "device"),
         uses_gpu=machine.card is not None,
+        has_search_kernels=Pattern.parse(settings.pattern).m in KERNEL_GROUPS,
     )
 
 

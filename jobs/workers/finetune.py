@@ -258,6 +258,8 @@ def _warn_of_alike_tokens(
     context: WorkerContext, config: Config, student: Student, tokenizer: Any, store: TokenStore
 ) -> None:
     """Say which tokens of the first rows a model with a frozen head can hardly learn to write."""
+    if context.rank != 0:  # whose word is enough
+        return
     rows = store.rows(range(min(len(store), _NUM_LOOKED_AT)))
     learned = rows.ids_NT[:, 1:][rows.has_next_NT[:, :-1]].unique()
     weight_VD = student.head.linear.weight

@@ -191,6 +191,13 @@ def _check_teacher(config: Config, dense: Path) -> None:
         )
 
 
+def _adapter_bytes(config: Config) -> float:
+    """Of an adapter's weight on each worker: itself, its gradient and two moments in float32. ZeRO
+    splits all but the weight, and a master beside it, and holds two buffers to reduce in."""
+    workers = config.cluster.num_workers
+    return 16.0 if workers == 1 or config.finetune.zero_stage == 0 else 12.0 + 16.0 / workers
+
+
 def memory_lines(config: Config, dense: Path) -> list[str]:
     """What QLoRA holds on each GPU, by the model's configuration alone; nothing for other ways."""
     settings = config.finetune
@@ -216,7 +223,8 @@ def memory_lines(config: Config, dense: Path) -> list[str]:
         shape,
         AdapterTraining(
             rank=settings.rank, tokens=settings.micro_batch_size * config.data.sequence_length,
-            num_features=features, adapter_bytes=16.0, is_recomputed=settings.recompute_share == 1,
+            num_features=features, adapter_bytes=_adapter_bytes(config),
+            is_recomputed=settings.recompute_share == 1,
         ),
     )  # fmt: skip
     shown = ", ".join(f"{name} {size / 1e9:,.3g}" for name, size in parts.items())

@@ -66,6 +66,8 @@ class Pruning:
     on_device: bool = True
     """whether hidden states wait beside the weights; else forwards begin anew for every group"""
     uses_gpu: bool = True
+    has_search_kernels: bool = True
+    """whether the search for a mask has kernels for the pattern, on a GPU"""
 
     @property
     def tokens(self) -> float:

@@ -306,8 +306,11 @@ def _solve_work(setup: Pruning, params: PruneParams) -> tuple[float, float]:
     each = _SEARCH_PASSES_KERNELS if setup.uses_gpu else _SEARCH_PASSES
     if setup.method in _SEARCHING:
         target = 3 if setup.method == "twofour" else 0
-        rest = 3 if setup.uses_gpu else 4
-        return 2.0 * (2 * admm + refit + rest + target), _CHOICE_PASSES + each * (2 * admm + refit)
+        has_kernels = setup.uses_gpu and setup.has_search_kernels
+        search = _SEARCH_PASSES_KERNELS if has_kernels else _SEARCH_PASSES
+        rest = 3 if has_kernels else 4
+        passes = _CHOICE_PASSES + search * 2 * admm + each * refit
+        return 2.0 * (2 * admm + refit + rest + target), passes
     if setup.method == "sparsegpt_refit":
         return 1.0 + 2.0 * (refit + 5), _CHOICE_PASSES + 60.0 + each * refit
     return 1.0 + (2.0 if setup.needs_teacher else 0.0), _CHOICE_PASSES + 60.0

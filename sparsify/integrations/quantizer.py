@@ -200,7 +200,7 @@ def _multiplies(module: nn.Linear) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu")
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     probe = copy.copy(module)
     held = {name: p for name, p in module._parameters.items() if p is not None}

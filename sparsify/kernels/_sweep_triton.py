@@ -188,7 +188,7 @@ def _recorded(
     device: torch.device,
 ) -> _Recording:
     """The recording of these settings and shapes; the least recently used one makes room."""
-    buffers = [torch.zeros(shape, device=device) for shape in shapes[:2]]
+    buffers = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes[:2]]
     buffers[1].diagonal(dim1=-2, dim2=-1).fill_(1.0)
     buffers += [torch.ones(shape, device=device, dtype=torch.bool) for shape in shapes[2:]]
     return _Recording(lambda *tensors: _sweep_(settings, *tensors), buffers)

@@ -17,6 +17,9 @@ from sparsify.kernels.precision import add_product_, float32_products
 from sparsify.masks.select import keep_highest, keep_top
 from sparsify.pattern import Pattern
 
+KERNEL_GROUPS = (2, 4, 8, 16)
+"""M of the patterns that kernels choose masks for, here and in the search of ADMM"""
+
 _STEP = 8  # columns per step for unstructured patterns, where the mask does not prescribe one
 
 
@@ -59,7 +62,7 @@ def sweep(
     """
     assert not (is_mask_fixed and allowed_OI is None), "a fixed mask must be given"
     with float32_products():
-        if work_OI.is_cuda and work_OI.dtype == torch.float32 and pattern.m in (2, 4, 8, 16):
+        if work_OI.is_cuda and work_OI.dtype == torch.float32 and pattern.m in KERNEL_GROUPS:
             return _sweep_triton.sweep(
                 work_OI, upper_II, pattern.n, pattern.m, block_size, allowed_OI, is_mask_fixed
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsify.kernels import _admm_triton
 from sparsify.kernels.precision import float32_products, half_product
+from sparsify.kernels.sweep import KERNEL_GROUPS
 from sparsify.methods._base import (
     Method,
     Problem,
@@ -122,7 +123,7 @@ def search(
     dense_OI = target_OI * scale_1I
     is_half = params.searches_in_half(target_OI.is_cuda)
     penalties = _penalties(0 if problem.is_mask_fixed else params.admm_iterations)
-    if penalties and has_kernels(target_OI) and pattern.m in (2, 4, 8, 16):
+    if penalties and has_kernels(target_OI) and pattern.m in KERNEL_GROUPS:
         if is_half:
             correlation_II = correlation_II.half()  # at most 1 in size
         sparse_OI, keep_OI = _admm_triton.search(

@@ -48,7 +48,7 @@ class Head:
 
 _ALIKE = 0.01  # of a row's length: never trained together, and rounded
 
-_ALIKE_ROWS = 8192  # of the vocabulary at a time
+_ALIKE_TOKENS, _ALIKE_ROWS = 1024, 8192  # so many beside so many of the vocabulary at a time
 
 _CHECK_TOKENS = 8
 
@@ -169,15 +169,21 @@ def alike_tokens(weight_VD: Tensor, ids: Tensor) -> Tensor:
     Returns:
         int64, at most N.
 
-    Cost: N V D multiplications; float32 copies of N and of 8,192 rows.
+    Cost: N V D multiplications; float32 copies of 1,024 and of 8,192 rows, and a matrix of these.
     """
-    own_ND = weight_VD[ids].float()
-    nearest_N = torch.full((len(ids),), torch.inf, device=weight_VD.device)
-    for start in range(0, len(weight_VD), _ALIKE_ROWS):
-        part = weight_VD[start : start + _ALIKE_ROWS].float()
-        squares = part.square().sum(1) - 2 * own_ND @ part.T
-        inside = (ids >= start) & (ids < start + len(part))
-        squares[inside, ids[inside] - start] = torch.inf  # a token and itself
-        other_N = squares.argmin(1)  # squares cancel to about 1e-6: the distance is taken itself
-        nearest_N = torch.minimum(nearest_N, (own_ND - part[other_N]).norm(dim=1))
-    return ids[nearest_N <= _ALIKE * own_ND.norm(dim=1)]
+    found = []
+    for own_N in ids.split(_ALIKE_TOKENS):
+        own_ND = weight_VD[own_N].float()
+        nearest_N = torch.full((len(own_N),), torch.inf, device=weight_VD.device)
+        for start in range(0, len(weight_VD), _ALIKE_ROWS):
+            part = weight_VD[start : start + _ALIKE_ROWS].float()
+            squares = torch.addmm(part.square().sum(1), own_ND, part.T, alpha=-2)
+            inside = (own_N >= start) & (own_N < start + len(part))
+            squares[inside, own_N[inside] - start] = torch.inf  # a token and itself
+            other_N = squares.argmin(1)
+            # Squares cancel to about 1e-6: the distance is taken itself.
+            distance_N = (own_ND - part[other_N]).norm(dim=1)
+            distance_N.masked_fill_(inside & (other_N == own_N - start), torch.inf)
+            nearest_N = torch.minimum(nearest_N, distance_N)
+        found.append(own_N[nearest_N <= _ALIKE * own_ND.norm(dim=1)])
+    return torch.cat(found)

@@ -68,10 +68,10 @@ def calls(monkeypatch) -> list[Tensor]:
     return found
 
 
-def head(dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-    linear = nn.Linear(128, 512, dtype=dtype)
-    speed_up_dense(linear)
-    assert type(linear) is DenseLinear
+def head() -> nn.Linear:
+    linear, other = nn.Linear(128, 512, dtype=torch.bfloat16), nn.Linear(128, 512)
+    speed_up_dense(nn.ModuleList([linear, other]))
+    assert (type(linear), type(other)) == (DenseLinear, nn.Linear)
     return linear
 
 
@@ -92,7 +92,7 @@ def test_few_tokens_take_the_kernel(calls):
     ("linear", "x"),
     [
         (head(), numbers(1, 5, 128).bfloat16()),  # more tokens
-        (head(torch.float32), numbers(1, 4, 128)),  # another type
+        (head().float(), numbers(1, 4, 128)),  # another type
         (head(), numbers(1, 0, 128).bfloat16()),  # none
     ],
 )
@@ -111,9 +111,38 @@ def test_a_gradient_or_the_switch_brings_torch_back(calls, monkeypatch):
     assert not calls
 
 
+def test_a_bias_that_is_trained_brings_torch_back(calls):
+    linear, x = head(), numbers(1, 4, 128).bfloat16()
+    linear.weight.requires_grad_(False)
+    linear(x).sum().backward()
+    assert linear.bias.grad is not None and not calls
+
+
+@torch.no_grad()
+def test_a_hook_from_before_leaves_with_the_layer(calls):
+    linear, x = head(), numbers(1, 4, 128).bfloat16()
+    kept = linear.forward
+    leave_dense(linear)
+    assert torch.equal(kept(x), nn.functional.linear(x, linear.weight, linear.bias))
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scratch_memory_is_float32_whatever_the_default(dtype):
+    inputs, weight = numbers(4, 65536).bfloat16(), numbers(64, 65536).bfloat16()
+    expected = dense.dense_linear(inputs, weight, None)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(dense.dense_linear(inputs, weight, None), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @torch.no_grad()
 def test_a_compiled_layer_computes_the_same(calls):
     linear, x = head(), numbers(1, 1, 128).bfloat16()
+    expected = linear(x)
     torch._dynamo.reset()
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), linear(x))
+    assert torch.equal(compiled(x), expected)
+    assert len(calls) > 1

@@ -254,6 +254,18 @@ def test_pruned_weights_are_not_multiplied(path: str) -> None:
     assert torch.equal(output.isfinite()[0], layer.dense()[:, 5] == 0)
 
 
+def test_scratch_memory_is_float32_whatever_the_default() -> None:
+    """In half precision the buffer was half as large as what is written into it."""
+    inputs = torch.randn(16, 65536, generator=torch.Generator().manual_seed(0))
+    layer = random_layer("int4", 64, 65536, 128)
+    expected = layer(inputs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(layer(inputs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_op_is_sound() -> None:
     layer = random_layer("int4", 12, 64, 32, with_zeros=True)
     for inputs in (torch.randn(3, 64), torch.randn(2, 2, 64).bfloat16()):

@@ -70,7 +70,7 @@ def dense_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, path: str 
         inputs_TI = inputs_TI.contiguous()
     bias_O = None if bias is None else bias.to(torch.float32).contiguous()
     output_TO = inputs_TI.new_empty(len(inputs_TI), len(weight))
-    scratch_TI = torch.empty(inputs_TI.shape)
+    scratch_TI = torch.empty(inputs_TI.shape, dtype=torch.float32)
     job = DenseJob(
         inputs_TI.data_ptr(), output_TO.data_ptr(), weight.data_ptr(),
         None if bias_O is None else bias_O.data_ptr(), scratch_TI.data_ptr(), *output_TO.shape,

@@ -137,7 +137,7 @@ def library() -> Library | None:
                     _warn("the C++ compiler has no OpenMP: packed layers run on one thread")
             except LibraryError as error:
                 _LOADER.failure = str(error)
-                _warn(f"{error}; packed layers run in PyTorch until then, several times slower")
+                _warn(f"{error}; until then layers run in PyTorch, packed ones much slower")
     return _LOADER.loaded
 
 

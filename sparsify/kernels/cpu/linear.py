@@ -85,7 +85,7 @@ def packed_linear(
     output_TO = inputs_TI.new_empty(len(inputs_TI), num_rows)
     num_chunks = blocks.shape[1]
     padded = -(-len(inputs_TI) // _WIDEST) * _WIDEST
-    scratch = torch.empty(padded * num_chunks * COLUMNS)
+    scratch = torch.empty(padded * num_chunks * COLUMNS, dtype=torch.float32)
     num_groups = scales.shape[1] if scales is not None else 1
     job = Job(
         _pointer(inputs_TI), _pointer(output_TO), _pointer(blocks), _pointer(scales),

@@ -136,6 +136,7 @@ def test_student_is_the_model_to_whoever_asks_for_names():
 def test_tokens_with_the_row_of_another(dtype, monkeypatch):
     """Beside distances in float64; the vocabulary in parts that do not divide it."""
     monkeypatch.setattr(lm_head, "_ALIKE_ROWS", 7)
+    monkeypatch.setattr(lm_head, "_ALIKE_TOKENS", 4)
     weight_VD = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     weight_VD[31] = weight_VD[3]
     weight_VD[12] = 1.005 * weight_VD[20]
@@ -147,3 +148,5 @@ def test_tokens_with_the_row_of_another(dtype, monkeypatch):
     assert sorted(is_alike.nonzero().flatten().tolist()) == [3, 12, 20, 31]
     assert alike_tokens(weight_VD, ids).tolist() == [i for i in ids.tolist() if is_alike[i]]
     assert len(alike_tokens(weight_VD, torch.tensor([25, 26, 0]))) == 0
+    assert len(alike_tokens(weight_VD, torch.tensor([], dtype=torch.int64))) == 0
+    assert alike_tokens(weight_VD[:36], torch.tensor([35])).tolist() == []  # alone in its part
