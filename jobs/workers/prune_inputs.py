@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.formats.sparse_folder import ROTATION
 from sparsify.masks.storage import MaskFile
+from sparsify.models.blocks import layer_places
 from sparsify.models.load import load_model, weight_files
 from sparsify.models.save import save_model
 from sparsify.pattern import Pattern
@@ -243,15 +243,10 @@ class _Weights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self._names = names
-        self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob("model-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
+        self._places = dict(layer_places(folder))
 
     def __getitem__(self, name: str) -> Tensor:
-        key = f"{name}.weight"
-        with safe_open(self._files[key], framework="pt") as file:
-            return file.get_tensor(key).clone()
+        return self._places[f"{name}.weight"].read(None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

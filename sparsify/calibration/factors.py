@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -56,7 +56,7 @@ def assign_factors(
         for stack in alone
         if owner[stack[0]] == comm.rank
     }
-    started: Mapping[str, Callable[[], list[InverseFactor]]] = mine
+    started: dict[str, Callable[[], list[InverseFactor]]] = {**mine}
     if ahead is None:
         comm.run_together(lambda: [make() for make in mine.values()])  # they keep what they made
     else:
@@ -71,9 +71,10 @@ def assign_factors(
             return
         made, failure = None, None
         facts: list[Any] = [None] * len(stack)
-        if stack[0] in started:
+        make = started.pop(stack[0], None)  # let go before all processes' copy is made
+        if make is not None:
             try:
-                made = started[stack[0]]()
+                made = make()
                 facts = [(factor.damping, factor.num_attempts, factor.condition) for factor in made]
             except (NonFiniteError, SingularHessianError) as error:
                 failure = error

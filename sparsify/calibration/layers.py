@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsify.calibration.accumulate import TargetShares
 from sparsify.calibration.moments import InputMoments
 from sparsify.errors import InputError
-from sparsify.models.structure import find_blocks, linears_of
+from sparsify.models.structure import find_blocks, linears_of, routers_of
 
 InputOrder = Literal["layer", "block", "dense"]
 
@@ -90,6 +90,9 @@ def prunable_linears(
             unused -= hits
             if not hits:
                 found.append((index, name, module))
+        if unused:  # who names a router gets what is the case anyway
+            routers = [name for n in routers_of(block) for name in (n, f"{list_name}.{index}.{n}")]
+            unused -= {glob for glob in unused if any(fnmatchcase(n, glob) for n in routers)}
     if unused:
         raise InputError(
             f"{option}: {', '.join(sorted(unused))} matches no linear layer; names look like "

@@ -67,6 +67,9 @@ def factor_all(
     or more; each keeps its own."""
     if len(moments) == 1:
         return [moments[0].factor(damping, names[0])]
+    known = [factor for found in moments if (factor := found.known_factor(damping)) is not None]
+    if len(known) == len(moments):
+        return known
     hessian_EII = torch.stack([found.hessian_II for found in moments])
     factors = inverse_factors(hessian_EII, damping, names)
     for found, factor in zip(moments, factors, strict=True):

@@ -17,7 +17,8 @@ from sparsify.calibration.block import LoadedBlock
 from sparsify.calibration.layers import Layer
 from sparsify.models.experts import expert_layers
 
-_STACK_BYTES = 2**28  # of the largest matrix of a stack, in float32; some ten such are made
+STACK_BYTES = 2**28
+"""of the largest matrix of a stack, in float32; some ten such are made"""
 
 _ALONE = ("cpu",)  # types of devices where a launch costs next to nothing
 
@@ -25,7 +26,7 @@ _ALONE = ("cpu",)  # types of devices where a launch costs next to nothing
 def stacks_of(groups: Sequence[list[str]], loaded: LoadedBlock) -> list[list[list[str]]]:
     """Put groups of layers together where they are those of experts, of one kind and shape.
 
-    Stacks are of even sizes, as large as `_STACK_BYTES` lets them be. That is told from shapes
+    Stacks are of even sizes, as large as `STACK_BYTES` lets them be. That is told from shapes
     alone, never from the memory that is free or the number of processes, since a stack's products
     may have other bits on a GPU than those of its layers one by one. On a CPU every group is by
     itself.
@@ -50,7 +51,7 @@ def stacks_of(groups: Sequence[list[str]], loaded: LoadedBlock) -> list[list[lis
     for found in alike.values():
         rows = max(layers[name].out_features for name in found[0])
         columns = layers[found[0][0]].in_features
-        most = max(1, _STACK_BYTES // (4 * columns * max(rows, columns)))
+        most = max(1, STACK_BYTES // (4 * columns * max(rows, columns)))
         num_stacks = -(-len(found) // most)
         edges = [index * len(found) // num_stacks for index in range(num_stacks + 1)]
         stacks += [found[start:stop] for start, stop in itertools.pairwise(edges)]

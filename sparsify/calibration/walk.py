@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.accumulate import MomentSums
+from sparsify.calibration.accumulate import BlockMoments, MomentSums
 from sparsify.calibration.batches import Batch, lanes_of
 from sparsify.calibration.block import BlockReader, DensePass, LoadedBlock
 from sparsify.calibration.dense import DenseGroups
@@ -41,8 +42,6 @@ from sparsify.kernels.precision import float32_products
 from sparsify.models.blocks import Blocks
 from sparsify.models.calls import BlockInputs, evaluating, run_block
 
-_Solve = Callable[[list[Layer]], None]
-
 
 @torch.no_grad()
 def walk_blocks(
@@ -57,7 +56,7 @@ def walk_blocks(
     store: HiddenStateStore | None = None,
     first_block: int = 0,
     progress: Progress | None = None,
-    solve_stack: _Solve | None = None,
+    solve_stack: Callable[[list[Layer]], None] | None = None,
 ) -> None:
     """Hand every linear layer of every decoder block to `solve`, with the moments of its input.
 
@@ -102,23 +101,34 @@ def walk_blocks(
     with evaluating(source.model), walk, float32_products():
         walk.enter(first_block)
         for index in range(first_block, len(source.blocks)):
-            block = walk.visit(index, partial(_solve_layers, solve=solve, solve_stack=solve_stack))
+            block = walk.visit(index, _Solver(solve, solve_stack))
             progress.on_block(index, block)
             source.close(index)
 
 
-def _solve_layers(
-    layers: list[Layer], solve: Callable[[Layer], None], solve_stack: _Solve | None
-) -> None:
-    if len(layers) > 1 and solve_stack is not None:
-        solve_stack(layers)
-        return
-    for layer in layers:
-        try:
-            solve(layer)
-        except SingularHessianError as error:
-            used = f"{layer.moments.num_tokens} calibration tokens were used"
-            raise SingularHessianError(f"{error} ({used})") from error
+@dataclass(frozen=True)
+class _Solver:
+    """What layers are handed to."""
+
+    one: Callable[[Layer], None]
+    several: Callable[[list[Layer]], None] | None
+    """None: layers come one by one, those that share an input in a row"""
+
+    def solve(
+        self, stack: list[list[str]], loaded: LoadedBlock, found: BlockMoments, prefix: str
+    ) -> None:
+        """Have the layers of a stack solved."""
+        parts = [[group] for group in stack] if self.several is None else [stack]
+        together = (layers_of(part, loaded, found, prefix) for part in parts)
+        for layers in chain.from_iterable(together):
+            if len(layers) > 1 and self.several is not None:
+                self.several(layers)
+                continue
+            try:
+                self.one(layers[0])
+            except SingularHessianError as error:
+                used = f"{layers[0].moments.num_tokens} calibration tokens were used"
+                raise SingularHessianError(f"{error} ({used})") from error
 
 
 _Note = Callable[[MomentSums, Batch, Tensor | None], None]
@@ -196,7 +206,7 @@ class _Walk:
         if self._needs.order == "layer":
             self._held = {number for number, size in waiting.items() if self._room.take(size)}
 
-    def visit(self, index: int, solve: _Solve) -> nn.Module:
+    def visit(self, index: int, solver: _Solver) -> nn.Module:
         """Have a block's layers solved, and bring the hidden states before the next block.
 
         Returns:
@@ -212,18 +222,18 @@ class _Walk:
                 dense = self._dense_groups(loaded) if self._needs.teacher else None
                 for at, names in enumerate(groups.names):
                     note = partial(self._note_group, loaded, pruned, dense, at)
-                    self._solve(loaded, [names], partial(self._sum, loaded, [names], note), solve)
+                    self._solve(loaded, [names], partial(self._sum, loaded, [names], note), solver)
                 self._advance(loaded, "pruned", pruned.finish)
         else:
             put = partial(self._put, self._models[-1], index)
-            self._solve(loaded, groups.names, partial(self._sum_all, loaded, groups, put), solve)
+            self._solve(loaded, groups.names, partial(self._sum_all, loaded, groups, put), solver)
             if order != "dense":  # there, the dense block's output is what flows on
                 self._advance(loaded, "pruned")
         return loaded.block
 
     def _solve(
         self, loaded: LoadedBlock, groups: list[list[str]], sums: Callable[[], MomentSums],
-        solve: _Solve,
+        solver: _Solver,
     ) -> None:  # fmt: skip
         """Measure the inputs of some groups over all rows, and have their layers solved."""
         prefix = f"{self._source.list_name}.{loaded.index}."
@@ -247,8 +257,7 @@ class _Walk:
             if assign is not None:
                 with self._timer.measure("factor"):
                     assign(names)
-            for layers in layers_of(stack, loaded, found, prefix):
-                solve(layers)
+            solver.solve(stack, loaded, found, prefix)
         self._progress.wait_for_pending()
 
     def _sum(self, loaded: LoadedBlock, groups: list[list[str]], note: _Note) -> MomentSums:

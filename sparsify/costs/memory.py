@@ -20,6 +20,8 @@ CHUNK_TOKENS = 1024  # as sparsify.data.rows has it; its logits exist at one tim
 
 _BUCKET = 200_000_000  # elements: jobs/training/zero.py
 
+_STACK_BYTES = 2**28  # of the largest matrix of a stack of experts: calibration/stacks.py
+
 _LIVE = 1_000_000_000  # elements that ZeRO-3 may hold gathered, in the same file
 
 # Buffers of chunk x vocabulary, float32, of `distillation.head_loss`, by whether a teacher has
@@ -203,7 +205,10 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     width = setup.element_bytes
     states = setup.tokens * shape.hidden_size * width * (2 if setup.needs_teacher else 1)
     batch = setup.batch_size * setup.sequence_length
-    largest = max(rows * columns for rows, columns in shape.layers)
+    largest: float = max(rows * columns for rows, columns in shape.layers)
+    if shape.has_experts and setup.uses_gpu:  # which are solved as stacks
+        stacks = [g.num * rows * columns for g in shape.groups for rows, columns in g.layers]
+        largest = max(largest, min(max(stacks), _STACK_BYTES / 4))
     held = 0.0
     if setup.on_device and setup.order == "layer" and not shape.has_experts:
         # Paused forwards: the widest activation, and the residual streams of both models.

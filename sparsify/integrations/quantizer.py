@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparsify.errors import InputError
 from sparsify.integrations.dense import leave_dense, speed_up_dense
 from sparsify.integrations.linear import PackedLinear
+from sparsify.models.layout import layout_of
 from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.folder import PackedFolder, write_index
 from sparsify.packed.layout import METHOD, Contents, Layer, Scheme
@@ -103,6 +104,8 @@ class TwofourQuantizer(HfQuantizer):
             model.set_submodule(name, dense_layer(module, dtype or model.dtype))
         leave_dense(model)
         model.__dict__.pop("save_pretrained", None)
+        if layout_of(model).fused:
+            model.save_pretrained = types.MethodType(_save_dense, model)
         return model
 
 
@@ -313,4 +316,14 @@ def _save_packed(
     write_index(folder, names, quantizer.quantization_config.to_dict())
 
 
-_save_packed.__name__ = "save_pretrained"
+def _save_dense(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """`save_pretrained` of a model whose family stores the experts of a layer in one tensor."""
+    state: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or model.state_dict()
+    kwargs["state_dict"] = dict(layout_of(model).joined(state.items()))
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+for _save in (_save_packed, _save_dense):
+    _save.__name__ = "save_pretrained"

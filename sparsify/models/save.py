@@ -49,7 +49,8 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     layout = layout_of(model)
     if layout.fused:
-        state_dict = dict(layout.joined((state_dict or model.state_dict()).items()))
+        state = (state_dict or model.state_dict()).items()
+        state_dict = dict(layout.joined((name, tensor.cpu()) for name, tensor in state))
     with quiet_transformers():
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -45,7 +45,9 @@ class Place:
         """A copy of it on the CPU; floating point values as `dtype`, None: as they are stored."""
         if self.packed is not None:
             whole = self.packed.dense(self.name, dtype)
-            return whole if self.at is None else self.at.of(whole).contiguous()
+            if self.at is None:
+                return whole
+            return self.at.of(whole).clone(memory_format=torch.contiguous_format)
         with safe_open(self.path, framework="pt") as file:
             if self.at is None:
                 tensor = file.get_tensor(self.name)

@@ -132,14 +132,23 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     They choose experts: the few weights of most families' are no nn.Linear, and stay dense. Those
     that are one, or have one, do too.
     """
-    modules = dict(block.named_modules())
+    routers = set(routers_of(block))
     return {
         name: module
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and not _ROUTER.search(type(module).__name__)
-        and not _ROUTER.search(type(modules[name.rpartition(".")[0]]).__name__)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name not in routers
     }
+
+
+def routers_of(block: nn.Module) -> list[str]:
+    """Names, relative to the block, of what chooses experts, and of its children."""
+    modules = dict(block.named_modules())
+    return [
+        name
+        for name, module in modules.items()
+        if _ROUTER.search(type(module).__name__)
+        or _ROUTER.search(type(modules[name.rpartition(".")[0]]).__name__)
+    ]
 
 
 def writers_of(linears: dict[str, nn.Linear], hidden_size: int) -> dict[str, nn.Linear]:

@@ -16,11 +16,12 @@ from transformers import (
 )
 
 from jobs.benchmarks.support.families import family_config
+from sparsify.calibration.stacks import STACK_BYTES
 from sparsify.costs.cards import cards, find_card
 from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
 from sparsify.costs.flops import peak_flops
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.memory import _head, pruning_memory, training_memory
+from sparsify.costs.memory import _STACK_BYTES, _head, pruning_memory, training_memory
 from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
 from sparsify.costs.shapes import LayerGroup, ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
@@ -104,7 +105,11 @@ def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
     assert found["statistics"] == pytest.approx(3 * 64 * 128 * squares)
     cubes = 4 * 64**3 + 160**3 + 4 * (64**3 + 80**3)
     assert found["factor"] == pytest.approx(3 * 4 / 3 * cubes)
-    held = pruning_memory(shape, setup).parts["Hessians"]  # of all experts at once
+    parts = pruning_memory(shape, setup).parts
+    assert parts["solver"] == 4 * 5 * (4 * 80 * 64)  # of all experts' gates, as a stack
+    large = replace(shape, groups=(LayerGroup(((8192, 8192),), 128, 0.1),))
+    assert pruning_memory(large, setup).parts["solver"] == 5 * STACK_BYTES == 5 * _STACK_BYTES
+    held = parts["Hessians"]  # of all experts at once
     assert held == (4 + 4) * (4 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
 
 

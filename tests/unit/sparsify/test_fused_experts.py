@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import sparsify.integrations  # noqa: F401  transformers reads packed weights
 from jobs.benchmarks.support.families import random_family
+from jobs.workers.prune_inputs import _Weights
 from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import prunable_linears
 from sparsify.comm import Comm
 from sparsify.errors import InputError, PatternViolationError
 from sparsify.formats.kinds import Export, get_format
@@ -214,9 +217,31 @@ def test_exported_folders_load_without_this_project_and_give_the_same(
     assert written.gate["num_layers"] == len(masks)
     assert torch.equal(logits(load_model(tmp_path / "sparse-packed")), logits(model))
     assert reason_to_hold_whole(tmp_path / "sparse-packed") is None
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse-packed")
+    packed.dequantize().save_pretrained(tmp_path / "dequantised")
+    again = stored(tmp_path / "dequantised")
+    assert again.keys() == wanted.keys()
+    assert all(torch.equal(again[name], value) for name, value in wanted.items())
     with pytest.raises(InputError, match="holds all experts of a layer as one tensor") as caught:
         check_family(model)
     message(caught)
+
+
+def test_a_budget_reads_experts_of_what_was_pruned(pruned: dict[str, Path]) -> None:
+    model = load_model(pruned["llama4_text"])
+    names = [name for _, name, _ in prunable_linears(model)]
+    weights = _Weights(pruned["llama4_text"], names)
+    assert any(".experts." in name for name in names)
+    for name in names:
+        assert torch.equal(weights[name], model.get_submodule(name).weight)
+
+
+def test_who_names_a_router_gets_what_is_the_case(dense: dict[str, Path]) -> None:
+    model = load_model(dense["llama4_text"])
+    everything = [name for _, name, _ in prunable_linears(model)]
+    assert [name for _, name, _ in prunable_linears(model, ["*router"])] == everything
+    with pytest.raises(InputError, match=r"\*rooter matches no linear layer"):
+        prunable_linears(model, ["*rooter"])
 
 
 @pytest.mark.parametrize("family", ["llama4_text", "gpt_oss", "granitemoe"])

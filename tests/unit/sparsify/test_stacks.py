@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from jobs.benchmarks.support.families import random_family
-from sparsify.calibration import stacks
+from sparsify.calibration import moments, stacks
 from sparsify.calibration.block import LoadedBlock
+from sparsify.calibration.hessian import InverseFactor
 from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import SolverNeeds
 from sparsify.calibration.stacks import stacks_of
+from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
 from sparsify.errors import InputError
 from sparsify.methods import Problem, PruneParams, Solution, get_method
 from sparsify.methods._base import chosen_mask, selected
 from sparsify.methods._target import teacher_target
+from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
 from sparsify.pattern import Pattern
@@ -76,11 +83,11 @@ def test_stacks_have_even_sizes_within_the_bytes(monkeypatch: pytest.MonkeyPatch
     linears = linears_of(find_blocks(mixture())[1][-1])
     wide = linears[next(stack for stack in whole if len(stack) > 1)[0][0]]
     square = 4 * wide.in_features * max(wide.in_features, wide.out_features)
-    monkeypatch.setattr(stacks, "_STACK_BYTES", (num_experts - 1) * square)
+    monkeypatch.setattr(stacks, "STACK_BYTES", (num_experts - 1) * square)
     _, cut = stacks_on("meta")
     sizes = [len(stack) for stack in cut if "gate_proj" in stack[0][0]]
     assert sizes == [num_experts // 2, num_experts - num_experts // 2]
-    monkeypatch.setattr(stacks, "_STACK_BYTES", 1)
+    monkeypatch.setattr(stacks, "STACK_BYTES", 1)
     assert sorted(stacks_on("meta")[1]) == sorted([group] for group in groups)
 
 
@@ -113,6 +120,36 @@ def test_a_model_is_pruned_as_one_by_one(
         assert (mine.num_tokens, mine.num_lent, mine.num_dead_columns, mine.damping) == (
             report.num_tokens, report.num_lent, report.num_dead_columns, report.damping,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stack_is_factored_once(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    factor = moments.inverse_factors
+
+    def counted(hessian_EII: Tensor, damping: float, names: Sequence[str]) -> list[InverseFactor]:
+        seen.extend(names)
+        return factor(hessian_EII, damping, names)
+
+    monkeypatch.setattr(moments, "inverse_factors", counted)
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    prune_model(
+        mixture(), token_rows(16), get_method("sparsegpt"), PATTERN, PruneParams(block_size=16),
+        comm=Comm.single(), memory=Memory(8, overlap=overlap),
+    )  # fmt: skip
+    assert seen and len(seen) == len(set(seen))
+
+
+def test_layers_that_share_an_input_come_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are solved one by one: what is worked out for one serves the next."""
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    inputs: list[Any] = []
+    walk_blocks(
+        BlocksInMemory(mixture()), token_rows(16), lambda layer: inputs.append(layer.moments),
+        comm=Comm.single(), memory=Memory(8), needs=SolverNeeds(),
+    )  # fmt: skip
+    runs = [key for key, _ in itertools.groupby(map(id, inputs))]
+    assert len(runs) == len(set(runs)) < len(inputs)
 
 
 def test_a_teachers_target_reaches_a_stack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_experts_are_factored_and_solved_together(method: str) -> None:
 def test_experts_of_large_shapes_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the bytes makes four stacks, each with its launches."""
     whole = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
-    monkeypatch.setattr(stacks, "_STACK_BYTES", 2 * 4 * 512 * 512)
+    monkeypatch.setattr(stacks, "STACK_BYTES", 2 * 4 * 512 * 512)
     cut = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
     attention, experts = 4 * 4, 4 + 4 + 3
     assert whole == attention + experts and cut == attention + 4 * experts
