@@ -77,9 +77,9 @@ def train_and_check(rank: int, folder: Path, stage: int, precision: str) -> None
     from jobs.training import engine as _engine
 
     engine, guard = build(folder, stage, precision)
-    if stage in (1, 2):  # no buffer larger than what is trained
+    if stage == 2 or (stage == 1 and precision == "fp32"):  # of bf16 stage 1 has no such buffer
         numel = sum(param.numel() for param in engine.module.parameters())
-        assert engine.optimizer.reduce_bucket_size == numel
+        assert engine.optimizer.reduce_bucket_size == numel, "no larger than what is trained"
     first = step(engine, 0, rank, guard)
     guard.check()
     for number in range(1, 4):
