@@ -88,12 +88,12 @@ def run(options: Namespace) -> Outcome:
     Raises:
         InputError: an unknown shape, more blocks than it has, or no GPU.
     """
+    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
     if options.document_length < 0:
         raise InputError(
             f"--document-length {options.document_length}: give tokens, or 0 for rows of one "
             "document"
         )
-    num_blocks = check_blocks(options.shape, options.blocks, "--blocks")
     num_threads = use_device(options)
     dtype_name = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     dtype = getattr(torch, dtype_name)

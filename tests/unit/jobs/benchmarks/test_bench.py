@@ -629,6 +629,9 @@ def test_an_impossible_model_is_refused(tmp_path) -> None:
     options = Namespace(shape="tiny", blocks=3, device="cpu")
     with pytest.raises(InputError, match="has 2 blocks"):
         model.run(options)
+    options = Namespace(shape="tiny", blocks=2, device="cpu", document_length=-5)
+    with pytest.raises(InputError, match="--document-length -5: give tokens"):
+        model.run(options)
 
 
 # The data path
