@@ -68,7 +68,7 @@ class Here:
 
     def metrics(self, values: dict[str, Any], step: int | None = None) -> None:
         """The step is over."""
-        if "distill/loss" in values:
+        if f"{self.name}/loss" in values:
             self.on_step(values)
 
     def warn(self, message: str) -> None:
