@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from jobs.benchmarks import loss
+from jobs.benchmarks import loss, plan
 from sparsify.errors import TwofourError
 from tests.conftest import REPOSITORY
 from tests.numerics.test_kernels import needs_triton
@@ -64,6 +64,13 @@ print(bench.main(words))
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["settings"]["engine"] == "plain"
     assert record["settings"]["zero_stage"] is None
+
+
+def test_a_planned_recovery_is_measured_step_by_step(tmp_path):
+    sizes = {"shape": "tiny", "layers": 2, "vocabulary": 1024, "sequence_length": 32}
+    one = plan._recovery(sizes, 1, zero_stage=0)
+    (figures,) = plan._measure(one, tmp_path)
+    assert len(figures["step_peak_bytes"]) == len(figures["step_cpu_s"]) == one["steps"]
 
 
 @needs_triton

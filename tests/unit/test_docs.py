@@ -43,7 +43,7 @@ from sparsify.quantization.quantize import QuantLayerReport
 from sparsify.training.forecast import Forecast
 from tests.conftest import stage_record
 
-PLAN_RECORD = "2026-11-29-bench-plan-cpu.json"
+PLAN_RECORD = "2026-12-01-bench-plan-cpu.json"
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 _FENCE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
