@@ -234,7 +234,9 @@ def prepare(
             payload["student"], payload["is_dense"], config, context, payload["adapter_from"]
         )
         trained = replace(student, masks=BitMasks({}, {}))  # what is frozen needs no guard
-        _warn_of_alike_tokens(context, config, student, load_tokenizer(payload["student"]), store)
+        if context.rank == 0:  # whose word is enough
+            tokenizer = load_tokenizer(payload["student"])
+            _warn_of_alike_tokens(context, config, student, tokenizer, store)
         if config.finetune.is_paged:
             make_engine = partial(build_engine, make_optimizer=adapters.PagedAdamW)
     teacher = None
@@ -258,8 +260,6 @@ def _warn_of_alike_tokens(
     context: WorkerContext, config: Config, student: Student, tokenizer: Any, store: TokenStore
 ) -> None:
     """Say which tokens of the first rows a model with a frozen head can hardly learn to write."""
-    if context.rank != 0:  # whose word is enough
-        return
     rows = store.rows(range(min(len(store), _NUM_LOOKED_AT)))
     learned = rows.ids_NT[:, 1:][rows.has_next_NT[:, :-1]].unique()
     weight_VD = student.head.linear.weight

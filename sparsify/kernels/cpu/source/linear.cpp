@@ -94,6 +94,18 @@ void run_blocks(const Linear &job, const Path &path, int64_t begin, int64_t end)
     }
 }
 
+// The blocks of rows of a layer in one stretch a thread: `work(begin, end)` for each.
+template <class Job, class Work>
+void share_blocks(const Job &job, Work work) {
+    const int64_t num_blocks = (job.num_rows + ROWS - 1) / ROWS;
+    const int64_t num_parts = job.num_threads < num_blocks ? job.num_threads : num_blocks;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads((int)num_parts) schedule(static, 1) if (num_parts > 1)
+#endif
+    for (int64_t part = 0; part < num_parts; part++)
+        work(part * num_blocks / num_parts, (part + 1) * num_blocks / num_parts);
+}
+
 }  // namespace
 
 extern "C" {
@@ -129,15 +141,7 @@ void twofour_linear(const Linear *given) {
         gather(job, first, width, x);
         x += width * job.num_chunks * COLUMNS;
     }
-    const int64_t num_blocks = (job.num_rows + ROWS - 1) / ROWS;
-    const int64_t num_parts = job.num_threads < num_blocks ? job.num_threads : num_blocks;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads((int)num_parts) schedule(static, 1) if (num_parts > 1)
-#endif
-    for (int64_t part = 0; part < num_parts; part++)
-        run_blocks(
-            job, path, part * num_blocks / num_parts, (part + 1) * num_blocks / num_parts
-        );
+    share_blocks(job, [&](int64_t begin, int64_t end) { run_blocks(job, path, begin, end); });
 }
 
 // At most 4 tokens: with more of them a dense weight is better read by torch's own products.
@@ -151,14 +155,8 @@ void twofour_dense(const Dense *given) {
             const int64_t to = column - place + place % 2 * path.width + place / 2;
             job.scratch[token * job.num_columns + to] = as_float(job.x[from]);
         }
-    const int64_t num_blocks = (job.num_rows + ROWS - 1) / ROWS;
-    const int64_t num_parts = job.num_threads < num_blocks ? job.num_threads : num_blocks;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads((int)num_parts) schedule(static, 1) if (num_parts > 1)
-#endif
-    for (int64_t part = 0; part < num_parts; part++)
-        for (int64_t block = part * num_blocks / num_parts;
-             block < (part + 1) * num_blocks / num_parts; block++) {
+    share_blocks(job, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; block++) {
             const int64_t first = block * ROWS, left = job.num_rows - first;
             float sums[4 * ROWS];
             path.dense(
@@ -171,6 +169,7 @@ void twofour_dense(const Dense *given) {
                         sums[token * ROWS + k] + (job.bias ? job.bias[first + k] : 0.0f)
                     );
         }
+    });
 }
 
 // A number that depends on every byte. `num_bytes` is a multiple of 512 for each thread.
