@@ -375,7 +375,8 @@ class TestInterpreted:
         case = linear_sides_cuda.Case("float8", 0, False, 24, 300, (1, 3))
         found = linear_sides_cuda.errors_of(case, "cpu")
         assert [row["tokens"] for row in found] == [1, 3]
-        assert all(0 < row["error"] < 5e-3 for row in found)
+        # The interpreter cuts float32 off to bfloat16 where a card rounds: up to 2**-7, not 2**-8.
+        assert all(0 < row["error"] < 2.0**-7 for row in found)
 
     def test_the_op_is_kept_whole_by_the_compiler(self) -> None:
         op = linear.packed_linear
