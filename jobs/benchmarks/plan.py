@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
+import statistics
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
-from conf.schema import Config
 from jobs.benchmarks.data import write_random_store
 from jobs.benchmarks.sides.planned import Folders, distill_config, work
 from jobs.benchmarks.support.arguments import add_option, settings_of
 from jobs.benchmarks.support.published import NOT_PLANNED, compared
 from jobs.benchmarks.support.random_llama import llama_config, write_checkpoint
 from jobs.benchmarks.support.record import Outcome, Table, Target
+from jobs.planning.calibration import typical
 from jobs.planning.layouts import machine_of, training_of
 from jobs.planning.models import shape_of
 from sparsify.costs.layout import Pruning
 from sparsify.costs.memory import pruning_memory, training_memory
-from sparsify.costs.seconds import pruning_seconds, step_seconds, total
+from sparsify.costs.seconds import Rates, pruning_seconds, step_seconds, total
 from sparsify.errors import InputError
 from sparsify.files import write_json
 from sparsify.masks.select import keep_mask_from_scores
@@ -38,7 +39,7 @@ SUMMARY = "planned memory and time beside those of runs made here and of publish
 
 EXAMPLES = ("plan --save", "plan --runs 3")
 
-_STEPS = 3  # of a recovery; the first warms up
+_STEPS = 5  # of a recovery; the first warms up
 
 _TARGET, _TARGET_PUBLISHED = 0.15, 0.25
 
@@ -78,13 +79,18 @@ RUNS: tuple[dict[str, Any], ...] = (
 )
 """what is measured, in this order"""
 
+Figures = list[dict[str, Any]]
+"""of a run's workers"""
+
 _NOTES = (
     "memory: most that a worker's process held during a step or a pruning, beyond what it held "
     "before a model was loaded (imports, Ray's and DeepSpeed's own)",
-    "time: seconds of CPU of one worker with one thread, the fastest of the steps after the first; "
-    "other programs on the machine lengthen them less than they do seconds by the clock",
-    "planned: the times as planned, times what all other runs of the kind took over theirs",
-    "what DeepSpeed holds and what a CPU reaches were looked up in such runs of bench-1k and "
+    "time: seconds of CPU of one worker with one thread, the fastest of the steps after the first, "
+    "of a second run of its own: what shows memory (glibc gives back what is freed) costs time",
+    "planned: by the products, attention and elementwise work that each worker was measured to do "
+    "in a second before and after its run, times what the other runs of the kind typically "
+    "(median) took over theirs",
+    "what DeepSpeed holds and which passes are counted was looked up in such runs of bench-1k and "
     "bench-512 while the plan was written; the two runs of bench-2k came after it, "
     "but for the last block's second pass, which the second of them showed to be planned in vain",
     "published: other software on other machines, see the sources in the record",
@@ -108,20 +114,23 @@ def run(options: Namespace) -> Outcome:
     if not 0 <= options.runs <= len(RUNS):
         raise InputError(f"--runs {options.runs}: there are {len(RUNS)}")
     folder = options.workdir / "plan"
-    seen = _Measured(folder / "measured.json", options.resume)
+    seen = _Measured(folder / "figures.json", options.resume)
     found = []
-    with _small_allocations():
-        for number, one in enumerate(RUNS[: options.runs]):
-            print(f"{number + 1} of {options.runs}: {label(one)}", flush=True)
-            figures = seen.get(one) or seen.keep(one, _measure(one, folder))
-            found.append(compare(one, figures, _prepare(one, folder, folder / "run").dense))
+    for number, one in enumerate(RUNS[: options.runs]):
+        print(f"{number + 1} of {options.runs}: {label(one)}", flush=True)
+        with _small_allocations():
+            memory = seen.of(one, "memory", partial(_measure, one, folder, False))
+        time = seen.of(one, "time", partial(_measure, one, folder, True))
+        dense = _prepare(one, folder, folder / "run").dense
+        found.append(compare(one, {"memory": memory, "time": time}, dense))
     with_factors(found)
     return summarise(found, settings_of(options, "runs"))
 
 
 @contextmanager
 def _small_allocations() -> Iterator[None]:
-    """Have glibc give back what is freed, so that memory held is memory used."""
+    """Have glibc give back what is freed, so that memory held is memory used; pages that are taken
+    anew for every tensor cost a third of the time, so that a run's time is measured without."""
     names = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -156,24 +165,22 @@ class _Measured:
         if is_resumed and path.is_file():
             self._figures = json.loads(path.read_text(encoding="utf-8"))
 
-    def get(self, one: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Of a run's workers; None if it is to be measured."""
-        return self._figures.get(json.dumps(one, sort_keys=True))
-
-    def keep(self, one: dict[str, Any], figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Note what was measured."""
-        self._figures[json.dumps(one, sort_keys=True)] = figures
-        write_json(self._path, self._figures)
-        return figures
+    def of(self, one: dict[str, Any], what: str, measure: Callable[[], Figures]) -> Figures:
+        """Figures of a run's workers, measured where they are not there."""
+        name = f"{what} of {json.dumps(one, sort_keys=True)}"
+        if name not in self._figures:
+            self._figures[name] = measure()
+            write_json(self._path, self._figures)
+        return self._figures[name]
 
 
-def _measure(one: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _measure(one: dict[str, Any], folder: Path, is_timed: bool) -> Figures:
     """What each worker of a run measured."""
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     folders = _prepare(one, folder, out)
-    spawn(work, (one, folders), nprocs=one["workers"])
+    spawn(work, (one, folders, is_timed), nprocs=one["workers"])
     seen = [
         json.loads((out / f"figures-{rank}.json").read_text(encoding="utf-8"))
         for rank in range(one["workers"])
@@ -182,15 +189,21 @@ def _measure(one: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return seen
 
 
-def compare(one: dict[str, Any], seen: list[dict[str, Any]], dense: Path) -> dict[str, Any]:
-    """Measured and planned memory and time of a run; the largest of its workers'."""
-    memory, seconds, parts = planned(one, dense)
+def compare(one: dict[str, Any], seen: dict[str, Figures], dense: Path) -> dict[str, Any]:
+    """Measured and planned memory and time of a run; the largest of its workers'.
+
+    Args:
+        one: the run.
+        seen: "memory" and "time" -> what was measured when that was measured.
+        dense: folder of its model.
+    """
+    memory, seconds, parts = planned(one, dense, _rates_of(seen["time"]))
     if one["kind"] == "prune":
-        measured_bytes = max(figures["peak_bytes"] for figures in seen)
-        measured_s = max(figures["cpu_s"] for figures in seen)
+        measured_bytes = max(figures["peak_bytes"] for figures in seen["memory"])
+        measured_s = max(figures["cpu_s"] for figures in seen["time"])
     else:
-        measured_bytes = max(max(figures["step_peak_bytes"]) for figures in seen)
-        measured_s = max(min(figures["step_cpu_s"][1:]) for figures in seen)
+        measured_bytes = max(max(figures["step_peak_bytes"]) for figures in seen["memory"])
+        measured_s = max(min(figures["step_cpu_s"][1:]) for figures in seen["time"])
     return {
         "label": label(one), "kind": one["kind"], "run": one, "measured_bytes": measured_bytes,
         "planned_bytes": memory, "measured_s": measured_s, "base_s": seconds, "parts": parts,
@@ -219,15 +232,24 @@ def _prepare(one: dict[str, Any], folder: Path, out: Path) -> Folders:
     return Folders(dense, student, rows, out)
 
 
-def planned(one: dict[str, Any], folder: Path) -> tuple[float, float, dict[str, float]]:
+def _rates_of(workers: Figures) -> Rates:
+    """The mean of what all workers reached before and after their run."""
+    found = [rates for figures in workers for rates in figures["rates"]]
+    means: dict[str, Any] = {
+        name: statistics.fmean(rates[name] for rates in found) for name in found[0]
+    }
+    return Rates(**means | {"overlaps": False})
+
+
+def planned(
+    one: dict[str, Any], folder: Path, rates: Rates
+) -> tuple[float, float, dict[str, float]]:
     """Bytes, seconds before any correction, and the bytes by component."""
     shape, _ = shape_of(str(folder))
     if one["kind"] == "distill":
         config = distill_config(one)
-        machine = machine_of(config, 1.0)
-        setup = training_of(config, machine)
+        setup = training_of(config, machine_of(config, 1.0))
         use = training_memory(shape, shape, setup)
-        rates = machine.rates(setup.element_bytes)
         return use.total, total(step_seconds(shape, shape, setup, rates)), use.parts
     known = get_method(one["method"])
     layout = Pruning(
@@ -236,7 +258,6 @@ def planned(one: dict[str, Any], folder: Path) -> tuple[float, float, dict[str, 
         4 if one["dtype"] == "float32" else 2, uses_gpu=False,
     )  # fmt: skip
     use = pruning_memory(shape, layout)
-    rates = machine_of(Config(), 1.0).rates(layout.element_bytes)
     return use.total, total(pruning_seconds(shape, layout, rates)), use.parts
 
 
@@ -248,8 +269,7 @@ def with_factors(found: list[dict[str, Any]]) -> None:
             for other in found
             if other is not one and other["kind"] == one["kind"]
         ]
-        factor = math.exp(sum(map(math.log, others)) / len(others)) if others else 1.0
-        one["planned_s"] = factor * one["base_s"]
+        one["planned_s"] = one["base_s"] * (typical(others) if others else 1.0)
 
 
 def summarise(found: list[dict[str, Any]], settings: dict[str, Any]) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,14 @@ class Calibration:
     """what of the records said nothing, in words"""
 
     def factor(self, stage: str) -> float:
-        """What times are multiplied with: the geometric mean; 1 where nothing was measured."""
+        """What times are multiplied with; 1 where nothing was measured."""
         ratios = self.ratios.get(stage)
-        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+        return typical(ratios) if ratios else 1.0
+
+
+def typical(ratios: Sequence[float]) -> float:
+    """The median, of logarithms: one run that was planned badly does not spoil other plans."""
+    return math.exp(statistics.median(map(math.log, ratios)))
 
 
 def read_calibration(records: Sequence[str], machine: Machine, load: Load) -> Calibration:

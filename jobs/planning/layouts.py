@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from conf.schema import Config
+from jobs.planning.processor import processor_rates
 from sparsify.costs.cards import Card, find_card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.seconds import Rates, rates_of
@@ -18,17 +17,6 @@ from sparsify.methods import get_method
 from sparsify.pattern import Pattern
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
-
-# One thread of a server's CPU, float32, and gloo, whose copies are the workers' own work: of the
-# machine that docs/plan.md was measured on. `plan.records` put another machine's in their place.
-_CPU = Rates(
-    products=92e9, attention=30e9, bandwidth=8e9, link=4e8, network=4e8, overlaps=False, disk=1e9
-)
-
-# Products in bf16 over those in float32. With AVX512-BF16 an instruction multiplies 32 pairs of
-# numbers where one of float32 multiplies 16 (AMX is faster by far, and was not measured). Without
-# it oneDNN converts in its kernels: 25 to 31 Gflop/s where float32 has 106 to 162, on a Xeon.
-_BF16_NATIVE, _BF16_CONVERTED = 2.0, 0.2
 
 _CPU_MEMORY = 64e9
 
@@ -51,28 +39,8 @@ class Machine:
     workers_per_node: int
 
     def rates(self, element_bytes: int) -> Rates:
-        """What a worker reaches; on a CPU, bf16 as this machine's has it."""
-        if self.card is not None:
-            return rates_of(self.card, element_bytes)
-        return _CPU if element_bytes == 4 else cpu_in_bf16(_multiplies_bf16())
-
-
-def cpu_in_bf16(is_native: bool) -> Rates:
-    """What a worker on a CPU reaches in bf16.
-
-    Args:
-        is_native: whether the CPU has instructions that multiply bf16.
-    """
-    factor = _BF16_NATIVE if is_native else _BF16_CONVERTED
-    return replace(
-        _CPU, products=factor * _CPU.products, attention=factor * _CPU.attention,
-        float32=_CPU.products,
-    )  # fmt: skip
-
-
-def _multiplies_bf16() -> bool:
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        """What a worker reaches; without a card, one thread of this machine's processor."""
+        return rates_of(self.card, element_bytes) if self.card else processor_rates(element_bytes)
 
 
 def machine_of(config: Config, memory_share: float) -> Machine:

@@ -72,7 +72,7 @@ def make_plan(config: PlanJobConfig, load: Load) -> dict[str, Any]:
         "machine": {
             "name": machine.name, "workers": machine.num_workers,
             "workers_per_node": machine.workers_per_node, "memory_bytes": machine.memory_bytes,
-            "is_gpu": machine.card is not None,
+            "is_gpu": machine.card is not None, "products": machine.rates(4).products,
         },
         "calibration": asdict(calibration),
         "stages": list(config.stages),

@@ -89,7 +89,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         *([f"         {model['note']}"] if model["note"] else []),
         f"cluster  {machine['workers']} x {machine['name']}, {machine['workers_per_node']} to a "
         f"machine; {_gb(machine['memory_bytes'])} GB of each may be taken",
-        *_calibration_lines(plan["calibration"]),
+        *_calibration_lines(plan["calibration"], machine),
     ]
     if "pruning" in plan:
         lines += ["", *_pruning_lines(plan["pruning"])]
@@ -105,7 +105,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     return _wrapped(lines)
 
 
-def _calibration_lines(found: dict[str, Any]) -> list[str]:
+def _calibration_lines(found: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     lines = []
     for stage, ratios in found["ratios"].items():
         low, high = min(ratios), max(ratios)
@@ -121,7 +121,11 @@ def _calibration_lines(found: dict[str, Any]) -> list[str]:
         lines.append(
             "times    come from data sheets and published runs, none of this machine's: "
             "plan.records=[RUN] corrects them"
-        )
+            if machine["is_gpu"] else
+            f"times    come from what a thread of this machine did just now "
+            f"({machine['products'] / 1e9:.0f} Gflop/s of float32 products): plan.records=[RUN] "
+            "corrects them"
+        )  # fmt: skip
     return lines
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from conf.options.distill import DistillConfig
 from conf.schema import Config
 from jobs.benchmarks.sides.step import Here
 from jobs.benchmarks.support.random_llama import random_rows
+from jobs.planning.processor import measure_rates
 from jobs.training.build import build_recovery
 from jobs.training.engine import Partitioner, check_names
 from jobs.training.pace import Pace
@@ -101,20 +102,28 @@ def distill_config(run: dict[str, Any]) -> Config:
     )  # fmt: skip
 
 
-def work(rank: int, run: dict[str, Any], folders: Folders) -> None:
+def work(rank: int, run: dict[str, Any], folders: Folders, is_timed: bool) -> None:
     """One worker of a run; its figures go to `out/figures-RANK.json`.
 
     Args:
         rank: of this worker.
         run: "kind" (prune or distill), "workers" and the run's sizes, see the benchmark.
         folders: see there.
+        is_timed: whether what the processor reaches is measured before and after it.
     """
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(run["workers"])}
     store = f"file://{folders.out.absolute()}/group"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=run["workers"])
     try:
-        figures = (_prune if run["kind"] == "prune" else _distill)(rank, run, folders)
+        run_it = _prune if run["kind"] == "prune" else _distill
+        if not is_timed:
+            figures = run_it(rank, run, folders)
+        else:  # in this process, for what a processor reaches is not the same in all minutes
+            element_bytes = 2 if run.get("distill", {}).get("precision") == "bf16" else 4
+            before = measure_rates(element_bytes)
+            figures = run_it(rank, run, folders)
+            figures["rates"] = [asdict(before), asdict(measure_rates(element_bytes))]
         text = json.dumps(figures)
         (folders.out / f"figures-{rank}.json").write_text(text, encoding="utf-8")
     finally:

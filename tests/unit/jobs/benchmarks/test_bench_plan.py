@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import pytest
 from jobs.benchmarks import plan
 from jobs.benchmarks.support.published import NOT_PLANNED, compared
 from jobs.benchmarks.support.random_llama import llama_config
+from sparsify.costs.seconds import Rates
 from sparsify.errors import InputError
+
+RATES = Rates(1e11, 3e10, 1e10, 4e8, 4e8, float32=1e11, overlaps=False, disk=1e9)
 
 
 @pytest.mark.parametrize("one", plan.RUNS, ids=plan.label)
 def test_every_run_can_be_planned(one: dict[str, Any], tmp_path: Path) -> None:
     llama_config(one["shape"], one["layers"], 1024, one["vocabulary"]).save_pretrained(tmp_path)
-    memory, seconds, parts = plan.planned(one, tmp_path)
+    memory, seconds, parts = plan.planned(one, tmp_path, RATES)
     assert 1e7 < memory == pytest.approx(sum(parts.values()))
     assert 0.1 < seconds < 1000
     if one["kind"] == "distill":
@@ -48,6 +52,12 @@ def test_no_run_is_corrected_by_itself() -> None:
     json.dumps(outcome.figures, allow_nan=False)
 
 
+def test_a_run_that_is_planned_badly_does_not_spoil_the_others() -> None:
+    found = [entry("distill", seconds, 1) for seconds in (1.0, 1.1, 1.0, 9.0)]
+    plan.with_factors(found)
+    assert [one["planned_s"] for one in found] == pytest.approx([1.1, 1.0, 1.1, 1.0])
+
+
 def test_published_figures_are_within_a_quarter_but_one() -> None:
     missed = [one.what for one in compared() if abs(one.ratio - 1) > 0.25]
     assert missed == ["NeMo, Qwen3 8B to 6B distilled, tensor parallel, H100"]
@@ -56,11 +66,22 @@ def test_published_figures_are_within_a_quarter_but_one() -> None:
 
 
 def test_what_was_measured_is_kept_for_a_resume(tmp_path: Path) -> None:
-    path, one = tmp_path / "measured.json", plan.RUNS[0]
-    plan._Measured(path, False).keep(one, [{"cpu_s": 1.0}])
-    assert plan._Measured(path, True).get(one) == [{"cpu_s": 1.0}]
-    assert plan._Measured(path, False).get(one) is None
-    assert plan._Measured(path, True).get(plan.RUNS[1]) is None
+    path, (one, other) = tmp_path / "figures.json", plan.RUNS[:2]
+
+    def measured(seconds: float, resume: bool, run: dict[str, Any], what: str) -> float:
+        figures = plan._Measured(path, resume).of(run, what, lambda: [{"cpu_s": seconds}])
+        return figures[0]["cpu_s"]
+
+    assert measured(1.0, False, one, "time") == measured(2.0, True, one, "time") == 1.0
+    assert measured(3.0, True, one, "memory") == 3.0
+    assert measured(4.0, True, other, "time") == 4.0
+    assert measured(5.0, False, one, "time") == 5.0
+
+
+def test_a_run_is_planned_by_the_mean_of_its_workers_rates() -> None:
+    faster = asdict(replace(RATES, products=3e11))
+    found = plan._rates_of([{"rates": [asdict(RATES), faster]}, {"rates": [faster, faster]}])
+    assert found == replace(RATES, products=2.5e11)
 
 
 def test_a_number_of_runs_that_there_is_not_is_refused() -> None:
