@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from jobs.benchmarks.data import write_random_store
 from jobs.benchmarks.sides.planned import Folders, distill_config, work
 from jobs.benchmarks.support.arguments import add_option, settings_of
+from jobs.benchmarks.support.mixtures import MIXTURES, mixture_config
 from jobs.benchmarks.support.published import NOT_PLANNED, compared
 from jobs.benchmarks.support.random_llama import llama_config, write_checkpoint
 from jobs.benchmarks.support.record import Outcome, Table, Target
@@ -45,6 +47,8 @@ _TARGET, _TARGET_PUBLISHED = 0.15, 0.25
 
 _SMALL = {"shape": "bench-1k", "layers": 2, "vocabulary": 4096, "sequence_length": 256}
 _WIDE = {"shape": "bench-512", "layers": 4, "vocabulary": 16384, "sequence_length": 512}
+
+_MIXED = {"shape": "bench-512-moe", "layers": 4, "vocabulary": 4096, "sequence_length": 256}
 
 _BROAD = {"shape": "bench-2k", "layers": 1, "vocabulary": 4096, "sequence_length": 256}
 
@@ -76,6 +80,8 @@ RUNS: tuple[dict[str, Any], ...] = (
     # Measured when the plan was finished: nothing in it was chosen with these in view.
     _recovery(_BROAD, 1, zero_stage=2),
     _pruning(_BROAD, 1, "sparsegpt"),
+    _recovery(_MIXED, 1, zero_stage=2, micro_batch_size=4),
+    _pruning(_MIXED, 1, "sparsegpt"),
 )
 """what is measured, in this order"""
 
@@ -217,19 +223,26 @@ def _prepare(one: dict[str, Any], folder: Path, out: Path) -> Folders:
     length = one["sequence_length"]
     dense, student, rows = (folder / f"{name}{end}" for end in ("", "-2-4", f"-rows-{length}"))
     if not dense.is_dir():
-        config = llama_config(one["shape"], one["layers"], 1024, one["vocabulary"])
-        write_checkpoint(dense, config, 0, torch.float32)
+        write_checkpoint(dense, config_of(one), 0, torch.float32)
     if not student.is_dir():
         shutil.copytree(dense, student)
         for path in student.glob("*.safetensors"):
             tensors = load_file(path)
             for key, weight in tensors.items():
-                if ".layers." in key and weight.ndim == 2:
+                if ".layers." in key and weight.ndim == 2 and not key.endswith("mlp.gate.weight"):
                     weight *= keep_mask_from_scores(weight.abs(), Pattern.parse("2:4"))
             save_file(tensors, path, metadata={"format": "pt"})
     if not rows.is_dir():
         write_random_store(rows, 1e-9 * 3 * 256 * length, length, one["vocabulary"], 0)
     return Folders(dense, student, rows, out)
+
+
+def config_of(one: dict[str, Any]) -> LlamaConfig | Qwen3MoeConfig:
+    """Configuration of a run's model."""
+    sizes = one["layers"], 1024, one["vocabulary"]
+    if one["shape"] in MIXTURES:
+        return mixture_config(MIXTURES[one["shape"]], *sizes)
+    return llama_config(one["shape"], *sizes)
 
 
 def _rates_of(workers: Figures) -> Rates:

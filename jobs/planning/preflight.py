@@ -28,8 +28,8 @@ def check_recovery(config: Config, dense: Path, has_teacher: bool = True) -> Non
         return
     machine = machine_of(config, _SHARE)
     setup = training_of(config, machine)
-    if setup.element_bytes not in shape.kept:
-        _say("distill", f"{shape.name}: what its layers keep cannot be counted without weights")
+    if shape.untraced is not None:
+        _say("distill", f"{shape.name}: cannot be followed without weights ({shape.untraced})")
         return
     recovery = Recovery(
         shape, shape if has_teacher and not config.distill.teacher_cache else None, setup, machine,

@@ -207,6 +207,10 @@ def memory_lines(config: Config, dense: Path) -> list[str]:
         shape, _ = shape_of(str(dense))
     except InputError as error:
         return [f"memory: not known ({error})"]
+    if shape.untraced is not None:
+        return [
+            f"memory: not known ({shape.name} cannot be followed without weights: {shape.untraced})"
+        ]
     model = shapes_of(dense)
     list_name, blocks = find_blocks(model)
     features = sum(

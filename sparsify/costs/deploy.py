@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.costs.roofline import matrix_bytes
-from sparsify.costs.shapes import ModelShape
+from sparsify.costs.shapes import ModelShape, kept_bytes
 from sparsify.pattern import Pattern
 
 FORMATS = ("bf16", "fp8", "int8", "int4")
@@ -102,7 +102,7 @@ def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float
         setup: of the adapters.
 
     Raises:
-        KeyError: never for a model that `shapes.read_shape` could trace.
+        InputError: see `shapes.kept_bytes`.
     """
     layers = shape.layers
     outside = [group for group in shape.groups if group.num == 1]
@@ -112,10 +112,7 @@ def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float
     if features is None:
         features = shape.num_blocks * sum(rows + columns for rows, columns in chosen)
     rest = shape.num_parameters - shape.linear_parameters
-    one_block = shape.kept.get(2, 0.0) / shape.num_blocks
-    kept = 2.0 * shape.num_blocks * shape.hidden_size + one_block
-    if not setup.is_recomputed:
-        kept = shape.num_blocks * one_block
+    kept = sum(kept_bytes(shape, 2, float(setup.is_recomputed), False))
     largest = max(rows * columns for rows, columns in layers)
     return {
         "weights": shape.linear_parameters * (4 + _NF4_OVERHEAD_BITS) / 8 + 2.0 * rest,

@@ -11,9 +11,9 @@ Not counted: norms, activations, rotary angles, softmax, additions of biases, th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,8 @@ from torch import nn
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
 from sparsify.models.varlen import attention_windows, unknown_work
+
+_CHUNKED = "chunked_attention"
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from the maker's data sheets. The first entry
 # whose words are all in the device's name counts, so a variant comes before the plain one.
@@ -55,7 +57,11 @@ class ModelFlops:
     attention_width: int
     """query heads of a layer times their size"""
     windows: tuple[int | None, ...]
-    """attention window of every layer in tokens; None: the whole document"""
+    """attention window of every layer in tokens, but of those in `chunks`; None: the whole
+    document"""
+    chunks: tuple[int, ...] = ()
+    """of each layer whose tokens attend to those before them in their chunk of the row, the tokens
+    of a chunk (Llama 4)"""
 
     def forward(self, lengths: Iterable[float], with_head: bool = True) -> float:
         """FLOPs of one forward over documents of these lengths.
@@ -64,7 +70,9 @@ class ModelFlops:
         dimension for the score and 2 for the value: 4 d with d the width of all query heads (query
         heads share keys in grouped-query attention, which saves memory and no multiplication). A
         document of n tokens has n^2 / 2 pairs, so a layer costs 2 d n^2; under a window w < n it
-        has w n - w^2 / 2 of them.
+        has w n - w^2 / 2 of them. In chunks of c tokens it has c^2 / 2 for each whole chunk and
+        r^2 / 2 for the r tokens left, as if a chunk began with the document; where chunks go by the
+        row, a document that lies across their edge has fewer.
 
         Args:
             lengths: tokens of each document.
@@ -75,6 +83,11 @@ class ModelFlops:
         pairs = sum(
             self.windows.count(window) * _num_pairs(length, window)
             for window in set(self.windows)
+            for length in documents
+        )
+        pairs += sum(
+            self.chunks.count(chunk) * (length // chunk * chunk**2 + (length % chunk) ** 2) / 2
+            for chunk in set(self.chunks)
             for length in documents
         )
         return 2 * weights * sum(documents) + 4 * self.attention_width * pairs
@@ -167,18 +180,34 @@ def count_flops(model: nn.Module) -> ModelFlops:
     if getattr(config, "is_encoder_decoder", False):
         raise unknown_work(name, "it has an encoder")
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    weights = sum(
-        _num_active_weights(module, where, config, name)
-        for where, module in model.named_modules()
-        if module is not head
+    weights = 0.0
+    for where, module in model.named_modules():
+        if module is not head:
+            share = _active_share(model, where, config, name)
+            weights += share * _num_active_weights(module, where, config, name)
+    windows, chunks = _attended(config, num_layers, name)
+    return ModelFlops(weights, head.weight.numel(), heads * size, windows, chunks)
+
+
+def _attended(
+    config: Any, num_layers: int, name: str
+) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """Windows and chunks of the layers, see `ModelFlops`."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is None or _CHUNKED not in kinds:
+        return attention_windows(config, num_layers, name), ()
+    others = [kind for kind in kinds if kind != _CHUNKED]
+    rest = SimpleNamespace(
+        layer_types=others, sliding_window=getattr(config, "sliding_window", None)
     )
-    return ModelFlops(
-        weights, head.weight.numel(), heads * size, attention_windows(config, num_layers, name)
-    )
+    chunks = (chunk,) * (len(kinds) - len(others))
+    return attention_windows(rest, len(others), name), chunks
 
 
 def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -> float:
-    """Weights of this module itself (not of its children) that a token is multiplied with."""
+    """Weights of this module itself (not of its children) that a token is multiplied with, if it is
+    sent here at all."""
     if isinstance(module, nn.modules.conv._ConvNd | nn.RNNBase):
         raise unknown_work(name, f"{where} is a {type(module).__name__}")
     if isinstance(module, nn.Embedding):
@@ -190,9 +219,9 @@ def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -
             continue
         is_matmul = isinstance(module, nn.Linear) or kind == "Conv1D" or "Router" in kind
         if weight.ndim == 2 and is_matmul:
-            total += weight.numel() * _active_share_of_list(where, config)
+            total += weight.numel()
         elif weight.ndim == 3 and "Experts" in kind:
-            total += weight.numel() * _num_active(config, name) / len(weight)
+            total += weight.numel() * num_active_experts(config, name) / len(weight)
         else:
             shape = tuple(weight.shape)
             raise unknown_work(
@@ -201,20 +230,28 @@ def _num_active_weights(module: nn.Module, where: str, config: Any, name: str) -
     return total
 
 
-def _num_active(config: Any, name: str) -> int:
-    active = getattr(config, "num_experts_per_tok", None)
+def num_active_experts(config: Any, name: str) -> int:
+    """Experts that a token is sent to.
+
+    Args:
+        config: of the text model.
+        name: of the model, for the message.
+
+    Raises:
+        InputError: the config does not say.
+    """
+    inner = getattr(config, "ffn_config", None)  # DBRX
+    active = getattr(config, "num_experts_per_tok", None) or getattr(inner, "moe_top_k", None)
     if active is None:
         raise unknown_work(name, "it has experts, and its config no num_experts_per_tok")
     return int(active)
 
 
-def _active_share_of_list(where: str, config: Any) -> float:
-    """1, or for a linear in a list of experts (`...experts.3.w1`) the share that is active."""
+def _active_share(model: nn.Module, where: str, config: Any, name: str) -> float:
+    """1, or inside a list of experts (`...experts.3.w1`) the share of them that a token meets."""
     parts = where.split(".")
-    in_list = any(a == "experts" and b.isdigit() for a, b in itertools.pairwise(parts))
-    if not in_list:
-        return 1.0
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(config, key, None):
-            return float(_num_active(config, where) / getattr(config, key))
-    raise unknown_work(where, "it is an expert, and the config does not say of how many")
+    for at, word in enumerate(parts[1:], start=1):
+        if word.isdigit() and parts[at - 1] == "experts":
+            num_experts = len(list(model.get_submodule(".".join(parts[:at])).children()))
+            return num_active_experts(config, name) / num_experts
+    return 1.0

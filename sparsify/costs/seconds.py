@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from sparsify.comm import assign_by_size, shared_by_all
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.shapes import ModelShape, num_blocks_recomputed
+from sparsify.costs.shapes import ModelShape, kept_of_token, num_blocks_recomputed
 from sparsify.params import PruneParams
 
 _PARAMS = PruneParams()
@@ -127,7 +127,11 @@ def step_seconds(
         document_tokens: mean length of the documents in a row; None: a row is one document.
 
     Returns:
-        Part -> seconds; the sum is the step. "exchange" is what does not hide.
+        Part -> seconds; the sum is the step. "exchange" is what does not hide, "launches" what a
+        GPU waits for kernels to be started: those of many small experts take longer than they work.
+
+    Raises:
+        InputError: see `shapes.kept_of_token`.
     """
     tokens, width = setup.tokens, setup.element_bytes
     length = min(document_tokens or setup.sequence_length, setup.sequence_length)
@@ -138,7 +142,7 @@ def step_seconds(
     if teacher is not None and setup.uses_kl:
         heads += teacher.flops.num_head_weights
     attention = (1 + again + 2.5) * inside + taught_inside
-    kept = student.kept[width] * tokens * (1 + again / 2)
+    kept = kept_of_token(student, width) * tokens * (1 + again / 2)
     passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
     # Without tensor cores the head's products are of float32 copies.
     of_head = rates.products if setup.uses_gpu else rates.float32 or rates.products
@@ -161,6 +165,8 @@ def step_seconds(
     in_hooks = setup.zero_stage == 1 or setup.offload_optimizer
     if in_hooks:
         micro["gradient masks"] = masks
+    kernels = (3 + again) * student.num_kernels + (0 if teacher is None else teacher.num_kernels)
+    micro["launches"] = max(0.0, rates.launch_s * kernels - sum(micro.values()))
     compute = sum(micro.values())
     found = {name: setup.num_micro_batches * seconds for name, seconds in micro.items()}
     if not in_hooks:

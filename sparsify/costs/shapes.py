@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
-from sparsify.costs.flops import ModelFlops, count_flops
+from sparsify.costs.flops import ModelFlops, count_flops, num_active_experts
 from sparsify.errors import InputError, first_line
-from sparsify.models.experts import expert_layers
+from sparsify.models.experts import RoutedExperts, ScaledExperts, expert_layers
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
 from sparsify.models.watch import watch_inputs
@@ -89,9 +90,15 @@ class ModelShape:
     kept: dict[int, float]
     """bytes of an element of the weights (2 or 4) -> bytes that one token's forward of all blocks
     keeps for its backward, without compilation; attention keeps q, k, v, its output, and one
-    float32 a head, as flash kernels do. What cannot be traced without values is not in it"""
-    widest: int
-    """features of the widest activation of a block"""
+    float32 a head, as flash kernels do; a mixture's router sends as many tokens to every expert.
+    Empty where `untraced` says why"""
+    widest: float
+    """features of the widest activation of a block, of an expert's those of the tokens that it
+    meets on average; of a mixture at least what all experts make of one token"""
+    num_kernels: int = 0
+    """kernels of one forward of all blocks, by one operation after another"""
+    untraced: str | None = None
+    """why nothing is known of what a forward keeps; None: it is known"""
 
     @property
     def has_experts(self) -> bool:
@@ -124,7 +131,7 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
             blocks, or a kind of layer whose work is not known (`flops.count_flops`).
 
     Cost: the model's modules without weights, and two forwards of 64 tokens that compute nothing:
-    half a second for 80 blocks.
+    half a second for 80 blocks, half a minute for a mixture of 6,144 experts.
     """
     text = config.get_text_config()
     blocks_asked = getattr(text, "num_hidden_layers", 1)
@@ -139,15 +146,17 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
                 f"config.json: no model can be built of it ({type(error).__name__}: "
                 f"{first_line(error)})"
             ) from None
+    unfuse_experts(model)  # as pruning and recovery do
     flops = count_flops(model)  # refuses what is no plain attention
-    unfuse_experts(model)  # as pruning does
     _, blocks = find_blocks(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    groups, kept = _trace(model, blocks)
-    sides = [side for group in groups for layer in group.layers for side in layer]
+    of_attention = getattr(text, "attn_config", None)  # DBRX
+    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(
+        of_attention, "kv_n_heads", heads
+    )
+    traced = _trace(model, blocks)
     return ModelShape(
         name=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -164,10 +173,12 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         vocab_size=head.weight.shape[0],
         max_positions=getattr(text, "max_position_embeddings", None),
         kv_width=2 * len(blocks) * kv_heads * size,
-        groups=tuple(groups),
+        groups=tuple(traced.groups),
         flops=flops,
-        kept=kept,
-        widest=max(sides),
+        kept=traced.kept,
+        widest=_widest(blocks, traced.groups),
+        num_kernels=traced.num_kernels,
+        untraced=traced.untraced,
     )
 
 
@@ -176,7 +187,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        output = query.new_zeros(*query.shape[:3], value.shape[-1])
         sums = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums)
         return output
@@ -187,7 +198,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **others: Any
 ) -> tuple[Tensor, None]:
     output: Tensor = _Attention.apply(query, key, value)
     return output.transpose(1, 2).contiguous(), None
@@ -196,8 +207,29 @@ def _attend(
 AttentionInterface.register(_COUNTED, _attend)
 
 
-def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[LayerGroup], dict[int, float]]:
-    """A block's layers by shared input, and what all blocks keep of a token."""
+class _Kernels(TorchDispatchMode):
+    """Counts operations that are no views: each is a kernel on a GPU."""
+
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [value.alias_info for value in func._schema.returns]
+        self.num += not any(alias is not None and not alias.is_write for alias in returned)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What following one forward showed; see the fields of `ModelShape`."""
+
+    groups: list[LayerGroup]
+    kept: dict[int, float]
+    num_kernels: int
+    untraced: str | None
+
+
+def _trace(model: Any, blocks: nn.ModuleList) -> _Traced:
+    """Follow a forward in both types."""
     block = next((block for block in blocks if expert_layers(block)), blocks[0])
     in_experts = expert_layers(block)
     linears = {name: layer for name, layer in linears_of(block).items() if name not in in_experts}
@@ -209,32 +241,48 @@ def _trace(model: Any, blocks: nn.ModuleList) -> tuple[list[LayerGroup], dict[in
         held.append(value)  # so that no later one gets its identity
         keys.setdefault(name, (id(value), value._version))
 
-    kept = {}
+    kept: dict[int, float] = {}
+    untraced, kernels = None, _Kernels()
     try:
         model.config._attn_implementation = _COUNTED
         for dtype in (torch.float32, torch.bfloat16):
             model.to(dtype).train()
+            kernels.num = 0
             with watch_inputs(linears, note), _counting(blocks) as storages:
                 ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
                 try:
-                    model.base_model(input_ids=ids_BT, use_cache=False)
-                except (NotImplementedError, RuntimeError):
-                    continue  # experts, say, that ask where each token goes
+                    with kernels:
+                        model.base_model(input_ids=ids_BT, use_cache=False)
+                except Exception as error:  # whatever the family's own code raises
+                    untraced = f"{type(error).__name__}: {first_line(error)}"
+                    continue
             own = {p.untyped_storage()._cdata for p in model.parameters()}
             total = sum(n for place, n in storages.items() if place not in own)
             kept[dtype.itemsize] = total / _TOKENS
     finally:
         model.config._attn_implementation = given
-    for name, layer in linears.items():  # behind experts, such as those that all tokens meet
+    for name, layer in linears.items():  # behind what could not be traced
         keys.setdefault(name, (-layer.in_features, 0))
     found: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for name, key in keys.items():
         found.setdefault(key, []).append((linears[name].out_features, linears[name].in_features))
     groups = [LayerGroup(tuple(layers)) for layers in found.values()]
-    return groups + _expert_groups(block, model.config.get_text_config()), kept
+    return _Traced(groups + _expert_groups(model, block), kept, kernels.num, untraced)
 
 
-def _expert_groups(block: nn.Module, config: Any) -> list[LayerGroup]:
+def _widest(blocks: nn.ModuleList, groups: list[LayerGroup]) -> float:
+    """See `ModelShape.widest`."""
+    widest = max(group.share * side for group in groups for layer in group.layers for side in layer)
+    for module in blocks.modules():
+        if isinstance(module, RoutedExperts):
+            num_experts = len(list(module.children()))
+            # Llama 4 hands every token to every expert.
+            share = 1.0 if isinstance(module, ScaledExperts) else groups[-1].share
+            widest = max(widest, share * num_experts * groups[-1].num_outputs)
+    return widest
+
+
+def _expert_groups(model: Any, block: nn.Module) -> list[LayerGroup]:
     """Of the layers in a block's experts: those that read what the router sends, and the others."""
     kinds: dict[tuple[bool, int], dict[str, tuple[int, int]]] = {}
     experts = expert_layers(block)
@@ -243,7 +291,9 @@ def _expert_groups(block: nn.Module, config: Any) -> list[LayerGroup]:
         linear: Any = block.get_submodule(name)
         shape = linear.out_features, linear.in_features
         kinds.setdefault((not layer.reads_input, shape[1]), {})[layer.kind] = shape
-    share = config.num_experts_per_tok / num if num else 0.0
+    if not num:
+        return []
+    share = num_active_experts(model.config.get_text_config(), type(model).__name__) / num
     return [LayerGroup(tuple(kinds[key].values()), num, share) for key in sorted(kinds)]
 
 
@@ -284,6 +334,20 @@ def num_blocks_recomputed(num_blocks: int, share: float) -> int:
     return round(share * num_blocks)
 
 
+def kept_of_token(shape: ModelShape, element_bytes: int) -> float:
+    """Bytes a token keeps for the backward pass in all blocks, without compilation.
+
+    Raises:
+        InputError: the model could not be traced without values; says why.
+    """
+    if element_bytes not in shape.kept:
+        raise InputError(
+            f"{shape.name}: what its layers keep for the backward pass cannot be counted without "
+            f"weights ({shape.untraced}); its training cannot be planned"
+        )
+    return shape.kept[element_bytes]
+
+
 def kept_bytes(
     shape: ModelShape, element_bytes: int, share_recomputed: float, compiled: bool
 ) -> tuple[float, float]:
@@ -295,15 +359,10 @@ def kept_bytes(
     share is taken for float32.
 
     Raises:
-        InputError: the model's layers could not be traced without values.
+        InputError: see `kept_of_token`.
     """
-    if element_bytes not in shape.kept:
-        raise InputError(
-            f"{shape.name}: what its layers keep for the backward pass cannot be counted without "
-            "weights (experts that ask where each token goes?); its training cannot be planned"
-        )
     share = _COMPILED if compiled else 1.0
-    whole = share * shape.kept[element_bytes] / shape.num_blocks
+    whole = share * kept_of_token(shape, element_bytes) / shape.num_blocks
     again = num_blocks_recomputed(shape.num_blocks, share_recomputed)
     inputs = again * shape.hidden_size * element_bytes
     return (shape.num_blocks - again) * whole + inputs, whole if again else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,15 @@ class ScaledExperts(RoutedExperts):
 
     The family's code hands every token to every expert, scaled by 0 where it is not sent there.
     Experts have no biases, so that zeros come out: such tokens are left out here.
+
+    Args:
+        experts: of the layer.
+        num_active: experts of a token; taken for granted on the meta device alone.
     """
+
+    def __init__(self, experts: list[Expert], num_active: int) -> None:
+        super().__init__(experts)
+        self._num_active = num_active
 
     def forward(self, scaled_SD: Tensor) -> Tensor:  # type: ignore[override]
         """What each expert makes of its tokens, zeros for the others.
@@ -108,20 +117,36 @@ class ScaledExperts(RoutedExperts):
         Cost: see `RoutedExperts.forward`; one more pass over the inputs.
         """
         experts: list[Any] = list(self.children())
-        is_sent_ET = scaled_SD.ne(0).any(-1).view(len(experts), -1)
-        sent_S = is_sent_ET.flatten().nonzero()[:, 0]
-        counts = is_sent_ET.sum(1).tolist()
+        num_tokens = len(scaled_SD) // len(experts)
+        is_sent_ET = scaled_SD.ne(0).any(-1).view(len(experts), num_tokens)
+        if scaled_SD.is_meta:
+            counts = even_counts(self._num_active * num_tokens, len(experts))
+            sent_S = torch.arange(sum(counts), device=scaled_SD.device)
+        else:
+            sent_S = is_sent_ET.flatten().nonzero()[:, 0]
+            counts = is_sent_ET.sum(1).tolist()
         outputs = []
         for expert, pairs_T in zip(experts, sent_S.split(counts), strict=True):
-            expert.tokens_T = pairs_T % is_sent_ET.shape[1]
+            expert.tokens_T = pairs_T % num_tokens
             outputs.append(expert(scaled_SD[pairs_T]))
         return torch.zeros_like(scaled_SD).index_copy(0, sent_S, torch.cat(outputs))
 
 
 def token_counts(index_TK: Tensor, num_experts: int) -> list[int]:
-    """How many tokens each expert is sent; waits for the device."""
+    """How many tokens each expert is sent; waits for the device.
+
+    Tensors on the meta device have no values: each is sent as many there.
+    """
+    if index_TK.is_meta:
+        return even_counts(index_TK.numel(), num_experts)
     counts: list[int] = torch.bincount(index_TK.flatten(), minlength=num_experts).tolist()
     return counts
+
+
+def even_counts(num_pairs: int, num_experts: int) -> list[int]:
+    """Pairs of a token and an expert, dealt out so that no expert has two more than another."""
+    edges = [at * num_pairs // num_experts for at in range(num_experts + 1)]
+    return [stop - start for start, stop in pairwise(edges)]
 
 
 @dataclass(frozen=True)

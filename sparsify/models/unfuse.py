@@ -55,7 +55,7 @@ def unfuse_experts(model: nn.Module) -> None:
     for path, of_experts in names.items():
         for name, stored_name in stored.get(path, {}).items():
             fused[stored_name] = _layout_of(path, found[path], name, stored_name, of_experts)
-        model.set_submodule(path, _split(found[path], of_experts))
+        model.set_submodule(path, _split(model, found[path], of_experts))
     if fused:
         set_layout(model, Layout(fused, _renamed(model)))
     elif names:
@@ -224,7 +224,7 @@ def _take_stored_names(model: nn.Module) -> None:
             parent._modules.update(children)
 
 
-def _split(fused: _FusedModule, names: list[dict[str, str]]) -> RoutedExperts:
+def _split(model: Any, fused: _FusedModule, names: list[dict[str, str]]) -> RoutedExperts:
     """The linears of fused experts; the fused weights are let go."""
     layouts = {name: _layout_of("", fused, name, name, names) for name in fused.parameters}
     held = {name: _pop(fused.module, name) for name in fused.parameters}
@@ -241,8 +241,9 @@ def _split(fused: _FusedModule, names: list[dict[str, str]]) -> RoutedExperts:
             if role in of_roles
         }
         experts.append(Expert(linears, _Mixer(fused)))
-    is_scaled = type(fused.module).__name__ == "Llama4TextExperts"
-    return ScaledExperts(experts) if is_scaled else RoutedExperts(experts)
+    if type(fused.module).__name__ == "Llama4TextExperts":
+        return ScaledExperts(experts, model.config.get_text_config().num_experts_per_tok)
+    return RoutedExperts(experts)
 
 
 def _pop(module: nn.Module, name: str) -> Any:

@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MixtralConfig,
+    OlmoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from jobs.benchmarks.support.families import family_config
@@ -54,7 +56,8 @@ def llama() -> ModelShape:
     [
         LlamaConfig(**SMALL), LlamaConfig(**SMALL, tie_word_embeddings=True),
         Qwen3Config(**SMALL, head_dim=16), MixtralConfig(**SMALL, num_local_experts=4),
-        family_config("gpt_oss"), family_config("granitemoe"),
+        family_config("gpt_oss"), family_config("granitemoe"), family_config("dbrx"),
+        family_config("llama4_text"),
     ],
 )  # fmt: skip
 def test_counts_are_those_of_the_model_itself(config: Any) -> None:
@@ -94,23 +97,23 @@ def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
     shape = read_shape(config)
     assert shape.groups == (
         LayerGroup(((64, 64), (32, 64), (32, 64))), LayerGroup(((64, 64),)),
-        LayerGroup(((160, 64), (160, 64))), LayerGroup(((64, 160),)), LayerGroup(((1, 64),)),
+        LayerGroup(((160, 64), (160, 64), (1, 64))), LayerGroup(((64, 160),)),
         LayerGroup(((80, 64), (80, 64)), 4, 0.5), LayerGroup(((64, 80),), 4, 0.5),
     )  # fmt: skip
     assert len(shape.layers) == 4 + 4 + 4 * 3 and shape.has_experts
     setup = Pruning(num_samples=64, sequence_length=128, method="sparsegpt", needs_teacher=False)
     rates = replace(rates_of(cards()["h100"], 2), products=1.0, float32=1.0)
     found = pruning_seconds(shape, setup, rates)
-    squares = 4 * 64**2 + 160**2 + 4 * 0.5 * (64**2 + 80**2)
+    squares = 3 * 64**2 + 160**2 + 4 * 0.5 * (64**2 + 80**2)
     assert found["statistics"] == pytest.approx(3 * 64 * 128 * squares)
-    cubes = 4 * 64**3 + 160**3 + 4 * (64**3 + 80**3)
+    cubes = 3 * 64**3 + 160**3 + 4 * (64**3 + 80**3)
     assert found["factor"] == pytest.approx(3 * 4 / 3 * cubes)
     parts = pruning_memory(shape, setup).parts
     assert parts["solver"] == 4 * 5 * (4 * 80 * 64)  # of all experts' gates, as a stack
     large = replace(shape, groups=(LayerGroup(((8192, 8192),), 128, 0.1),))
     assert pruning_memory(large, setup).parts["solver"] == 5 * STACK_BYTES == 5 * _STACK_BYTES
     held = parts["Hessians"]  # of all experts at once
-    assert held == (4 + 4) * (4 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
+    assert held == (4 + 4) * (3 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoe"])
@@ -123,10 +126,27 @@ def test_experts_that_files_hold_as_one_tensor_are_counted_one_by_one(family: st
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**SMALL), Qwen3Config(**SMALL, head_dim=16)])
+MIXTURES = [
+    MixtralConfig(**SMALL, num_local_experts=8, num_experts_per_tok=2),
+    Qwen3MoeConfig(**SMALL, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=48),
+    OlmoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2),
+    Qwen2MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=80),
+    *(family_config(name) for name in ("dbrx", "gpt_oss", "llama4_text")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**SMALL), Qwen3Config(**SMALL, head_dim=16), *MIXTURES],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_those_that_a_real_step_keeps(config: Any, dtype: torch.dtype) -> None:
+def test_activations_are_those_that_a_real_step_keeps(
+    config: Any, dtype: torch.dtype, monkeypatch
+) -> None:
+    """Of a mixture with its experts apart, as a recovery has them."""
     model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
+    unfuse_experts(model)
+    monkeypatch.setattr(model.config, "_attn_implementation", "counted")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
     held = []
@@ -139,7 +159,8 @@ def test_activations_are_those_that_a_real_step_keeps(config: Any, dtype: torch.
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        model.model(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+        ids_BT = torch.randint(1, config.vocab_size, (2, 256))  # 0 pads, and is all zeros
+        model.base_model(input_ids=ids_BT, use_cache=False)
     real = sum(found.values()) / 512
     # The real step also keeps what comes before and after the blocks: the last norm's input.
     assert read_shape(config).kept[dtype.itemsize] == pytest.approx(real, rel=0.06)
@@ -151,8 +172,57 @@ def test_recomputed_blocks_keep_their_inputs(llama: ModelShape) -> None:
     assert nothing == 32 * 4096 * 2
     assert again == pytest.approx(everything / 32)
     assert everything / 32 / 8192 == pytest.approx(24.9, rel=0.03)  # counted in a real block
-    with pytest.raises(InputError, match="cannot be counted without weights"):
-        kept_bytes(replace(llama, kept={}), 2, 0.0, False)
+
+
+def test_a_family_that_cannot_be_followed_is_named_with_the_reason() -> None:
+    shape = read_shape(family_config("jetmoe"))  # asks where each token goes
+    assert not shape.kept and shape.num_parameters > 0
+    setup, rates = Training(sequence_length=128), rates_of(cards()["h100"], 2)
+    for count in (
+        lambda: training_memory(shape, shape, setup), lambda: kept_bytes(shape, 2, 0.0, False),
+        lambda: step_seconds(shape, shape, setup, rates),
+        lambda: adapter_memory(shape, AdapterTraining()),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"^JetMoeForCausalLM: .* \(\w+: .*meta.*\)"):
+            count()
+
+
+def test_states_of_a_mixture_are_those_of_all_its_experts() -> None:
+    few, many = (
+        read_shape(Qwen3MoeConfig(
+            **SMALL, num_experts=num, num_experts_per_tok=2, moe_intermediate_size=48
+        ))
+        for num in (8, 16)
+    )  # fmt: skip
+    setup, rates = Training(sequence_length=128), rates_of(cards()["h100"], 2)
+    experts = 3 * 8 * (3 * 48 * 64)
+    routers = 3 * 8 * 64
+    assert many.num_parameters - few.num_parameters == experts + routers
+    held = [training_memory(shape, shape, setup).parts for shape in (few, many)]
+    for part, size in (("student", 2), ("teacher", 2), ("masters", 4), ("moments", 8)):
+        assert held[1][part] - held[0][part] == size * (experts + routers)
+    # The router alone has more to multiply, and to keep.
+    assert many.flops.num_block_weights - few.flops.num_block_weights == routers
+    assert few.kept[2] < many.kept[2] < few.kept[2] + 3 * 8 * 16
+    spent = [step_seconds(shape, shape, setup, rates) for shape in (few, many)]
+    assert spent[0]["products"] < spent[1]["products"] < 1.05 * spent[0]["products"]
+    grown = many.num_parameters / few.num_parameters
+    assert spent[1]["engine"] == pytest.approx(grown * spent[0]["engine"])
+
+
+def test_starting_the_kernels_of_many_small_experts_takes_time(llama: ModelShape) -> None:
+    rates = rates_of(cards()["h100"], 2)
+    setup = Training(sequence_length=8192)
+    assert step_seconds(llama, llama, setup, rates)["launches"] == 0
+    config = Qwen3MoeConfig(
+        **SMALL, num_experts=64, num_experts_per_tok=4, moe_intermediate_size=48
+    )  # fmt: skip
+    shape = read_shape(config)
+    # Of an expert: its inputs, three products, the activation, and gate times up.
+    assert 3 * 64 * 6 < shape.num_kernels < 3 * (64 * 6 + 100)
+    spent = step_seconds(shape, shape, setup, rates)
+    whole = sum(value for part, value in spent.items() if part not in ("update", "gradient masks"))
+    assert whole == pytest.approx(4 * shape.num_kernels * rates.launch_s, rel=0.01)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

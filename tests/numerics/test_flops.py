@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from families import FAMILIES, in_two_documents, tiny, token_rows
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
+from jobs.benchmarks.support.families import family_config
 from jobs.benchmarks.support.random_llama import llama_config
 from sparsify.costs.flops import (
     ModelFlops,
@@ -102,6 +106,39 @@ def test_pairs_of_a_window(window: int | None) -> None:
     # n (n + 1) / 2 pairs against n^2 / 2, and the same over the first w tokens.
     diagonal = min(length, window or length) / 2 + length / 2
     assert flops.forward([length]) / 4 == pytest.approx(seen + full - diagonal)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9, 20])
+def test_pairs_of_chunks(chunk: int) -> None:
+    """A token sees those of its chunk up to itself; the convention leaves out half the diagonal."""
+    length = 9
+    flops = ModelFlops(0, 0, 1, (None,), (chunk, chunk))
+    seen = sum(i % chunk + 1 for i in range(length))
+    full = sum(i + 1 for i in range(length))
+    assert flops.forward([length]) / 4 == 2 * seen + full - 3 * length / 2
+
+
+def test_layers_of_llama_4_are_counted_by_what_they_attend_to() -> None:
+    """Every fourth layer sees the whole document, the others the chunk: as its masks have it."""
+    config = family_config("llama4_text", num_hidden_layers=4, attention_chunk_size=5)
+    config.layer_types = ["chunked_attention"] * 3 + ["full_attention"]
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    flops = count_flops(model)
+    assert flops.windows == (None,) and flops.chunks == (5, 5, 5)
+    given = {
+        "config": model.config, "inputs_embeds": torch.zeros(1, 12, 32), "past_key_values": None,
+        "attention_mask": torch.ones(1, 12), "position_ids": torch.arange(12)[None],
+    }  # fmt: skip
+    model.config._attn_implementation = "eager"
+    whole, chunked = (
+        int(make(**given).eq(0).sum()) for make in (create_causal_mask, create_chunked_causal_mask)
+    )
+    seen = whole + 3 * chunked
+    assert whole == 12 * 13 / 2 > chunked
+    with_weights = 2 * (flops.num_block_weights + flops.num_head_weights) * 12
+    attention = 4 * flops.attention_width * (seen - 4 * 12 / 2)
+    assert flops.forward([12]) == with_weights + attention
 
 
 def test_packed_documents_cost_the_sum_of_their_squares() -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts of public shapes, for what is counted without weights."""
+"""Mixtures of experts of public shapes, and one for benchmarks on a CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ MIXTURES: dict[str, dict[str, int]] = {
         "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
         "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4,
         "head_dim": 128, "num_hidden_layers": 48,
+    },
+    "bench-512-moe": {
+        "hidden_size": 512, "moe_intermediate_size": 384, "num_experts": 16,
+        "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 64, "num_hidden_layers": 8,
     },
 }  # fmt: skip
 """Shapes by name; every block has experts."""

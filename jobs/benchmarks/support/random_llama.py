@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from sparsify.data.rows import TokenRows
 from sparsify.errors import InputError
@@ -146,7 +146,9 @@ def with_linears(
     return ready
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig, seed: int, dtype: torch.dtype) -> None:
+def write_checkpoint(
+    folder: Path, config: LlamaConfig | Qwen3MoeConfig, seed: int, dtype: torch.dtype
+) -> None:
     """Write a model folder with random weights and a tokenizer, one file per block.
 
     The folder appears whole or not at all. The tokenizer is the embedded model's, so that the
@@ -157,7 +159,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig, seed: int, dtype: torch.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(partial)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -199,7 +201,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return torch.empty(shape, dtype=dtype).normal_(0.0, _SCALE, generator=generator)
 
 
-def _pieces(config: LlamaConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+def _pieces(config: LlamaConfig | Qwen3MoeConfig) -> Iterator[dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors of each file: embeddings, every block, the head."""
     yield {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for index in range(config.num_hidden_layers):
@@ -210,10 +212,19 @@ def _pieces(config: LlamaConfig) -> Iterator[dict[str, tuple[int, ...]]]:
     }
 
 
-def _block_shapes(config: LlamaConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+def _block_shapes(config: LlamaConfig | Qwen3MoeConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     head = hidden // config.num_attention_heads
     narrow = (config.num_key_value_heads or config.num_attention_heads) * head
+    places, special = ["mlp"], {}
+    if isinstance(config, Qwen3MoeConfig):
+        inner = config.moe_intermediate_size
+        places = [f"mlp.experts.{number}" for number in range(config.num_experts)]
+        special = {
+            f"{prefix}.self_attn.q_norm.weight": (head,),
+            f"{prefix}.self_attn.k_norm.weight": (head,),
+            f"{prefix}.mlp.gate.weight": (config.num_experts, hidden),
+        }
     return {
         f"{prefix}.input_layernorm.weight": (hidden,),
         f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
@@ -221,7 +232,13 @@ def _block_shapes(config: LlamaConfig, prefix: str) -> dict[str, tuple[int, ...]
         f"{prefix}.self_attn.v_proj.weight": (narrow, hidden),
         f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
         f"{prefix}.post_attention_layernorm.weight": (hidden,),
-        f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-        f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-        f"{prefix}.mlp.down_proj.weight": (hidden, inner),
-    }
+        **special,
+        **{
+            f"{prefix}.{place}.{name}.weight": shape
+            for place in places
+            for name, shape in (
+                ("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)),
+                ("down_proj", (hidden, inner)),
+            )
+        },
+    }  # fmt: skip

@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -247,8 +246,7 @@ class StandInGpu(TorchDispatchMode):
         """In the place of `experts.token_counts`: as if the router sent as many to every expert."""
         self.launch("bincount", Cost(num_bytes=bytes_of([index_TK])))
         self.wait()
-        edges = [at * index_TK.numel() // num_experts for at in range(num_experts + 1)]
-        return [stop - start for start, stop in pairwise(edges)]
+        return experts.even_counts(index_TK.numel(), num_experts)
 
     def run_triton(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In the place of a launch of Triton."""

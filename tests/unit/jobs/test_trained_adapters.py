@@ -15,6 +15,8 @@ from conf.options.data import DataConfig
 from conf.options.finetune import FinetuneConfig
 from conf.options.run import RunConfig
 from conf.schema import Config
+from jobs.cli.compose import load_config
+from jobs.pipeline import describe_plan
 from jobs.planning.models import shape_of
 from jobs.training import adapters as _adapters
 from jobs.workers import finetune
@@ -151,6 +153,28 @@ def test_memory_by_the_config_is_that_of_the_tensors(tiny_model_dir: Path, monke
     (line,) = memory_lines(config, tiny_model_dir)
     assert line.startswith("memory: ") and "adapters" in line
     assert memory_lines(config_of(), tiny_model_dir) == []
+
+
+def test_memory_is_that_of_the_stage_s_own_workers(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """As a dry run shows it: masters and moments of an adapter are split, a copy is added."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    Path("text.txt").write_text("once upon a time " * 50, encoding="utf-8")
+    words = [
+        f"model.path={tiny_model_dir}", "finetune.data=text.txt", "finetune.num_tokens=64",
+        "finetune.batch_size=16", "finetune.adapter=qlora", "finetune.zero_stage=1",
+        "data.sequence_length=32", "cluster.num_workers=1",
+    ]  # fmt: skip
+
+    def adapters_gb(*more: str) -> float:
+        told = describe_plan(load_config("finetune", [*words, *more]))
+        (line,) = (line for line in told if line.strip().startswith("memory: "))
+        return float(line.partition("adapters ")[2].partition(",")[0])
+
+    alone, both = adapters_gb(), adapters_gb("cluster.stages.finetune.num_workers=2")
+    assert both / alone == pytest.approx((12 + 16 / 2) / 16, rel=0.02)  # shown to three digits
 
 
 def test_tokens_that_a_frozen_head_cannot_tell_apart_are_said(tiny_model_dir, tmp_path) -> None:

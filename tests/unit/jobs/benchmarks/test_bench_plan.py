@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from jobs.benchmarks import plan
+from jobs.benchmarks.support.mixtures import MIXTURES
 from jobs.benchmarks.support.published import NOT_PLANNED, compared
-from jobs.benchmarks.support.random_llama import llama_config
 from sparsify.costs.seconds import Rates
 from sparsify.errors import InputError
 
@@ -21,7 +21,7 @@ RATES = Rates(1e11, 3e10, 1e10, 4e8, 4e8, float32=1e11, overlaps=False, disk=1e9
 
 @pytest.mark.parametrize("one", plan.RUNS, ids=plan.label)
 def test_every_run_can_be_planned(one: dict[str, Any], tmp_path: Path) -> None:
-    llama_config(one["shape"], one["layers"], 1024, one["vocabulary"]).save_pretrained(tmp_path)
+    plan.config_of(one).save_pretrained(tmp_path)
     memory, seconds, parts = plan.planned(one, tmp_path, RATES)
     assert 1e7 < memory == pytest.approx(sum(parts.values()))
     assert 0.1 < seconds < 1000
@@ -33,6 +33,7 @@ def test_runs_cover_what_was_promised() -> None:
     recoveries = [one for one in plan.RUNS if one["kind"] == "distill"]
     assert {one["distill"]["zero_stage"] for one in recoveries} == {0, 1, 2, 3}
     assert {one["workers"] for one in plan.RUNS} == {1, 2}
+    assert {one["kind"] for one in plan.RUNS if one["shape"] in MIXTURES} == {"distill", "prune"}
     assert len({plan.label(one) for one in plan.RUNS}) == len(plan.RUNS) >= 8
     assert len({(one["shape"], one["layers"]) for one in plan.RUNS}) >= 3
 

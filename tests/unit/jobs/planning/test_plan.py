@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import jobs.stages
 from conf.schema import Config, PlanJobConfig
 from jobs import plan as command
+from jobs.benchmarks.support.families import family_config
 from jobs.cli.compose import load_config
 from jobs.planning.budget import make_budget
 from jobs.planning.calibration import read_calibration
@@ -125,6 +126,39 @@ def test_the_stage_itself_refuses(stage: str, tmp_path: Path) -> None:
     assert check is not None
     with pytest.raises(InputError, match=rf"^{stage}: .*GeForce RTX 4090 24 GB has 24.0 to give"):
         check(config, Models(tmp_path, ()))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "llama4_text", "dbrx"])
+def test_mixtures_are_planned_and_looked_at_before_they_start(
+    family: str, capsys: Any, tmp_path: Path
+) -> None:
+    family_config(family).save_pretrained(tmp_path)
+    words = [f"model.path={tmp_path}", "cluster.card=h100", "data.sequence_length=64"]
+    found = make_plan(plan_config(*words), unused)
+    assert found["recovery"]["asked"]["fits"] and found["pruning"]
+    assert found["recovery"]["step"]["parts_s"]["launches"] > 0
+    check_recovery(plan_config(*words), tmp_path)
+    assert not capsys.readouterr().err
+
+
+def test_a_mixture_that_cannot_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    """Of 9.7 G parameters: 39 GB for both models alone."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 32768, "num_local_experts": 4}
+    family_config("mixtral", **sizes).save_pretrained(tmp_path)
+    words = [f"model.path={tmp_path}", "cluster.card=a100-40", "data.sequence_length=64"]
+    with pytest.raises(InputError, match=r"needs .* GB on every GPU .*; use distill.zero_stage=3"):
+        check_recovery(plan_config(*words), tmp_path)
+
+
+def test_a_mixture_that_cannot_be_followed_is_named_with_the_reason(
+    capsys: Any, tmp_path: Path
+) -> None:
+    family_config("jetmoe").save_pretrained(tmp_path)
+    check_recovery(plan_config(), tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nobody looks" in line and "JetMoeForCausalLM" in line and "meta" in line
+    with pytest.raises(InputError, match=r"JetMoe.*without weights \(.*meta"):
+        make_plan(plan_config(f"model.path={tmp_path}"), unused)
 
 
 def test_what_cannot_be_counted_is_said_and_not_refused(capsys: Any, tmp_path: Path) -> None:
