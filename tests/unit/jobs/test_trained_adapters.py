@@ -15,6 +15,7 @@ from conf.options.data import DataConfig
 from conf.options.finetune import FinetuneConfig
 from conf.options.run import RunConfig
 from conf.schema import Config
+from jobs.benchmarks.support.families import family_config
 from jobs.cli.compose import load_config
 from jobs.pipeline import describe_plan
 from jobs.planning.models import shape_of
@@ -175,6 +176,12 @@ def test_memory_is_that_of_the_stage_s_own_workers(
 
     alone, both = adapters_gb(), adapters_gb("cluster.stages.finetune.num_workers=2")
     assert both / alone == pytest.approx((12 + 16 / 2) / 16, rel=0.02)  # shown to three digits
+
+
+def test_memory_of_what_cannot_be_followed_is_not_known(tmp_path: Path) -> None:
+    family_config("jetmoe").save_pretrained(tmp_path)
+    (line,) = memory_lines(config_of(adapter="qlora"), tmp_path)
+    assert line.startswith("memory: not known (JetMoeForCausalLM")
 
 
 def test_tokens_that_a_frozen_head_cannot_tell_apart_are_said(tiny_model_dir, tmp_path) -> None:
