@@ -16,7 +16,7 @@ from sparsify.calibration.cholesky import invert_factor_, invert_factors_
 from sparsify.comm import Comm
 from sparsify.errors import CalibrationError, InputError, NonFiniteError, SingularHessianError
 from sparsify.kernels.gram import add_gram_, mirror_upper_, sum_dtype
-from sparsify.kernels.precision import float32_products
+from sparsify.kernels.precision import float32_products, times
 
 _DAMPING_STEP = 10.0
 
@@ -243,10 +243,9 @@ def inverse_factors(
     """
     diagonal_EI = hessian_EII.diagonal(dim1=-2, dim2=-1).contiguous()
     dead_EI = diagonal_EI == 0
-    num_alive_E = (~dead_EI).sum(-1)
-    scale_E = torch.where(num_alive_E == 0, 1.0, diagonal_EI.sum(-1) / num_alive_E)
+    added_E = damping * mean_alive(diagonal_EI, dead_EI).double()
     # Rounded once, as a number that is added to float32 is.
-    added_E1 = (damping * scale_E.double()).to(hessian_EII.dtype).unsqueeze(-1)
+    added_E1 = added_E.to(hessian_EII.dtype).unsqueeze(-1)
     with float32_products():
         matrix_EII = hessian_EII.flip(-2, -1)
         matrix_EII.diagonal(dim1=-2, dim2=-1).add_(dead_EI.flip(-1)).add_(added_E1)
@@ -260,6 +259,12 @@ def inverse_factors(
         else inverse_factor(hessian_EII[index], damping, name)
         for index, name in enumerate(names)
     ]
+
+
+def mean_alive(diagonal_EI: Tensor, dead_EI: Tensor) -> Tensor:
+    """(E,): what dampings are shares of, the mean over columns that are not dead; 1 without any."""
+    num_alive_E = (~dead_EI).sum(-1)
+    return torch.where(num_alive_E == 0, 1.0, diagonal_EI.sum(-1) / num_alive_E)
 
 
 def _flip_(matrix_II: Tensor) -> None:
@@ -288,17 +293,13 @@ def _condition(
     inverse_sizes_I = torch.linalg.vector_norm(upper_II, dim=-2).masked_fill_(dead_I, 0.0)
 
     def damped(x_I: Tensor) -> Tensor:
-        return _times(hessian_II, x_I) + added * x_I
+        return times(hessian_II, x_I) + added * x_I
 
     def inverse(x_I: Tensor) -> Tensor:
-        return _times(upper_II.mT, _times(upper_II, x_I))
+        return times(upper_II.mT, times(upper_II, x_I))
 
     found = _largest_eigenvalue(damped, sizes_I) * _largest_eigenvalue(inverse, inverse_sizes_I)
     return found.masked_fill_(dead_I.all(-1), 1.0)
-
-
-def _times(matrix_II: Tensor, x_I: Tensor) -> Tensor:
-    return matrix_II @ x_I if x_I.ndim == 1 else (matrix_II @ x_I.unsqueeze(-1)).squeeze(-1)
 
 
 def _largest_eigenvalue(multiply: Callable[[Tensor], Tensor], sizes_I: Tensor) -> Tensor:

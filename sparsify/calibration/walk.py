@@ -121,13 +121,15 @@ class _Solver:
         parts = [[group] for group in stack] if self.several is None else [stack]
         together = (layers_of(part, loaded, found, prefix) for part in parts)
         for layers in chain.from_iterable(together):
-            if len(layers) > 1 and self.several is not None:
-                self.several(layers)
-                continue
             try:
-                self.one(layers[0])
+                if len(layers) > 1 and self.several is not None:
+                    self.several(layers)
+                else:
+                    self.one(layers[0])
             except SingularHessianError as error:
-                used = f"{layers[0].moments.num_tokens} calibration tokens were used"
+                named = (x for x in layers if str(error).startswith(f"{x.name}: "))
+                refused = next(named, layers[0])
+                used = f"{refused.moments.num_tokens} calibration tokens were used"
                 raise SingularHessianError(f"{error} ({used})") from error
 
 

@@ -4,6 +4,7 @@ The PyTorch code of `sparsify.quantization` is the reference. Equal values get e
 there (`_rounding_triton`); what differs is the last bits of sums, and of products that a GPU adds
 without rounding them first.
 
+A stack of weights, each with its matrix, has a leading dimension and takes the launches of one.
 Shape suffixes: O output features (rows), R rows of one program, B columns of one segment or tile.
 """
 
@@ -30,15 +31,15 @@ def search(
     """See `quantization.scales.search_scales`: a group of any width.
 
     Args:
-        weight_OB: float32 (O, B).
+        weight_OB: float32 (O, B), or of a stack (E, O, B).
         keep_OB: bool.
-        importance_B: float32.
+        importance_B: float32, of each of a stack (E, B).
         rounding: of the levels.
         tries: shares of the widest scale, negative for negative scales, each with what is added
             to the zero point that fits it.
 
     Returns:
-        (O,) scales as they will be stored, and zeros where the rounding has them.
+        (O,) scales as they will be stored, and zeros where the rounding has them; or (E, O).
 
     Raises:
         InputError: Triton is not installed.
@@ -47,15 +48,15 @@ def search(
     cache where the group is narrow.
     """
     require_triton()
-    num_rows, width = weight_OB.shape
-    scales_O = weight_OB.new_empty(num_rows)
+    width = weight_OB.shape[-1]
+    scales_O = weight_OB.new_empty(weight_OB.shape[:-1])
     zeros_O = torch.empty_like(scales_O) if rounding.has_zeros else None
     if weight_OB.stride() != keep_OB.stride():
         weight_OB, keep_OB = weight_OB.contiguous(), keep_OB.contiguous()
     _launch(
         _search_kernel, rounding, (scales_O, zeros_O),
         [weight_OB, keep_OB, importance_B, _tensor(tries, weight_OB.device)],
-        [*_strides(weight_OB, keep_OB), importance_B.stride(0), width, len(tries)],
+        [*_strides(weight_OB, keep_OB), *_of_stack(importance_B, 1), width, len(tries)],
         B=_tile(width),
     )  # fmt: skip
     return scales_O, zeros_O
@@ -92,17 +93,16 @@ def _columns(
     """Launch a kernel that goes through the columns; what it writes beside the levels."""
     require_triton()
     values_OB, levels_OB, keep_OB, matrix_BB, scales_O, zeros_O = segment
-    width = values_OB.shape[1]
+    width = values_OB.shape[-1]
     assert width <= MAX_COLUMNS, f"{width} columns"
-    assert matrix_BB.stride(1) == 1 or width == 1, "the matrix's rows are not contiguous"
+    assert matrix_BB.stride(-1) == 1 or width == 1, "the matrix's rows are not contiguous"
     assert zeros_O is None or zeros_O.stride() == scales_O.stride(), "scales and zeros differ"
     change_OB = torch.empty_like(values_OB)
-    sizes = [*_strides(values_OB, levels_OB, keep_OB), *change_OB.stride()]
+    sizes = [*_strides(values_OB, levels_OB, keep_OB), *_strides(change_OB)]
     tensors = [values_OB, levels_OB, keep_OB, change_OB, matrix_BB]
     _launch(
         kernel, rounding, (scales_O, zeros_O), tensors,
-        [*sizes, matrix_BB.stride(0), scales_O.stride(0), *numbers], WIDTH=width, B=_tile(width),
-        **constants,
+        [*sizes, *_of_stack(matrix_BB, 2), *numbers], WIDTH=width, B=_tile(width), **constants,
     )  # fmt: skip
     return change_OB
 
@@ -111,15 +111,16 @@ def _launch(
     kernel: Any, rounding: Rounding, scales: tuple[Tensor, Tensor | None], tensors: list[Tensor],
     numbers: list[float], **constants: Any,
 ) -> None:  # fmt: skip
-    """A program for every 16 rows."""
+    """A program for every 16 rows of every weight."""
     first, (scales_O, zeros_O) = tensors[0], scales
     if not first.numel():
         return
     table = _tensor(rounding.table, first.device) if rounding.table else scales_O
     with torch.cuda.device_of(first):
-        kernel[(triton.cdiv(len(first), ROWS),)](
+        kernel[(triton.cdiv(first.shape[-2], ROWS), first.shape[:-2].numel())](
             *tensors, scales_O, scales_O if zeros_O is None else zeros_O, table,
-            len(first), *numbers, float(rounding.lowest), float(rounding.highest),
+            first.shape[-2], *_of_stack(scales_O, 1), *numbers,
+            float(rounding.lowest), float(rounding.highest),
             KIND=KINDS[rounding.kind], LEVELS=(len(rounding.table) + 1) // 2,
             HAS_ZEROS=zeros_O is not None, IS_HALF=rounding.is_half, R=ROWS, num_warps=4,
             **constants,
@@ -127,10 +128,16 @@ def _launch(
 
 
 def _strides(*views_OB: Tensor) -> tuple[int, ...]:
-    """Of rows and columns, which the views have in common."""
+    """Of weights, rows and columns, which the views have in common."""
     strides = {view.stride() for view in views_OB}
     assert len(strides) == 1 or not views_OB[0].numel(), f"views of other strides: {strides}"
-    return views_OB[0].stride()
+    return *_of_stack(views_OB[0], 2), views_OB[0].stride(-1)
+
+
+def _of_stack(tensor: Tensor, ndim: int) -> tuple[int, int]:
+    """Strides of the weights, 0 where there is one, and of the dimension behind, of tensors that
+    have `ndim` dimensions for a weight."""
+    return tensor.stride(0) if tensor.ndim > ndim else 0, tensor.stride(-ndim)
 
 
 def _tile(width: int) -> int:
@@ -154,8 +161,12 @@ def _search_kernel(
     zeros_ptr: tl.tensor,
     table_ptr: tl.tensor,
     num_rows: tl.tensor,
+    scales_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    weights_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
+    importances_stride: tl.tensor,
     importance_stride: tl.tensor,
     width: tl.tensor,
     num_tries: tl.tensor,
@@ -169,6 +180,12 @@ def _search_kernel(
     B: tl.constexpr,
 ) -> None:
     """The best scale of R rows, tile by tile for one try after another."""
+    matrix = tl.program_id(1).to(tl.int64)  # of the stack
+    weight_ptr += matrix * weights_stride
+    keep_ptr += matrix * weights_stride
+    importance_ptr += matrix * importances_stride
+    scales_ptr += matrix * scales_stride
+    zeros_ptr += matrix * scales_stride
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = rows < num_rows
     columns = tl.arange(0, B).to(tl.int64)
@@ -218,9 +235,9 @@ def _search_kernel(
         best = tl.where(is_better, error, best)
         scale = tl.where(is_better, tried, scale)
         zero = tl.where(is_better, tried_zero, zero)
-    tl.store(scales_ptr + rows, scale, mask=valid)
+    tl.store(scales_ptr + rows * scale_stride, scale, mask=valid)
     if HAS_ZEROS:
-        tl.store(zeros_ptr + rows, zero, mask=valid)
+        tl.store(zeros_ptr + rows * scale_stride, zero, mask=valid)
 
 
 @jit
@@ -234,12 +251,16 @@ def _eliminate_kernel(
     zeros_ptr: tl.tensor,
     table_ptr: tl.tensor,
     num_rows: tl.tensor,
+    scales_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    weights_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
+    errors_stride: tl.tensor,
     error_row_stride: tl.tensor,
     error_column_stride: tl.tensor,
+    uppers_stride: tl.tensor,
     upper_stride: tl.tensor,
-    scale_stride: tl.tensor,
     lowest: tl.tensor,
     highest: tl.tensor,
     WIDTH: tl.constexpr,
@@ -251,6 +272,14 @@ def _eliminate_kernel(
     B: tl.constexpr,
 ) -> None:
     """Round the columns of R rows from the left, their weights in registers meanwhile."""
+    matrix = tl.program_id(1).to(tl.int64)  # of the stack
+    work_ptr += matrix * weights_stride
+    levels_ptr += matrix * weights_stride
+    keep_ptr += matrix * weights_stride
+    error_ptr += matrix * errors_stride
+    upper_ptr += matrix * uppers_stride
+    scales_ptr += matrix * scales_stride
+    zeros_ptr += matrix * scales_stride
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = rows < num_rows
     columns = tl.arange(0, B)
@@ -295,12 +324,16 @@ def _descend_kernel(
     zeros_ptr: tl.tensor,
     table_ptr: tl.tensor,
     num_rows: tl.tensor,
+    scales_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    weights_stride: tl.tensor,
     row_stride: tl.tensor,
     column_stride: tl.tensor,
+    changes_stride: tl.tensor,
     change_row_stride: tl.tensor,
     change_column_stride: tl.tensor,
+    matrices_stride: tl.tensor,
     matrix_stride: tl.tensor,
-    scale_stride: tl.tensor,
     largest: tl.tensor,
     lowest: tl.tensor,
     highest: tl.tensor,
@@ -315,6 +348,14 @@ def _descend_kernel(
     INNER: tl.constexpr,
 ) -> None:
     """Refit the scales of R rows if asked to, then give each column its best level in turn."""
+    weight = tl.program_id(1).to(tl.int64)  # of the stack
+    residual_ptr += weight * weights_stride
+    levels_ptr += weight * weights_stride
+    keep_ptr += weight * weights_stride
+    change_ptr += weight * changes_stride
+    matrix_ptr += weight * matrices_stride
+    scales_ptr += weight * scales_stride
+    zeros_ptr += weight * scales_stride
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = rows < num_rows
     columns = tl.arange(0, B)

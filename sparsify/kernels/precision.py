@@ -80,6 +80,13 @@ def add_product_(matrix_RC: Tensor, left_RI: Tensor, right_IC: Tensor, alpha: fl
         matrix_RC.baddbmm_(left_RI, right_IC, alpha=alpha)
 
 
+def times(matrix_RC: Tensor, vector_C: Tensor) -> Tensor:
+    """matrix @ vector, of one, or of each of a stack: (E, R, C) and (E, C)."""
+    if vector_C.ndim == 1:
+        return matrix_RC @ vector_C
+    return (matrix_RC @ vector_C.unsqueeze(-1)).squeeze(-1)
+
+
 def half_product(left_RI: Tensor, right_half_IC: Tensor) -> Tensor:
     """left @ right from numbers of 11 significant bits, as many as TF32 has, summed in float32.
 

@@ -1,6 +1,7 @@
 """What GPTQ's kernels are told: how values are rounded, and which columns of a weight are next.
 
-Shape suffixes: O output features (rows), B columns of one segment.
+Shape suffixes: O output features (rows), B columns of one segment. Of a stack of weights all
+tensors have a leading dimension.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Rounding(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Some columns of one group, which have one scale a row.
+    """Some columns of one group, which have one scale a row; the same columns of each of a stack.
 
     The (O, B) tensors are views of the same strides, in any layout.
     """

@@ -3,7 +3,8 @@
 The layers behind are then calibrated on what the quantised ones put out, as in a walk of its own
 over the pruned model, and the hidden states, the Hessians and the blocks on disk are had once.
 What cannot be between the two is a recovery.
-Shape suffixes: O output features (rows), I input features, R rows of this process.
+Shape suffixes: O output features (rows), I input features, R rows of this process. Of a stack of
+layers all tensors have a leading dimension.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class OnePass:
         self._params = params
         self._skip = skip
         self._skipped: set[str] = set()
-        self._inputs = KnownInputs(params)
+        self._inputs = KnownInputs(params, has_teacher=False)
         self._parts: list[Quantized] = []
         self._energy: Tensor | None = None
         self._codes: dict[str, Codes] = {}
@@ -56,43 +57,52 @@ class OnePass:
         """
         self._skipped = skipped_linears(model, self._skip, "quantize.skip")
 
-    def solve(self, layer: Layer, solution: Solution) -> Solution:
-        """Some rows of a layer with the values that their codes stand for.
+    def skips(self, layer: Layer) -> bool:
+        """Whether a layer's values stay as they are."""
+        return layer.name in self._skipped
+
+    def solve(self, layers: Sequence[Layer], hessian_II: Tensor, solution: Solution) -> Solution:
+        """Some rows of a layer or stack with the values that their codes stand for.
 
         Its target are the pruned weights, which make up for those that are gone; what rounding
         costs goes to the surviving ones.
 
+        Args:
+            layers: all or none of which are skipped.
+            hessian_II: of the layer, or of each.
+            solution: their pruned rows.
+
         Raises:
             NonFiniteError, InputError, SingularHessianError: see `quantize_weight`.
         """
-        if layer.name in self._skipped:
+        if self.skips(layers[0]):
             return solution
-        hessian_II = layer.moments.hessian_II
-        inputs = self._inputs.of(hessian_II, None, layer.name)
+        inputs, names = self._inputs.of(layers), [layer.name for layer in layers]
         found = quantize_rows(
-            solution.weight_OI, solution.keep_mask_OI, inputs, self._params, layer.name
+            solution.weight_OI, solution.keep_mask_OI, inputs, self._params, names
         )
         change_RI = (solution.weight_OI - found.weight_OI).to(hessian_II.dtype)
-        energy = row_energies(change_RI, hessian_II).sum().double()
+        energy = row_energies(change_RI, hessian_II).sum(-1).double()
         self._energy = energy if self._energy is None else self._energy + energy
         self._parts.append(found)
         return replace(solution, weight_OI=found.weight_OI)
 
-    def finish(self, layer: Layer, comm: Comm, num_rows: int) -> float | None:
-        """Gather the codes of all processes' rows; called once a layer, on every process.
+    def finish(self, layers: Sequence[Layer], comm: Comm, num_rows: int) -> list[float | None]:
+        """Gather the codes of all processes' rows; called once a layer or stack, on every process.
 
         Returns:
-            tr((Z - Q) H (Z - Q)^T), what rounding the pruned weights Z costs; None where the layer
-            is skipped.
+            Of each tr((Z - Q) H (Z - Q)^T), what rounding the pruned weights Z costs; None where
+            layers are skipped.
         """
-        if layer.name in self._skipped:
-            return None
+        if self.skips(layers[0]):
+            return [None] * len(layers)
         parts, energy = self._parts, self._energy
         self._parts, self._energy = [], None
         assert energy is not None, "every process solves rows of a layer, if none of them"
         comm.all_reduce_(energy)
-        self._codes[layer.name] = gathered(joined(parts).codes, comm, num_rows)
-        return float(energy)
+        codes = gathered(joined(parts).codes, comm, num_rows)
+        self._codes.update(zip((layer.name for layer in layers), codes, strict=True))
+        return energy.view(-1).tolist()
 
     def take_block(self) -> dict[str, Codes]:
         """Codes of the layers since the last call; forgets them, and the block's inputs."""

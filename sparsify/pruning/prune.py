@@ -257,11 +257,10 @@ class _Run:
             token_weights=self._choice.token_weights,
         )
         progress = Progress(on_block, self._wait_for_pending, self.timer)
-        has_stacks = method.takes_stacks and self._one_pass is None
         walk_blocks(
             self._source, rows, lambda layer: self._solve([layer]), comm=self._comm, memory=memory,
             needs=needs, skip=self._choice.skip, store=store, first_block=first_block,
-            progress=progress, solve_stack=self._solve_stack if has_stacks else None,
+            progress=progress, solve_stack=self._solve_stack if method.takes_stacks else None,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -274,13 +273,15 @@ class _Run:
         return masks, reports
 
     def _solve_stack(self, layers: list[Layer]) -> None:
-        """Solve layers together that have the same of a teacher and took the same damping."""
+        """Solve layers together that have the same of a teacher, took the same damping, and are all
+        quantised or all not."""
         alike: dict[object, list[Layer]] = {}
         for layer in layers:
             factor = layer.moments.known_factor(self._params.damping)
             used = None if factor is None else factor.damping
             has = layer.wanted_OI is not None, layer.moments.cross_II is not None
-            alike.setdefault((used, has), []).append(layer)
+            stays = self._one_pass is not None and self._one_pass.skips(layer)
+            alike.setdefault((used, has, stays), []).append(layer)
         for found in alike.values():
             self._solve(found)
 
@@ -308,9 +309,9 @@ class _Run:
                 self._comm.gather_rows(found.movedim(-2, 0), num_rows)
                 for found in (solution.weight_OI, solution.keep_mask_OI)
             ]
-        rounding = None
+        rounding: list[float | None] = [None] * len(layers)
         if self._one_pass is not None:
-            rounding = self._one_pass.finish(layers[0], self._comm, num_rows)
+            rounding = self._one_pass.finish(layers, self._comm, num_rows)
         self._pending = partial(self._finish, layers, solution, sums, gathered, rounding)
 
     def _wait_for_pending(self) -> None:
@@ -321,7 +322,7 @@ class _Run:
 
     def _finish(
         self, layers: list[Layer], solution: Solution, sums: Tensor,
-        gathered: list[Callable[[], Tensor]], rounding: float | None,
+        gathered: list[Callable[[], Tensor]], rounding: list[float | None],
     ) -> None:  # fmt: skip
         """Take over the rows of all processes, and report."""
         shape = layers[0].module.out_features, layers[0].module.in_features
@@ -355,7 +356,7 @@ class _Run:
                     condition=factor.condition if factor is not None else None,
                     large_kept=num_large_kept / num_large,
                     keep_mask_sha256=bits_digest(bits[at], shape),
-                    rounding_error=rounding,
+                    rounding_error=rounding[at],
                     num_lent=layer.moments.num_lent,
                 )
             )
@@ -368,7 +369,8 @@ class _Run:
         solutions = [self._solve_part(layers, weight_OI, moments, part) for part in parts]
         if not solutions:
             empty_RI = weight_OI[..., :0, :]
-            return self._rounded(layers, Solution(empty_RI, empty_RI.bool(), None, 0))
+            nothing = Solution(empty_RI, empty_RI.bool(), None, 0)
+            return self._rounded(layers, moments, nothing)
         if len(solutions) == 1:
             return solutions[0]
         return replace(
@@ -393,8 +395,12 @@ class _Run:
             for layer in layers if len(layers) > 1 else []:  # which of them it is
                 self._solve_part([layer], layer.module.weight.data, layer.moments, part)
             raise
-        return self._rounded(layers, found)
+        return self._rounded(layers, moments, found)
 
-    def _rounded(self, layers: list[Layer], solution: Solution) -> Solution:
-        """With the values of its codes, where the walk quantises too, layer by layer."""
-        return solution if self._one_pass is None else self._one_pass.solve(layers[0], solution)
+    def _rounded(
+        self, layers: list[Layer], moments: InputMoments, solution: Solution
+    ) -> Solution:  # fmt: skip
+        """With the values of its codes, where the walk quantises too."""
+        if self._one_pass is None:
+            return solution
+        return self._one_pass.solve(layers, moments.hessian_II, solution)

@@ -1,7 +1,7 @@
 """Coordinate descent on a rounded weight: scales and levels in turn, none of which does harm.
 
 Shape suffixes: O output features (rows), I input features (columns), G groups of columns, B columns
-of one segment.
+of one segment. Of a stack of weights all tensors have a leading dimension.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsify.kernels.precision import add_product_
 from sparsify.kernels.rounding import Segment
 from sparsify.quantization.codes import per_column
 from sparsify.quantization.levels import Levels, Problem
@@ -26,11 +27,14 @@ def refine_(levels: Levels, problem: Problem) -> None:
     then, column by column, its levels. No step raises the objective of a row. Ends early when a
     sweep changes nothing.
 
+    Of a stack each weight has an answer of its own: one that has come to rest stays as it is while
+    others change.
+
     Cost: O I^2 a sweep.
     """
     params, damped_II = problem.params, problem.damped_II
     levels_OI, scales_OG = levels.levels_OI, levels.scales_OG
-    num_columns = levels_OI.shape[1]
+    num_columns = levels_OI.shape[-1]
     quantized_OI = levels_OI * per_column(scales_OG, problem.group_size, num_columns)
     residual_OI = (problem.target_OI - quantized_OI) @ damped_II
     for _ in range(params.num_refine_sweeps):
@@ -45,25 +49,28 @@ def _sweep_group_(
     levels: Levels, problem: Problem, residual_OI: Tensor, group: int, part: slice
 ) -> None:
     """One group's scale, then its levels; the residual follows."""
-    levels_OI, scales_O, damped_II = levels.levels_OI, levels.scales_OG[:, group], problem.damped_II
+    levels_OI, scales_O = levels.levels_OI, levels.scales_OG[..., group]
+    damped_II = problem.damped_II
     grid, num_columns = problem.grid, part.stop - part.start
     width = segment_width(levels_OI, grid, problem.params.block_size)
     # A kernel that holds the whole group refits its scale as well.
     refits = num_columns <= width and kernel_rounding(levels_OI, grid) is not None
     if not refits:
-        levels_OB = levels_OI[:, part]
+        levels_OB = levels_OI[..., part]
         step_O = _scale_step(
-            levels_OB, scales_O, residual_OI[:, part], damped_II[part, part], problem
+            levels_OB, scales_O, residual_OI[..., part], damped_II[..., part, part], problem
         )
         scales_O += step_O
-        residual_OI.addmm_(levels_OB * step_O[:, None], damped_II[part], alpha=-1)
+        moved_OB = levels_OB * step_O.unsqueeze(-1)
+        add_product_(residual_OI, moved_OB, damped_II[..., part, :], alpha=-1)
     for left, right in groups(num_columns, width):
         block = slice(part.start + left, part.start + right)
         segment = Segment(
-            residual_OI[:, block], levels_OI[:, block], problem.keep_OI[:, block],
-            damped_II[block, block], scales_O, levels.zeros_of(group),
+            residual_OI[..., block], levels_OI[..., block], problem.keep_OI[..., block],
+            damped_II[..., block, block], scales_O, levels.zeros_of(group),
         )  # fmt: skip
-        residual_OI.addmm_(descend_(segment, grid, refits), damped_II[block], alpha=-1)
+        change_OB = descend_(segment, grid, refits)
+        add_product_(residual_OI, change_OB, damped_II[..., block, :], alpha=-1)
 
 
 def _scale_step(
@@ -74,8 +81,8 @@ def _scale_step(
     The least-squares scale is s + R c / (c H c^T); the move is 0 where that scale, rounded as it
     is stored, is no better than the present one.
     """
-    gain_O = (residual_OB * levels_OB).sum(1)
-    curvature_O = ((levels_OB @ damped_BB) * levels_OB).sum(1)
+    gain_O = (residual_OB * levels_OB).sum(-1)
+    curvature_O = ((levels_OB @ damped_BB) * levels_OB).sum(-1)
     wanted_O = scales_O + gain_O / torch.where(curvature_O == 0, math.inf, curvature_O)
     # Clamped so that a refit scale never overflows what it is stored in.
     largest = torch.finfo(problem.grid.scale_dtype).max

@@ -24,19 +24,27 @@ Tried and not kept, as the difference was within that spread: scale search weigh
 each group of layers of a block.
 
 Shape suffixes: O output features (rows), I input features (columns), G groups of columns, B columns
-of one segment.
+of one segment. A stack of weights, each with a Hessian of its own, is solved in as many launches as
+one: all tensors have a leading dimension then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from sparsify.calibration.hessian import InverseFactor, inverse_factor
-from sparsify.kernels.precision import float32_products
+from sparsify.calibration.hessian import (
+    InverseFactor,
+    inverse_factor,
+    inverse_factors,
+    mean_alive,
+)
+from sparsify.calibration.stacks import as_stack
+from sparsify.kernels.precision import add_product_, float32_products
 from sparsify.kernels.rounding import Segment
 from sparsify.params import QuantParams
 from sparsify.quantization.descent import refine_
@@ -63,38 +71,46 @@ class Inputs:
     """upper triangular U, the inverse of the damped Hessian = U^T U"""
     gap_II: Tensor | None
     """mean of (y - x) x^T in that order, y the inputs in the unquantised model"""
-    damping: float
-    """that was used"""
+    dampings: tuple[float, ...]
+    """that were used, one for each layer"""
 
     @classmethod
     def of(
         cls, hessian_II: Tensor, cross_II: Tensor | None, group_size: int, damping: float,
-        name: str,
+        *names: str,
     ) -> Self:  # fmt: skip
-        """Factor a Hessian.
+        """Factor a Hessian, or each of a stack.
 
         Args:
             hessian_II: mean of x x^T.
             cross_II: mean of y x^T; None: y = x.
             group_size: columns that share a scale.
             damping: see `QuantParams`.
-            name: layer, for messages.
+            names: of the layers, for messages.
 
         Raises:
-            SingularHessianError: see `hessian.inverse_factor`.
+            NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
+
+        Cost: 2/3 I^3 for each; three copies of the Hessians are left, with `cross_II` four.
         """
-        diagonal_I = hessian_II.diagonal()
+        diagonal_I = hessian_II.diagonal(dim1=-2, dim2=-1)
         order_I = torch.cat(
             [
-                start + diagonal_I[start:stop].argsort(descending=True, stable=True)
-                for start, stop in groups(len(diagonal_I), group_size)
-            ]
+                start + diagonal_I[..., start:stop].argsort(dim=-1, descending=True, stable=True)
+                for start, stop in groups(diagonal_I.shape[-1], group_size)
+            ],
+            dim=-1,
         )
-        ordered_II = hessian_II[order_I][:, order_I]
-        factor = inverse_factor(ordered_II, damping, name)
-        gap_II = None if cross_II is None else (cross_II - hessian_II)[order_I][:, order_I]
-        damped_II = _damped(ordered_II, factor)
-        return cls(order_I, damped_II, factor.upper_II, gap_II, factor.damping)
+        ordered_II = _both_in_order(hessian_II, order_I)
+        if hessian_II.ndim == 2:
+            factor = inverse_factor(ordered_II, damping, names[0])
+            damped_II, factors = _damped(ordered_II, factor), [factor]
+        else:
+            factors = inverse_factors(ordered_II, damping, names)
+            damped_II = _all_damped_(ordered_II, factors)
+        gap_II = None if cross_II is None else _both_in_order(cross_II - hessian_II, order_I)
+        upper_II = as_stack([factor.upper_II for factor in factors])
+        return cls(order_I, damped_II, upper_II, gap_II, tuple(f.damping for f in factors))
 
 
 @float32_products()
@@ -109,7 +125,7 @@ def gptq(
     follow the noise of the sample. Where it is not zero at pruned places, columns to come make up.
 
     Args:
-        target_OI: float32 or float64, 0 where pruned.
+        target_OI: float32 or float64, 0 where pruned; or a stack (E, O, I).
         keep_OI: bool, True = survives.
         inputs: of the layer.
         grid: of the levels.
@@ -118,14 +134,29 @@ def gptq(
     """
     order_I, dtype = inputs.order_I, target_OI.dtype
     upper_II = inputs.upper_II.to(dtype)
-    target_OI, keep_OI = target_OI[:, order_I], keep_OI[:, order_I]
+    target_OI, keep_OI = (_in_order(part_OI, order_I) for part_OI in (target_OI, keep_OI))
     if inputs.gap_II is not None:
-        shift_OI = target_OI @ inputs.gap_II.to(dtype) @ upper_II.T @ upper_II
+        shift_OI = target_OI @ inputs.gap_II.to(dtype) @ upper_II.mT @ upper_II
         target_OI = target_OI + params.teacher_share * shift_OI
     problem = Problem(target_OI, keep_OI, inputs.damped_II.to(dtype), grid, group_size, params)
     levels = _eliminate(problem, upper_II)
     refine_(levels, problem)
-    return levels._replace(levels_OI=levels.levels_OI[:, order_I.argsort()])
+    return levels._replace(levels_OI=_in_order(levels.levels_OI, order_I.argsort(-1)))
+
+
+def _in_order(matrix_OI: Tensor, order_I: Tensor) -> Tensor:
+    """A copy with the columns in an order; those of each of a stack in its own."""
+    if order_I.ndim == 1:
+        return matrix_OI[:, order_I]
+    return matrix_OI.gather(-1, order_I.unsqueeze(-2).expand(matrix_OI.shape))
+
+
+def _both_in_order(matrix_II: Tensor, order_I: Tensor) -> Tensor:
+    """Rows and columns."""
+    if order_I.ndim == 1:
+        return matrix_II[order_I][:, order_I]
+    rows_II = matrix_II.gather(-2, order_I.unsqueeze(-1).expand(matrix_II.shape))
+    return _in_order(rows_II, order_I)
 
 
 def _damped(hessian_II: Tensor, factor: InverseFactor) -> Tensor:
@@ -135,6 +166,17 @@ def _damped(hessian_II: Tensor, factor: InverseFactor) -> Tensor:
     scale = 1.0 if bool(dead_I.all()) else float(damped_II.diagonal()[~dead_I].mean())
     damped_II.diagonal().add_(dead_I).add_(factor.damping * scale)
     return damped_II
+
+
+def _all_damped_(hessian_EII: Tensor, factors: Sequence[InverseFactor]) -> Tensor:
+    """`_damped` of each of a stack, in place, in the launches of one."""
+    diagonal_EI = hessian_EII.diagonal(dim1=-2, dim2=-1)
+    dead_EI = diagonal_EI == 0
+    dampings_E = diagonal_EI.new_tensor([f.damping for f in factors], dtype=torch.float64)
+    added_E1 = (dampings_E * mean_alive(diagonal_EI, dead_EI).double()).unsqueeze(-1)
+    diagonal_EI += dead_EI
+    diagonal_EI += added_E1.to(hessian_EII.dtype)
+    return hessian_EII
 
 
 def _eliminate(problem: Problem, upper_II: Tensor) -> Levels:
@@ -149,25 +191,27 @@ def _eliminate(problem: Problem, upper_II: Tensor) -> Levels:
     Reference: GPTQ (arXiv:2210.17323), Algorithm 1, with U = Cholesky(H^-1)^T.
     """
     grid, params = problem.grid, problem.params
-    work_IO = problem.target_OI.T.contiguous()
-    keep_IO = problem.keep_OI.T.contiguous()
+    work_IO = problem.target_OI.mT.contiguous()
+    keep_IO = problem.keep_OI.mT.contiguous()
     levels_IO = torch.zeros_like(work_IO)
-    importance_I = problem.damped_II.diagonal()
+    importance_I = problem.damped_II.diagonal(dim1=-2, dim2=-1)
     width = segment_width(work_IO, grid, params.block_size)
     scales, zeros = [], []
-    for start, stop in groups(len(work_IO), problem.group_size):
+    for start, stop in groups(work_IO.shape[-2], problem.group_size):
         part = slice(start, stop)
         scales_O, zeros_O = search_scales(
-            work_IO[part].T, keep_IO[part].T, importance_I[part], grid, params.num_scale_steps
-        )
+            work_IO[..., part, :].mT, keep_IO[..., part, :].mT, importance_I[..., part], grid,
+            params.num_scale_steps,
+        )  # fmt: skip
         scales.append(scales_O)
         zeros.append(zeros_O)
         for left, right in groups(stop - start, width):
             block, last = slice(start + left, start + right), start + right
             segment = Segment(
-                work_IO[block].T, levels_IO[block].T, keep_IO[block].T, upper_II[block, block],
-                scales_O, zeros_O,
+                work_IO[..., block, :].mT, levels_IO[..., block, :].mT, keep_IO[..., block, :].mT,
+                upper_II[..., block, block], scales_O, zeros_O,
             )  # fmt: skip
             error_OB = eliminate_(segment, grid)
-            work_IO[last:].addmm_(upper_II[block, last:].T, error_OB.T, alpha=-1)
-    return Levels.of(levels_IO.T.contiguous(), scales, zeros)
+            after_BI = upper_II[..., block, last:]
+            add_product_(work_IO[..., last:, :], after_BI.mT, error_OB.mT, alpha=-1)
+    return Levels.of(levels_IO.mT.contiguous(), scales, zeros)

@@ -1,6 +1,7 @@
 """What one weight is rounded to, and what that is to be near to.
 
-Shape suffixes: O output features (rows), I input features (columns), G groups of columns.
+Shape suffixes: O output features (rows), I input features (columns), G groups of columns. Of a
+stack of weights all tensors have a leading dimension.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Levels(NamedTuple):
         """From the (O,) scales and zeros of every group."""
         found = [zeros_O for zeros_O in zeros if zeros_O is not None]
         return cls(
-            levels_OI, torch.stack(list(scales), 1), torch.stack(found, 1) if found else None
+            levels_OI, torch.stack(list(scales), -1), torch.stack(found, -1) if found else None
         )
 
     def zeros_of(self, group: int) -> Tensor | None:
         """Zeros (O,) of a group."""
-        return None if self.zeros_OG is None else self.zeros_OG[:, group]
+        return None if self.zeros_OG is None else self.zeros_OG[..., group]
 
 
 @dataclass(frozen=True)

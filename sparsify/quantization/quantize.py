@@ -1,13 +1,14 @@
 """Quantise a whole pruned model, block by block: in memory, or a checkpoint of any size from disk.
 
 The mathematics of one weight is in `sparsify.quantization.weight`.
-Shape suffixes: O output features (rows), I input features (columns), R this process's rows.
+Shape suffixes: O output features (rows), I input features (columns), R this process's rows. Of a
+stack of layers all tensors have a leading dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from sparsify.calibration.checkpoint import CheckpointWalk
 from sparsify.calibration.hessian import row_energies
 from sparsify.calibration.hidden_states import HiddenStateStore, Memory
 from sparsify.calibration.layers import Layer, SolverNeeds, prunable_linears, skipped_linears
+from sparsify.calibration.stacks import as_stack
 from sparsify.calibration.timing import PhaseTimer, Progress
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
@@ -200,7 +202,7 @@ class _Run:
         self._left_out = _left_out(source.model, keep_masks, skip)
         self._layers: dict[str, Quantized] = {}
         self._reports: list[QuantLayerReport] = []
-        self._inputs = KnownInputs(params)
+        self._inputs = KnownInputs(params, params.has_teacher)
 
     def walk(
         self, rows: TokenRows, memory: Memory, on_block: Callable[[int, nn.Module], None],
@@ -208,9 +210,10 @@ class _Run:
     ) -> None:  # fmt: skip
         """Visit the blocks from `first_block` on."""
         walk_blocks(
-            self._source, rows, self._solve, comm=self._comm, memory=memory, skip=self._left_out,
-            needs=SolverNeeds(teacher=self._params.has_teacher, order="layer"), store=store,
-            first_block=first_block, progress=Progress(on_block),
+            self._source, rows, lambda layer: self._solve([layer]), comm=self._comm, memory=memory,
+            skip=self._left_out, needs=SolverNeeds(teacher=self._params.has_teacher, order="layer"),
+            store=store, first_block=first_block, progress=Progress(on_block),
+            solve_stack=self._solve,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Quantized], list[QuantLayerReport]]:
@@ -220,49 +223,60 @@ class _Run:
         self._inputs.forget()
         return layers, reports
 
-    def _solve(self, layer: Layer) -> None:
-        """Solve this process's rows, gather all of them into the module, and measure the damage."""
-        comm, hessian_II = self._comm, layer.moments.hessian_II
-        weight_OI = layer.module.weight.data
-        num_rows, num_columns = weight_OI.shape
-        keep_OI = self._keep_masks[layer.name]
-        if keep_OI.shape != weight_OI.shape:
-            raise InputError(
-                f"mask of layer {layer.name}: shape {tuple(keep_OI.shape)}, the weight has "
-                f"{(num_rows, num_columns)}; masks and model are of different runs"
-            )
-        share = comm.row_slice(num_rows)
-        inputs = self._inputs.of(hessian_II, layer.moments.cross_II, layer.name)
-        before_RI = weight_OI[share].to(hessian_II.dtype)
+    def _solve(self, layers: list[Layer]) -> None:
+        """Solve this process's rows of a layer or stack, gather all of them into the modules, and
+        measure the damage."""
+        comm, dtype = self._comm, layers[0].module.weight.dtype
+        num_rows, num_columns = layers[0].module.weight.shape
+        keep_OI = as_stack([self._mask_of(layer) for layer in layers])
+        inputs = self._inputs.of(layers)
+        hessian_II = as_stack([layer.moments.hessian_II for layer in layers])
+        weight_OI = as_stack([layer.module.weight.data for layer in layers])
+        names = [layer.name for layer in layers]
+        before_RI = weight_OI[..., comm.row_slice(num_rows), :].to(hessian_II.dtype)
         mine = joined(
             [
                 quantize_rows(
-                    weight_OI[lane], keep_OI[lane].to(weight_OI.device), inputs, self._params,
-                    layer.name,
+                    weight_OI[..., lane, :], keep_OI[..., lane, :].to(weight_OI.device), inputs,
+                    self._params, names,
                 )
                 for lane in comm.lanes(num_rows)
             ]
         )  # fmt: skip
         change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
         energies = torch.stack(
-            [row_energies(rows_RI, hessian_II).sum() for rows_RI in (change_RI, before_RI)]
+            [row_energies(rows_RI, hessian_II).sum(-1) for rows_RI in (change_RI, before_RI)]
         ).double()
         comm.all_reduce_(energies)
-        error, total = energies.tolist()
-        on_cpu = gathered(mine.codes, comm, num_rows)
-        weight_OI.copy_(dequantize(on_cpu, weight_OI.dtype))
-        self._layers[layer.name] = Quantized(on_cpu, weight_OI.cpu().clone(), mine.damping)
-        self._reports.append(
-            QuantLayerReport(
-                name=layer.name,
-                block=layer.block,
-                shape=(num_rows, num_columns),
-                num_tokens=layer.moments.num_tokens,
-                error=error,
-                relative_error=error / total if total > 0 else 0.0,
-                damping=mine.damping,
+        codes = gathered(mine.codes, comm, num_rows)
+        for layer, found in zip(layers, codes, strict=True):
+            quantized = Quantized(found, dequantize(found, dtype))
+            layer.module.weight.data.copy_(quantized.weight_OI)
+            self._layers[layer.name] = quantized
+        figures = energies.view(2, -1).T.tolist()
+        dampings = [None] * len(layers) if inputs is None else inputs.dampings
+        for layer, (error, total), damping in zip(layers, figures, dampings, strict=True):
+            self._reports.append(
+                QuantLayerReport(
+                    name=layer.name,
+                    block=layer.block,
+                    shape=(num_rows, num_columns),
+                    num_tokens=layer.moments.num_tokens,
+                    error=error,
+                    relative_error=error / total if total > 0 else 0.0,
+                    damping=damping,
+                )
             )
-        )
+
+    def _mask_of(self, layer: Layer) -> Tensor:
+        """A layer's mask, of its weight's shape."""
+        keep_OI, shape = self._keep_masks[layer.name], tuple(layer.module.weight.shape)
+        if keep_OI.shape != shape:
+            raise InputError(
+                f"mask of layer {layer.name}: shape {tuple(keep_OI.shape)}, the weight has "
+                f"{shape}; masks and model are of different runs"
+            )
+        return keep_OI
 
 
 def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence[str]) -> list[str]:
@@ -282,9 +296,22 @@ def _left_out(model: nn.Module, keep_masks: Mapping[str, Tensor], skip: Sequence
     return left_out
 
 
-def gathered(codes: Codes, comm: Comm, num_rows: int) -> Codes:
-    """Codes of all processes' rows, on the CPU, from those of this one's."""
-    return _of_all(codes, lambda part: comm.gather_rows(part, num_rows)().cpu())
+def gathered(codes: Codes, comm: Comm, num_rows: int) -> list[Codes]:
+    """Codes of all processes' rows, on the CPU, from those of this one's; one for each layer."""
+
+    def whole(part: Tensor) -> list[Tensor]:
+        """As bytes or numbers that all of torch knows."""
+        rows = part.view(_plain(part)).movedim(-2, 0)
+        found = comm.gather_rows(rows, num_rows)().movedim(0, -2).cpu()
+        return [each.contiguous().view(part.dtype) for each in found.view(-1, *found.shape[-2:])]
+
+    zeros = None if codes.zeros_OG is None else whole(codes.zeros_OG)
+    return [
+        Codes(values_OI, scales_OG, codes.scheme, None if zeros is None else zeros[at])
+        for at, (values_OI, scales_OG) in enumerate(
+            zip(whole(codes.values_OI), whole(codes.scales_OG), strict=True)
+        )
+    ]
 
 
 def joined(parts: list[Quantized]) -> Quantized:
@@ -298,23 +325,12 @@ def joined(parts: list[Quantized]) -> Quantized:
         parts[0].codes.scheme,
         _cat(zeros) if zeros else None,
     )
-    return Quantized(codes, torch.cat([part.weight_OI for part in parts]), parts[0].damping)
+    return Quantized(codes, _cat([part.weight_OI for part in parts]))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
     """Also of float8, which torch does not concatenate everywhere."""
-    return torch.cat([part.view(_plain(part)) for part in parts]).view(parts[0].dtype)
-
-
-def _of_all(codes: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
-    """The same codes, every tensor changed as bytes or numbers that all of torch knows."""
-
-    def changed(part: Tensor) -> Tensor:
-        return change(part.view(_plain(part))).view(part.dtype)
-
-    zeros_OG = None if codes.zeros_OG is None else changed(codes.zeros_OG)
-    values_OI, scales_OG = changed(codes.values_OI), changed(codes.scales_OG)
-    return replace(codes, values_OI=values_OI, scales_OG=scales_OG, zeros_OG=zeros_OG)
+    return torch.cat([part.view(_plain(part)) for part in parts], -2).view(parts[0].dtype)
 
 
 def _plain(part: Tensor) -> torch.dtype:

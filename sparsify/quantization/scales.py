@@ -1,6 +1,7 @@
 """Scales of groups of columns: the search for the best one.
 
-Shape suffixes: R rows, B columns of one group.
+Shape suffixes: R rows, B columns of one group. Of a stack of weights all tensors have a leading
+dimension.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import _gptq_triton
+from sparsify.kernels.precision import times
 from sparsify.quantization.schemes import Grid
 from sparsify.quantization.segments import kernel_rounding
 
@@ -52,13 +54,14 @@ def search_scales(
         tries = tuple(grid.shifted_shares(num_steps))
         return _gptq_triton.search(weight_RB, keep_RB, importance_B, rounding, tries)
     kept_RB = weight_RB.masked_fill(~keep_RB, 0.0)
-    scales_R = torch.zeros_like(kept_RB[:, 0])
+    scales_R = torch.zeros_like(kept_RB[..., 0])
     best_R = torch.full_like(scales_R, math.inf)
     zeros_R: Tensor | None = None
     for tried_R, tried_zeros_R in grid.tries(kept_RB, num_steps):
-        tried_zeros_R1 = None if tried_zeros_R is None else tried_zeros_R[:, None]
-        error_RB = grid.nearest(kept_RB, tried_R[:, None], tried_zeros_R1) * tried_R[:, None]
-        error_R = error_RB.sub_(kept_RB).square_() @ importance_B
+        tried_R1 = tried_R.unsqueeze(-1)
+        tried_zeros_R1 = None if tried_zeros_R is None else tried_zeros_R.unsqueeze(-1)
+        error_RB = grid.nearest(kept_RB, tried_R1, tried_zeros_R1) * tried_R1
+        error_R = times(error_RB.sub_(kept_RB).square_(), importance_B)
         better_R = error_R < best_R
         best_R = torch.where(better_R, error_R, best_R)
         scales_R = torch.where(better_R, tried_R, scales_R)

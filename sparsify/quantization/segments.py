@@ -5,10 +5,13 @@ operations: CPUs run that, and float64, and grids without a `rounding` (every sc
 On a GPU a segment takes one kernel of `sparsify.kernels._gptq_triton`. Its answers differ by the
 last bits of sums: of two levels as near, or two scales as good, it may take the other one.
 
-Shape suffixes: O output features (rows), B columns of one segment.
+Shape suffixes: O output features (rows), B columns of one segment. Of a stack of weights all
+tensors have a leading dimension, and it takes as many launches as one weight.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -55,18 +58,17 @@ def eliminate_(segment: Segment, grid: Grid) -> Tensor:
     rounding = kernel_rounding(segment.values_OB, grid)
     if rounding is not None:
         return _gptq_triton.eliminate_(segment, rounding)
-    work_BO, upper_BB, scales_O = segment.values_OB.T, segment.matrix_BB, segment.scales_O
+    work_BO, upper_BB, scales_O = segment.values_OB.mT, segment.matrix_BB, segment.scales_O
     error_BO = torch.empty_like(work_BO)
     nearest, zero = grid.rounder(scales_O, segment.zeros_O), work_BO.new_zeros(())
-    columns = zip(
-        work_BO, segment.levels_OB.T, segment.keep_OB.T, error_BO, upper_BB.diagonal(), strict=True
-    )
-    for column, (weight_O, levels_O, keep_O, error_O, pivot) in enumerate(columns):
+    columns = _columns(work_BO, segment.levels_OB.mT, segment.keep_OB.mT, error_BO)
+    pivots = _pivots(upper_BB)
+    for column, (weight_O, levels_O, keep_O, error_O) in enumerate(columns):
         torch.where(keep_O, nearest(weight_O), zero, out=levels_O)
         torch.mul(levels_O, scales_O, out=error_O)
-        torch.sub(weight_O, error_O, out=error_O).div_(pivot)
-        work_BO[column + 1 :].addr_(upper_BB[column, column + 1 :], error_O, alpha=-1)
-    return error_BO.T
+        torch.sub(weight_O, error_O, out=error_O).div_(pivots[column])
+        _push_right_(work_BO, upper_BB, column, error_O)
+    return error_BO.mT
 
 
 def descend_(segment: Segment, grid: Grid, refits: bool = False) -> Tensor:
@@ -94,19 +96,38 @@ def descend_(segment: Segment, grid: Grid, refits: bool = False) -> Tensor:
         return _gptq_triton.descend_(segment, rounding, refits)
     assert not refits, "only a kernel refits scales"
     residual_BO, levels_BO, keep_BO = (
-        part.T.contiguous() for part in (segment.values_OB, segment.levels_OB, segment.keep_OB)
+        part.mT.contiguous() for part in (segment.values_OB, segment.levels_OB, segment.keep_OB)
     )
     damped_BB, scales_O = segment.matrix_BB, segment.scales_O
     new_BO, step_BO = torch.empty_like(levels_BO), torch.empty_like(levels_BO)
     nearest, zero = grid.rounder(scales_O, segment.zeros_O), levels_BO.new_zeros(())
-    columns = zip(
-        levels_BO, levels_BO * scales_O, residual_BO, damped_BB.diagonal(), keep_BO, new_BO,
-        step_BO, strict=True,
-    )  # fmt: skip
-    for column, (now_O, best_O, residual_O, pivot, keep_O, new_O, step_O) in enumerate(columns):
-        best_O += residual_O / pivot
+    best_BO = levels_BO * scales_O.unsqueeze(-2)
+    columns = _columns(levels_BO, best_BO, residual_BO, keep_BO, new_BO, step_BO)
+    pivots = _pivots(damped_BB)
+    for column, (now_O, best_O, residual_O, keep_O, new_O, step_O) in enumerate(columns):
+        best_O += residual_O / pivots[column]
         torch.where(keep_O, nearest(best_O), zero, out=new_O)
         torch.sub(new_O, now_O, out=step_O).mul_(scales_O)
-        residual_BO[column + 1 :].addr_(damped_BB[column, column + 1 :], step_O, alpha=-1)
-    segment.levels_OB.copy_(new_BO.T)
-    return step_BO.T
+        _push_right_(residual_BO, damped_BB, column, step_O)
+    segment.levels_OB.copy_(new_BO.mT)
+    return step_BO.mT
+
+
+def _columns(*tensors_BO: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors' columns, side by side."""
+    return zip(*(tensor_BO.unbind(-2) for tensor_BO in tensors_BO), strict=True)
+
+
+def _pivots(matrix_BB: Tensor) -> tuple[Tensor, ...]:
+    """What each column is divided by: a number, or (E, 1) of a stack."""
+    pivots_B = matrix_BB.diagonal(dim1=-2, dim2=-1)
+    return (pivots_B if pivots_B.ndim == 1 else pivots_B.unsqueeze(-2)).unbind(-1)
+
+
+def _push_right_(work_BO: Tensor, matrix_BB: Tensor, column: int, error_O: Tensor) -> None:
+    """Take a column's error out of those right of it, along a row of the matrix."""
+    later_BO, row_B = work_BO[..., column + 1 :, :], matrix_BB[..., column, column + 1 :]
+    if work_BO.ndim == 2:
+        later_BO.addr_(row_B, error_O, alpha=-1)
+    else:
+        later_BO.baddbmm_(row_B.unsqueeze(-1), error_O.unsqueeze(-2), alpha=-1)

@@ -1,14 +1,19 @@
 """One weight to codes of any scheme: by GPTQ with refinement, or each weight to its nearest.
 
 Shape suffixes: O output features (rows), I input features (columns), G groups of columns, R some of
-the rows.
+the rows. Of a stack of weights all tensors have a leading dimension.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparsify.calibration.layers import Layer
+from sparsify.calibration.stacks import as_stack
 from sparsify.errors import InputError, NonFiniteError
 from sparsify.packed.layer import Codes
 from sparsify.params import QuantParams
@@ -51,49 +56,78 @@ def quantize_weight(
     inputs = None
     if params.method == "gptq":
         assert hessian_II is not None, "gptq needs the Hessian"
-        inputs = inputs_of(hessian_II, cross_II, params, name)
-    return quantize_rows(weight_OI, keep_mask_OI, inputs, params, name)
-
-
-def inputs_of(
-    hessian_II: Tensor, cross_II: Tensor | None, params: QuantParams, name: str
-) -> Inputs:
-    """What gptq wants to know of a layer's inputs; arguments and errors as `quantize_weight`."""
-    size = get_scheme(params.scheme).group_size_of(params, len(hessian_II))
-    return Inputs.of(hessian_II, cross_II, size, params.damping, name)
+        size = get_scheme(params.scheme).group_size_of(params, len(hessian_II))
+        inputs = Inputs.of(hessian_II, cross_II, size, params.damping, name)
+    return quantize_rows(weight_OI, keep_mask_OI, inputs, params, [name])
 
 
 class KnownInputs:
-    """What gptq knows of layers' inputs, computed once for layers in a row that share them."""
+    """What gptq knows of layers' inputs, computed once for layers in a row that share them.
 
-    def __init__(self, params: QuantParams) -> None:
+    Args:
+        params: scheme, method and numbers.
+        has_teacher: whether outputs of the unquantised model are aimed at.
+    """
+
+    def __init__(self, params: QuantParams, has_teacher: bool) -> None:
         self._params = params
-        self._known: tuple[Tensor, Inputs] | None = None
+        self._has_teacher = has_teacher
+        self._hessians: list[Tensor] = []
+        self._known: Inputs | None = None
 
-    def of(self, hessian_II: Tensor, cross_II: Tensor | None, name: str) -> Inputs | None:
-        """`inputs_of` those of a layer, by the identity of their Hessian; None of rtn."""
+    def of(self, layers: Sequence[Layer]) -> Inputs | None:
+        """Those of a layer or stack, by the identity of their Hessians; None of rtn.
+
+        Raises:
+            NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
+        """
         if self._params.method != "gptq":
             return None
-        if self._known is None or self._known[0] is not hessian_II:
-            self._known = None  # before the next one takes its memory
-            self._known = hessian_II, inputs_of(hessian_II, cross_II, self._params, name)
-        return self._known[1]
+        hessians = [layer.moments.hessian_II for layer in layers]
+        is_known = len(hessians) == len(self._hessians) and all(
+            one is other for one, other in zip(hessians, self._hessians, strict=True)
+        )
+        if not is_known or self._known is None:
+            self.forget()  # before the next ones take their memory
+            crosses = [layer.moments.cross_II for layer in layers if self._has_teacher]
+            cross_II = None
+            if any(found is not None for found in crosses):
+                # Inputs without pairs count as they are.
+                pairs = zip(crosses, hessians, strict=True)
+                cross_II = as_stack([own if found is None else found for found, own in pairs])
+            size = get_scheme(self._params.scheme).group_size_of(self._params, len(hessians[0]))
+            self._known = Inputs.of(
+                as_stack(hessians), cross_II, size, self._params.damping,
+                *(layer.name for layer in layers),
+            )  # fmt: skip
+            self._hessians = hessians
+        return self._known
 
     def forget(self) -> None:
         """Give their memory back."""
-        self._known = None
+        self._hessians, self._known = [], None
 
 
 def quantize_rows(
-    weight_RI: Tensor, keep_RI: Tensor, inputs: Inputs | None, params: QuantParams, name: str
-) -> Quantized:
-    """`quantize_weight` of rows whose inputs are known; None of rtn, which ignores them."""
+    weight_RI: Tensor, keep_RI: Tensor, inputs: Inputs | None, params: QuantParams,
+    names: Sequence[str],
+) -> Quantized:  # fmt: skip
+    """`quantize_weight` of rows whose inputs are known; None of rtn, which ignores them.
+
+    Args:
+        weight_RI, keep_RI, params: see there; or of a stack.
+        inputs: of the layer, or of each of the stack.
+        names: of the layers, for messages.
+
+    Raises:
+        NonFiniteError, InputError: see `quantize_weight`.
+    """
     scheme = get_scheme(params.scheme)
-    grid, num_columns = scheme.grid(params), weight_RI.shape[1]
+    grid, num_columns = scheme.grid(params), weight_RI.shape[-1]
     group_size = scheme.group_size_of(params, num_columns)
     working_dtype = torch.promote_types(weight_RI.dtype, torch.float32)
     target_RI = weight_RI.detach().to(working_dtype).masked_fill(~keep_RI, 0.0)
-    _check_range(name, target_RI, grid)
+    _check_range(names, target_RI, grid)
     if inputs is None:
         levels = _round_to_nearest(target_RI, keep_RI, grid, group_size, params)
     else:
@@ -105,20 +139,23 @@ def quantize_rows(
         scheme.stored_as(params, num_columns),
         None if zeros_RG is None else zeros_RG.to(torch.uint8),
     )  # fmt: skip
-    damping = None if inputs is None else inputs.damping
-    return Quantized(codes, dequantize(codes, weight_RI.dtype), damping)
+    return Quantized(codes, dequantize(codes, weight_RI.dtype))
 
 
-def _check_range(name: str, target_OI: Tensor, grid: Grid) -> None:
-    if not bool(torch.isfinite(target_OI).all()):
-        raise NonFiniteError(f"{name}: the weight holds NaN or infinity; check the checkpoint")
-    highest = float(target_OI.abs().max()) if target_OI.numel() else 0.0
+def _check_range(names: Sequence[str], target_OI: Tensor, grid: Grid) -> None:
+    if not target_OI.numel():
+        return
     largest_scale = torch.finfo(grid.scale_dtype).max
-    if highest / grid.highest > largest_scale:
-        raise InputError(
-            f"{name}: weights up to {highest:.3g} need scales beyond float16 (at most "
-            f"{largest_scale:.0f} * {grid.highest:g}); check the checkpoint"
-        )
+    # One wait for all of a stack; the largest of numbers of which one is NaN is NaN.
+    largest = target_OI.abs().reshape(len(names), -1).amax(1).tolist()
+    for name, highest in zip(names, largest, strict=True):
+        if not math.isfinite(highest):
+            raise NonFiniteError(f"{name}: the weight holds NaN or infinity; check the checkpoint")
+        if highest / grid.highest > largest_scale:
+            raise InputError(
+                f"{name}: weights up to {highest:.3g} need scales beyond float16 (at most "
+                f"{largest_scale:.0f} * {grid.highest:g}); check the checkpoint"
+            )
 
 
 def _round_to_nearest(
@@ -127,14 +164,13 @@ def _round_to_nearest(
     """Levels and scales, group by group, by square error of the weights alone."""
     scales, zeros = [], []
     levels_OI = torch.empty_like(weight_OI)
-    for start, stop in groups(weight_OI.shape[1], group_size):
+    for start, stop in groups(weight_OI.shape[-1], group_size):
         part = slice(start, stop)
-        ones_B = weight_OI.new_ones(stop - start)
-        scales_O, zeros_O = search_scales(
-            weight_OI[:, part], keep_OI[:, part], ones_B, grid, params.num_scale_steps
-        )
-        zeros_O1 = None if zeros_O is None else zeros_O[:, None]
-        levels_OI[:, part] = grid.nearest(weight_OI[:, part], scales_O[:, None], zeros_O1)
+        weight_OB, keep_OB = weight_OI[..., part], keep_OI[..., part]
+        ones_B = weight_OI.new_ones(stop - start).expand(*weight_OI.shape[:-2], -1)
+        scales_O, zeros_O = search_scales(weight_OB, keep_OB, ones_B, grid, params.num_scale_steps)
+        zeros_O1 = None if zeros_O is None else zeros_O.unsqueeze(-1)
+        levels_OI[..., part] = grid.nearest(weight_OB, scales_O.unsqueeze(-1), zeros_O1)
         scales.append(scales_O)
         zeros.append(zeros_O)
     levels_OI.masked_fill_(~keep_OI, 0.0)

@@ -60,10 +60,10 @@ class Grid(ABC):
         it down to one half, of either sign, for levels may reach further down than up.
 
         Args:
-            kept_RB: weights of one group, 0 where pruned.
+            kept_RB: weights of one group, 0 where pruned; or of a stack (E, R, B).
             num_steps: number of shares.
         """
-        widest_R = kept_RB.abs().amax(1) / self.highest
+        widest_R = kept_RB.abs().amax(-1) / self.highest
         for share, _ in self.shifted_shares(num_steps):
             yield self.rounded(widest_R * share), None
 

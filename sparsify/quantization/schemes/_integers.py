@@ -56,8 +56,8 @@ class AsymmetricIntegers(Grid):
     def tries(self, kept_RB: Tensor, num_steps: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Shares of the scale that just spans the weights and 0, with the zero point that fits it
         and its two neighbours."""
-        lowest_R = kept_RB.amin(1).clamp_(max=0.0)
-        width_R = (kept_RB.amax(1).clamp_(min=0.0) - lowest_R) / self._top
+        lowest_R = kept_RB.amin(-1).clamp_(max=0.0)
+        width_R = (kept_RB.amax(-1).clamp_(min=0.0) - lowest_R) / self._top
         for share in shares(num_steps):
             scales_R = self.rounded(width_R * share)
             middle_R = (-lowest_R * (1 + share) / 2 / divisors(scales_R)).round_()

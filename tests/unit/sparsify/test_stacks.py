@@ -1,14 +1,16 @@
-"""Layers of experts put together, from shapes alone, and pruned as one by one."""
+"""Layers of experts put together, from shapes alone, and pruned and quantised as one by one."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.benchmarks.support.families import random_family
@@ -27,9 +29,16 @@ from sparsify.methods._target import teacher_target
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
+from sparsify.packed.layer import Codes
+from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
-from sparsify.pruning.prune import LayerChoice, PruneResult, prune_model
-from tests.families import token_rows
+from sparsify.pruning import one_pass
+from sparsify.pruning.one_pass import OnePass
+from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, prune_model
+from sparsify.quantization import gptq, quantize
+from sparsify.quantization.codes import Quantized
+from sparsify.quantization.quantize import QuantResult, quantize_checkpoint, quantize_model
+from tests.families import FEW_STEPS, token_rows
 
 PATTERN = Pattern.parse("2:4")
 
@@ -208,3 +217,169 @@ def test_the_one_that_takes_more_damping_has_it_alone(monkeypatch: pytest.Monkey
     assert raised == {"model.layers.0.mlp.experts.2.down_proj"}
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def quantized(model: Any, method: str = "gptq", **options: Any) -> QuantResult:
+    """Of a pruned mixture, whose masks are its zeros."""
+    masks = pruned("magnitude", model).keep_masks
+    return quantize_model(
+        model, token_rows(16), masks, QuantParams(method, **options), comm=Comm.single(),
+        batch_size=8,
+    )  # fmt: skip
+
+
+def assert_same_codes(found: dict[str, Codes], expected: dict[str, Codes]) -> None:
+    """A value in the middle between two levels goes to either, and its row follows."""
+    assert found.keys() == expected.keys()
+    rows = [
+        (found[name].values_OI == codes.values_OI).all(1) for name, codes in expected.items()
+    ]  # fmt: skip
+    assert torch.cat(rows).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_model_is_quantised_as_one_by_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantized(mixture(), method)
+    shapes = note_shapes(monkeypatch, quantize)
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    model = mixture()
+    found = quantized(model, method)
+    assert shapes == {2, 3}
+    assert_same_codes(*({n: q.codes for n, q in r.layers.items()} for r in (found, expected)))
+    state = model.state_dict()
+    for name, layer in found.layers.items():
+        assert torch.equal(state[f"{name}.weight"], layer.weight_OI), name
+    reports = {report.name: report for report in found.reports}
+    assert len(reports) == len(expected.reports)
+    for report in expected.reports:
+        mine = reports[report.name]
+        assert mine.error == pytest.approx(report.error, rel=1e-2)
+        assert (mine.shape, mine.num_tokens, mine.damping) == (
+            report.shape, report.num_tokens, report.damping,
+        )  # fmt: skip
+
+
+def note_shapes(monkeypatch: pytest.MonkeyPatch, module: Any) -> set[int]:
+    """Dimensions of the weights that a module quantises from now on."""
+    shapes: set[int] = set()
+    solve = module.quantize_rows
+
+    def noted(weight_RI: Tensor, *others: Any) -> Quantized:
+        shapes.add(weight_RI.ndim)
+        found: Quantized = solve(weight_RI, *others)
+        return found
+
+    monkeypatch.setattr(module, "quantize_rows", noted)
+    return shapes
+
+
+def test_inputs_of_a_stack_are_known_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For gate and up projections, which share them."""
+    seen: list[str] = []
+    factor = gptq.inverse_factors
+
+    def counted(hessian_EII: Tensor, damping: float, names: Sequence[str]) -> list[InverseFactor]:
+        seen.extend(names)
+        return factor(hessian_EII, damping, names)
+
+    monkeypatch.setattr(gptq, "inverse_factors", counted)
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    found = quantized(mixture())
+    names = {name for name in found.layers if ".experts." in name and "up_proj" not in name}
+    assert set(seen) == names and len(seen) == len(names)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "twofour"])
+def test_one_walk_quantises_stacks(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One expert is skipped: it is in a stack without the others."""
+    mixture_path = tmp_path / "mixture"
+    random_family("qwen3_moe").save_pretrained(mixture_path)
+    shapes: set[int] = set()
+    results = []
+    for at, alone in enumerate((stacks._ALONE, ())):
+        monkeypatch.setattr(stacks, "_ALONE", alone)
+        shapes = note_shapes(monkeypatch, one_pass)
+        out = tmp_path / str(at)
+        found = prune_checkpoint(
+            mixture_path, out, token_rows(16), get_method(method), PATTERN, FEW_STEPS,
+            comm=Comm.single(), memory=Memory(8),
+            one_pass=OnePass(QuantParams(), skip=["*.experts.1.*"]),
+        )  # fmt: skip
+        tensors = {}
+        for path in sorted(out.glob("codes/*.safetensors")):
+            tensors |= load_file(path)
+        results.append((found.layers, tensors))
+    assert shapes == {2, 3}
+    (expected, codes), (layers, mine) = results
+    assert mine.keys() == codes.keys() and not any(".experts.1." in name for name in mine)
+    equal = [(mine[name] == part).float().mean() for name, part in codes.items()]
+    assert torch.stack(equal).mean() > 0.99
+    costs = {layer.name: layer.rounding_error for layer in layers}
+    for layer in expected:
+        if ".experts.1." in layer.name:
+            assert layer.rounding_error is costs[layer.name] is None
+        else:
+            assert costs[layer.name] == pytest.approx(layer.rounding_error, rel=2e-2)
+
+
+def test_a_checkpoints_fragments_are_written_of_stacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    model = mixture()
+    masks = pruned("magnitude", model).keep_masks
+    model.save_pretrained(tmp_path / "pruned")
+    expected = quantize_model(
+        model, token_rows(16), masks, QuantParams(), comm=Comm.single(), batch_size=8
+    )
+    reports = quantize_checkpoint(
+        tmp_path / "pruned", tmp_path / "out", token_rows(16), masks, PATTERN, QuantParams(),
+        comm=Comm.single(), memory=Memory(8),
+    )  # fmt: skip
+    assert reports == expected.reports
+    tensors = {}
+    for path in (tmp_path / "out").glob("fragment-*.safetensors"):
+        tensors |= load_file(path)
+    for name, layer in expected.layers.items():
+        assert torch.equal(tensors[f"{name}.weight_scales"], layer.codes.scales_OG)
+
+
+def test_the_one_of_a_stack_that_cannot_be_quantised_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    model = mixture()
+    masks = pruned("magnitude", model).keep_masks
+    name = "model.layers.0.mlp.experts.2.down_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight *= 1e30
+        model.get_submodule("model.layers.0.mlp.experts.2.up_proj").weight *= 1e-30
+    with pytest.raises(InputError, match=f"^{name}: weights up to .* need scales beyond"):
+        quantize_model(
+            model, token_rows(16), masks, QuantParams("rtn"), comm=Comm.single(), batch_size=8
+        )
+
+
+def test_the_one_that_takes_more_damping_has_it_in_the_stack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As above; the others keep what was asked for."""
+    dampings = []
+    for alone in (stacks._ALONE, ()):
+        monkeypatch.setattr(stacks, "_ALONE", alone)
+        model = mixture()
+        masks = pruned("magnitude", model).keep_masks
+        expert = find_blocks(model)[1][0].get_submodule("mlp.experts.2")
+        with torch.no_grad():
+            for linear in (expert.gate_proj, expert.up_proj):
+                linear.weight[:2] = 3 * linear.weight[0]
+        found = quantize_model(
+            model, token_rows(16), masks, QuantParams(damping=1e-7), comm=Comm.single(),
+            batch_size=8,
+        )  # fmt: skip
+        dampings.append({report.name: report.damping for report in found.reports})
+    assert dampings[0] == dampings[1]
+    raised = {name for name, damping in dampings[0].items() if damping != 1e-7}
+    assert raised == {"model.layers.0.mlp.experts.2.down_proj"}
