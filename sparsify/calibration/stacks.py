@@ -15,10 +15,7 @@ from torch import Tensor
 from sparsify.calibration.accumulate import BlockMoments
 from sparsify.calibration.block import LoadedBlock
 from sparsify.calibration.layers import Layer
-from sparsify.models.experts import expert_layers
-
-STACK_BYTES = 2**28
-"""of the largest matrix of a stack, in float32; some ten such are made"""
+from sparsify.models.experts import expert_layers, num_stacks
 
 _ALONE = ("cpu",)  # types of devices where a launch costs next to nothing
 
@@ -26,10 +23,9 @@ _ALONE = ("cpu",)  # types of devices where a launch costs next to nothing
 def stacks_of(groups: Sequence[list[str]], loaded: LoadedBlock) -> list[list[list[str]]]:
     """Put groups of layers together where they are those of experts, of one kind and shape.
 
-    Stacks are of even sizes, as large as `STACK_BYTES` lets them be. That is told from shapes
-    alone, never from the memory that is free or the number of processes, since a stack's products
-    may have other bits on a GPU than those of its layers one by one. On a CPU every group is by
-    itself.
+    `experts.num_stacks` says how many stacks they make, from shapes alone, never from the memory
+    that is free or the number of processes, since a stack's products may have other bits on a GPU
+    than those of its layers one by one. On a CPU every group is by itself.
 
     Args:
         groups: layers that share an input, by their names relative to the block.
@@ -50,10 +46,8 @@ def stacks_of(groups: Sequence[list[str]], loaded: LoadedBlock) -> list[list[lis
     stacks = []
     for found in alike.values():
         rows = max(layers[name].out_features for name in found[0])
-        columns = layers[found[0][0]].in_features
-        most = max(1, STACK_BYTES // (4 * columns * max(rows, columns)))
-        num_stacks = -(-len(found) // most)
-        edges = [index * len(found) // num_stacks for index in range(num_stacks + 1)]
+        num = num_stacks(len(found), rows, layers[found[0][0]].in_features)
+        edges = [index * len(found) // num for index in range(num + 1)]
         stacks += [found[start:stop] for start, stop in itertools.pairwise(edges)]
     return stacks
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.shapes import ModelShape, kept_bytes
+from sparsify.models.experts import STACK_BYTES
 
 CHUNK_TOKENS = 1024  # as sparsify.data.rows has it; its logits exist at one time
 
 _BUCKET = 200_000_000  # elements: jobs/training/zero.py
-
-_STACK_BYTES = 2**28  # of the largest matrix of a stack of experts: calibration/stacks.py
 
 _LIVE = 1_000_000_000  # elements that ZeRO-3 may hold gathered, in the same file
 
@@ -208,7 +207,7 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     largest: float = max(rows * columns for rows, columns in shape.layers)
     if shape.has_experts and setup.uses_gpu:  # which are solved as stacks
         stacks = [g.num * rows * columns for g in shape.groups for rows, columns in g.layers]
-        largest = max(largest, min(max(stacks), _STACK_BYTES / 4))
+        largest = max(largest, min(max(stacks), STACK_BYTES / 4))
     held = 0.0
     if setup.on_device and setup.order == "layer" and not shape.has_experts:
         # Paused forwards: the widest activation, and the residual streams of both models.

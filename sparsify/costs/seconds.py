@@ -16,6 +16,7 @@ from sparsify.comm import assign_by_size, shared_by_all
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
 from sparsify.costs.shapes import ModelShape, kept_of_token, num_blocks_recomputed
+from sparsify.models.experts import num_stacks
 from sparsify.params import PruneParams
 
 _PARAMS = PruneParams()
@@ -330,8 +331,15 @@ def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates)
 
 
 def quantizing_seconds(shape: ModelShape, setup: Pruning, rates: Rates) -> dict[str, float]:
-    """Seconds of GPTQ with zeros kept: one walk, and the launches for its columns."""
-    columns = sum(columns for _, columns in shape.layers)
+    """Seconds of GPTQ with zeros kept: one walk, and the launches for its columns.
+
+    On a GPU a stack of experts takes those of one.
+    """
+    columns = 0
+    for group in shape.groups:
+        most = max(rows for rows, _ in group.layers)
+        num = num_stacks(group.num, most, group.num_inputs) if setup.uses_gpu else group.num
+        columns += num * len(group.layers) * group.num_inputs
     walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
     walk["solve"] += shape.num_blocks * columns * _GPTQ_LAUNCHES * rates.launch_s
     return walk

@@ -15,6 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STACK_BYTES = 2**28
+"""of the largest matrix of experts that are solved together, in float32; some ten such are made"""
+
+
+def num_stacks(num_experts: int, num_outputs: int, num_inputs: int) -> int:
+    """Stacks of even sizes, as large as `STACK_BYTES` lets them be, of a layer of every expert."""
+    most = max(1, STACK_BYTES // (4 * num_inputs * max(num_outputs, num_inputs)))
+    return -(-num_experts // most)
+
 
 class Expert(nn.Module):
     """One expert; its linears are children under the names that the checkpoint has for them.

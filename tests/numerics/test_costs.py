@@ -18,15 +18,22 @@ from transformers import (
 )
 
 from jobs.benchmarks.support.families import family_config
-from sparsify.calibration.stacks import STACK_BYTES
 from sparsify.costs.cards import cards, find_card
 from sparsify.costs.deploy import AdapterTraining, adapter_memory, deployed_sizes, kv_cache_bytes
 from sparsify.costs.flops import peak_flops
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.memory import _STACK_BYTES, _head, pruning_memory, training_memory
-from sparsify.costs.seconds import pruning_seconds, rates_of, step_seconds, traffic
+from sparsify.costs.memory import _head, pruning_memory, training_memory
+from sparsify.costs.seconds import (
+    Rates,
+    pruning_seconds,
+    quantizing_seconds,
+    rates_of,
+    step_seconds,
+    traffic,
+)
 from sparsify.costs.shapes import LayerGroup, ModelShape, kept_bytes, read_shape
 from sparsify.errors import InputError
+from sparsify.models.experts import STACK_BYTES
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.layer import packed_num_bytes
@@ -87,6 +94,13 @@ def test_published_models_have_their_published_sizes(llama: ModelShape) -> None:
     assert kv_cache_bytes(large, 4096) == pytest.approx(1.34e9, rel=0.01)
 
 
+def launched(shape: ModelShape, setup: Pruning, rates: Rates) -> float:
+    """Launches that quantising is planned with, of a second each."""
+    timed = (quantizing_seconds(shape, setup, replace(rates, launch_s=s)) for s in (1.0, 0.0))
+    one, none = (found["solve"] for found in timed)
+    return one - none
+
+
 def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
     """Four experts of which a token meets two, and one of twice the width that all tokens meet; the
     first block has none."""
@@ -111,7 +125,11 @@ def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:
     parts = pruning_memory(shape, setup).parts
     assert parts["solver"] == 4 * 5 * (4 * 80 * 64)  # of all experts' gates, as a stack
     large = replace(shape, groups=(LayerGroup(((8192, 8192),), 128, 0.1),))
-    assert pruning_memory(large, setup).parts["solver"] == 5 * STACK_BYTES == 5 * _STACK_BYTES
+    assert pruning_memory(large, setup).parts["solver"] == 5 * STACK_BYTES
+    assert launched(shape, setup, rates) == pytest.approx(
+        3 * 85 / 128 * (4 * 64 + 2 * 64 + 160 + 64 + 2 * 64 + 80)  # experts' as those of one
+    )
+    assert launched(large, setup, rates) == pytest.approx(3 * 85 / 128 * 128 * 8192)  # one by one
     held = parts["Hessians"]  # of all experts at once
     assert held == (4 + 4) * (3 * 64**2 + 160**2 + 4 * (64**2 + 80**2)) + 6 * 160**2
 

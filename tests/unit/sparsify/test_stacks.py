@@ -26,6 +26,7 @@ from sparsify.errors import InputError
 from sparsify.methods import Problem, PruneParams, Solution, get_method
 from sparsify.methods._base import chosen_mask, selected
 from sparsify.methods._target import teacher_target
+from sparsify.models import experts
 from sparsify.models.blocks import BlocksInMemory
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
@@ -73,10 +74,10 @@ def test_experts_of_one_kind_are_together_and_nothing_else_is() -> None:
     groups, found = stacks_on("meta")
     assert [group for stack in found for group in stack] != groups
     assert sorted(group for stack in found for group in stack) == sorted(groups)
-    experts = [stack for stack in found if len(stack) > 1]
-    assert len(experts) == 2 and len(experts[0]) == len(experts[1]) > 2
+    together = [stack for stack in found if len(stack) > 1]
+    assert len(together) == 2 and len(together[0]) == len(together[1]) > 2
     assert all(len({name.split(".")[-1] for name in place}) == 1
-               for stack in experts for place in zip(*stack, strict=True))  # fmt: skip
+               for stack in together for place in zip(*stack, strict=True))  # fmt: skip
     alone = [stack[0] for stack in found if len(stack) == 1]
     assert [len(group) for group in alone] == [3, 1]
 
@@ -92,11 +93,11 @@ def test_stacks_have_even_sizes_within_the_bytes(monkeypatch: pytest.MonkeyPatch
     linears = linears_of(find_blocks(mixture())[1][-1])
     wide = linears[next(stack for stack in whole if len(stack) > 1)[0][0]]
     square = 4 * wide.in_features * max(wide.in_features, wide.out_features)
-    monkeypatch.setattr(stacks, "STACK_BYTES", (num_experts - 1) * square)
+    monkeypatch.setattr(experts, "STACK_BYTES", (num_experts - 1) * square)
     _, cut = stacks_on("meta")
     sizes = [len(stack) for stack in cut if "gate_proj" in stack[0][0]]
     assert sizes == [num_experts // 2, num_experts - num_experts // 2]
-    monkeypatch.setattr(stacks, "STACK_BYTES", 1)
+    monkeypatch.setattr(experts, "STACK_BYTES", 1)
     assert sorted(stacks_on("meta")[1]) == sorted([group] for group in groups)
 
 

@@ -25,11 +25,12 @@ from jobs.benchmarks.support.stand_in_gpu import (
     without_data,
 )
 from sparsify import comm
-from sparsify.calibration import cholesky, stacks
+from sparsify.calibration import cholesky
 from sparsify.calibration.hidden_states import Memory
 from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
 from sparsify.errors import InputError, TwofourError
+from sparsify.models import experts
 
 RATES = Rates(products=1e12, attention=1e12, bandwidth=1e12, link=1e12, network=1e12,
               float32=1e11, launch_s=1e-6)  # fmt: skip
@@ -232,10 +233,10 @@ def test_experts_are_factored_and_solved_together(method: str) -> None:
 def test_experts_of_large_shapes_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the bytes makes four stacks, each with its launches."""
     whole = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
-    monkeypatch.setattr(stacks, "STACK_BYTES", 2 * 4 * 512 * 512)
+    monkeypatch.setattr(experts, "STACK_BYTES", 2 * 4 * 512 * 512)
     cut = mixture("sparsegpt", 8)["kernels"]["_sweep_block_kernel"][0]
-    attention, experts = 4 * 4, 4 + 4 + 3
-    assert whole == attention + experts and cut == attention + 4 * experts
+    attention, of_experts = 4 * 4, 4 + 4 + 3
+    assert whole == attention + of_experts and cut == attention + 4 * of_experts
 
 
 def test_a_mixture_is_not_measured() -> None:
