@@ -78,7 +78,8 @@ def quantize_model(
 
     The target is the model as given (pruned and recovered). Each block is calibrated on what the
     quantised blocks before it put out. Processes share rows of the calibration data and rows of
-    each weight; all end with the same result. Layers without a mask stay as they are.
+    each weight; all end with the same result. Layers without a mask stay as they are. On a GPU a
+    mixture's experts are solved as stacks (`calibration.stacks`).
 
     Args:
         model: a transformers decoder.

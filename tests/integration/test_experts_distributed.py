@@ -14,7 +14,9 @@ from sparsify.calibration import stacks
 from sparsify.calibration.hidden_states import Memory
 from sparsify.comm import Comm
 from sparsify.methods import get_method
+from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
+from sparsify.pruning.one_pass import OnePass
 from sparsify.pruning.prune import PruneResult, prune_checkpoint
 from tests.families import FEW_STEPS, token_rows
 from tests.integration.recoveries import warm_context
@@ -23,12 +25,13 @@ METHODS = ("twofour", "sparsegpt")
 
 
 def prune_to(dense: Path, out: Path, comm: Comm, method: str) -> PruneResult:
-    """SparseGPT's experts are solved together, as they are on a GPU."""
+    """SparseGPT's experts are solved together, as they are on a GPU, and quantised in one walk."""
+    one_pass = OnePass(QuantParams()) if method == "sparsegpt" else None
     torch.set_num_threads(1)
     with patch.object(stacks, "_ALONE", () if method == "sparsegpt" else stacks._ALONE):
         return prune_checkpoint(
             dense, out, token_rows(8), get_method(method), Pattern.parse("2:4"), FEW_STEPS,
-            comm=comm, memory=Memory(2),
+            comm=comm, memory=Memory(2), one_pass=one_pass,
         )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def worker(rank: int, world_size: int, dense: str, folder: str) -> None:
 
 
 def digests(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("m*.safetensors")}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.rglob("*.safetensors")}
 
 
 def test_a_fixed_order_writes_the_same_files_on_two_processes(tmp_path: Path) -> None:
@@ -67,5 +70,6 @@ def test_a_fixed_order_writes_the_same_files_on_two_processes(tmp_path: Path) ->
     for method, result in zip(METHODS, results, strict=True):
         one, two = (digests(tmp_path / f"{count}-{method}") for count in ("one", "two"))
         assert one == two != {}, method
+        assert ("fragment-00001.safetensors" in one) == (method == "sparsegpt")
         lent = {report.name for report in result.layers if report.num_tokens == 0}
         assert len(lent) == 2 * 3
