@@ -250,10 +250,12 @@ class _Run:
         ).double()
         comm.all_reduce_(energies)
         codes = gathered(mine.codes, comm, num_rows)
-        for layer, found in zip(layers, codes, strict=True):
-            quantized = Quantized(found, dequantize(found, dtype))
-            layer.module.weight.data.copy_(quantized.weight_OI)
-            self._layers[layer.name] = quantized
+        found = [Quantized(of_one, dequantize(of_one, dtype)) for of_one in codes]
+        self._layers |= zip(names, found, strict=True)
+        # One copy to the device for all of a stack, which waits for it.
+        stack_OI = as_stack([each.weight_OI for each in found]).to(weight_OI.device)
+        for layer, new_OI in zip(layers, stack_OI.view(-1, num_rows, num_columns), strict=True):
+            layer.module.weight.data.copy_(new_OI)
         figures = energies.view(2, -1).T.tolist()
         dampings = [None] * len(layers) if inputs is None else inputs.dampings
         for layer, (error, total), damping in zip(layers, figures, dampings, strict=True):

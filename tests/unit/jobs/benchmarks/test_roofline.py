@@ -16,21 +16,26 @@ from jobs.benchmarks.model import limits
 from jobs.benchmarks.support.kernel_costs import KERNELS
 from jobs.benchmarks.support.mixtures import MIXTURES, mixture_config
 from jobs.benchmarks.support.op_costs import Cost
-from jobs.benchmarks.support.random_llama import llama_config
+from jobs.benchmarks.support.random_llama import llama_config, random_rows
 from jobs.benchmarks.support.stand_in_gpu import (
     DEVICE,
     Spent,
     StandInGpu,
+    empty_model,
     stand_in_gpu,
     without_data,
 )
 from sparsify import comm
 from sparsify.calibration import cholesky
 from sparsify.calibration.hidden_states import Memory
+from sparsify.calibration.layers import Layer, prunable_linears
+from sparsify.comm import Comm
 from sparsify.costs.cards import find_card
 from sparsify.costs.seconds import Rates
 from sparsify.errors import InputError, TwofourError
 from sparsify.models import experts
+from sparsify.params import QuantParams
+from sparsify.quantization import quantize, quantize_model
 
 RATES = Rates(products=1e12, attention=1e12, bandwidth=1e12, link=1e12, network=1e12,
               float32=1e11, launch_s=1e-6)  # fmt: skip
@@ -207,12 +212,15 @@ def test_several_gpus_share_the_widest_factor(monkeypatch: pytest.MonkeyPatch) -
 def mixture(method: str, num_experts: int) -> dict[str, Any]:
     options = Namespace(blocks=1, samples=4 * num_experts, length=64, batch_size=4 * num_experts,
                         method=method, order="auto", seed=0)  # fmt: skip
+    return roofline.count(small_mixture(num_experts), options, RATES, Memory(options.batch_size))
+
+
+def small_mixture(num_experts: int) -> Any:
     sizes = {
         **MIXTURES["qwen3-30b-a3b"], "hidden_size": 512, "moe_intermediate_size": 384,
         "num_experts": num_experts, "num_experts_per_tok": 4, "num_attention_heads": 4,
     }  # fmt: skip
-    config = mixture_config(sizes, 1, 64, 4096)
-    return roofline.count(config, options, RATES, Memory(options.batch_size))
+    return mixture_config(sizes, 1, 64, 4096)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -228,6 +236,42 @@ def test_experts_are_factored_and_solved_together(method: str) -> None:
         sweeps = [found["kernels"]["_sweep_block_kernel"][0] for found in (few, many)]
         # Blocks of 128 columns: of q, k, v and o, and once for all experts' gate, up and down.
         assert sweeps[0] == sweeps[1] == 4 + 4 + 4 + 4 + 4 + 4 + 3
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_experts_are_quantised_together(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of a block grow by one for each layer, which is its copy into the module, and waits
+    not at all; kernels are as many."""
+    names = {"_search_kernel", "_eliminate_kernel", "_descend_kernel"}
+    for name in names:
+        monkeypatch.setitem(KERNELS, name, lambda named: Cost())
+    solve, spent = quantize._Run._solve, Spent()
+
+    def counted(run: Any, layers: list[Layer]) -> None:
+        nonlocal spent
+        before = gpu.now()
+        solve(run, layers)
+        if len(layers) > 1:
+            spent += gpu.now() - before
+
+    monkeypatch.setattr(quantize._Run, "_solve", counted)
+    found, kernels = [], []
+    for num_experts in (4, 16):
+        model, spent = empty_model(small_mixture(num_experts)), Spent()
+        with stand_in_gpu(RATES) as gpu:
+            without_data(model)
+            rows = random_rows(4 * num_experts, 64, 4096, 0)
+            masks = {name: torch.ones(layer.weight.shape, dtype=torch.bool)
+                     for _, name, layer in prunable_linears(model)}  # fmt: skip
+            quantize_model(
+                model, rows, masks, QuantParams(method), comm=Comm.single(),
+                batch_size=4 * num_experts,
+            )  # fmt: skip
+        kernels.append({name: gpu.kernels[name][0] for name in names & gpu.kernels.keys()})
+        found.append(spent)
+    assert kernels[0] == kernels[1] and len(kernels[0]) == (3 if method == "gptq" else 1)
+    assert found[0]["waits"] == found[1]["waits"] > 0
+    assert found[1]["launches"] - found[0]["launches"] == 3 * (16 - 4)
 
 
 def test_experts_of_large_shapes_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
