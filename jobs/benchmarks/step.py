@@ -65,6 +65,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_option(parser, "--teacher-dtype", None, "as distill.teacher_dtype", choices=types)
     parser.add_argument("--compile", action="store_true", help="as distill.compile")
     add_option(parser, "--recompute-share", 0.0, "as distill.recompute_share")
+    whole, elementwise = "whole", "elementwise"
+    add_option(parser, "--recompute", whole, "as distill.recompute", choices=[whole, elementwise])
     kinds = ["auto", "varlen", "masked"]
     add_option(parser, "--attention", "auto", "as distill.attention", choices=kinds)
     alone = "measure the models alone too; without it there is more memory for the step"
@@ -96,7 +98,8 @@ def run(options: Namespace) -> Outcome:
     settings = settings_of(
         options, "shape", "layers", "vocabulary", "sequence_length", "batch_size",
         "micro_batch_size", "whole_rows", "engine", "zero_stage", "precision", "teacher_dtype",
-        "compile", "recompute_share", "attention", "warmup", "steps", "part_steps", "seed",
+        "compile", "recompute_share", "recompute", "attention", "warmup", "steps", "part_steps",
+        "seed",
     )  # fmt: skip
     if options.engine == "deepspeed" and options.zero_stage is None:
         settings["zero_stage"] = 2

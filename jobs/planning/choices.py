@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.planning.layouts import Machine, with_options
-from sparsify.costs.layout import Training
+from sparsify.costs.layout import Recompute, Training
 from sparsify.costs.memory import MemoryUse, training_memory
 from sparsify.costs.seconds import Rates, step_seconds, total
 from sparsify.costs.shapes import ModelShape
 
 PLACEMENTS = ("replicated", "node", "sharded")
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_OPTIONS = ("zero_stage", "teacher_placement", "recompute_share", "micro_batch_size")
+KINDS: tuple[Recompute, ...] = ("whole", "elementwise")
+_OPTIONS = ("zero_stage", "teacher_placement", "recompute_share", "recompute", "micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ class Recovery:
         shares = sorted({*SHARES, self.setup.recompute_share})
         rows = self.setup.micro_batch_size * self.setup.num_micro_batches
         sizes = [size for size in (1, 2, 4, 8, 16, 32) if rows % size == 0]
-        for values in itertools.product(stages, places, shares, sizes):
-            yield self.choice(**dict(zip(_OPTIONS, values, strict=True)))
+        for values in itertools.product(stages, places, shares, KINDS, sizes):
+            options = dict(zip(_OPTIONS, values, strict=True))
+            if options["recompute_share"] or options["recompute"] == self.setup.recompute:
+                yield self.choice(**options)
 
     def cheapest(self) -> Choice | None:
         """The fastest that fits, of equals the one that changes least; None if nothing does.
@@ -97,7 +100,8 @@ class Recovery:
                 choice
                 for stage, share in itertools.product(stages, shares)
                 if self.fits(choice := self.choice(
-                    zero_stage=stage, recompute_share=share, micro_batch_size=1,
+                    zero_stage=stage, recompute_share=share, recompute="whole",
+                    micro_batch_size=1,
                     teacher_placement="sharded" if self.setup.world_size > 1 else "replicated",
                     offload_optimizer=True,
                 ))

@@ -77,6 +77,7 @@ def training_of(config: Config, machine: Machine) -> Training:
         sequence_length=config.data.sequence_length,
         num_micro_batches=max(1, settings.batch_size // (settings.micro_batch_size * world)),
         recompute_share=settings.recompute_share,
+        recompute=settings.recompute,  # type: ignore[arg-type]
         compile=settings.compile,
         offload_optimizer=settings.offload_optimizer,
         hpz_size=settings.zero_hpz_size,

@@ -155,6 +155,12 @@ def recovery_of(config: PlanJobConfig, machine: Machine, shape: ModelShape) -> R
     return Recovery(shape, teacher, setup, machine, machine.rates(setup.element_bytes))
 
 
+_RECOMPUTED = (
+    ("whole", 0.0), ("whole", 0.25), ("whole", 0.5), ("whole", 1.0), ("elementwise", 1.0),
+)  # fmt: skip
+"""what the plan's table has: `distill.recompute` and the share of the blocks"""
+
+
 def _recovery(
     config: PlanJobConfig, machine: Machine, shape: ModelShape, calibration: Calibration
 ) -> dict[str, Any]:
@@ -165,9 +171,10 @@ def _recovery(
     grid = []
     for stage in stages:
         for place in PLACEMENTS if machine.num_workers > 1 else PLACEMENTS[:1]:
-            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            for kind, share in _RECOMPUTED:
                 options = {
                     "zero_stage": stage, "teacher_placement": place, "recompute_share": share,
+                    "recompute": kind,
                 }  # fmt: skip
                 choice = recovery.choice(**options)
                 grid.append({

@@ -184,8 +184,9 @@ def _recovery_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _grid_lines(grid: list[dict[str, Any]]) -> list[str]:
-    shares = list(dict.fromkeys(cell["recompute_share"] for cell in grid))
-    rows = [["ZeRO, teacher", *(f"{share:g} " for share in shares)]]
+    columns = dict.fromkeys((cell["recompute"], cell["recompute_share"]) for cell in grid)
+    names = [f"{share:g} " if kind == "whole" else "elem. " for kind, share in columns]
+    rows = [["ZeRO, teacher", *names]]
     by_row: dict[tuple[int, str], list[str]] = {}
     for cell in grid:
         mark = " " if cell["fits"] else "*"
@@ -197,6 +198,7 @@ def _grid_lines(grid: list[dict[str, Any]]) -> list[str]:
     return [
         "",
         "GB a worker / seconds of a step by share of recomputed blocks; * does not fit",
+        "elem.: of all blocks, what lies between products of matrices",
         *aligned(rows),
     ]
 

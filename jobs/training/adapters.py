@@ -97,7 +97,7 @@ def load_adapted(
     flops = flops_of(model, context)
     model.requires_grad_(False)
     prepare_student(model)
-    recompute_layers(model, engine.recompute_share)
+    recompute_layers(model, engine.recompute_share, engine.recompute)
     masks, pattern = own_masks(folder, config.prune.pattern)
     start = {} if given is None else read_adapters(given, model_fingerprint(folder))
     found, held = None, {}

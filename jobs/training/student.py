@@ -124,7 +124,7 @@ def make_student(
     flops = flops_of(model, context)
     model.requires_grad_(True)
     prepare_student(model)
-    recompute_layers(model, settings.recompute_share)
+    recompute_layers(model, settings.recompute_share, settings.recompute)
     moving = None
     if settings.moving_share:
         moving = MovingMasks(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Placement = Literal["replicated", "node", "sharded"]
+Recompute = Literal["whole", "elementwise"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Training:
     num_micro_batches: int = 1
     """micro-batches of a worker in a step"""
     recompute_share: float = 0.0
+    recompute: Recompute = "whole"
     compile: bool = False
     offload_optimizer: bool = False
     hpz_size: int = 1

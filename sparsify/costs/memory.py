@@ -6,7 +6,7 @@ step, when the gradients have been copied together. ZeRO's partition is Rajbhand
 (arXiv 1910.02054, section 5): masters, moments and gradients of P weights take 4, 8 and 4 bytes a
 weight, from stage 1, 1 and 2 on divided by the workers, the weights themselves from stage 3 on.
 Activations are traced (`shapes.read_shape`), and recomputed blocks keep their inputs alone (Chen et
-al. 2016, arXiv 1604.06174).
+al. 2016, arXiv 1604.06174), or those and what products and attention put out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def training_memory(student: ModelShape, teacher: ModelShape | None, setup: Trai
         InputError: see `shapes.kept_bytes`.
     """
     width, tokens = setup.element_bytes, setup.tokens
-    kept, again = kept_bytes(student, width, setup.recompute_share, setup.compile)
+    kept, again = kept_bytes(student, width, setup.recompute_share, setup.compile, setup.recompute)
     standing = _standing(student, teacher, setup)
     gradients = _gradients(student, setup)
     head = _head(student, teacher, setup)

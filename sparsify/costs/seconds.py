@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from sparsify.comm import assign_by_size, shared_by_all
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.shapes import ModelShape, kept_of_token, num_blocks_recomputed
+from sparsify.costs.shapes import ModelShape, kept_bytes, kept_of_token, num_blocks_recomputed
 from sparsify.models.experts import num_stacks
 from sparsify.params import PruneParams
 
@@ -36,6 +36,9 @@ _BANDWIDTH, _LINK, _NETWORK = 0.78, 0.75, 0.75
 # kernels for a compiled Llama of 8B parameters.
 _PER_KEPT_COMPILED = 5.3  # student forward and backward and teacher forward, of what is kept
 _PER_KEPT_EAGER = 7.0
+# By what a compiled block makes again beside its backward pass, of what it so frees: 17.4 GB for
+# 12.7 GB, in the same kernels (docs/benchmarks/speed.md).
+_PER_MADE_AGAIN = 1.4
 # Over a chunk of logits of both models, float32: by one operation after another, or by
 # one kernel, which reads both twice and writes the gradient once in half precision.
 _HEAD_PASSES_KERNEL, _HEAD_PASSES = 5, 28
@@ -136,15 +139,21 @@ def step_seconds(
     """
     tokens, width = setup.tokens, setup.element_bytes
     length = min(document_tokens or setup.sequence_length, setup.sequence_length)
-    again = num_blocks_recomputed(student.num_blocks, setup.recompute_share) / student.num_blocks
+    is_whole = setup.recompute == "whole"
+    share = num_blocks_recomputed(student.num_blocks, setup.recompute_share) / student.num_blocks
+    again = share if is_whole else 0.0
     linear, inside = _operations(student, tokens, length)
     taught, taught_inside = (0.0, 0.0) if teacher is None else _operations(teacher, tokens, length)
     heads = 3 * student.flops.num_head_weights
     if teacher is not None and setup.uses_kl:
         heads += teacher.flops.num_head_weights
     attention = (1 + again + 2.5) * inside + taught_inside
-    kept = kept_of_token(student, width) * tokens * (1 + again / 2)
     passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
+    moved = passes * kept_of_token(student, width) * tokens
+    if is_whole or not setup.compile:
+        moved *= 1 + share / 2
+    else:
+        moved += _PER_MADE_AGAIN * tokens * _freed_bytes(student, setup)
     # Without tensor cores the head's products are of float32 copies.
     of_head = rates.products if setup.uses_gpu else rates.float32 or rates.products
     in_kernel = setup.uses_gpu and setup.has_head_kernel
@@ -153,7 +162,7 @@ def step_seconds(
     micro = {
         "products": ((3 + again) * linear + taught) / rates.products,
         "attention": attention / rates.attention,
-        "elementwise": passes * kept / rates.bandwidth,
+        "elementwise": moved / rates.bandwidth,
         "head": 2.0 * heads * tokens / of_head
         + 4.0 * (_HEAD_PASSES_KERNEL if in_kernel else _HEAD_PASSES)
         * tokens * student.vocab_size / rates.bandwidth * (1 if teacher else 0.5),
@@ -175,6 +184,15 @@ def step_seconds(
     found["update"] = _ADAM_BYTES * own / rates.bandwidth
     found["exchange"] = _exchange(student, teacher, setup, rates, compute)
     return found
+
+
+def _freed_bytes(student: ModelShape, setup: Training) -> float:
+    """Bytes of a token that are made again by elementwise work instead of being kept."""
+    one, shares = setup.element_bytes, (0.0, setup.recompute_share)
+    whole, left = (
+        kept_bytes(student, one, share, setup.compile, setup.recompute)[0] for share in shares
+    )
+    return max(0.0, whole - left)
 
 
 def _operations(shape: ModelShape, tokens: float, length: float) -> tuple[float, float]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from sparsify.errors import InputError
 from sparsify.models.structure import find_blocks
@@ -22,13 +28,19 @@ def prepare_student(student: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def recompute_layers(model: nn.Module, share: float) -> list[int]:
-    """Let a share of the decoder blocks run again in the backward pass instead of keeping their
-    activations.
+def recompute_layers(model: nn.Module, share: float, recompute: str = "whole") -> list[int]:
+    """Let a share of the decoder blocks make activations again in the backward pass instead of
+    keeping them.
+
+    `whole` keeps a block's input alone and runs all of it again (Chen et al. 2016, arXiv
+    1604.06174). `elementwise` keeps what products of matrices and attention put out too
+    (`puts_out_kept`), and makes again what is between them: norms, rotations, gates (Korthikanti et
+    al. 2022, arXiv 2205.05198, choose what to keep by the same weighing). Gradients are the same.
 
     Args:
         model: a causal LM of transformers.
         share: 0 (none) to 1 (all); rounded to whole blocks, spread evenly over the depth.
+        recompute: what of these blocks, whole or elementwise.
 
     Returns:
         Indices of the blocks.
@@ -36,24 +48,56 @@ def recompute_layers(model: nn.Module, share: float) -> list[int]:
     Raises:
         InputError: the model's blocks cannot be recomputed.
 
-    Cost: one more forward of each of these blocks per backward, a quarter of its arithmetic.
+    Cost: per backward, of each of these blocks one more forward, a quarter of its arithmetic;
+    elementwise, no product more, and a few passes over what is made again.
     """
     name, blocks = find_blocks(model)
     chosen = evenly_spread(len(blocks), round(share * len(blocks)))
     if not chosen:
         return []
+    refusal = InputError(
+        f"distill.recompute_share={share}: the blocks of {type(model).__name__} ({name}) "
+        "cannot be recomputed; use 0"
+    )
     if not all(hasattr(block, "gradient_checkpointing") for block in blocks):
-        raise InputError(
-            f"distill.recompute_share={share}: the blocks of {type(model).__name__} ({name}) "
-            "cannot be recomputed; use 0"
-        )
+        raise refusal
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:  # its name until transformers 5.23 at the latest, deprecated since
         enable = model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError:  # a family that has the blocks for it, and says that it cannot
+        raise refusal from None
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = index in chosen  # type: ignore[assignment]
+        if recompute == "elementwise":
+            # transformers' name for what runs a block; torch.compile wants a partial here.
+            block._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+                checkpoint, use_reentrant=False,
+                context_fn=partial(create_selective_checkpoint_contexts, elementwise_again),
+            )  # fmt: skip
     return chosen
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+
+_ATTENTION = ("_scaled_dot_product_", "_varlen_attn")
+
+
+def puts_out_kept(operation: Any) -> bool:
+    """Whether an operation's results are kept where only elementwise work is made again.
+
+    Args:
+        operation: of torch, as a dispatch mode or a traced graph has it.
+    """
+    name = getattr(operation, "overloadpacket", operation).__name__
+    return name in _PRODUCTS or (name.startswith(_ATTENTION) and "backward" not in name)
+
+
+def elementwise_again(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """What torch's selective checkpointing asks of each operation of a block."""
+    is_kept = puts_out_kept(operation)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def evenly_spread(num_items: int, num_chosen: int) -> list[int]:

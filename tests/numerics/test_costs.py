@@ -31,7 +31,8 @@ from sparsify.costs.seconds import (
     step_seconds,
     traffic,
 )
-from sparsify.costs.shapes import LayerGroup, ModelShape, kept_bytes, read_shape
+from sparsify.costs.shapes import ModelShape, kept_bytes, read_shape
+from sparsify.costs.trace import LayerGroup
 from sparsify.errors import InputError
 from sparsify.models.experts import STACK_BYTES
 from sparsify.models.structure import find_blocks, linears_of

@@ -126,7 +126,7 @@ def build(options: Namespace, folder: Path, num_steps: int, num_threads: int) ->
     plain = copy.deepcopy(pruned).to(dtype) if options.baseline else None
     if plain is not None:
         prove(BlocksInMemory(plain), settings, isolate, context)  # attends as the student does
-        recompute_layers(plain, settings.recompute_share)
+        recompute_layers(plain, settings.recompute_share, settings.recompute)
         in_half = settings.precision == "bf16"
         choose_attention(plain, settings.attention, isolate, in_half, context.warn)
         if settings.compile:
@@ -162,6 +162,7 @@ def make_config(options: Namespace, num_steps: int) -> Config:
             micro_batch_size=options.micro_batch_size, precision=options.precision,
             zero_stage=2 if options.zero_stage is None else options.zero_stage,
             compile=options.compile, recompute_share=options.recompute_share,
+            recompute=options.recompute,
             teacher_dtype=options.teacher_dtype, attention=options.attention,
             checkpoint_every_steps=num_steps + 1, hang_after_s=3600.0, learning_rate=1e-5,
         ),

@@ -137,7 +137,8 @@ def _recovery(
         num_tokens=2 * parts * options.gpus * options.micro_batch_size * options.sequence_length,
         batch_size=parts * options.gpus * options.micro_batch_size,
         micro_batch_size=options.micro_batch_size, precision="bf16", zero_stage=2,
-        compile=options.compile, recompute_share=options.recompute_share, learning_rate=1e-5,
+        compile=options.compile, recompute_share=options.recompute_share,
+        recompute=options.recompute, learning_rate=1e-5,
     )  # fmt: skip
     run = Config(
         cluster=StagedClusterSpec(num_workers=options.gpus),
@@ -150,7 +151,7 @@ def _recovery(
         without_data(model)
     student.requires_grad_(True)
     prepare_student(student)
-    recompute_layers(student, settings.recompute_share)
+    recompute_layers(student, settings.recompute_share, settings.recompute)
     teacher.requires_grad_(False).eval()
     for model in (student, teacher):
         varlen.use_varlen(model)

@@ -28,7 +28,7 @@ from sparsify.errors import InputError
 
 DEFAULTS = {
     "sequence_length": 8192, "document_length": 1000, "step_rows": 192, "micro_batch_size": 1,
-    "recompute_share": 0.34, "compile": True, "vocabulary": 128256,
+    "recompute_share": 1.0, "recompute": "elementwise", "compile": True, "vocabulary": 128256,
 }  # fmt: skip
 """options of this stage: those of conf/cluster/h100x8.yaml, with as many tokens a step in rows of
 8,192"""
@@ -47,7 +47,7 @@ _NOTES = (
     "in support/stand_in_zero.py; gradients cross links beside the backward pass, and their passes "
     "over memory are between its kernels; a ring's latency is not in it",
     "MFU as training reports it: operations that the two models ask for (sparsify/costs/flops.py), "
-    "by the peak of the data sheet; recomputed blocks are time and no operations",
+    "by the peak of the data sheet; what is recomputed is time and no operations",
     "reading rows hides behind the steps; a checkpoint's copy to host memory does not, and is not "
     "in a step",
 )
@@ -61,6 +61,8 @@ def add_recovery(parser: ArgumentParser) -> None:
     add_option(group, "--step-rows", DEFAULTS["step_rows"], "rows per step of all GPUs together")
     add_option(group, "--micro-batch-size", DEFAULTS["micro_batch_size"], "rows per forward")
     add_option(group, "--recompute-share", DEFAULTS["recompute_share"], "as distill's")
+    kinds = ["whole", "elementwise"]
+    add_option(group, "--recompute", DEFAULTS["recompute"], "as distill's", choices=kinds)
     add_option(group, "--vocabulary", DEFAULTS["vocabulary"], "tokens of the vocabulary")
     group.add_argument(
         "--compile", action=BooleanOptionalAction, default=DEFAULTS["compile"],
@@ -150,7 +152,8 @@ def _layout(options: Namespace, card: Card, num_parts: int) -> Training:
         world_size=options.gpus, gpus_per_node=min(options.gpus, card.gpus_per_node),
         micro_batch_size=options.micro_batch_size, sequence_length=options.sequence_length,
         num_micro_batches=num_parts, recompute_share=options.recompute_share,
-        compile=options.compile, teacher_placement="node" if options.gpus > 1 else "replicated",
+        recompute=options.recompute, compile=options.compile,
+        teacher_placement="node" if options.gpus > 1 else "replicated",
     )  # fmt: skip
 
 

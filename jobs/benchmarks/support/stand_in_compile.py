@@ -9,6 +9,7 @@ them on the stand-in. Dynamo is left out: what its guards take of the host is no
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -92,7 +93,8 @@ def _run(
     tensors = [*params.values(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
     rest = tuple("tensor" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     runs_again = module.training and bool(getattr(module, "gradient_checkpointing", False))
-    key = (type(module), torch.is_grad_enabled(), runs_again, rest, *map(_looks, tensors))
+    policy = _policy(module) if runs_again else None
+    key = (type(module), torch.is_grad_enabled(), policy, rest, *map(_looks, tensors))
     if key not in codes:
 
         def call(*flat: Tensor) -> Any:
@@ -108,7 +110,7 @@ def _run(
 
         compiler = _compiler(gpu)
         codes[key] = aot_function(
-            call, compiler, compiler, partial(_partition, runs_again),
+            call, compiler, compiler, partial(_partition, policy),
             decompositions=select_decomp_table(), inference_compiler=compiler,
         )  # fmt: skip
         with gpu.paused(), contextlib.suppress(_Compiled):
@@ -116,16 +118,31 @@ def _run(
     return codes[key](*tensors)
 
 
+_Policy = Callable[..., CheckpointPolicy]
+
+
+def _policy(module: nn.Module) -> _Policy:
+    """What a module that is recomputed asks torch to keep, each operation by itself."""
+    func: Any = module._gradient_checkpointing_func
+    contexts = func.keywords.get("context_fn")
+    return _again if contexts is None else contexts.args[0]
+
+
+def _again(*_: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _partition(
-    runs_again: bool, joint: fx.GraphModule, inputs: Any, **more: Any
+    policy: _Policy | None, joint: fx.GraphModule, inputs: Any, **more: Any
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """What is kept between forward and backward; Dynamo marks what runs again there."""
-    if runs_again:
+    """What is kept between forward and backward; torch marks what a policy says of it."""
+    if policy is not None:
         outputs: Any = joint.graph.output_node().args[0]
         reached: list[Any] = list(outputs[: more["num_fwd_outputs"]])
         for node in reached:
             if node is not None and "recompute" not in node.meta and node.op == "call_function":
-                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+                of = node.args[0] if node.target is operator.getitem else node
+                node.meta["recompute"] = policy(None, of.target)
                 node.meta["ac_graph_id"] = 0
                 reached.extend(node.all_input_nodes)
     return min_cut_rematerialization_partition(joint, inputs, **more)

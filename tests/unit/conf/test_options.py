@@ -151,7 +151,7 @@ def test_speed_only_options_are_left_out_of_what_decides_a_result() -> None:
         "quantize.checkpoint_every_blocks",
         *(f"{group}.{name}" for group in ("distill", "finetune", "pretrain") for name in (
             "micro_batch_size", "checkpoint_every_steps", "attention", "zero_stage",
-            "zero_hpz_size", "offload_optimizer", "compile", "recompute_share",
+            "zero_hpz_size", "offload_optimizer", "compile", "recompute_share", "recompute",
             "teacher_placement", "keep_checkpoints", "milestone_every_steps", "mtbf_hours",
             "heldout_every_steps", "heldout_tokens", "time_limit_hours", "time_reserve_s",
             "hang_after_s", "pause_limit_s", "checksum_every_steps",

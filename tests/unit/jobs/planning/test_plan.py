@@ -84,10 +84,32 @@ def test_what_the_choice_says_fits_does() -> None:
     assert min(choice.step_s for choice in fitting) >= best.step_s / 1.01
 
 
+def test_elementwise_work_is_recomputed_where_all_does_not_fit() -> None:
+    """ZeRO-2 with the teacher split, as the preset has it: everything kept is too much, and the
+    preset is as good as the best."""
+    config = plan_config("data.sequence_length=8192", "distill.micro_batch_size=1")
+    machine, (shape, _) = machine_of(config, 0.95), shape_of(LLAMA)
+    recovery = recovery_of(config, machine, shape)
+    kept = recovery.choice(recompute_share=0.0)
+    third = recovery.choice(recompute_share=0.34, recompute="whole")
+    asked = recovery.choice()
+    assert not recovery.fits(kept)
+    assert recovery.fits(asked)
+    assert recovery.fits(third)
+    assert kept.step_s < asked.step_s < 1.01 * kept.step_s < third.step_s
+    best = recovery.cheapest()
+    assert best is not None
+    assert best.overrides() == []
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["data.sequence_length=8192"], "use distill.zero_stage=3 .*distill.micro_batch_size=1"),
+        (["data.sequence_length=8192"], r"use distill.micro_batch_size=1 \(7"),
+        (
+            ["data.sequence_length=8192", "distill.recompute_share=0"],
+            "use distill.zero_stage=3 .*distill.micro_batch_size=1",
+        ),
         (["model.path=Llama-2-70B"], "needs .* GB on every GPU"),
         (["cluster.card=rtx4090", "cluster.num_workers=1", "cluster.num_nodes=1"], "offloading"),
     ],
