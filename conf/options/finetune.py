@@ -103,6 +103,12 @@ class FinetuneConfig(TrainingConfig):
                     "every worker holds the frozen model whole, as it is, and adapters are small; "
                     "leave it out"
                 )
+        if self.merge == "masked" and self.recompute == "elementwise" and self.recompute_share:
+            raise InputError(
+                f"finetune.recompute=elementwise with finetune.adapter={self.adapter} and "
+                "finetune.merge=masked: every layer's merged weight would be kept, as a product; "
+                "use finetune.recompute=whole"
+            )
 
     def training(self, num_tokens: int) -> DistillConfig:
         """The same as options of the engine, which checks them too.

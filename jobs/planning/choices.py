@@ -94,14 +94,12 @@ class Recovery:
         asked = self.choice()
         fitting = [c for c in (asked, *self.every()) if self.fits(c)]
         if not fitting:
-            stages = [1, 2, 3]
-            shares = (0.5, 1.0)
+            stages, shares = [1, 2, 3], (0.5, 1.0)
             fitting = [
                 choice
-                for stage, share in itertools.product(stages, shares)
+                for stage, share, kind in itertools.product(stages, shares, KINDS)
                 if self.fits(choice := self.choice(
-                    zero_stage=stage, recompute_share=share, recompute="whole",
-                    micro_batch_size=1,
+                    zero_stage=stage, recompute_share=share, recompute=kind, micro_batch_size=1,
                     teacher_placement="sharded" if self.setup.world_size > 1 else "replicated",
                     offload_optimizer=True,
                 ))

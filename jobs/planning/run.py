@@ -126,7 +126,8 @@ def _quantizing_of(config: PlanJobConfig, machine: Machine, shape: ModelShape) -
     """How the walk of the stage quantize is laid out: SparseGPT's, with options of its own."""
     options = config.quantize
     return replace(
-        pruning_of(config, machine, "sparsegpt", shape), order="layer", rotation_steps=0,
+        pruning_of(config, machine, "sparsegpt", shape), method=options.method, order="layer",
+        rotation_steps=0,
         num_samples=options.num_samples, batch_size=options.batch_size,
         needs_teacher=options.has_teacher, on_device=options.activations in ("auto", "device"),
     )  # fmt: skip
@@ -253,7 +254,9 @@ def _time(
         seconds["evaluate"] = forwards * one_s
     if "quantize" in config.stages:
         setup = _quantizing_of(config, machines["quantize"], shape)
-        seconds["quantize"] = total(quantizing_seconds(shape, setup, rates["quantize"]))
+        seconds["quantize"] = total(
+            quantizing_seconds(shape, setup, rates["quantize"], config.quantize)
+        )
     if "export" in config.stages:
         seconds["export"] = 3 * 2.0 * shape.num_parameters / rates["export"].disk
     seconds = {name: value + _START_S for name, value in seconds.items()}

@@ -26,6 +26,7 @@ from sparsify.formats.verify import masks_of, own_masks
 from sparsify.masks.storage import BitMasks
 from sparsify.models.blocks import Blocks, BlocksInMemory, BlocksOnDisk, reason_to_hold_whole
 from sparsify.models.calls import first_block_alone
+from sparsify.models.experts import expert_layers
 from sparsify.models.isolation import check_isolation
 from sparsify.models.lm_head import LanguageHead, check_head
 from sparsify.models.load import DTYPES, check_vocabulary, load_model, load_tokenizer, read_config
@@ -168,6 +169,11 @@ def make_student(
         )
     if settings.compile:
         compile_layers(model)
+        if settings.recompute_share and any(map(expert_layers, source.blocks)):
+            context.warn(
+                "distill.compile: torch does not compile blocks with experts that are recomputed; "
+                "they run as they are"
+            )
     assert found is not None, "a list of blocks is never empty"
     return Student(model, found, BitMasks(held, shapes), pattern, moving, flops)
 

@@ -223,17 +223,19 @@ def memory_lines(config: Config, dense: Path) -> list[str]:
             for name in (relative, f"{list_name}.{index}.{relative}")
         )
     )
-    is_recomputed = settings.recompute_share == 1 and settings.recompute == "whole"
     parts = adapter_memory(
         shape,
         AdapterTraining(
             rank=settings.rank, tokens=settings.micro_batch_size * config.data.sequence_length,
             num_features=features, adapter_bytes=_adapter_bytes(config),
-            is_recomputed=is_recomputed,
+            recompute_share=settings.recompute_share,
+            recompute=settings.recompute,  # type: ignore[arg-type]
         ),
     )  # fmt: skip
     shown = ", ".join(f"{name} {size / 1e9:,.3g}" for name, size in parts.items())
-    hint = "" if is_recomputed else "; less with finetune.recompute_share=1"
+    least = "finetune.recompute_share=1" if settings.recompute_share < 1 else ""
+    least += " finetune.recompute=whole" if settings.recompute == "elementwise" else ""
+    hint = f"; less with {least.strip()}" if least else ""
     return [f"memory: {sum(parts.values()) / 1e9:,.3g} GB on each GPU in bf16 ({shown}){hint}"]
 
 

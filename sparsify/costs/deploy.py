@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsify.costs.layout import Recompute
 from sparsify.costs.roofline import matrix_bytes
 from sparsify.costs.shapes import ModelShape, kept_bytes
 from sparsify.pattern import Pattern
@@ -86,8 +87,10 @@ class AdapterTraining:
     """input and output features of all layers with an adapter, where others are chosen"""
     adapter_bytes: float = _ADAPTER_BYTES
     """of an adapter's weight: 12 in bf16, 16 in float32, with gradient and two moments"""
-    is_recomputed: bool = True
-    """whether blocks are computed again in the backward pass"""
+    recompute_share: float = 1.0
+    """of the blocks, those computed again in the backward pass"""
+    recompute: Recompute = "whole"
+    """what of them"""
 
 
 def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float]:
@@ -112,7 +115,7 @@ def adapter_memory(shape: ModelShape, setup: AdapterTraining) -> dict[str, float
     if features is None:
         features = shape.num_blocks * sum(rows + columns for rows, columns in chosen)
     rest = shape.num_parameters - shape.linear_parameters
-    kept = sum(kept_bytes(shape, 2, float(setup.is_recomputed), False))
+    kept = sum(kept_bytes(shape, 2, setup.recompute_share, False, setup.recompute))
     largest = max(rows * columns for rows, columns in layers)
     return {
         "weights": shape.linear_parameters * (4 + _NF4_OVERHEAD_BITS) / 8 + 2.0 * rest,

@@ -205,9 +205,12 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     states = setup.tokens * shape.hidden_size * width * (2 if setup.needs_teacher else 1)
     batch = setup.batch_size * setup.sequence_length
     largest: float = max(rows * columns for rows, columns in shape.layers)
+    square: float = max(columns**2 for _, columns in shape.layers)
     if shape.has_experts and setup.uses_gpu:  # which are solved as stacks
-        stacks = [g.num * rows * columns for g in shape.groups for rows, columns in g.layers]
-        largest = max(largest, min(max(stacks), STACK_BYTES / 4))
+        stacks = [(g.num * o * i, g.num * i * i) for g in shape.groups for o, i in g.layers]
+        largest = max(largest, min(max(stack for stack, _ in stacks), STACK_BYTES / 4))
+        square = max(square, min(max(stack for _, stack in stacks), STACK_BYTES / 4))
+    copies_of_square = _GPTQ_SQUARES if setup.method == "gptq" else 0
     held = 0.0
     if setup.on_device and setup.order == "layer" and not shape.has_experts:
         # Paused forwards: the widest activation, and the residual streams of both models.
@@ -223,7 +226,7 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
         "Hessians": _hessians(shape, setup),
         "waiting activations": (states if setup.on_device else 0.0) + held,
         "forward of a batch": 4.0 * batch * shape.widest * width,
-        "solver": 4.0 * _SOLVER_COPIES.get(setup.method, 5) * largest,
+        "solver": 4.0 * (_SOLVER_COPIES.get(setup.method, 5) * largest + copies_of_square * square),
     }
     moment = "a block's last group"
     turned = {
@@ -254,7 +257,13 @@ def whole_memory(shape: ModelShape, num_models: int, width: int, tokens: int) ->
     return MemoryUse(parts, "a batch's logits")
 
 
-_SOLVER_COPIES = {"magnitude": 2, "wanda": 3, "sparsegpt": 5, "twofour": 10, "admm": 9}
+_SOLVER_COPIES = {
+    "magnitude": 2, "wanda": 3, "sparsegpt": 5, "twofour": 10, "admm": 9, "gptq": 7,
+}  # fmt: skip
+
+# Of the Hessian, beside its mean and its factor: in the order of columns, and what the teacher's
+# inputs differ by.
+_GPTQ_SQUARES = 2
 
 
 def _hessians(shape: ModelShape, setup: Pruning) -> float:
@@ -267,6 +276,10 @@ def _hessians(shape: ModelShape, setup: Pruning) -> float:
         inputs = group.num_inputs
         pair = min(group.num_outputs, inputs) * inputs if setup.needs_teacher else 0
         sizes += group.num * [(inputs**2, pair)]
-    factor = 6.0 * max(square for square, _ in sizes) if setup.needs_factor else 0.0
+    factored = max(square for square, _ in sizes)
+    if shape.has_experts and setup.uses_gpu:  # those of a stack together
+        stack = max(group.num * group.num_inputs**2 for group in shape.groups)
+        factored = max(factored, min(stack, STACK_BYTES // 4))
+    factor = 6.0 * factored if setup.needs_factor else 0.0
     together = sizes if shape.has_experts or setup.order != "layer" else [max(sizes)]
     return factor + sum((element + 4.0) * (square + pair) for square, pair in together)

@@ -15,11 +15,17 @@ from dataclasses import dataclass, replace
 from sparsify.comm import assign_by_size, shared_by_all
 from sparsify.costs.cards import Card
 from sparsify.costs.layout import Pruning, Training
-from sparsify.costs.shapes import ModelShape, kept_bytes, kept_of_token, num_blocks_recomputed
+from sparsify.costs.shapes import (
+    ModelShape,
+    compiles,
+    kept_bytes,
+    kept_of_token,
+    num_blocks_recomputed,
+)
 from sparsify.models.experts import num_stacks
-from sparsify.params import PruneParams
+from sparsify.params import PruneParams, QuantParams
 
-_PARAMS = PruneParams()
+_PARAMS, _QUANT_PARAMS = PruneParams(), QuantParams()
 
 _SEARCHING = ("admm", "twofour")
 """methods that search by ADMM"""
@@ -142,15 +148,16 @@ def step_seconds(
     is_whole = setup.recompute == "whole"
     share = num_blocks_recomputed(student.num_blocks, setup.recompute_share) / student.num_blocks
     again = share if is_whole else 0.0
+    is_compiled = compiles(student, setup.compile, setup.recompute_share)
     linear, inside = _operations(student, tokens, length)
     taught, taught_inside = (0.0, 0.0) if teacher is None else _operations(teacher, tokens, length)
     heads = 3 * student.flops.num_head_weights
     if teacher is not None and setup.uses_kl:
         heads += teacher.flops.num_head_weights
     attention = (1 + again + 2.5) * inside + taught_inside
-    passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if setup.compile else _PER_KEPT_EAGER
+    passes = _PER_KEPT_COMPILED * (17.0 / 24.9) if is_compiled else _PER_KEPT_EAGER
     moved = passes * kept_of_token(student, width) * tokens
-    if is_whole or not setup.compile:
+    if is_whole or not is_compiled:
         moved *= 1 + share / 2
     else:
         moved += _PER_MADE_AGAIN * tokens * _freed_bytes(student, setup)
@@ -175,8 +182,11 @@ def step_seconds(
     in_hooks = setup.zero_stage == 1 or setup.offload_optimizer
     if in_hooks:
         micro["gradient masks"] = masks
-    kernels = (3 + again) * student.num_kernels + (0 if teacher is None else teacher.num_kernels)
-    micro["launches"] = max(0.0, rates.launch_s * kernels - sum(micro.values()))
+    # torch.compile makes few and long kernels of blocks, but where experts break them.
+    if student.has_experts or not setup.compile:
+        kernels = (3 + share) * student.num_kernels
+        kernels += 0 if teacher is None else teacher.num_kernels
+        micro["launches"] = max(0.0, rates.launch_s * kernels - sum(micro.values()))
     compute = sum(micro.values())
     found = {name: setup.num_micro_batches * seconds for name, seconds in micro.items()}
     if not in_hooks:
@@ -348,18 +358,36 @@ def forward_seconds(shape: ModelShape, tokens: float, length: int, rates: Rates)
     return operations / rates.products + passes / rates.bandwidth
 
 
-def quantizing_seconds(shape: ModelShape, setup: Pruning, rates: Rates) -> dict[str, float]:
-    """Seconds of GPTQ with zeros kept: one walk, and the launches for its columns.
+def quantizing_seconds(
+    shape: ModelShape, setup: Pruning, rates: Rates, params: QuantParams = _QUANT_PARAMS
+) -> dict[str, float]:
+    """Seconds of quantising with zeros kept, by part as `pruning_seconds` has them.
 
-    On a GPU a stack of experts takes those of one.
+    GPTQ is SparseGPT's walk; with launches for its columns, on a GPU those of one expert for a
+    stack of them; with the product that descent begins with and one in each of its sweeps; and with
+    a teacher with two products more than are in the walk, by which the target moves.
+
+    Args:
+        shape: of the model.
+        setup: how the walk is laid out; its method is rtn, or gptq is meant.
+        rates: of a worker.
+        params: of the quantiser; its sweeps are read.
     """
-    columns = 0
+    walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
+    if setup.method == "rtn":
+        return walk
+    columns, products = 0, 2.0 + 2.0 * params.num_refine_sweeps
+    products += 4.0 if setup.needs_teacher else 0.0
+    operations = 0.0
     for group in shape.groups:
+        operations += products * group.num * group.num_outputs * group.num_inputs**2
         most = max(rows for rows, _ in group.layers)
         num = num_stacks(group.num, most, group.num_inputs) if setup.uses_gpu else group.num
         columns += num * len(group.layers) * group.num_inputs
-    walk = pruning_seconds(shape, replace(setup, method="sparsegpt", rotation_steps=0), rates)
-    walk["solve"] += shape.num_blocks * columns * _GPTQ_LAUNCHES * rates.launch_s
+    walk["solve"] += shape.num_blocks * (
+        columns * _GPTQ_LAUNCHES * rates.launch_s
+        + operations / setup.world_size / (rates.float32 or rates.products)
+    )
     return walk
 
 

@@ -160,6 +160,15 @@ def num_blocks_recomputed(num_blocks: int, share: float) -> int:
     return round(share * num_blocks)
 
 
+def compiles(shape: ModelShape, compiled: bool, share_recomputed: float) -> bool:
+    """Whether torch.compile has a say in what blocks keep.
+
+    Where tokens go to experts it breaks a block in pieces, and a block that is recomputed and would
+    break it leaves as it is.
+    """
+    return compiled and not (shape.has_experts and share_recomputed > 0)
+
+
 def kept_of_token(shape: ModelShape, element_bytes: int) -> float:
     """Bytes a token keeps for the backward pass in all blocks, without compilation.
 
@@ -190,6 +199,7 @@ def kept_bytes(
     Raises:
         InputError: see `kept_of_token`.
     """
+    compiled = compiles(shape, compiled, share_recomputed)
     share = _COMPILED if compiled else 1.0
     whole = share * kept_of_token(shape, element_bytes) / shape.num_blocks
     again = num_blocks_recomputed(shape.num_blocks, share_recomputed)
@@ -197,5 +207,5 @@ def kept_bytes(
     if recompute == "elementwise":
         put_out, unneeded = shape.put_out[element_bytes]
         left += (put_out - compiled * unneeded) / shape.num_blocks
-        made = max(0.0, whole - left)
+        made = max(0.0, whole - left) if compiled else whole  # of which it keeps some twice
     return (shape.num_blocks - again) * whole + again * left, made if again else 0.0

@@ -35,7 +35,8 @@ def recompute_layers(model: nn.Module, share: float, recompute: str = "whole") -
     `whole` keeps a block's input alone and runs all of it again (Chen et al. 2016, arXiv
     1604.06174). `elementwise` keeps what products of matrices and attention put out too
     (`puts_out_kept`), and makes again what is between them: norms, rotations, gates (Korthikanti et
-    al. 2022, arXiv 2205.05198, choose what to keep by the same weighing). Gradients are the same.
+    al. 2022, arXiv 2205.05198, choose what to keep by the same weighing). Gradients are the same,
+    if no block changes in place what a linear layer put out.
 
     Args:
         model: a causal LM of transformers.
@@ -79,7 +80,9 @@ def recompute_layers(model: nn.Module, share: float, recompute: str = "whole") -
     return chosen
 
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+# Of linear layers. Those of a batch, `bmm`, are of attention without a kernel: T x T scores, which
+# some families change in place afterwards, and torch does not always notice that in what it kept.
+_PRODUCTS = {"mm", "addmm", "_grouped_mm"}
 
 _ATTENTION = ("_scaled_dot_product_", "_varlen_attn")
 

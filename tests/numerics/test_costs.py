@@ -38,6 +38,7 @@ from sparsify.models.experts import STACK_BYTES
 from sparsify.models.structure import find_blocks, linears_of
 from sparsify.models.unfuse import unfuse_experts
 from sparsify.packed.layer import packed_num_bytes
+from sparsify.params import QuantParams
 from sparsify.pattern import Pattern
 
 LLAMA_8B = LlamaConfig(
@@ -100,6 +101,25 @@ def launched(shape: ModelShape, setup: Pruning, rates: Rates) -> float:
     timed = (quantizing_seconds(shape, setup, replace(rates, launch_s=s)) for s in (1.0, 0.0))
     one, none = (found["solve"] for found in timed)
     return one - none
+
+
+def test_quantising_sweeps_and_follows_its_teacher(llama: ModelShape) -> None:
+    """Two operations for each O I^2: of the residual, of each sweep, and twice of the target."""
+    rates = rates_of(find_card("h100", "card"), 2)
+    squares = llama.num_blocks * sum(rows * columns**2 for rows, columns in llama.layers)
+
+    def solved(num_sweeps: int, **layout: Any) -> float:
+        setup = replace(Pruning("gptq", world_size=2), **layout)
+        params = QuantParams(num_refine_sweeps=num_sweeps)
+        found = quantizing_seconds(llama, setup, rates, params)["solve"]
+        walk = pruning_seconds(llama, replace(setup, method="sparsegpt"), rates)["solve"]
+        return (found - walk - launched(llama, setup, replace(rates, launch_s=0.0)) * rates.launch_s
+                ) * rates.float32 * 2 / squares  # fmt: skip
+
+    assert solved(0, needs_teacher=False) == pytest.approx(2)
+    assert solved(8, needs_teacher=False) == pytest.approx(18)
+    assert solved(8, needs_teacher=True) == pytest.approx(22)
+    assert solved(8, needs_teacher=True, method="rtn") == pytest.approx(0)
 
 
 def test_experts_are_counted_by_the_tokens_that_they_meet() -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.calibration.layers import Layer
 from sparsify.calibration.moments import InputMoments
+from sparsify.costs import memory as costs
 from sparsify.kernels import _gptq_triton
 from sparsify.kernels.rounding import Segment
 from sparsify.params import QuantParams
@@ -199,6 +200,10 @@ def test_memory_of_a_stack_is_bounded(num_rows: int, monkeypatch: pytest.MonkeyP
         inputs = KnownInputs(params, has_teacher=True).of(layers)
         quantize_rows(weight, keep, inputs, params, [layer.name for layer in layers])
     assert 3 < followed.peak / (4 * 8 * 256 * 256) < 13
+    # The plan has the means of both moments and the factor with the Hessians.
+    elements = costs._SOLVER_COPIES["gptq"] * num_rows * 256
+    elements += (costs._GPTQ_SQUARES + 2 + 1.5) * 256**2
+    assert followed.peak == pytest.approx(4 * 8 * elements, rel=0.15)
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

@@ -12,7 +12,7 @@ from functorch.compile import min_cut_rematerialization_partition, nop
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig, Qwen3Config
 
 from jobs.benchmarks.support.families import random_family
 from sparsify.costs.shapes import kept_bytes, read_shape
@@ -77,6 +77,18 @@ def test_gradients_are_the_same_and_no_product_runs_again(family: str, by_docume
             assert torch.equal(grad, whole[name]), name
 
 
+def test_attention_without_a_kernel_is_made_again_whole() -> None:
+    """Falcon divides its scores in place, where torch does not notice: a kept product of a batch
+    would be divided twice."""
+    model: Any = random_family("falcon")
+    model.config._attn_implementation = "eager"
+    kept, num_kept = _trained(model, 0.0, "whole", False)
+    found, num_found = _trained(model, 1.0, "elementwise", False)
+    assert num_found == num_kept
+    for name, grad in kept.items():
+        assert torch.equal(grad, found[name]), name
+
+
 class _Kept:
     """Bytes of a token that a forward of the blocks keeps."""
 
@@ -112,6 +124,7 @@ class _Step:
     def __init__(self, config: Any, recompute: str | None, compiled: bool) -> None:
         torch.manual_seed(0)
         self.model: Any = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        unfuse_experts(self.model)
         self.num_products = 0
         prepare_student(self.model)
         recompute_layers(self.model, float(recompute is not None), recompute or "whole")
@@ -165,6 +178,28 @@ def test_what_is_kept_is_what_is_planned(config: Any, compiled: bool) -> None:
             assert torch.equal(param.grad, found.model.get_parameter(name).grad), name
     if compiled:
         assert everything.num_products < whole.num_products
+
+
+def test_blocks_with_experts_are_not_compiled_where_they_are_recomputed() -> None:
+    """Where tokens go is asked in them, which breaks a graph: planned as without compilation."""
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    kept, whole, found = (_Step(config, name, True) for name in (None, "whole", "elementwise"))
+    assert kept.num_products > 0 == whole.num_products == found.num_products
+    shape, ways = read_shape(config), ("whole", "elementwise")
+    for way in ways:
+        compiled, eager = (kept_bytes(shape, 2, 1.0, is_it, way) for is_it in (True, False))
+        assert compiled == eager
+    assert kept_bytes(shape, 2, 0.0, True) < kept_bytes(shape, 2, 0.0, False)
+
+
+def test_one_block_made_again_holds_all_of_it_beside_what_it_keeps() -> None:
+    """Eagerly it keeps some of what it makes again, and what no backward asks for."""
+    shape = read_shape(CONFIGS[0])
+    everything = kept_bytes(shape, 2, 0.0, False)[0] / shape.num_blocks
+    assert kept_bytes(shape, 2, 1.0, False, "elementwise")[1] == pytest.approx(everything)
 
 
 def test_blocks_that_cannot_be_recomputed_are_refused_in_one_line() -> None:

@@ -152,7 +152,15 @@ def test_memory_by_the_config_is_that_of_the_tensors(tiny_model_dir: Path, monke
     assert parts["adapters"] == 16 * trained  # weight, gradient, two moments, all float32
     config = config_of(adapter="qlora", micro_batch_size=2, recompute_share=1.0)
     (line,) = memory_lines(config, tiny_model_dir)
-    assert line.startswith("memory: ") and "adapters" in line
+    assert line.startswith("memory: ") and "adapters" in line and "less with" not in line
+    config.finetune.recompute, config.finetune.merge = "elementwise", "at_merge"
+    (more,) = memory_lines(config, tiny_model_dir)
+    assert more.endswith("; less with finetune.recompute=whole")
+    config.finetune.recompute_share = 0.0
+    (most,) = memory_lines(config, tiny_model_dir)
+    assert most.endswith("; less with finetune.recompute_share=1 finetune.recompute=whole")
+    gigabytes = [float(said.split()[1]) for said in (line, more, most)]
+    assert gigabytes == sorted(gigabytes)
     assert memory_lines(config_of(), tiny_model_dir) == []
 
 
@@ -222,6 +230,10 @@ def test_adapters_keep_the_zero_stage() -> None:
         ({"rank": 8}, "finetune.rank=8: is for adapters, and finetune.adapter=none"),
         ({"merge": "at_merge"}, "finetune.merge=at_merge: is for adapters"),
         ({"adapter": "lora", "zero_stage": 3}, "finetune.zero_stage=3 with finetune.adapter=lora"),
+        (
+            {"adapter": "lora", "recompute": "elementwise", "recompute_share": 1.0},
+            "finetune.recompute=elementwise with finetune.adapter=lora and finetune.merge=masked",
+        ),
         ({"adapter": "lora", "targets": []}, "finetune.targets=[]"),
         ({"square_head_weight": 1.0}, "finetune.square_head_weight: compares with a teacher"),
         ({"teacher": "x"}, "nothing is learned from it while"),
