@@ -258,7 +258,7 @@ def whole_memory(shape: ModelShape, num_models: int, width: int, tokens: int) ->
 
 
 _SOLVER_COPIES = {
-    "magnitude": 2, "wanda": 3, "sparsegpt": 5, "twofour": 10, "admm": 9, "gptq": 7,
+    "magnitude": 2, "wanda": 3, "sparsegpt": 5, "twofour": 10, "admm": 9, "gptq": 6,
 }  # fmt: skip
 
 # Of the Hessian, beside its mean and its factor: in the order of columns, and what the teacher's

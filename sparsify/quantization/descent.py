@@ -35,14 +35,21 @@ def refine_(levels: Levels, problem: Problem) -> None:
     params, damped_II = problem.params, problem.damped_II
     levels_OI, scales_OG = levels.levels_OI, levels.scales_OG
     num_columns = levels_OI.shape[-1]
-    quantized_OI = levels_OI * per_column(scales_OG, problem.group_size, num_columns)
-    residual_OI = (problem.target_OI - quantized_OI) @ damped_II
+    scales_OI = per_column(scales_OG, problem.group_size, num_columns)
+    residual_OI = (problem.target_OI - levels_OI * scales_OI) @ damped_II
+    del scales_OI  # as large as the weight, and the sweeps are where most memory is in use
     for _ in range(params.num_refine_sweeps):
-        before = levels_OI.clone(), scales_OG.clone()
-        for group, (start, stop) in enumerate(groups(num_columns, problem.group_size)):
-            _sweep_group_(levels, problem, residual_OI, group, slice(start, stop))
-        if torch.equal(before[0], levels_OI) and torch.equal(before[1], scales_OG):
+        if not _sweep_(levels, problem, residual_OI):
             return
+
+
+def _sweep_(levels: Levels, problem: Problem, residual_OI: Tensor) -> bool:
+    """Every group once, in place; whether anything changed."""
+    levels_OI, scales_OG = levels.levels_OI, levels.scales_OG
+    before_OI, before_OG = levels_OI.clone(), scales_OG.clone()
+    for group, (start, stop) in enumerate(groups(levels_OI.shape[-1], problem.group_size)):
+        _sweep_group_(levels, problem, residual_OI, group, slice(start, stop))
+    return not (torch.equal(before_OI, levels_OI) and torch.equal(before_OG, scales_OG))
 
 
 def _sweep_group_(

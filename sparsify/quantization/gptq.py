@@ -91,7 +91,7 @@ class Inputs:
         Raises:
             NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
 
-        Cost: 2/3 I^3 for each; three copies of the Hessians are left, with `cross_II` four.
+        Cost: 2/3 I^3 for each; two matrices of a Hessian's size are left, with `cross_II` three.
         """
         diagonal_I = hessian_II.diagonal(dim1=-2, dim2=-1)
         order_I = torch.cat(
@@ -136,8 +136,9 @@ def gptq(
     upper_II = inputs.upper_II.to(dtype)
     target_OI, keep_OI = (_in_order(part_OI, order_I) for part_OI in (target_OI, keep_OI))
     if inputs.gap_II is not None:
-        shift_OI = target_OI @ inputs.gap_II.to(dtype) @ upper_II.mT @ upper_II
-        target_OI = target_OI + params.teacher_share * shift_OI
+        target_OI = target_OI + params.teacher_share * (
+            target_OI @ inputs.gap_II.to(dtype) @ upper_II.mT @ upper_II
+        )
     problem = Problem(target_OI, keep_OI, inputs.damped_II.to(dtype), grid, group_size, params)
     levels = _eliminate(problem, upper_II)
     refine_(levels, problem)

@@ -231,10 +231,8 @@ class _Run:
         num_rows, num_columns = layers[0].module.weight.shape
         keep_OI = as_stack([self._mask_of(layer) for layer in layers])
         inputs = self._inputs.of(layers)
-        hessian_II = as_stack([layer.moments.hessian_II for layer in layers])
         weight_OI = as_stack([layer.module.weight.data for layer in layers])
         names = [layer.name for layer in layers]
-        before_RI = weight_OI[..., comm.row_slice(num_rows), :].to(hessian_II.dtype)
         mine = joined(
             [
                 quantize_rows(
@@ -244,6 +242,8 @@ class _Run:
                 for lane in comm.lanes(num_rows)
             ]
         )  # fmt: skip
+        hessian_II = as_stack([layer.moments.hessian_II for layer in layers])
+        before_RI = weight_OI[..., comm.row_slice(num_rows), :].to(hessian_II.dtype)
         change_RI = before_RI - mine.weight_OI.to(hessian_II.dtype)
         energies = torch.stack(
             [row_energies(rows_RI, hessian_II).sum(-1) for rows_RI in (change_RI, before_RI)]
