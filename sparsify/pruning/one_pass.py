@@ -61,6 +61,10 @@ class OnePass:
         """Whether a layer's values stay as they are."""
         return layer.name in self._skipped
 
+    def begin(self, layers: Sequence[Layer]) -> None:
+        """A layer or stack comes next, as a whole or in parts."""
+        self._inputs.begin(layers)
+
     def solve(self, layers: Sequence[Layer], hessian_II: Tensor, solution: Solution) -> Solution:
         """Some rows of a layer or stack with the values that their codes stand for.
 
@@ -68,7 +72,7 @@ class OnePass:
         costs goes to the surviving ones.
 
         Args:
-            layers: all or none of which are skipped.
+            layers: of those begun, all or none of which are skipped.
             hessian_II: of the layer, or of each.
             solution: their pruned rows.
 

@@ -258,9 +258,10 @@ class _Run:
         )
         progress = Progress(on_block, self._wait_for_pending, self.timer)
         walk_blocks(
-            self._source, rows, lambda layer: self._solve([layer]), comm=self._comm, memory=memory,
-            needs=needs, skip=self._choice.skip, store=store, first_block=first_block,
-            progress=progress, solve_stack=self._solve_stack if method.takes_stacks else None,
+            self._source, rows, lambda layer: self._solve_stack([layer]), comm=self._comm,
+            memory=memory, needs=needs, skip=self._choice.skip, store=store,
+            first_block=first_block, progress=progress,
+            solve_stack=self._solve_stack if method.takes_stacks else None,
         )  # fmt: skip
 
     def take_block(self) -> tuple[dict[str, Tensor], list[LayerReport]]:
@@ -273,8 +274,10 @@ class _Run:
         return masks, reports
 
     def _solve_stack(self, layers: list[Layer]) -> None:
-        """Solve layers together that have the same of a teacher, took the same damping, and are all
-        quantised or all not."""
+        """Solve those together that have the same of a teacher, took the same damping, and are all
+        quantised or all not; or a layer by itself."""
+        if self._one_pass is not None:
+            self._one_pass.begin(layers)
         alike: dict[object, list[Layer]] = {}
         for layer in layers:
             factor = layer.moments.known_factor(self._params.damping)
@@ -383,19 +386,25 @@ class _Run:
         self, layers: list[Layer], weight_OI: Tensor, moments: InputMoments, part: slice
     ) -> Solution:
         """The solution of some rows of one layer, or of each of a stack."""
+        try:
+            found = self._sparsified(layers, weight_OI, moments, part)
+        except TwofourError:
+            for layer in layers if len(layers) > 1 else []:  # which of them it is
+                self._sparsified([layer], layer.module.weight.data, layer.moments, part)
+            raise
+        return self._rounded(layers, moments, found)
+
+    def _sparsified(
+        self, layers: list[Layer], weight_OI: Tensor, moments: InputMoments, part: slice
+    ) -> Solution:
+        """What the method makes of some rows."""
         rows_RI, existing = weight_OI[..., part, :], self._choice.existing
         wanted = [layer.wanted_OI[part] for layer in layers if layer.wanted_OI is not None]
         problem = Problem(
             layers[0].name, rows_RI, moments, as_stack(wanted) if wanted else None,
             None if existing == "ignore" else rows_RI != 0, is_mask_fixed=existing == "keep",
         )  # fmt: skip
-        try:
-            found = self._method.solve(problem, self._pattern, self._params)
-        except TwofourError:
-            for layer in layers if len(layers) > 1 else []:  # which of them it is
-                self._solve_part([layer], layer.module.weight.data, layer.moments, part)
-            raise
-        return self._rounded(layers, moments, found)
+        return self._method.solve(problem, self._pattern, self._params)
 
     def _rounded(
         self, layers: list[Layer], moments: InputMoments, solution: Solution

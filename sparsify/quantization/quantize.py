@@ -230,6 +230,7 @@ class _Run:
         comm, dtype = self._comm, layers[0].module.weight.dtype
         num_rows, num_columns = layers[0].module.weight.shape
         keep_OI = as_stack([self._mask_of(layer) for layer in layers])
+        self._inputs.begin(layers)
         inputs = self._inputs.of(layers)
         weight_OI = as_stack([layer.module.weight.data for layer in layers])
         names = [layer.name for layer in layers]

@@ -62,7 +62,10 @@ def quantize_weight(
 
 
 class KnownInputs:
-    """What gptq knows of layers' inputs, computed once for layers in a row that share them.
+    """What gptq knows of layers' inputs, computed once for those that share them.
+
+    A stack comes as a whole or in parts, and so does the next one with the same inputs: what is
+    known of all parts is kept until the inputs are others.
 
     Args:
         params: scheme, method and numbers.
@@ -72,11 +75,16 @@ class KnownInputs:
     def __init__(self, params: QuantParams, has_teacher: bool) -> None:
         self._params = params
         self._has_teacher = has_teacher
-        self._hessians: list[Tensor] = []
-        self._known: Inputs | None = None
+        self._known: dict[tuple[int, ...], tuple[list[Tensor], Inputs]] = {}
+        """ids of Hessians -> these, without which an id may be another's, and what is known"""
+
+    def begin(self, layers: Sequence[Layer]) -> None:
+        """Forget all but the inputs of a layer or stack, before the next take their memory."""
+        ids = {id(layer.moments.hessian_II) for layer in layers}
+        self._known = {key: found for key, found in self._known.items() if ids.issuperset(key)}
 
     def of(self, layers: Sequence[Layer]) -> Inputs | None:
-        """Those of a layer or stack, by the identity of their Hessians; None of rtn.
+        """Those of a layer, a stack or its part, by the identity of their Hessians; None of rtn.
 
         Raises:
             NonFiniteError, SingularHessianError: see `hessian.inverse_factor`.
@@ -84,11 +92,8 @@ class KnownInputs:
         if self._params.method != "gptq":
             return None
         hessians = [layer.moments.hessian_II for layer in layers]
-        is_known = len(hessians) == len(self._hessians) and all(
-            one is other for one, other in zip(hessians, self._hessians, strict=True)
-        )
-        if not is_known or self._known is None:
-            self.forget()  # before the next ones take their memory
+        key = tuple(map(id, hessians))
+        if key not in self._known:
             crosses = [layer.moments.cross_II for layer in layers if self._has_teacher]
             cross_II = None
             if any(found is not None for found in crosses):
@@ -96,16 +101,16 @@ class KnownInputs:
                 pairs = zip(crosses, hessians, strict=True)
                 cross_II = as_stack([own if found is None else found for found, own in pairs])
             size = get_scheme(self._params.scheme).group_size_of(self._params, len(hessians[0]))
-            self._known = Inputs.of(
+            found = Inputs.of(
                 as_stack(hessians), cross_II, size, self._params.damping,
                 *(layer.name for layer in layers),
             )  # fmt: skip
-            self._hessians = hessians
-        return self._known
+            self._known[key] = hessians, found
+        return self._known[key][1]
 
     def forget(self) -> None:
         """Give their memory back."""
-        self._hessians, self._known = [], None
+        self._known = {}
 
 
 def quantize_rows(

@@ -274,20 +274,81 @@ def note_shapes(monkeypatch: pytest.MonkeyPatch, module: Any) -> set[int]:
     return shapes
 
 
+def note_factored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Layers for which the quantiser factors a Hessian from now on."""
+    seen: list[str] = []
+    one, several = gptq.inverse_factor, gptq.inverse_factors
+
+    def of_one(hessian_II: Tensor, damping: float, name: str, **others: Any) -> InverseFactor:
+        seen.append(name)
+        return one(hessian_II, damping, name, **others)
+
+    def of_several(
+        hessian_EII: Tensor, damping: float, names: Sequence[str], **others: Any
+    ) -> list[InverseFactor]:
+        seen.extend(names)
+        return several(hessian_EII, damping, names, **others)
+
+    monkeypatch.setattr(gptq, "inverse_factor", of_one)
+    monkeypatch.setattr(gptq, "inverse_factors", of_several)
+    return seen
+
+
 def test_inputs_of_a_stack_are_known_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """For gate and up projections, which share them."""
-    seen: list[str] = []
-    factor = gptq.inverse_factors
-
-    def counted(hessian_EII: Tensor, damping: float, names: Sequence[str]) -> list[InverseFactor]:
-        seen.extend(names)
-        return factor(hessian_EII, damping, names)
-
-    monkeypatch.setattr(gptq, "inverse_factors", counted)
+    seen = note_factored(monkeypatch)
     monkeypatch.setattr(stacks, "_ALONE", ())
     found = quantized(mixture())
-    names = {name for name in found.layers if ".experts." in name and "up_proj" not in name}
-    assert set(seen) == names and len(seen) == len(names)
+    shared = ("up_proj", "k_proj", "v_proj")
+    assert sorted(seen) == sorted(name for name in found.layers if not name.endswith(shared))
+
+
+def test_parts_of_a_stack_know_their_inputs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stack in which pruning took other dampings, and which it solves in parts: the gate
+    projections of all of them, then the up projections."""
+    random_family("qwen3_moe").save_pretrained(tmp_path / "mixture")
+    factor = moments.inverse_factors
+
+    def raised(hessian_EII: Tensor, damping: float, names: Sequence[str]) -> list[InverseFactor]:
+        found = factor(hessian_EII, damping, names)
+        return [*found[:-2], *(replace(each, damping=2 * damping) for each in found[-2:])]
+
+    monkeypatch.setattr(moments, "inverse_factors", raised)
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    seen = note_factored(monkeypatch)
+    found = prune_checkpoint(
+        tmp_path / "mixture", tmp_path / "out", token_rows(16), get_method("sparsegpt"), PATTERN,
+        FEW_STEPS, comm=Comm.single(), memory=Memory(8), one_pass=OnePass(QuantParams()),
+    )  # fmt: skip
+    names = [layer.name for layer in found.layers]
+    assert len({layer.damping for layer in found.layers}) == 2
+    shared = ("up_proj", "k_proj", "v_proj")
+    assert sorted(seen) == sorted(name for name in names if not name.endswith(shared))
+
+
+def test_looking_for_the_one_that_is_refused_quantises_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method refuses a stack, and then the last of its layers."""
+    random_family("qwen3_moe").save_pretrained(tmp_path / "mixture")
+    magnitude = get_method("magnitude")
+
+    def solve(problem: Problem, pattern: Pattern, params: PruneParams) -> Solution:
+        if problem.weight_OI.ndim == 3 or ".experts.3." in problem.name:
+            raise InputError(f"{problem.name}: refused")
+        return magnitude.solve(problem, pattern, params)
+
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    seen = note_factored(monkeypatch)
+    with pytest.raises(InputError, match=r"experts\.3\.gate_proj: refused"):
+        prune_checkpoint(
+            tmp_path / "mixture", tmp_path / "out", token_rows(16),
+            replace(magnitude, solve=solve), PATTERN, FEW_STEPS, comm=Comm.single(),
+            memory=Memory(8), one_pass=OnePass(QuantParams()),
+        )  # fmt: skip
+    assert seen and not any(".experts." in name for name in seen)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "twofour"])
