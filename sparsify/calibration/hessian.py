@@ -166,7 +166,7 @@ class InverseFactor:
 
 def inverse_factor(
     hessian_II: Tensor, damping: float, name: str,
-    invert_: Callable[[Tensor], bool] = invert_factor_,
+    invert_: Callable[[Tensor], bool] = invert_factor_, option: str = "prune.damping",
 ) -> InverseFactor:  # fmt: skip
     """Upper Cholesky factor of the inverse of the damped Hessian, without forming the inverse.
 
@@ -179,6 +179,7 @@ def inverse_factor(
         damping: this share of the mean of the diagonal is added to the diagonal.
         name: layer, for messages.
         invert_: as `cholesky.invert_factor_`; what takes part in it has to call this together.
+        option: that the damping comes from, for messages.
 
     Returns:
         `InverseFactor`. When the factorisation fails, damping grows tenfold up to 1.0; the value
@@ -219,12 +220,12 @@ def inverse_factor(
         f"{name}: the Hessian is singular: the calibration data has rank {rank} where the layer "
         f"has {len(dead_I)} input columns (damping tried: "
         f"{', '.join(f'{value:g}' for value in attempts)}); use more or more varied calibration "
-        "rows, or a larger prune.damping"
+        f"rows, or a larger {option}"
     )
 
 
 def inverse_factors(
-    hessian_EII: Tensor, damping: float, names: Sequence[str]
+    hessian_EII: Tensor, damping: float, names: Sequence[str], option: str = "prune.damping"
 ) -> list[InverseFactor]:
     """`inverse_factor` of each of a stack of Hessians, in about as many launches as of one.
 
@@ -233,7 +234,7 @@ def inverse_factors(
 
     Args:
         hessian_EII: at least float32; not changed.
-        damping: see `inverse_factor`.
+        damping, option: see `inverse_factor`.
         names: of the layers, for messages.
 
     Raises:
@@ -256,7 +257,7 @@ def inverse_factors(
     return [
         InverseFactor(matrix_EII[index], damping, 1, dead_EI[index], conditions[index])
         if sound[index]
-        else inverse_factor(hessian_EII[index], damping, name)
+        else inverse_factor(hessian_EII[index], damping, name, option=option)
         for index, name in enumerate(names)
     ]
 

@@ -83,7 +83,7 @@ def walk_blocks(
             keeps its hidden states elsewhere than on the device.
         CalibrationError: rows of the wrong shape, or fewer rows than lanes.
         NonFiniteError: activations hold NaN or infinity; names the layer and the rows.
-        SingularHessianError: as raised by `solve`, with the number of tokens added.
+        SingularHessianError: as raised by `solve`, with the tokens of the layer that it names.
 
     Cost: order "block": two forwards of every block over the rows (three with a teacher), without
     one the first only up to the last layer; hidden states of this process's rows and the moments of
@@ -127,10 +127,11 @@ class _Solver:
                 else:
                     self.one(layers[0])
             except SingularHessianError as error:
-                named = (x for x in layers if str(error).startswith(f"{x.name}: "))
-                refused = next(named, layers[0])
-                used = f"{refused.moments.num_tokens} calibration tokens were used"
-                raise SingularHessianError(f"{error} ({used})") from error
+                for layer in layers:
+                    if str(error).startswith(f"{layer.name}: "):
+                        used = f"{layer.moments.num_tokens} calibration tokens were used"
+                        raise SingularHessianError(f"{error} ({used})") from error
+                raise
 
 
 _Note = Callable[[MomentSums, Batch, Tensor | None], None]

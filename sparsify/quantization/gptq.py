@@ -53,6 +53,8 @@ from sparsify.quantization.scales import groups, search_scales
 from sparsify.quantization.schemes import Grid
 from sparsify.quantization.segments import eliminate_, segment_width
 
+_DAMPING = "quantize.damping"  # the option, for messages
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -103,10 +105,10 @@ class Inputs:
         )
         ordered_II = _both_in_order(hessian_II, order_I)
         if hessian_II.ndim == 2:
-            factor = inverse_factor(ordered_II, damping, names[0])
+            factor = inverse_factor(ordered_II, damping, names[0], option=_DAMPING)
             damped_II, factors = _damped(ordered_II, factor), [factor]
         else:
-            factors = inverse_factors(ordered_II, damping, names)
+            factors = inverse_factors(ordered_II, damping, names, option=_DAMPING)
             damped_II = _all_damped_(ordered_II, factors)
         gap_II = None if cross_II is None else _both_in_order(cross_II - hessian_II, order_I)
         upper_II = as_stack([factor.upper_II for factor in factors])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from sparsify.calibration import moments, stacks
 from sparsify.calibration.block import LoadedBlock
 from sparsify.calibration.hessian import InverseFactor
 from sparsify.calibration.hidden_states import Memory
-from sparsify.calibration.layers import SolverNeeds
+from sparsify.calibration.layers import Layer, SolverNeeds
 from sparsify.calibration.stacks import stacks_of
 from sparsify.calibration.walk import walk_blocks
 from sparsify.comm import Comm
-from sparsify.errors import InputError
+from sparsify.errors import InputError, SingularHessianError
 from sparsify.methods import Problem, PruneParams, Solution, get_method
 from sparsify.methods._base import chosen_mask, selected
 from sparsify.methods._target import teacher_target
@@ -39,6 +39,7 @@ from sparsify.pruning.prune import LayerChoice, PruneResult, prune_checkpoint, p
 from sparsify.quantization import gptq, quantize
 from sparsify.quantization.codes import Quantized
 from sparsify.quantization.quantize import QuantResult, quantize_checkpoint, quantize_model
+from sparsify.quantization.weight import KnownInputs
 from tests.families import FEW_STEPS, token_rows
 
 PATTERN = Pattern.parse("2:4")
@@ -326,6 +327,47 @@ def test_parts_of_a_stack_know_their_inputs_once(
     assert len({layer.damping for layer in found.layers}) == 2
     shared = ("up_proj", "k_proj", "v_proj")
     assert sorted(seen) == sorted(name for name in names if not name.endswith(shared))
+
+
+def refusal(solve: Callable[[list[Layer]], object], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a walk says whose stacks are solved by this."""
+    monkeypatch.setattr(stacks, "_ALONE", ())
+    with pytest.raises(SingularHessianError) as error:
+        walk_blocks(
+            BlocksInMemory(mixture()), token_rows(16), lambda _: None, comm=Comm.single(),
+            memory=Memory(8), needs=SolverNeeds(), solve_stack=solve,
+        )  # fmt: skip
+    return str(error.value)
+
+
+@pytest.mark.parametrize("option", ["quantize.damping", "prune.damping"])
+def test_the_one_that_is_singular_is_named_with_its_tokens(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that no damping helps, as no mean of squares is, but of numbers that overflow."""
+    counts: list[int] = []
+
+    def solve(layers: list[Layer]) -> None:
+        counts.extend(layer.moments.num_tokens for layer in layers)
+        layers[2].moments.hessian_II[0, 1:] = layers[2].moments.hessian_II[1:, 0] = 1e6
+        if option == "quantize.damping":
+            KnownInputs(QuantParams(), has_teacher=False).of(layers)
+        else:
+            moments.factor_all([x.moments for x in layers], 0.01, [x.name for x in layers])
+
+    said = refusal(solve, monkeypatch)
+    assert counts[2] not in (counts[0], counts[1])
+    assert said.startswith("model.layers.0.mlp.experts.2.gate_proj: the Hessian is singular: ")
+    assert said.endswith(
+        f"or a larger {option} ({counts[2]} calibration tokens were used)"
+    )  # fmt: skip
+
+
+def test_no_tokens_are_told_of_where_no_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solve(layers: list[Layer]) -> None:
+        raise SingularHessianError(f"{layers[0].name}s: singular")
+
+    assert refusal(solve, monkeypatch) == "model.layers.0.mlp.experts.0.gate_projs: singular"
 
 
 def test_looking_for_the_one_that_is_refused_quantises_none(
