@@ -11,6 +11,7 @@ import torch
 
 from conf.options.distill import DistillConfig
 from conf.schema import Config
+from jobs.benchmarks.support.families import random_family
 from jobs.training.engine import Partitioner
 from jobs.training.student import load_student
 from sparsify.errors import InputError
@@ -81,6 +82,19 @@ def test_a_dense_model_begins_as_it_is_behind_its_largest_weights(tiny_model_dir
         "distill: starts with dense weights: 50.0% of those of 14 layers are alive under their "
         "masks, and are cut when masks stay"
     ]
+
+
+@pytest.mark.parametrize("settings", [{"recompute_share": 0.5}, {"compile": True}])
+def test_blocks_with_experts_are_compiled_or_recomputed(
+    settings: Any, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """Not both, which is said."""
+    random_family("mixtral", vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    both = begin(tmp_path, tmp_path, **MOVING, recompute_share=0.5, compile=True)[2]
+    assert "distill.compile: torch does not compile blocks with experts" in " ".join(both)
+    one = begin(tmp_path, tmp_path, **MOVING, **settings)[2]
+    assert "distill.compile" not in " ".join(one)
 
 
 def test_a_dense_model_is_refused_where_masks_stay(tiny_model_dir) -> None:
