@@ -97,7 +97,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         lines += ["", *_recovery_lines(plan["recovery"])]
     for stage, use in plan["whole"].items():
         fits = "" if use["fits"] else ": does NOT fit"
-        lines.append(f"{stage}: {_gb(use['bytes'])} GB a worker, models whole{fits}")
+        way = "models whole" if stage == "evaluate" else "block by block"
+        lines.append(f"{stage}: {_gb(use['bytes'])} GB a worker, {way}{fits}")
     lines += ["", *_time_lines(plan["time"])]
     lines += ["", "disk, GB in the run's folder"]
     lines += aligned([(name, _gb(size)) for name, size in plan["disk"].items()])

@@ -64,6 +64,9 @@ def test_the_plan_has_every_part_and_reads_well() -> None:
     assert found["recovery"]["asked"]["fits"]
     assert found["recovery"]["by_stage"][3]["parts"]["student"] * 8 == pytest.approx(16.06e9, 0.01)
     lines = text.plan_lines(found)
+    told = [line for line in lines if line.startswith(("evaluate:", "quantize:"))]
+    ways = [line.rpartition(", ")[2] for line in told]
+    assert ways == ["models whole", "block by block"]
     told = "\n".join(lines)
     for word in ("masters", "Hessians", "GPU-hours", "by Young", "2:4 packed", "QLoRA", "network"):
         assert word in told
