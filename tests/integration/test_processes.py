@@ -69,8 +69,14 @@ print(bench.main(words))
 def test_a_planned_recovery_is_measured_step_by_step(tmp_path):
     sizes = {"shape": "tiny", "layers": 2, "vocabulary": 1024, "sequence_length": 32}
     one = plan._recovery(sizes, 1, zero_stage=0)
-    (figures,) = plan._measure(one, tmp_path)
+    (figures,) = plan._measure(one, tmp_path, is_timed=False)
     assert len(figures["step_peak_bytes"]) == len(figures["step_cpu_s"]) == one["steps"]
+    assert "rates" not in figures
+    timed = plan._measure(one, tmp_path, is_timed=True)
+    before, after = timed[0]["rates"]
+    assert before["products"] > 0 and plan._rates_of(timed).products == pytest.approx(
+        (before["products"] + after["products"]) / 2
+    )
 
 
 @needs_triton
