@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from sparsify.costs.seconds import Rates
 
-# gloo, whose copies are the workers' own work, and a disk: of the machine that docs/plan.md was
-# measured on. They take little of a plan's time.
+# gloo, whose copies are the workers' own work, and a disk: looked up on one machine. To measure
+# them takes a second process, and files.
 _LINK, _DISK = 4e8, 1e9
 
 _TOKENS, _INPUTS, _OUTPUTS = 256, 1024, 2048  # of the products: 1.07 GFLOP each

@@ -205,12 +205,12 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
     states = setup.tokens * shape.hidden_size * width * (2 if setup.needs_teacher else 1)
     batch = setup.batch_size * setup.sequence_length
     largest: float = max(rows * columns for rows, columns in shape.layers)
-    square: float = max(columns**2 for _, columns in shape.layers)
     if shape.has_experts and setup.uses_gpu:  # which are solved as stacks
-        stacks = [(g.num * o * i, g.num * i * i) for g in shape.groups for o, i in g.layers]
-        largest = max(largest, min(max(stack for stack, _ in stacks), STACK_BYTES / 4))
-        square = max(square, min(max(stack for _, stack in stacks), STACK_BYTES / 4))
-    copies_of_square = _GPTQ_SQUARES if setup.method == "gptq" else 0
+        stacks = [g.num * rows * columns for g in shape.groups for rows, columns in g.layers]
+        largest = max(largest, min(max(stacks), STACK_BYTES / 4))
+    solved = _SOLVER_COPIES.get(setup.method, 5) * largest
+    if setup.method == "gptq":
+        solved += _GPTQ_SQUARES * _largest_square(shape, setup)
     held = 0.0
     if setup.on_device and setup.order == "layer" and not shape.has_experts:
         # Paused forwards: the widest activation, and the residual streams of both models.
@@ -226,7 +226,7 @@ def pruning_memory(shape: ModelShape, setup: Pruning) -> MemoryUse:
         "Hessians": _hessians(shape, setup),
         "waiting activations": (states if setup.on_device else 0.0) + held,
         "forward of a batch": 4.0 * batch * shape.widest * width,
-        "solver": 4.0 * (_SOLVER_COPIES.get(setup.method, 5) * largest + copies_of_square * square),
+        "solver": 4.0 * solved,
     }
     moment = "a block's last group"
     turned = {
@@ -266,6 +266,15 @@ _SOLVER_COPIES = {
 _GPTQ_SQUARES = 2
 
 
+def _largest_square(shape: ModelShape, setup: Pruning) -> float:
+    """I^2 of the widest Hessian, or on a GPU of the largest stack of experts' Hessians."""
+    largest: float = max(group.num_inputs**2 for group in shape.groups)
+    if shape.has_experts and setup.uses_gpu:
+        stack = max(group.num * group.num_inputs**2 for group in shape.groups)
+        largest = max(largest, min(stack, STACK_BYTES / 4))
+    return largest
+
+
 def _hessians(shape: ModelShape, setup: Pruning) -> float:
     """Sums of products of the groups that are measured together, their means, and one factor."""
     if not setup.needs_hessian:
@@ -276,10 +285,6 @@ def _hessians(shape: ModelShape, setup: Pruning) -> float:
         inputs = group.num_inputs
         pair = min(group.num_outputs, inputs) * inputs if setup.needs_teacher else 0
         sizes += group.num * [(inputs**2, pair)]
-    factored = max(square for square, _ in sizes)
-    if shape.has_experts and setup.uses_gpu:  # those of a stack together
-        stack = max(group.num * group.num_inputs**2 for group in shape.groups)
-        factored = max(factored, min(stack, STACK_BYTES // 4))
-    factor = 6.0 * factored if setup.needs_factor else 0.0
+    factor = 6.0 * _largest_square(shape, setup) if setup.needs_factor else 0.0
     together = sizes if shape.has_experts or setup.order != "layer" else [max(sizes)]
     return factor + sum((element + 4.0) * (square + pair) for square, pair in together)
